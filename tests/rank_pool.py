@@ -1,0 +1,105 @@
+"""A pool of gloo ranks that stay alive between tests, so that the heavy imports are paid once."""
+
+import atexit
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 300
+
+
+def load_function(file: str, name: str) -> Callable[..., Any]:
+    """Returns function `name` of the Python file `file`, imported once per process."""
+    module_name = "rank_pool_target_" + Path(file).stem
+    module = sys.modules.get(module_name)
+    if module is None or module.__file__ != file:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def serve(rank: int, connection: Any) -> None:
+    """Runs jobs on one rank until the parent closes the pipe."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        file, name, args, world_size, store = job
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+            )
+            result = load_function(file, name)(*args)
+            dist.barrier()
+            connection.send(("ok", result))
+        except BaseException:  # noqa: B036 - the traceback of any failure belongs to the parent
+            connection.send(("error", traceback.format_exc()))
+            return
+        finally:
+            if "megatron.core.parallel_state" in sys.modules:
+                sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class RankPool:
+    """Starts ranks on demand; a failed rank takes the whole pool down with it."""
+
+    def __init__(self) -> None:
+        self.ranks: list[tuple[Any, Any]] = []
+        atexit.register(self.close)
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls the module-level `function(*args)` on ranks 0..world_size-1 of one gloo group.
+
+        Returns each rank's result (anything picklable). The function finds its rank through
+        torch.distributed; the process group is new for each call.
+        """
+        context = multiprocessing.get_context("spawn")
+        while len(self.ranks) < world_size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(len(self.ranks), theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self.ranks.append((process, ours))
+        file = sys.modules[function.__module__].__file__
+        with tempfile.TemporaryDirectory() as folder:
+            for _, connection in self.ranks[:world_size]:
+                job = (file, function.__name__, args, world_size, f"{folder}/store")
+                connection.send(job)
+            return self.collect(world_size)
+
+    def collect(self, world_size: int) -> list[Any]:
+        results = []
+        for rank, (_, connection) in enumerate(self.ranks[:world_size]):
+            if not connection.poll(TIMEOUT_S):
+                self.close()
+                raise TimeoutError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
+            status, value = connection.recv()
+            if status == "error":
+                self.close()
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for process, connection in self.ranks:
+            connection.close()
+            process.kill()
+            process.join()
+        self.ranks = []
