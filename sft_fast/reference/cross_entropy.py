@@ -1,0 +1,71 @@
+"""Oracles of the loss: cross-entropy written as a textbook would, differentiated by autograd."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft_fast.constants import IGNORE_INDEX
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
+    """Per-token cross-entropy; a row whose label is IGNORE_INDEX is skipped.
+
+    Args:
+        logits: [N, V_padded], any floating dtype; the loss is computed in that dtype.
+        labels: [N] integer ids below vocab_size, or IGNORE_INDEX.
+        vocab_size: columns that count; the rest is padding. None: all of them.
+
+    Returns:
+        [N] loss in nats, 0 at skipped rows.
+    """
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    active_logits = logits[rows, :vocab_size]
+    target_logits = active_logits.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+    loss = active_logits.logsumexp(1) - target_logits
+    return logits.new_zeros(labels.shape).index_copy(0, rows, loss)
+
+
+def sharded_cross_entropy(logits: Tensor, labels: Tensor, num_shards: int) -> Tensor:
+    """`cross_entropy` computed from column shards that exchange three numbers per row.
+
+    Args:
+        logits: [N, V], V divisible by num_shards.
+        labels: [N] integer ids in [0, V), or IGNORE_INDEX.
+        num_shards: equal slices of the vocabulary, one per simulated rank.
+
+    Returns:
+        [N] loss in nats, 0 at skipped rows.
+    """
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    targets = F.one_hot(labels[rows], logits.shape[1]).bool()
+    maxima, sums, target_logits = [], [], []
+    shards = logits[rows].chunk(num_shards, dim=1)
+    for shard, is_target in zip(shards, targets.chunk(num_shards, dim=1), strict=True):
+        shard_max = shard.detach().amax(1)
+        shift = shard_max.masked_fill(shard_max == -torch.inf, 0.0)
+        maxima.append(shard_max)
+        sums.append((shard - shift.unsqueeze(1)).exp().sum(1))
+        target_logits.append(shard.masked_fill(~is_target, 0.0).sum(1))
+    logits_max = torch.stack(maxima).amax(0)
+    weights = (torch.stack(maxima) - logits_max).exp()
+    sum_exp = (torch.stack(sums) * weights).sum(0)
+    loss = sum_exp.log() - (torch.stack(target_logits).sum(0) - logits_max)
+    return logits.new_zeros(labels.shape).index_copy(0, rows, loss)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int | None = None
+) -> Tensor:
+    """`cross_entropy` of the logits hidden @ weight.T, every row of which is computed.
+
+    Args:
+        hidden: [s, b, h].
+        weight: [V_padded, h].
+        labels: [b, s] integer ids below vocab_size, or IGNORE_INDEX.
+        vocab_size: rows of weight that count. None: all of them.
+
+    Returns:
+        [b, s] loss in nats, 0 at skipped tokens.
+    """
+    logits = (hidden @ weight.t()).transpose(0, 1).flatten(0, 1)
+    return cross_entropy(logits, labels.flatten(), vocab_size).view(labels.shape)
