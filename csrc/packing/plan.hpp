@@ -1,0 +1,47 @@
+// Which samples share a packed row ("bin"). Needs lengths only; touches no tokens.
+//
+// A strategy is one function from lengths to a BinPlan. All of them are deterministic functions of
+// (lengths, capacity, seed, epoch), on any machine and with any compiler: no std::shuffle, no
+// std::*_distribution, no floating point. They throw std::invalid_argument and never print.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+namespace sft_fast {
+
+// Histograms have one entry per possible length, which bounds the capacity.
+inline constexpr int64_t kMaxCapacity = int64_t{1} << 24;
+
+// A heap array that is not zeroed first: every planner writes each element exactly once.
+template <typename T>
+struct Array {
+  explicit Array(size_t count) : data(std::make_unique_for_overwrite<T[]>(count)), size(count) {}
+  T& operator[](size_t i) { return data[i]; }
+
+  std::unique_ptr<T[]> data;
+  size_t size;
+};
+
+struct BinPlan {
+  Array<int64_t> sample_ids;   // [num_samples], bin after bin; every id exactly once
+  Array<int64_t> bin_offsets;  // [num_bins + 1], into sample_ids
+  Array<uint32_t> order;       // [num_bins]: the i-th bin to train on is bin order[i]
+};
+
+// Best-fit decreasing: samples from long to short, each into the fullest bin that still has room.
+// Works on the length histogram: equal bins are handled together, so the number of decisions does
+// not grow with the number of samples. Which of several equally long samples goes where, the order
+// inside a bin, and the order of bins are random in (seed, epoch); the number of bins is not.
+// Moving bins in memory would cost more than planning them, hence `order`.
+// Cost: O(num_samples + capacity). Memory: 20 bytes a sample, 16 bytes a token of capacity.
+BinPlan plan_best_fit_decreasing(std::span<const int32_t> lengths, int64_t capacity, uint64_t seed,
+                                 uint64_t epoch);
+
+// No packing: bin i holds sample i; only the order of bins is random in (seed, epoch).
+BinPlan plan_one_per_bin(std::span<const int32_t> lengths, int64_t capacity, uint64_t seed,
+                         uint64_t epoch);
+
+}  // namespace sft_fast
