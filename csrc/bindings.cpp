@@ -84,7 +84,6 @@ py::tuple fill_micro_batch(const py::array& store_tokens, const py::array& super
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Packing on the CPU. Every function releases the GIL and raises ValueError.";
-  module.attr("MAX_CAPACITY") = sft_fast::kMaxCapacity;
   module.def("plan_best_fit_decreasing", &plan<sft_fast::plan_best_fit_decreasing>,
              py::arg("lengths"), py::arg("capacity"), py::arg("seed"), py::arg("epoch"),
              R"(Best-fit decreasing over int32[N] lengths, each 1 to capacity.

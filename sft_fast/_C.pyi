@@ -3,8 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_CAPACITY: int
-
 def plan_best_fit_decreasing(
     lengths: NDArray[np.int32], capacity: int, seed: int, epoch: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]: ...
