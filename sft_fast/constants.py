@@ -1,0 +1,3 @@
+"""Numbers that more than one module must agree on."""
+
+IGNORE_INDEX = -100

@@ -1,0 +1,96 @@
+"""Causal attention over packed samples, as a `core_attention` module for megatron-core layer specs.
+
+Samples in a pack never see each other. The cost is the sum of the squared sample lengths, not the
+square of the row: padding rows are not attended at all.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import divide
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass
+class PackedSamples(PackedSeqParams):
+    """What every layer must know of a micro-batch; travels in megatron's `packed_seq_params` slot.
+
+    `qkv_format` stays "sbhd": the row is dense to megatron, only our attention sees the samples.
+    """
+
+    seqlens: tuple[int, ...] = ()
+    """Tokens of each sample, in row order; their sum may be shorter than the row."""
+    active_rows: Tensor | None = None
+    """int64 [num_supervised]: rows that have a label."""
+
+
+class PackedAttention(MegatronModule):
+    """Scaled dot-product attention, causal within each sample; grouped queries supported."""
+
+    def __init__(
+        self,
+        config: object,
+        layer_number: int,
+        attn_mask_type: object,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **kwargs: object,
+    ):
+        super().__init__(config=config)
+        head_dim = config.kv_channels  # type: ignore[attr-defined]
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_dim)
+        dropout = config.attention_dropout  # type: ignore[attr-defined]
+        self.attention_dropout = dropout if attention_dropout is None else attention_dropout
+        projection = head_dim * config.num_attention_heads  # type: ignore[attr-defined]
+        tensor_parallel_size = config.tensor_model_parallel_size  # type: ignore[attr-defined]
+        self.hidden_size_per_partition = divide(projection, tensor_parallel_size)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attends within samples.
+
+        Args:
+            query: [s, b, heads / tp, head_dim]; key, value: [s, b, kv_heads / tp, head_dim].
+            packed_seq_params: a `PackedSamples` (then b is 1), or None: each of the b columns is
+                one sample of length s.
+
+        Returns: [s, b, heads * head_dim / tp]; zero on rows past the last sample.
+        """
+        assert attention_mask is None and attention_bias is None, "only causal masks are known"
+        if packed_seq_params is None:
+            return self.attend(query, key, value).flatten(2)
+        assert isinstance(packed_seq_params, PackedSamples) and query.shape[1] == 1
+        seqlens = list(packed_seq_params.seqlens)
+        padding = query.shape[0] - sum(seqlens)
+        assert padding >= 0, (query.shape, sum(seqlens))
+        parts = (tensor.split([*seqlens, padding]) for tensor in (query, key, value))
+        samples = list(zip(*parts, strict=True))[:-1]
+        outputs = [self.attend(*sample) for sample in samples]
+        outputs.append(query.new_zeros((padding, *query.shape[1:])))
+        return torch.cat(outputs).flatten(2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Plain causal attention of [s, b, heads, head_dim] tensors."""
+        output = functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=True,
+        )
+        return output.permute(2, 0, 1, 3)

@@ -1,0 +1,154 @@
+"""Checkpoints that resume exactly: weights, optimizer, schedule and the position in the data.
+
+A checkpoint is a directory `step_<number>`. It is written under a temporary name and renamed when
+every rank is done, so a directory of that name is always whole. Sharding and resharding are
+megatron-core's dist_checkpointing: a run may resume with other parallel sizes.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from sft_fast.megatron.model import unwrap
+from sft_fast.megatron.parallel import Parallel
+
+STATE_FILE = "train_state.json"
+# The one optimizer layout that loads at any data-parallel size.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands; the data position follows from `step` alone."""
+
+    step: int
+    """Optimizer steps done."""
+    data_fingerprint: str
+    """Identifies the training token store; see TokenStore.fingerprint."""
+    plan_fingerprint: str
+    """Identifies what else decides the order of the data; see StepPlan.fingerprint."""
+
+
+def sharded_state(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """The state dict of this rank, in dist_checkpointing's sharded form."""
+    weights = unwrap(model).sharded_state_dict(metadata=SHARDING)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=SHARDING
+        ),
+        "lr_schedule": schedule.state_dict(),
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    parallel: Parallel,
+    keep_last: int,
+) -> Path:
+    """Writes `folder/step_<n>`, then deletes all but the newest `keep_last` checkpoints.
+
+    Raises:
+        OSError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    final = folder / f"step_{state.step:08d}"
+    temporary = folder / f".incomplete_{final.name}"
+    if parallel.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    tensors = sharded_state(model, optimizer, schedule, is_loading=False)
+    dist_checkpointing.save(tensors, str(temporary), content_metadata=SHARDING)
+    dist.barrier()
+    if parallel.is_main:
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}"))
+
+
+def read_train_state(checkpoint: Path) -> TrainState:
+    """Raises ValueError when `checkpoint` is not a complete checkpoint."""
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint (no {STATE_FILE})")
+    return TrainState(**json.loads(path.read_text()))
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+) -> None:
+    """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
+    request = sharded_state(model, optimizer, schedule, is_loading=True)
+    loaded = dist_checkpointing.load(request, str(checkpoint))
+    unwrap(model).load_state_dict(loaded["model"])
+    with torch_adam_loads():
+        optimizer.load_state_dict(loaded["optimizer"])
+    separate_step_counts(optimizer)
+    schedule.load_state_dict(loaded["lr_schedule"])
+
+
+@contextlib.contextmanager
+def torch_adam_loads() -> Iterator[None]:
+    """Lets megatron's reshardable load work with torch's AdamW.
+
+    torch keeps a step count per parameter, which megatron restores by itself and then, seen in
+    0.16.1 and 0.19.2, demands again from the sharded tensors, where it is not.
+    """
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        restored = {"step": state["step"]} if "step" in state else {}
+        original(self, model_param, restored | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    try:
+        yield
+    finally:
+        DistributedOptimizer._set_main_param_and_optimizer_states = original
+
+
+def separate_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Gives each parameter its own step tensor.
+
+    megatron restores one tensor for all of them; AdamW would then add one to it per parameter.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

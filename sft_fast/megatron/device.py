@@ -1,0 +1,150 @@
+"""The device of this process, and the one shim that lets megatron-core run on a machine without a GPU.
+
+megatron-core names CUDA directly: `torch.cuda.current_device()`, `device="cuda"`, `tensor.type()`
+compared with "torch.cuda.FloatTensor". The shim answers those calls with the CPU. It is installed
+only when no GPU is visible, so the CUDA and ROCm path is untouched.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+
+def init_device() -> torch.device:
+    """Returns the device this rank computes on, and makes it current: its GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return CPU
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def distributed_backend() -> str:
+    """NCCL (RCCL on ROCm answers to the same name) with a GPU, gloo without."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def install_cpu_shim() -> None:
+    """Redirects torch's CUDA calls to the CPU when no GPU is visible; later calls do nothing."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_sft_fast_shim", False):
+        return
+    patch_cuda_module()
+    patch_tensor_methods()
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    patch_rng_tracker()
+    torch.cuda._sft_fast_shim = True  # type: ignore[attr-defined]
+
+
+def is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a tensor factory so that `device="cuda"` means the CPU."""
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class NullStream:
+    """Stands for a CUDA stream or event: work on the CPU is already in order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = nothing
+
+    def query(self) -> bool:
+        return True
+
+
+def returning(value: Any) -> Callable[..., Any]:
+    """A new function that ignores its arguments; torch.compile wants one object per torch name."""
+    return lambda *args, **kwargs: value
+
+
+def calling(function: Callable[..., Any], num_args: int = 0) -> Callable[..., Any]:
+    """A new function that passes only its first `num_args` arguments, dropping the device."""
+    return lambda *args, **kwargs: function(*args[:num_args])
+
+
+def patch_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, returning(None))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, returning(0))
+    cuda.current_device = returning(CPU)
+    cuda.Stream, cuda.Event = NullStream, type("NullEvent", (NullStream,), {})
+    cuda.current_stream, cuda.default_stream = calling(NullStream), calling(NullStream)
+    cuda.stream = calling(contextlib.nullcontext)
+    cuda.get_rng_state = calling(torch.get_rng_state)
+    cuda.random.get_rng_state = calling(torch.get_rng_state)
+    cuda.set_rng_state = calling(torch.set_rng_state, num_args=1)
+    cuda.manual_seed = calling(torch.default_generator.manual_seed, num_args=1)
+    for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor"):
+        setattr(cuda, name, getattr(torch, name))
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = returning(None), returning(None)
+
+
+def patch_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    original_type, original_to = tensor.type, tensor.to
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original_type(self, dtype, *args, **kwargs)
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original_to(self, *(CPU if is_cuda(arg) else arg for arg in args), **kwargs)
+
+    tensor.type = type_name
+    tensor.to = to
+    tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+
+def patch_rng_tracker() -> None:
+    """megatron's tracker reaches into CUDA generators; give it the CPU generator's state."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

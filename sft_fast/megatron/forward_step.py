@@ -1,0 +1,64 @@
+"""Megatron's training contract: forward_step(data_iterator, model) and its loss_func.
+
+Both fit megatron-core's schedules and Megatron-LM's `pretrain()`. The returned loss is a sum over
+supervised tokens; with `calculate_per_token_loss` the schedule divides the gradient by the
+supervised tokens of the global batch.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sft_fast.batch import MicroBatch
+from sft_fast.megatron.attention import PackedSamples
+
+Report = dict[str, Tensor]
+
+
+def forward_step(
+    data_iterator: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Tensor, "partial[tuple[Tensor, Tensor, Report]]"]:
+    """Runs one micro-batch.
+
+    Returns: on the last pipeline stage the per-token loss [1, T] fp32, zero where unsupervised;
+        elsewhere the hidden states. And the loss_func for it.
+    """
+    batch = next(data_iterator)
+    losses = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=packed_samples(batch),
+    )
+    return losses, partial(loss_func, batch.num_supervised)
+
+
+def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
+    """Reduces a micro-batch's per-token losses.
+
+    Args:
+        num_supervised: supervised tokens of the micro-batch, known on the CPU.
+        losses: [b, s] fp32, zero where unsupervised.
+
+    Returns: (loss_sum, num_tokens int32, report); the report's "lm loss" is [loss_sum, num_tokens].
+    """
+    loss_sum = losses.sum()
+    num_tokens = torch.tensor(num_supervised, dtype=torch.int32, device=losses.device)
+    report = torch.stack([loss_sum.detach(), num_tokens.to(loss_sum.dtype)])
+    return loss_sum, num_tokens, {"lm loss": report}
+
+
+def packed_samples(batch: MicroBatch) -> PackedSamples:
+    """What the layers need to know of a micro-batch."""
+    return PackedSamples(
+        qkv_format="sbhd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        seqlens=batch.seqlens,
+        active_rows=batch.active_rows,
+    )

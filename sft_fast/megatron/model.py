@@ -1,0 +1,235 @@
+"""GPTModel with packed attention and the masked loss at the LM head."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from sft_fast.architecture import Architecture
+from sft_fast.config import Config
+from sft_fast.loss import masked_linear_cross_entropy
+from sft_fast.megatron.attention import PackedAttention, PackedSamples
+from sft_fast.megatron.norm import RMSNorm
+from sft_fast.megatron.parallel import Parallel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCAB_MULTIPLE = 128
+
+
+class LossOutputLayer(ColumnParallelLinear):
+    """The LM head. With labels it returns the loss; logits of masked rows are never computed.
+
+    The loss runs inside this module's forward so that DDP's parameter-gather hooks fire. An existing
+    output layer becomes one by assigning `__class__`: same parameters, same checkpoint keys.
+    """
+
+    vocab_size: int
+    """Columns of the vocabulary; the weight may hold more, which are padding."""
+    loss_backend: str
+
+    def forward(  # type: ignore[override]
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: Tensor | None = None,
+        active_rows: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits as megatron gives them, or with `labels` [b, s] the per-token loss [b, s] fp32."""
+        if labels is None:
+            return super().forward(input_, weight, runtime_gather_output, **kwargs)
+        return masked_linear_cross_entropy(
+            input_,
+            self.weight if weight is None else weight,
+            labels,
+            active_rows=active_rows,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            backend=self.loss_backend,
+            accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
+        )
+
+
+class SFTModel(GPTModel):
+    """megatron-core's GPTModel; rotary angles follow position_ids and labels give per-token losses."""
+
+    def __init__(self, *args: Any, unpadded_vocab_size: int, loss_backend: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = LossOutputLayer
+            self.output_layer.vocab_size = unpadded_vocab_size
+            self.output_layer.loss_backend = loss_backend
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        outputs = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if packed_seq_params is None:
+            return outputs
+        decoder_input, rotary_angles, *rest = outputs
+        return (decoder_input, rotary_angles[position_ids[0]], *rest)  # [s, 1, 1, head_dim]
+
+    def _postprocess(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(
+                hidden_states, *args, labels=labels, packed_seq_params=packed_seq_params, **kwargs
+            )
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        is_packed = isinstance(packed_seq_params, PackedSamples)
+        active_rows = packed_seq_params.active_rows if is_packed else None
+        return self.output_layer(
+            hidden_states, weight=weight, labels=labels, active_rows=active_rows
+        )
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """megatron's local layers of this pipeline stage, with our attention core and our norm."""
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PackedAttention
+    num_layers = get_num_layers_to_build(config, None, None)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def transformer_config(
+    architecture: Architecture, config: Config, parallel: Parallel
+) -> TransformerConfig:
+    """megatron's own config for this architecture and run."""
+    dtype = DTYPES[config.model.dtype]
+    on_gpu = parallel.device.type == "cuda"
+    full_recompute = config.model.recompute == "full"
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        sequence_parallel=config.parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.model.dtype == "bf16",
+        fp16=config.model.dtype == "fp16",
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        bias_activation_fusion=on_gpu,
+        gradient_accumulation_fusion=False,
+        recompute_granularity="full" if full_recompute else None,
+        recompute_method="uniform" if full_recompute else None,
+        recompute_num_layers=1 if full_recompute else None,
+    )
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: a multiple of 128 on each rank."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(architecture: Architecture, config: Config, parallel: Parallel) -> SFTModel:
+    """Allocates this rank's part of the model; weights are undefined until they are loaded.
+
+    Raises:
+        ValueError: the layout does not divide the architecture (see check_layout).
+    """
+    check_layout(architecture, parallel)
+    megatron_config = transformer_config(architecture, config, parallel)
+    model = SFTModel(
+        config=megatron_config,
+        transformer_layer_spec=block_spec(megatron_config),
+        vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
+        unpadded_vocab_size=architecture.vocab_size,
+        loss_backend=config.loss.backend,
+    )
+    mark_sharded_weights(model)
+    return model.to(parallel.device)
+
+
+def mark_sharded_weights(model: SFTModel) -> None:
+    """Tells megatron which weights are shards, so that the gradient norm counts each value once.
+
+    Its own initialisation does this, which is off because the weights are loaded.
+    """
+    split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        for kind, dim in split_dims.items():
+            if isinstance(module, kind) and module.weight is not None:
+                set_tensor_model_parallel_attributes(module.weight, True, dim, stride=1)
+
+
+def check_layout(architecture: Architecture, parallel: Parallel) -> None:
+    """Raises ValueError unless tensor and pipeline sizes divide the model."""
+    for key in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
+        count = getattr(architecture, key)
+        if count % parallel.tp_size:
+            raise ValueError(
+                f"parallel.tensor is {parallel.tp_size}, which does not divide the model's {key} "
+                f"({count}); choose a divisor"
+            )
+    if architecture.num_layers % parallel.pp_size:
+        raise ValueError(
+            f"parallel.pipeline is {parallel.pp_size}, which does not divide the model's "
+            f"num_layers ({architecture.num_layers}); choose a divisor"
+        )
+
+
+def unwrap(model: torch.nn.Module) -> SFTModel:
+    """Takes DDP and mixed-precision wrappers off."""
+    while not isinstance(model, SFTModel):
+        model = model.module
+    return model

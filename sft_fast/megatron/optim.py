@@ -1,0 +1,97 @@
+"""DDP, optimizer and learning-rate schedule, all megatron-core's."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from sft_fast.config import Config
+from sft_fast.megatron.model import DTYPES, SFTModel
+
+
+def wrap_model(model: SFTModel, config: Config) -> DistributedDataParallel:
+    """Adds mixed precision and data parallelism; gradients accumulate and reduce in fp32."""
+    module = model if config.model.dtype == "fp32" else Float16Module(model.config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        average_in_collective=False,
+    )
+    return DistributedDataParallel(model.config, ddp_config, module)
+
+
+def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+    """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on."""
+    optim, dtype = config.optim, DTYPES[config.model.dtype]
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(optimizer_config, [model], use_gloo_process_groups=False)
+
+
+def build_lr_schedule(
+    optimizer: MegatronOptimizer, config: Config, num_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine, linear or constant; counted in optimizer steps."""
+    optim = config.optim
+    decay_steps = max(optim.decay_steps or num_steps, optim.warmup_steps + 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=optim.decay,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def connect_schedule(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Gives megatron's pipeline schedule the hooks it looks for on the model's config."""
+    config: Any = model.config
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = model.no_sync
+    if model.ddp_config.overlap_param_gather:
+        config.param_sync_func = model.start_param_sync
+
+
+def normalise_by(model: DistributedDataParallel, num_supervised: int) -> None:
+    """Makes this step's gradient the mean over the global batch's supervised tokens.
+
+    The count comes from the packing plan, so no device has to be asked for it and no collective
+    carries it; megatron's own way would do both.
+    """
+    model.config.finalize_model_grads_func = partial(finalize_with, num_supervised)
+
+
+def finalize_with(num_supervised: int, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
+    finalize_model_grads(model, None, **kwargs)
+    for chunk in model:
+        chunk.scale_gradients(1.0 / max(num_supervised, 1))

@@ -1,0 +1,143 @@
+"""Process groups and seeds: from the config's parallel sizes to megatron's parallel state."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from sft_fast.config import Config, check_world_size
+from sft_fast.megatron.device import distributed_backend, init_device
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place in the layout."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_size: int
+    pp_rank: int
+    pp_group: dist.ProcessGroup
+    dp_size: int
+    dp_rank: int
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes shared files."""
+        return self.rank == 0
+
+
+def init_distributed(timeout_minutes: float) -> None:
+    """Joins the process group that torchrun describes; a single process needs no torchrun.
+
+    The store prefix carries the restart count: after `--max-restarts` the new ranks would otherwise
+    read the dead ranks' addresses.
+    """
+    if dist.is_initialized():
+        return
+    backend, timeout = distributed_backend(), timedelta(minutes=timeout_minutes)
+    if "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    uses_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp_store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not uses_agent_store,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", tcp_store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
+def init_parallel(config: Config) -> Parallel:
+    """Starts torch.distributed and megatron's groups, and seeds this rank.
+
+    Raises:
+        ConfigError: the world size does not fit the layout.
+    """
+    device = init_device()
+    init_distributed(config.parallel.timeout_minutes)
+    check_world_size(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        distributed_timeout_minutes=int(config.parallel.timeout_minutes),
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(config.seed)
+    model_parallel_cuda_manual_seed(config.seed)
+    return current_parallel(device)
+
+
+def current_parallel(device: torch.device) -> Parallel:
+    """Reads megatron's initialised parallel state, once, so that nothing else has to look it up."""
+    return Parallel(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def once_per_node(name: str, work: Callable[[], None]) -> None:
+    """Runs `work` on one rank of each node while the node's other ranks wait for it.
+
+    They wait on a key of the store, not inside a collective, so no watchdog fires however long the
+    work takes, and a failure reaches every rank with its message.
+
+    Raises:
+        ValueError: `work` failed on the other rank.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    node = os.environ.get("GROUP_RANK", "0")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"sft_fast/{attempt}/{name}/{node}"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            store.set(key, f"error {error}")
+            raise
+        store.set(key, "done")
+        return
+    while not store.check([key]):
+        time.sleep(0.05)
+    answer = store.get(key).decode()
+    if answer != "done":
+        raise ValueError(answer.removeprefix("error "))

@@ -1,0 +1,61 @@
+"""Trains a model: `torchrun --nproc-per-node N sft_fast/train.py --config X.yaml a.b=c`.
+
+Without arguments it runs the embedded demo. The config names a (backend, stage) pair; the trainer
+registered for that pair does the work, for the default pair sft_fast/megatron/sft.py.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+if sys.path and sys.path[0] == str(FOLDER):
+    # A script's own folder comes first on the path; our modules there are not top-level modules.
+    sys.path[0] = str(FOLDER.parent)
+
+from sft_fast.config import load_config  # noqa: E402
+from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="YAML file; without it the embedded demo runs")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to replace")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Loads the config and runs its trainer.
+
+    Returns: 0, or 2 after a message when the user can mend it.
+    """
+    arguments = parse_arguments(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        load_plugins(config)
+        return get_trainer(config.backend, config.stage)(config)
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        elif is_first_to_fail():
+            print(f"error: {error}\n(--debug shows where)", file=sys.stderr, flush=True)
+        return 2
+
+
+def is_first_to_fail() -> bool:
+    """True on one rank, so that an error all ranks meet is printed once."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    store = distributed.distributed_c10d._get_default_store()
+    return store.add("sft_fast/num_failed_ranks", 1) == 1
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(exit_code)
