@@ -1,7 +1,7 @@
 """A micro-batch: one packed row of samples, as the tensors that the model takes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,7 @@ class MicroBatch:
         cu_seqlens: int32 [num_samples + 1]; sample i is rows cu_seqlens[i] to cu_seqlens[i + 1].
             Padding comes after the last.
         active_rows: int64 [num_supervised], ascending: the rows with a label.
+        seqlens: length of each sample, known to the host without asking a device.
         max_seqlen: length of the longest sample; 0 without samples.
         num_samples: samples in the row.
         num_tokens: tokens without padding.
@@ -52,6 +53,7 @@ class MicroBatch:
     position_ids: Tensor
     cu_seqlens: Tensor
     active_rows: Tensor
+    seqlens: tuple[int, ...]
     max_seqlen: int
     num_samples: int
     num_tokens: int
@@ -63,13 +65,13 @@ class MicroBatch:
         return (self.labels != IGNORE_INDEX).float()
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """Returns the micro-batch on `device`; from pinned memory the host does not wait."""
-        tensors = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
+        """Returns the micro-batch on `device`; from pinned memory the host does not wait.
+
+        active_rows stays where it is: the loss reads each rank's count from it on the host.
+        """
+        names = ("tokens", "labels", "position_ids", "cu_seqlens")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
     def check(self, vocab_size: int) -> None:
         """Verifies every statement of the class docstring; meant for CPU tensors.
@@ -85,6 +87,7 @@ class MicroBatch:
         require("cu_seqlens", in_order, "not strictly ascending from 0")
         require("cu_seqlens", int(edges[-1]) == self.num_tokens, f"ends at {int(edges[-1])}")
         require("tokens", self.num_tokens <= self.tokens.shape[1], f"{self.num_tokens} do not fit")
+        require("seqlens", lengths.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
         longest = int(lengths.max()) if self.num_samples else 0
         require("cu_seqlens", longest == self.max_seqlen, f"longest sample is {longest}")
         positions = torch.zeros_like(self.position_ids)
@@ -175,6 +178,7 @@ def fill_micro_batch(
         position_ids=position_ids[None],
         cu_seqlens=cu_seqlens,
         active_rows=active_rows[:num_supervised],
+        seqlens=tuple(cu_seqlens.diff().tolist()),
         max_seqlen=max_seqlen,
         num_samples=len(ids),
         num_tokens=num_tokens,

@@ -3,9 +3,11 @@
 import atexit
 import importlib.util
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -85,17 +87,22 @@ class RankPool:
             return self.collect(world_size)
 
     def collect(self, world_size: int) -> list[Any]:
-        results = []
-        for rank, (_, connection) in enumerate(self.ranks[:world_size]):
-            if not connection.poll(TIMEOUT_S):
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        rank_of = {connection: rank for rank, (_, connection) in enumerate(self.ranks[:world_size])}
+        while len(results) < world_size:
+            waiting = [c for c, rank in rank_of.items() if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, deadline - time.monotonic())
+            if not ready:
                 self.close()
-                raise TimeoutError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
-            status, value = connection.recv()
-            if status == "error":
-                self.close()
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results.append(value)
-        return results
+                raise TimeoutError(f"no answer in {TIMEOUT_S} s from ranks {sorted(map(rank_of.get, waiting))}")
+            for connection in ready:
+                status, value = connection.recv()
+                if status == "error":
+                    self.close()
+                    raise AssertionError(f"rank {rank_of[connection]} failed:\n{value}")
+                results[rank_of[connection]] = value
+        return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
         for process, connection in self.ranks:
