@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.reference.cross_entropy import (
     cross_entropy,
     linear_cross_entropy,
     sharded_cross_entropy,
 )
-from torch import Tensor
 
 
 def problem(num_rows: int = 6, vocab_size: int = 12) -> tuple[Tensor, Tensor]:
