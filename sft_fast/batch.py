@@ -89,7 +89,7 @@ class MicroBatch:
         require("tokens", self.num_tokens <= self.tokens.shape[1], f"{self.num_tokens} do not fit")
         require("seqlens", lengths.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
         longest = int(lengths.max()) if self.num_samples else 0
-        require("cu_seqlens", longest == self.max_seqlen, f"longest sample is {longest}")
+        require("max_seqlen", longest == self.max_seqlen, f"longest sample is {longest}")
         positions = torch.zeros_like(self.position_ids)
         starts = edges[:-1].repeat_interleave(lengths)
         positions[0, : self.num_tokens] = torch.arange(self.num_tokens) - starts
