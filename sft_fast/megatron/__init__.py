@@ -4,5 +4,7 @@ import warnings
 
 from sft_fast.megatron.device import install_cpu_shim
 
-warnings.filterwarnings("ignore", message="Apex is not installed")
+# megatron warns of optional packages that nobody asked for, and torch of calls that megatron makes.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 install_cpu_shim()

@@ -7,14 +7,17 @@ supervised tokens of the global batch.
 
 from collections.abc import Iterator
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from sft_fast.batch import MicroBatch
 from sft_fast.megatron.attention import PackedSamples
+from sft_fast.megatron.model import unwrap
 
 Report = dict[str, Tensor]
+checked_models: "WeakSet[torch.nn.Module]" = WeakSet()
 
 
 def forward_step(
@@ -26,6 +29,7 @@ def forward_step(
         elsewhere the hidden states. And the loss_func for it.
     """
     batch = next(data_iterator)
+    check_once(batch, model)
     losses = model(
         batch.tokens,
         batch.position_ids,
@@ -34,6 +38,13 @@ def forward_step(
         packed_seq_params=packed_samples(batch),
     )
     return losses, partial(loss_func, batch.num_supervised)
+
+
+def check_once(batch: MicroBatch, model: torch.nn.Module) -> None:
+    """Checks the first micro-batch that a model sees; raises ValueError naming the wrong tensor."""
+    if model not in checked_models:
+        batch.to("cpu").check(unwrap(model).vocab_size)
+        checked_models.add(model)
 
 
 def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
@@ -57,8 +68,8 @@ def packed_samples(batch: MicroBatch) -> PackedSamples:
         qkv_format="sbhd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
+        max_seqlen_q=max(batch.max_seqlen, 1),  # padding rows have position 0
+        max_seqlen_kv=max(batch.max_seqlen, 1),
         seqlens=batch.seqlens,
         active_rows=batch.active_rows,
     )

@@ -203,13 +203,14 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
 def mark_sharded_weights(model: SFTModel) -> None:
     """Tells megatron which weights are shards, so that the gradient norm counts each value once.
 
-    Its own initialisation does this, which is off because the weights are loaded.
+    Up to 0.17 only its own initialisation does this, which is off because the weights are loaded.
     """
     split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
         for kind, dim in split_dims.items():
-            if isinstance(module, kind) and module.weight is not None:
-                set_tensor_model_parallel_attributes(module.weight, True, dim, stride=1)
+            weight = module.weight if isinstance(module, kind) else None
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, dim, stride=1)
 
 
 def check_layout(architecture: Architecture, parallel: Parallel) -> None:

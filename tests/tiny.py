@@ -1,0 +1,103 @@
+"""Tiny models, stores and configs that the megatron tests share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+VOCAB_SIZE = 131  # prime: every tensor-parallel size needs padding
+
+
+@dataclass(frozen=True)
+class ListStore:
+    """A token store in memory, made of lists."""
+
+    tokens: NDArray[np.uint32]
+    supervised_bits: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        return np.diff(self.offsets).astype(np.int32)
+
+    @property
+    def num_supervised(self) -> NDArray[np.int32]:
+        mask = np.unpackbits(self.supervised_bits, bitorder="little")[: len(self.tokens)]
+        samples = np.split(mask, self.offsets[1:-1])
+        return np.array([sample[1:].sum() for sample in samples], dtype=np.int32)
+
+
+def make_store(samples: list[tuple[list[int], list[int]]]) -> ListStore:
+    """samples: (tokens, supervised 0/1) each."""
+    tokens = np.concatenate([np.array(ids, dtype=np.uint32) for ids, _ in samples])
+    mask = np.concatenate([np.array(bits, dtype=np.uint8) for _, bits in samples])
+    offsets = np.cumsum([0, *(len(ids) for ids, _ in samples)]).astype(np.int64)
+    return ListStore(tokens, np.packbits(mask, bitorder="little"), offsets)
+
+
+def random_samples(count: int, seed: int, longest: int = 40) -> list[tuple[list[int], list[int]]]:
+    """Samples whose prompts are masked; the share of supervised tokens varies wildly."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        length = int(rng.integers(4, longest + 1))
+        prompt = int(rng.integers(1, length - 1))
+        ids = rng.integers(0, VOCAB_SIZE, length).tolist()
+        samples.append((ids, [0] * prompt + [1] * (length - prompt)))
+    return samples
+
+
+def make_config(output_dir: Path | str = "unused", **sections: dict[str, Any]) -> Any:
+    """A config for a tiny fp32 model; `sections` update the sections of that name."""
+    from sft_fast.config import Config
+
+    values: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "model": {
+            "dtype": "fp32",
+            "shape": {
+                "hidden_size": 32,
+                "num_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "ffn_hidden_size": 48,
+                "max_position_embeddings": 128,
+            },
+        },
+        "tokenizer": {"path": "demo"},
+        "data": {"train": "demo"},
+        "packing": {"capacity": 64},
+        "train": {"steps": 1, "global_batch_size": 4},
+        "optim": {"lr": 1e-3},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return Config.model_validate(values)
+
+
+def save_tiny_llama(folder: Path, **options: Any) -> None:
+    """Writes a random Llama of transformers; weights large enough to make logits differ."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16384,
+        rms_norm_eps=1e-5,
+        initializer_range=0.3,
+        **options,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
