@@ -1,0 +1,107 @@
+"""Errors of configuration files: every problem at once, each with its place and its fix."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# "tokenizer" and "max_new_tokens" are harmless; "hub_token" is not.
+SECRET_NAME = re.compile(r"token(?!iz|s(?:_|$))|secret|passw(?:or)?d|api_?key|credential", re.I)
+SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration.
+
+    Attributes:
+        keys: The dotted keys that take part, e.g. ("optim.lr",); empty when the file is at fault.
+        found: What the file or the command line says.
+        expected: What would be right.
+        fix: The nearest right key or value, or what to do; may be empty.
+        where: "file:line" or "command line: a.b=c"; empty when only defaults take part.
+    """
+
+    keys: tuple[str, ...]
+    found: str
+    expected: str
+    fix: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        lines = ["  ".join(part for part in (self.where, ", ".join(self.keys)) if part)]
+        parts = (("found", self.found), ("expected", self.expected), ("fix", self.fix))
+        lines += [f"  {name + ':':<10}{text}" for name, text in parts if text]
+        return "\n".join(lines)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; `problems` holds everything that is wrong with it."""
+
+    def __init__(self, problems: Iterable[Problem], source: str = "the configuration") -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        assert self.problems
+        super().__init__(self.problems, source)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        title = f"{count} problem{'s' if count > 1 else ''} in {self.source}"
+        return redact("\n".join([title, *(str(problem) for problem in self.problems)]))
+
+
+def redact(text: str) -> str:
+    """Returns `text` with anything that looks like an access token or a URL password hidden."""
+    return SECRET_VALUE.sub("<hidden>", text)
+
+
+def is_secret_name(name: str) -> bool:
+    """True for names such as `hub_token`, `WANDB_API_KEY` or `password`."""
+    return SECRET_NAME.search(name) is not None
+
+
+def show(value: Any) -> str:
+    """Returns `value` as an error message shows it: in YAML's words, short, without secrets."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return f"a mapping with {len(value)} keys"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)} items"
+    text = redact(value) if isinstance(value, str) else str(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return f"the string {text!r}" if isinstance(value, str) else text
+
+
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the candidate most like `word`, or None when none is close."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def nearest_key(unknown: str, known: Iterable[str]) -> str | None:
+    """Returns the dotted key that `unknown` most likely means, or None when none is close.
+
+    Args:
+        unknown: Dotted key that does not exist, e.g. "lr" or "optim.warmup".
+        known: All dotted keys that exist.
+    """
+    section, _, name = unknown.rpartition(".")
+
+    def likeness(candidate: str) -> tuple[float, bool]:
+        candidate_section, _, candidate_name = candidate.rpartition(".")
+        # "warmup" means optim.warmup_steps; of two equally like names the same section wins.
+        if name in candidate_name.split("_"):
+            return (0.9 if name != candidate_name else 1.0), candidate_section == section
+        swapped = 0.95 if sorted(name) == sorted(candidate_name) else 0.0
+        ratio = difflib.SequenceMatcher(None, name, candidate_name).ratio()
+        return max(ratio, swapped), candidate_section == section
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.65 else None
