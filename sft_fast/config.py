@@ -1,0 +1,349 @@
+"""The configuration: one YAML file, `a.b=c` overrides, all of it checked before torch is imported.
+
+Every key, its default, unit and limits are in the classes below. Paths are relative to the
+working directory.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from sft_fast import primus
+from sft_fast.config_checks import cross_field_problems
+from sft_fast.config_source import Tree, apply_overrides, validate
+from sft_fast.errors import ConfigError, Problem
+from sft_fast.primus_arguments import TARGETS
+from sft_fast.yaml_source import dump_yaml, read_yaml
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+# What other trainers call our keys, for the "did you mean" of an unknown key.
+OTHER_NAMES = {
+    "base_model": "model.path",
+    "cutoff_len": "packing.capacity",
+    "dataset": "data.train",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "optim.decay",
+    "lr_scheduler_type": "optim.decay",
+    "max_grad_norm": "optim.clip_grad",
+    "max_length": "packing.capacity",
+    "max_seq_length": "packing.capacity",
+    "max_steps": "train.steps",
+    "model_name_or_path": "model.path",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "sequence_len": "packing.capacity",
+    "warmup_ratio": "optim.warmup_steps",
+    **{argument: target.key for argument, target in TARGETS.items()},
+}
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no coercion ("1e-5" is no number), no changes."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ShapeConfig(Section):
+    """Architecture of a randomly initialised Llama; the vocabulary comes from the tokenizer."""
+
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_layers: Positive
+    """Transformer layers."""
+    num_attention_heads: Positive
+    """Query heads."""
+    num_key_value_heads: Positive
+    """Key and value heads; num_attention_heads for plain multi-head attention."""
+    ffn_hidden_size: Positive
+    """Width of the SwiGLU MLP."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_word_embeddings: bool = True
+    """Share the weight of the embedding and the LM head."""
+    max_position_embeddings: Positive = 4096
+    """Longest sample the model is meant for, in tokens."""
+
+
+class ModelConfig(Section):
+    """The weights to start from."""
+
+    path: PathText | None = None
+    """Directory or hub id with config.json and *.safetensors; null = random weights of `shape`."""
+    random_init: bool = False
+    """Take config.json of `path`, but random weights."""
+    revision: Text | None = None
+    """Branch, tag or commit of the hub repository `path`."""
+    dtype: Dtype = "bf16"
+    """Type of parameters and activations; the optimizer keeps fp32 copies."""
+    shape: ShapeConfig | None = None
+    """Architecture when `path` is null."""
+    recompute: Literal["none", "full"] = "none"
+    """full = keep only each layer's input and run the layer again in the backward pass."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer and its chat template."""
+
+    path: PathText | None = None
+    """Directory or hub id; null = model.path; "demo" = the embedded one."""
+    chat_template: PathText | None = None
+    """Jinja file that replaces the tokenizer's own chat template."""
+
+
+class DataConfig(Section):
+    """Where the samples come from."""
+
+    train: PathText
+    """Training data: a .jsonl or .json file, a directory, a hub id, or "demo"."""
+    eval: PathText | None = None
+    """Evaluation data, same forms; null = no evaluation."""
+    train_split: Text = "train"
+    """Split or split expression of `train`, e.g. train[:1%]."""
+    eval_split: Text | None = None
+    """Split or split expression of `eval`; null = the source decides."""
+    format: Text = "auto"
+    """Formatter of a row (alpaca, chatml, openai, messages, sharegpt, ...); auto = by columns."""
+    fields: dict[str, str] = {}
+    """Our field -> the source's column, e.g. {instruction: question, response: answer}."""
+    over_length: Literal["error", "drop", "truncate_right"] = "error"
+    """What happens to a sample longer than packing.capacity."""
+    cache_dir: PathText | None = None
+    """Directory of the tokenised data; null = <output_dir>/data."""
+
+
+class PackingConfig(Section):
+    """How samples share a row of tokens."""
+
+    strategy: Literal["bfd", "none"] = "bfd"
+    """bfd = best-fit decreasing, many samples per row; none = one sample per row."""
+    capacity: Annotated[int, Field(ge=2)] = 2048
+    """Length of a row, in tokens."""
+
+
+class TrainConfig(Section):
+    """How long and in which batches; exactly one of steps and epochs."""
+
+    steps: Positive | None = None
+    """Optimizer steps."""
+    epochs: Positive | None = None
+    """Passes over the training data."""
+    global_batch_size: Positive = 8
+    """Rows per optimizer step, over all data-parallel ranks."""
+    micro_batch_size: Positive = 1
+    """Rows per forward pass of one rank."""
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks; data parallel size = ranks / (tensor * pipeline)."""
+
+    tensor: Positive = 1
+    """Tensor-parallel size, in ranks."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size, in ranks."""
+    sequence: bool = False
+    """Also split norms and dropout along the sequence; needs tensor > 1."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the next forward pass runs; needs the two keys above."""
+    timeout_minutes: Positive = 30
+    """Time limit of a collective, in minutes."""
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up from 0."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    decay_steps: Positive | None = None
+    """Step at which min_lr is reached, warm-up included; null = the last step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; not applied to norms and biases."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay rate of the second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+class LossConfig(Section):
+    """The masked linear cross-entropy."""
+
+    backend: Literal["auto", "torch", "triton", "native"] = "auto"
+    """Kernel; auto = the fastest that this device has."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on data.eval."""
+
+    every_steps: Positive | None = None
+    """Steps between evaluations; null = before the first and after the last step only."""
+    max_samples: Positive | None = None
+    """Samples of data.eval to use; null = all."""
+    exact_match_samples: NotNegative = 0
+    """Held-out questions that the exported model answers (greedy) at the end; 0 = off."""
+    max_new_tokens: Positive = 64
+    """Longest answer to such a question, in tokens."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints, written to <output_dir>/checkpoints."""
+
+    every_steps: Positive | None = None
+    """Steps between checkpoints; null = only at the end."""
+    keep_last: Positive = 2
+    """Newest checkpoints that are kept."""
+    resume: PathText = "auto"
+    """auto = from the newest whole checkpoint of output_dir; never; or a checkpoint's path."""
+
+
+class MetricsConfig(Section):
+    """The log, written to <output_dir>/metrics.jsonl."""
+
+    log_every_steps: Positive = 1
+    """Steps between log lines."""
+
+
+class ExportConfig(Section):
+    """The Hugging Face model written to <output_dir>/export at the end."""
+
+    enabled: bool = True
+    """Write it."""
+    dtype: Dtype | None = None
+    """Type of the exported weights; null = model.dtype."""
+
+
+class Config(Section):
+    """All of it. `load_config` makes one from a file; `Config.model_validate` from a mapping."""
+
+    backend: Text = "megatron"
+    """First half of the registry's (backend, stage) pair."""
+    stage: Text = "sft"
+    """Second half of the registry's (backend, stage) pair."""
+    plugins: list[PathText] = []
+    """Python files imported at start, e.g. one that calls register_trainer."""
+    output_dir: PathText = "outputs/run"
+    """Run directory: config.yaml, metrics.jsonl, checkpoints/, export/."""
+    seed: NotNegative = 1234
+    """Seed of the weights and of the data order."""
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    packing: PackingConfig = PackingConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        problems = list(cross_field_problems(self))
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+
+def load_config(path: Path | None, overrides: list[str]) -> Config:
+    """Returns the checked configuration of a YAML file with overrides applied.
+
+    Args:
+        path: A file in our own keys, or a Primus experiment file (top-level key `modules`);
+            None = the embedded demo.
+        overrides: Items `a.b=value`; the value is YAML. Always our own keys, also for a
+            Primus file.
+
+    Raises:
+        ConfigError: Names everything that is wrong, each with its file and line.
+    """
+    document = read_yaml(DEFAULT_CONFIG if path is None else Path(path))
+    is_primus = "modules" in document.data
+    tree = primus.translate(document) if is_primus else Tree.from_document(document)
+    apply_overrides(tree, overrides)
+    if is_primus:
+        primus.drop_idle_evaluation(tree)
+    return validate(Config, tree, OTHER_NAMES)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every key of `config` to `path`; `load_config(path, [])` gives an equal one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(dump_yaml(config.model_dump()), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """Returns the data-parallel size of a run on `world_size` ranks.
+
+    Raises:
+        ConfigError: The ranks or the batch cannot be split as configured.
+    """
+    parallel, train = config.parallel, config.train
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world_size < 1 or world_size % model_ranks != 0:
+        multiples = f"{model_ranks}, {2 * model_ranks}, {4 * model_ranks}, ..."
+        raise ConfigError(
+            [
+                Problem(
+                    ("parallel.tensor", "parallel.pipeline"),
+                    f"{world_size} ranks for tensor {parallel.tensor} x pipeline "
+                    f"{parallel.pipeline} = {model_ranks} ranks per model",
+                    f"a number of ranks that {model_ranks} divides",
+                    f"start with --nproc-per-node (times nodes) of {multiples}, "
+                    "or lower parallel.tensor or parallel.pipeline",
+                )
+            ],
+            f"the layout of {world_size} ranks",
+        )
+    data_parallel_size = world_size // model_ranks
+    rows = data_parallel_size * train.micro_batch_size
+    if train.global_batch_size % rows != 0:
+        up = -(-train.global_batch_size // rows) * rows
+        raise ConfigError(
+            [
+                Problem(
+                    ("train.global_batch_size", "train.micro_batch_size"),
+                    f"global_batch_size {train.global_batch_size} on {data_parallel_size} "
+                    f"data-parallel ranks with micro_batch_size {train.micro_batch_size}",
+                    f"a multiple of {data_parallel_size} x {train.micro_batch_size} = {rows}",
+                    f"train.global_batch_size={up}, or another --nproc-per-node",
+                )
+            ],
+            f"the layout of {world_size} ranks",
+        )
+    return data_parallel_size

@@ -1,0 +1,165 @@
+"""Checks of keys that must fit together; each names its keys, so a message can point at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sft_fast.errors import Problem
+
+if TYPE_CHECKING:
+    from sft_fast.config import Config
+
+
+def cross_field_problems(config: Config) -> Iterator[Problem]:
+    """Yields every contradiction between the keys of a configuration."""
+    yield from _model_problems(config)
+    yield from _shape_problems(config)
+    yield from _train_problems(config)
+    yield from _optim_problems(config)
+    yield from _parallel_problems(config)
+    yield from _evaluation_problems(config)
+
+
+def _model_problems(config: Config) -> Iterator[Problem]:
+    model, tokenizer = config.model, config.tokenizer
+    if (model.path is None) == (model.shape is None):
+        yield Problem(
+            ("model.path", "model.shape"),
+            "neither" if model.path is None else "both",
+            "exactly one: trained weights (path) or an architecture for random weights (shape)",
+            "model.path=<directory or hub id>" if model.path is None else "model.shape=null",
+        )
+    if model.path is None and model.random_init:
+        yield Problem(("model.random_init", "model.path"), "true without a path", "a path")
+    if model.path is None and model.revision is not None:
+        yield Problem(("model.revision", "model.path"), "a revision without a path", "a path")
+    if model.path is None and tokenizer.path is None:
+        found = "null, and there is no model.path to take it from"
+        yield Problem(("tokenizer.path",), found, "a directory or hub id, or demo")
+    if model.path is not None and tokenizer.path == "demo":
+        yield Problem(
+            ("tokenizer.path", "model.path"),
+            "the demo tokenizer with a model that has its own vocabulary",
+            "the model's own tokenizer",
+            "tokenizer.path=null",
+        )
+
+
+def _shape_problems(config: Config) -> Iterator[Problem]:
+    shape, parallel = config.model.shape, config.parallel
+    if shape is None:
+        return
+    values = {f"model.shape.{name}": value for name, value in shape.model_dump().items()}
+    values |= {"parallel.tensor": parallel.tensor, "parallel.pipeline": parallel.pipeline}
+    heads, groups = "model.shape.num_attention_heads", "model.shape.num_key_value_heads"
+    for divisor, key in (
+        (heads, "model.shape.hidden_size"),
+        (groups, heads),
+        ("parallel.tensor", heads),
+        ("parallel.tensor", groups),
+        ("parallel.tensor", "model.shape.ffn_hidden_size"),
+        ("parallel.pipeline", "model.shape.num_layers"),
+    ):
+        if values[key] % values[divisor] != 0:
+            yield Problem(
+                (key, divisor),
+                f"{values[key]} is not a multiple of {values[divisor]}",
+                f"{divisor} divides {key}",
+            )
+    head_dim, rest = divmod(shape.hidden_size, shape.num_attention_heads)
+    if rest == 0 and head_dim % 2 != 0:
+        yield Problem(
+            ("model.shape.hidden_size", heads),
+            f"{head_dim} channels per head",
+            "an even number, because the rotary embedding turns pairs of channels",
+        )
+    if config.packing.capacity > shape.max_position_embeddings:
+        yield Problem(
+            ("packing.capacity", "model.shape.max_position_embeddings"),
+            f"rows of {config.packing.capacity} tokens, {shape.max_position_embeddings} positions",
+            "packing.capacity <= model.shape.max_position_embeddings",
+        )
+
+
+def _train_problems(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        yield Problem(
+            ("train.steps", "train.epochs"),
+            "neither" if train.steps is None else "both",
+            "exactly one of the two",
+            "train.epochs=1" if train.steps is None else "train.steps=null or train.epochs=null",
+        )
+    if train.global_batch_size % train.micro_batch_size != 0:
+        yield Problem(
+            ("train.global_batch_size", "train.micro_batch_size"),
+            f"{train.global_batch_size} is not a multiple of {train.micro_batch_size}",
+            "train.micro_batch_size divides train.global_batch_size",
+        )
+
+
+def _optim_problems(config: Config) -> Iterator[Problem]:
+    train, optim = config.train, config.optim
+    if optim.min_lr > optim.lr:
+        yield Problem(("optim.min_lr", "optim.lr"), f"{optim.min_lr} > {optim.lr}", "min_lr <= lr")
+    end_key = "train.steps" if optim.decay_steps is None else "optim.decay_steps"
+    end = train.steps if optim.decay_steps is None else optim.decay_steps
+    if end is not None and optim.warmup_steps >= end:
+        yield Problem(
+            ("optim.warmup_steps", end_key),
+            f"{optim.warmup_steps} warm-up steps, but the schedule ends at step {end}",
+            f"optim.warmup_steps < {end_key}",
+            f"optim.warmup_steps={end // 10}",
+        )
+
+
+def _parallel_problems(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        yield Problem(
+            ("parallel.sequence", "parallel.tensor"),
+            "sequence parallel with parallel.tensor 1",
+            "parallel.tensor > 1",
+            "parallel.sequence=false, or parallel.tensor=2",
+        )
+    capacity = config.packing.capacity
+    if parallel.sequence and capacity % parallel.tensor != 0:
+        yield Problem(
+            ("packing.capacity", "parallel.tensor"),
+            f"{capacity} is not a multiple of {parallel.tensor}, with parallel.sequence",
+            "parallel.tensor divides packing.capacity",
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        names = ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce")
+        yield Problem(
+            tuple(f"parallel.{name}" for name in names),
+            "overlap_param_gather without the other two",
+            "all three true, or overlap_param_gather false",
+        )
+
+
+def _evaluation_problems(config: Config) -> Iterator[Problem]:
+    evaluation = config.evaluation
+    wanted = {
+        "data.eval_split": config.data.eval_split,
+        "evaluation.every_steps": evaluation.every_steps,
+        "evaluation.max_samples": evaluation.max_samples,
+        "evaluation.exact_match_samples": evaluation.exact_match_samples,
+    }
+    for key, value in wanted.items():
+        if value and config.data.eval is None:
+            yield Problem(
+                (key, "data.eval"),
+                f"{value}, but there is no evaluation data",
+                "data.eval",
+                "data.eval=<file or hub id>",
+            )
+    if evaluation.exact_match_samples and not config.export.enabled:
+        yield Problem(
+            ("evaluation.exact_match_samples", "export.enabled"),
+            "questions for the exported model, but nothing is exported",
+            "export.enabled true, or evaluation.exact_match_samples 0",
+        )

@@ -1,0 +1,243 @@
+"""What each Megatron argument of a Primus experiment means here: tables only.
+
+An argument has a key of ours, or must say what this trainer always does, or only concerns speed
+or logging, or belongs to a feature that must be off. One in no table is an error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """Our key for an argument, and how its value changes on the way."""
+
+    key: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The values of an argument that agree with what this trainer always does, and why."""
+
+    values: tuple[Any, ...]
+    reason: str
+
+
+def as_flag(value: Any) -> Any:
+    """Returns 0 and 1 as false and true, as Primus files have them; all else as it is."""
+    return bool(value) if isinstance(value, int) and value in (0, 1) else value
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _negated(value: Any) -> Any:
+    flag = as_flag(value)
+    return not flag if isinstance(flag, bool) else value
+
+
+def _strategy(value: Any) -> Any:
+    flag = as_flag(value)
+    return ("bfd" if flag else "none") if isinstance(flag, bool) else value
+
+
+TARGETS = {
+    "seed": Target("seed"),
+    "save": Target("output_dir"),
+    "hf_path": Target("model.path"),
+    "recompute_granularity": Target("model.recompute"),
+    "tokenizer_model": Target("tokenizer.path"),
+    "sft_dataset_name": Target("data.train"),
+    "sft_dataset_split": Target("data.train_split"),
+    "sft_conversation_format": Target("data.format"),
+    "seq_length": Target("packing.capacity"),
+    "enable_packed_sequences": Target("packing.strategy", _strategy),
+    "train_iters": Target("train.steps"),
+    "global_batch_size": Target("train.global_batch_size"),
+    "micro_batch_size": Target("train.micro_batch_size"),
+    "tensor_model_parallel_size": Target("parallel.tensor"),
+    "pipeline_model_parallel_size": Target("parallel.pipeline"),
+    "sequence_parallel": Target("parallel.sequence", as_flag),
+    "use_distributed_optimizer": Target("parallel.distributed_optimizer", as_flag),
+    "overlap_grad_reduce": Target("parallel.overlap_grad_reduce", as_flag),
+    "overlap_param_gather": Target("parallel.overlap_param_gather", as_flag),
+    "distributed_timeout_minutes": Target("parallel.timeout_minutes"),
+    "lr": Target("optim.lr"),
+    "min_lr": Target("optim.min_lr"),
+    "lr_warmup_iters": Target("optim.warmup_steps"),
+    "lr_decay_style": Target("optim.decay"),
+    "lr_decay_iters": Target("optim.decay_steps"),
+    "weight_decay": Target("optim.weight_decay"),
+    "adam_beta1": Target("optim.beta1"),
+    "adam_beta2": Target("optim.beta2"),
+    "adam_eps": Target("optim.eps"),
+    "clip_grad": Target("optim.clip_grad"),
+    "eval_interval": Target("evaluation.every_steps"),
+    "save_interval": Target("checkpoint.every_steps"),
+    "log_interval": Target("metrics.log_every_steps"),
+}
+
+SIZES = {
+    "num_layers": Target("model.shape.num_layers"),
+    "hidden_size": Target("model.shape.hidden_size"),
+    "ffn_hidden_size": Target("model.shape.ffn_hidden_size"),
+    "num_attention_heads": Target("model.shape.num_attention_heads"),
+    "num_query_groups": Target("model.shape.num_key_value_heads"),
+}
+DETAILS = {
+    "max_position_embeddings": Target("model.shape.max_position_embeddings"),
+    "norm_epsilon": Target("model.shape.norm_eps"),
+    "rotary_base": Target("model.shape.rope_theta"),
+    "untie_embeddings_and_output_weights": Target("model.shape.tie_word_embeddings", _negated),
+}
+
+_LLAMA = "a random model here is a Llama: RMSNorm, SwiGLU, rotary positions, no biases, no dropout"
+_ONE_SIZE = "ranks are split by tensor, pipeline and data parallelism only"
+_SCHEDULE = "the schedule is lr, min_lr, lr_warmup_iters, lr_decay_iters and lr_decay_style"
+_STATES = "gradients and optimizer states are fp32"
+_BATCH = "the batch size is the same in every step"
+ARCHITECTURE = {
+    "add_bias_linear": Fixed((False,), _LLAMA),
+    "add_qkv_bias": Fixed((False,), _LLAMA),
+    "attention_dropout": Fixed((0,), _LLAMA),
+    "disable_bias_linear": Fixed((True,), _LLAMA),
+    "hidden_dropout": Fixed((0,), _LLAMA),
+    "init_method_std": Fixed((0.02,), "random weights are drawn with standard deviation 0.02"),
+    "normalization": Fixed(("RMSNorm",), _LLAMA),
+    "position_embedding_type": Fixed(("rope",), _LLAMA),
+    "qk_layernorm": Fixed((False,), _LLAMA),
+    "rotary_percent": Fixed((1,), _LLAMA),
+    "swiglu": Fixed((True,), _LLAMA),
+    "use_rope_scaling": Fixed((False,), _LLAMA),
+    "use_rotary_position_embeddings": Fixed((True,), _LLAMA),
+}
+FIXED = {
+    "calculate_per_token_loss": Fixed(
+        (True,),
+        "the loss is always the mean over the supervised tokens of the global batch; a mean of "
+        "micro-batch means would depend on micro_batch_size, packing and the number of ranks",
+    ),
+    "context_parallel_size": Fixed((1,), _ONE_SIZE),
+    "decoupled_lr": Fixed((), _SCHEDULE),
+    "eod_mask_loss": Fixed(
+        (False,), "the end of an answer is trained, so the model learns to stop"
+    ),
+    "expert_model_parallel_size": Fixed((1,), _ONE_SIZE),
+    "exp_avg_dtype": Fixed(("fp32",), _STATES),
+    "exp_avg_sq_dtype": Fixed(("fp32",), _STATES),
+    "expert_tensor_parallel_size": Fixed((1,), _ONE_SIZE),
+    "grad_reduce_in_bf16": Fixed((False,), "gradients are reduced in fp32"),
+    "lr_decay_samples": Fixed((0,), _SCHEDULE),
+    "lr_warmup_fraction": Fixed((0,), _SCHEDULE),
+    "lr_warmup_init": Fixed((0,), _SCHEDULE),
+    "lr_warmup_samples": Fixed((0,), _SCHEDULE),
+    "main_grads_dtype": Fixed(("fp32",), _STATES),
+    "main_params_dtype": Fixed(("fp32",), _STATES),
+    "optimizer": Fixed(("adam",), "the optimizer is AdamW"),
+    "rampup_batch_size": Fixed((), _BATCH),
+    "skip_train": Fixed((False,), "this is a trainer"),
+    "tokenizer_type": Fixed(("HuggingFaceTokenizer",), "tokenizers are Hugging Face tokenizers"),
+    "train_samples": Fixed((), "the length is train_iters"),
+    "trust_remote_code": Fixed((False,), "code from a model's repository is never run"),
+    "weight_decay_incr_style": Fixed(("constant",), "weight decay is constant"),
+}
+
+# Prefix of arguments that are fine while they are null, false or 0.
+OFF = {
+    "data_path": "training data comes from sft_dataset_name",
+    "enable_odc": "on-demand communication is not part of this trainer",
+    "fp4": "there is no 4-bit training",
+    "fp8": "there is no 8-bit training",
+    "mock_data": "training data comes from sft_dataset_name",
+    "moe_": "there are no mixture-of-experts models",
+    "mtp_": "there is no multi-token prediction",
+    "multi_latent_attention": "there is no multi-head latent attention",
+    "num_experts": "there are no mixture-of-experts models",
+    "num_layers_per_virtual_pipeline_stage": "pipeline stages are not interleaved",
+    "num_virtual_stages_per_pipeline_rank": "pipeline stages are not interleaved",
+    "pipeline_model_parallel_layout": "layers are split evenly over pipeline ranks",
+    "pretrained_checkpoint": "weights come from the Hugging Face model of hf_path",
+    "recompute_activations": "recomputation is recompute_granularity: full",
+    "sft_bridge_compat_inline_bos": "a conversation is tokenised in one piece",
+    "sft_sanitize_nan_grads": "a gradient that is not finite stops the run",
+    "use_custom_fsdp": _ONE_SIZE,
+    "use_megatron_fsdp": _ONE_SIZE,
+    "use_precision_aware_optimizer": _STATES,
+    "use_torch_fsdp2": _ONE_SIZE,
+    "virtual_pipeline_model_parallel_size": "pipeline stages are not interleaved",
+}
+
+# Speed, logging and file formats: the trained weights do not depend on them.
+IGNORED = _names(
+    """
+    accumulate_allreduce_grads_in_fp32 align_grad_reduce align_param_gather app_tag_run_name
+    app_tag_run_version apply_rope_fusion async_save async_tensor_model_parallel_allreduce
+    attention_backend attention_softmax_in_fp32 auto_detect_ckpt_format barrier_with_L1_time
+    bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion check_for_large_grads
+    check_for_nan_in_loss check_for_nan_in_loss_and_grad check_for_spiky_loss ckpt_format
+    ckpt_fully_parallel_load ckpt_fully_parallel_save cp_comm_type cross_entropy_fusion_impl
+    cross_entropy_loss_fusion data_cache_path data_sharding dataloader_mp_context dataloader_type
+    ddp_average_in_collective ddp_bucket_size ddp_num_buckets deterministic_mode
+    disable_compile_dependencies disable_last_saving disable_mlflow disable_tensorboard
+    disable_wandb dist_ckpt_strictness distributed_backend empty_unused_memory_level
+    enable_experimental enable_fused_linear_ce enable_gloo_process_groups enable_one_logger
+    enable_primus_turbo exit_on_missing_checkpoint exit_signal_handler file_sink_level finetune
+    fully_parallel_save gradient_accumulation_fusion gradient_reduce_div_fusion lb_mini_cost_model
+    lb_mini_max_token_len log_avg_reset_interval log_avg_skip_iterations
+    log_batch_size_to_tensorboard log_learning_rate_to_tensorboard log_loss_scale_to_tensorboard
+    log_memory_to_tensorboard log_num_zeros_in_grad log_params_norm log_progress log_throughput
+    log_timers_to_tensorboard log_validation_ppl_to_tensorboard log_world_size_to_tensorboard
+    logging_level make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval
+    masked_softmax_fusion memory_snapshot_path mlflow_experiment_name mlflow_run_name
+    mlflow_upload_logs mlflow_upload_performance_metrics mlflow_upload_traces native_ckpt_convert
+    native_ckpt_dtype native_ckpt_out no_fp8_weight_transpose_cache no_load_optim no_load_rng
+    no_persist_layer_norm no_save_optim no_save_rng num_dataset_builder_threads num_workers
+    nvtx_ranges overlap_p2p_comm override_opt_param_scheduler pp_warmup profile profile_ranks
+    profile_step_end profile_step_start pytorch_profiler_collect_callstack
+    pytorch_profiler_collect_chakra pytorch_profiler_collect_shapes recompute_method
+    recompute_num_layers record_memory_history record_shapes reset_attention_mask reset_position_ids
+    scatter_gather_tensors_in_pipeline sink_level split stderr_sink_level tensorboard_dir
+    tensorboard_log_interval tensorboard_queue_size timing_log_level timing_log_option
+    torch_profiler_record_shapes torch_profiler_use_gzip torch_profiler_with_stack tp_comm_overlap
+    trainable transformer_impl turbo_deepep_num_cu turbo_deepep_use_comm_stream
+    turbo_sync_free_moe_stage use_checkpoint_opt_param_scheduler use_flash_attn use_nsys_profiler
+    use_pytorch_profiler use_rocm_mem_info use_rocm_mem_info_iters use_turbo_attention
+    use_turbo_deepep use_turbo_grouped_gemm use_turbo_rms_norm wall_clock_step_timer wandb_entity
+    wandb_exp_name wandb_project wandb_save_dir
+    """
+)
+
+# Read by name in `primus.py`, because they act together with others.
+COMBINED = _names(
+    """
+    auto_continue_train bf16 eval_iters fp16 group_query_attention load lora stage
+    use_packed_attention
+    """
+)
+
+# What an SFT experiment gets where it says nothing (its module file, sft_trainer.yaml).
+DEFAULTS = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "bf16": True,
+    "distributed_timeout_minutes": 60,
+    "enable_packed_sequences": False,
+    "eval_interval": 50,
+    "eval_iters": 10,
+    "global_batch_size": 128,
+    "log_interval": 1,
+    "lr": 1e-5,
+    "lr_decay_style": "cosine",
+    "lr_warmup_iters": 50,
+    "micro_batch_size": 1,
+    "min_lr": 0.0,
+    "save_interval": 100,
+    "seq_length": 2048,
+    "sft_conversation_format": "alpaca",
+    "train_iters": 1000,
+    "use_distributed_optimizer": True,
+    "weight_decay": 0.1,
+}
