@@ -3,22 +3,23 @@
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_fast.packing import StepCounts
+
 
 @dataclass(frozen=True)
-class StepCounts:
-    """What the packing plan knows of a step before it runs; over all data-parallel ranks."""
+class StepResult:
+    """What one optimizer step gave; equal on every rank."""
 
-    num_samples: int
-    num_tokens: int
-    """Real tokens, prompt and answer."""
-    num_supervised: int
-    """Tokens that train."""
-    num_slots: int
-    """Tokens of the packed rows, padding included."""
+    loss: float
+    """Mean over the global batch's supervised tokens, nats."""
+    grad_norm: float
+    lr: float
+    was_skipped: bool
+    """True when fp16 loss scaling overflowed and the weights did not move."""
 
 
 class MetricsWriter:
@@ -46,6 +47,28 @@ class MetricsWriter:
         if self.is_main:
             print(text, flush=True)
 
+    def step(
+        self, step: int, num_steps: int, result: StepResult, counts: StepCounts, elapsed_s: float
+    ) -> None:
+        """Reports one optimizer step; tokens per second are over all ranks."""
+        supervised_per_s = counts.num_supervised / elapsed_s
+        tokens_per_s = counts.num_tokens / elapsed_s
+        self.write(
+            "step",
+            step=step,
+            **asdict(result),
+            **asdict(counts),
+            elapsed_s=elapsed_s,
+            tokens_per_s=tokens_per_s,
+            supervised_tokens_per_s=supervised_per_s,
+        )
+        skipped = "  SKIPPED (fp16 overflow)" if result.was_skipped else ""
+        self.say(
+            f"step {step}/{num_steps}  loss {result.loss:.4f}  lr {result.lr:.2e}  "
+            f"grad_norm {result.grad_norm:.3f}  samples {counts.num_samples}  "
+            f"tokens/s {tokens_per_s:,.0f}  supervised/s {supervised_per_s:,.0f}{skipped}"
+        )
+
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
@@ -55,22 +78,3 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def step_line(
-    step: int, num_steps: int, loss: float, lr: float, grad_norm: float, rates: dict[str, float]
-) -> str:
-    """The human line of one optimizer step."""
-    return (
-        f"step {step}/{num_steps}  loss {loss:.4f}  lr {lr:.2e}  grad_norm {grad_norm:.3f}  "
-        f"supervised/s {rates['supervised_tokens_per_s']:,.0f}  "
-        f"tokens/s {rates['tokens_per_s']:,.0f}  padding {rates['padding_share']:.1%}"
-    )
-
-
-def step_rates(counts: StepCounts, elapsed_s: float) -> dict[str, float]:
-    """Throughput over all ranks; slot tokens per second would count the padding as work."""
-    return {
-        "tokens_per_s": counts.num_tokens / elapsed_s,
-        "supervised_tokens_per_s": counts.num_supervised / elapsed_s,
-        "slot_tokens_per_s": counts.num_slots / elapsed_s,
-        "padding_share": 1.0 - counts.num_tokens / max(counts.num_slots, 1),
-    }

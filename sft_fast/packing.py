@@ -149,6 +149,19 @@ class PackingReport:
         )
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What one step holds, over all data-parallel ranks; known before it runs."""
+
+    num_samples: int
+    num_tokens: int
+    """Prompt and answer, without padding."""
+    num_supervised: int
+    """Tokens that train: the denominator of the step's loss."""
+    num_slots: int
+    """Tokens that the packed rows have room for."""
+
+
 class StepPlan:
     """Every optimizer step of a run, epoch after epoch.
 
@@ -274,10 +287,15 @@ class StepPlan:
         first = dp_rank * micro_batch_size
         return [bins[begin : begin + micro_batch_size] for begin in range(first, len(bins), stride)]
 
-    def num_supervised(self, global_step: int) -> int:
-        """Returns the supervised tokens of a whole step: the denominator of its loss."""
+    def counts(self, global_step: int) -> StepCounts:
+        """Returns what a whole step holds."""
         sample_ids = np.concatenate(self.step_bins(*self.locate(global_step)))
-        return int(self.supervised[sample_ids].sum(dtype=np.int64))
+        return StepCounts(
+            num_samples=len(sample_ids),
+            num_tokens=int(self.lengths[sample_ids].sum(dtype=np.int64)),
+            num_supervised=int(self.supervised[sample_ids].sum(dtype=np.int64)),
+            num_slots=self.capacity * self.global_batch_size,
+        )
 
     def report(self) -> PackingReport:
         """Returns the packing figures of an epoch."""

@@ -211,15 +211,15 @@ def test_num_supervised_is_the_sum_over_the_step() -> None:
     per_step = []
     for step in range(plan.num_steps_per_epoch):
         samples = [s for bins in plan.micro_batches(step, 0, 1, 1) for one in bins for s in one]
-        assert plan.num_supervised(step) == sum(int(plan.supervised[s]) for s in samples)
-        per_step.append(plan.num_supervised(step))
+        assert plan.counts(step).num_supervised == sum(int(plan.supervised[s]) for s in samples)
+        per_step.append(plan.counts(step).num_supervised)
     assert sum(per_step) == plan.supervised.sum()
 
 
 def test_num_supervised_beyond_int32() -> None:
     lengths = np.full(300, 2**24, np.int32)
     plan = StepPlan(lengths, lengths - 1, capacity=2**24, global_batch_size=300)
-    assert plan.num_supervised(0) == 300 * (2**24 - 1)
+    assert plan.counts(0).num_supervised == 300 * (2**24 - 1)
     assert plan.report().num_tokens == 300 * 2**24
 
 
@@ -267,7 +267,7 @@ def test_steps_that_do_not_exist() -> None:
         with pytest.raises(ValueError, match=f"step is {step}; an epoch has"):
             plan.step_bins(0, step)
     with pytest.raises(ValueError, match="epoch is -1"):
-        plan.num_supervised(-1)
+        plan.counts(-1).num_supervised
 
 
 def test_the_fingerprint_tells_plans_apart() -> None:

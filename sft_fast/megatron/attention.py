@@ -73,7 +73,9 @@ class PackedAttention(MegatronModule):
         if packed_seq_params is None:
             return self.attend(query, key, value).flatten(2)
         assert isinstance(packed_seq_params, PackedSamples) and query.shape[1] == 1
-        seqlens = list(packed_seq_params.seqlens)
+        # A row of padding alone still attends to itself: every weight must get its (zero) gradient,
+        # or DDP would wait for it.
+        seqlens = list(packed_seq_params.seqlens) or [1]
         padding = query.shape[0] - sum(seqlens)
         assert padding >= 0, (query.shape, sum(seqlens))
         parts = (tensor.split([*seqlens, padding]) for tensor in (query, key, value))

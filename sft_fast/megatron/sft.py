@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -23,9 +24,8 @@ from sft_fast.megatron.checkpoint import (
     read_train_state,
     save_checkpoint,
 )
-from sft_fast.megatron.export import export_model
 from sft_fast.megatron.forward_step import forward_step
-from sft_fast.megatron.hf import load_weights
+from sft_fast.megatron.hf import WeightSource, load_weights
 from sft_fast.megatron.model import build_model
 from sft_fast.megatron.optim import (
     build_lr_schedule,
@@ -34,21 +34,18 @@ from sft_fast.megatron.optim import (
     normalise_by,
     wrap_model,
 )
-from sft_fast.megatron.parallel import Parallel, init_parallel, once_per_node
-from sft_fast.metrics import MetricsWriter, StepCounts, step_line, step_rates
+from sft_fast.megatron.parallel import Parallel, init_parallel
+from sft_fast.metrics import MetricsWriter, StepResult
 from sft_fast.packing import StepPlan
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave; equal on every rank."""
+class Run:
+    """What an optimizer step changes."""
 
-    loss: float
-    """Mean over the global batch's supervised tokens, nats."""
-    grad_norm: float
-    lr: float
-    was_skipped: bool
-    """True when fp16 loss scaling overflowed and the weights did not move."""
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
 
 
 def micro_batches(
@@ -59,7 +56,7 @@ def micro_batches(
         step, parallel.dp_rank, parallel.dp_size, config.train.micro_batch_size
     )
     for bins in rows:
-        sample_ids = torch.cat([torch.as_tensor(bin_) for bin_ in bins]).numpy()
+        sample_ids = np.concatenate(bins)
         num_rows = config.packing.capacity * len(bins)
         if parallel.pp_size == 1:
             # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
@@ -100,23 +97,21 @@ def run_schedule(
 
 
 def train_step(
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
+    run: Run,
     batches: Iterator[MicroBatch],
     num_supervised: int,
     config: Config,
     parallel: Parallel,
 ) -> StepResult:
     """One optimizer step; the only place where gradients happen."""
-    model.zero_grad_buffer()
-    optimizer.zero_grad()
-    normalise_by(model, num_supervised)
-    total = run_schedule(model, batches, config, parallel, forward_only=False)
-    lr = optimizer.param_groups[0]["lr"]
-    was_updated, grad_norm, _ = optimizer.step()
+    run.model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    normalise_by(run.model, num_supervised)
+    total = run_schedule(run.model, batches, config, parallel, forward_only=False)
+    lr = run.optimizer.param_groups[0]["lr"]
+    was_updated, grad_norm, _ = run.optimizer.step()
     if was_updated:
-        schedule.step(increment=1)
+        run.schedule.step(increment=1)
     loss_sum, counted = total.tolist()
     assert counted == num_supervised, (counted, num_supervised)
     return StepResult(loss_sum / max(counted, 1), grad_norm or 0.0, lr, not was_updated)
@@ -149,6 +144,61 @@ def make_plan(store: TokenStore, config: Config) -> StepPlan:
     )
 
 
+def build_run(
+    config: Config,
+    architecture: Architecture,
+    weights: WeightSource,
+    num_steps: int,
+    parallel: Parallel,
+) -> Run:
+    """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
+    module = build_model(architecture, config, parallel)
+    load_weights(module, weights, architecture, parallel)
+    model = wrap_model(module, config)
+    optimizer = build_optimizer(model, config)
+    connect_schedule(model, optimizer)
+    return Run(model, optimizer, build_lr_schedule(optimizer, config, num_steps))
+
+
+def resume(
+    config: Config, run: Run, state: TrainState, num_steps: int, metrics: MetricsWriter
+) -> int:
+    """Loads the checkpoint that `checkpoint.resume` names; returns the optimizer steps done.
+
+    Args:
+        state: this run at step 0; its fingerprints must be the checkpoint's.
+
+    Raises:
+        ValueError: the checkpoint belongs to other data or another data order.
+    """
+    choice = config.checkpoint.resume
+    existing = list_checkpoints(Path(config.output_dir) / "checkpoints")
+    if choice == "never" and existing:
+        raise ValueError(
+            f"checkpoint.resume is never, but {config.output_dir} holds {existing[-1].name}; "
+            "choose another output_dir, or checkpoint.resume=auto"
+        )
+    if choice in ("auto", "never") and not existing:
+        return 0
+    checkpoint = existing[-1] if choice == "auto" else Path(choice)
+    found = read_train_state(checkpoint)
+    for field in ("data_fingerprint", "plan_fingerprint"):
+        if getattr(found, field) != getattr(state, field):
+            raise ValueError(
+                f"checkpoint.resume: {checkpoint} was made with {field} {getattr(found, field)!r}, "
+                f"this run has {getattr(state, field)!r}; restore the old data and options, or "
+                "choose another output_dir"
+            )
+    if found.step > num_steps:
+        raise ValueError(
+            f"checkpoint.resume: {checkpoint} has {found.step} steps, more than the {num_steps} "
+            "of train.steps or train.epochs; raise them, or choose another output_dir"
+        )
+    load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
+    metrics.say(f"resumed from {checkpoint} at step {found.step} of {num_steps}")
+    return found.step
+
+
 def train(config: Config) -> int:
     """Runs supervised fine-tuning as `config` says; every rank of the job calls it.
 
@@ -159,33 +209,62 @@ def train(config: Config) -> int:
     """
     parallel = init_parallel(config)
     output = Path(config.output_dir)
-    if parallel.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
-    dist.barrier()
     metrics = MetricsWriter(output, parallel.is_main)
-    metrics.say(f"{parallel.world_size} x {parallel.device.type}: {describe_layout(parallel)}")
     tokenizer = load_tokenizer(config)
-    data = prepare_data(config, tokenizer, metrics)
-    source = read_model_source(config, tokenizer)
-    model, optimizer, schedule, plan = build(config, data.train, source, parallel)
-    num_steps = config.train.steps or config.train.epochs * plan.num_steps_per_epoch
-    start = resume(config, model, optimizer, schedule, data.train, metrics)
+    store, eval_store = prepare_stores(config, tokenizer, metrics)
+    architecture, weights = read_model(config, tokenizer)
+    plan = make_plan(store, config)
+    metrics.say(f"packing: {plan.report()}")
+    num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
+    run = build_run(config, architecture, weights, num_steps, parallel)
+    state = TrainState(0, store.fingerprint, plan.fingerprint)
+    start = resume(config, run, state, num_steps, metrics)
+    if parallel.is_main:
+        save_config(config, output / "config.yaml")
 
-    report_eval(start, model, data.eval, config, parallel, metrics)
+    report_evaluation(start, run, eval_store, config, parallel, metrics)
     for step in range(start, num_steps):
         began = time.perf_counter()
-        batches = micro_batches(data.train, plan, step, config, parallel)
-        num_supervised = plan.num_supervised_of(step)
-        result = train_step(
-            model, optimizer, schedule, batches, num_supervised, config, parallel
-        )
-        report_step(step + 1, num_steps, result, plan, began, config, metrics)
-        is_last = step + 1 == num_steps
-        if is_last or is_due(config.checkpoint.every_steps, step + 1):
-            save(config, step + 1, model, optimizer, schedule, data.train, parallel)
-        if is_last or is_due(config.evaluation.every_steps, step + 1):
-            report_eval(step + 1, model, data.eval, config, parallel, metrics)
-    finish(config, model, source, tokenizer, data, parallel, metrics)
+        batches = micro_batches(store, plan, step, config, parallel)
+        counts = plan.counts(step)
+        result = train_step(run, batches, counts.num_supervised, config, parallel)
+        done = step + 1
+        if done % config.metrics.log_every_steps == 0 or done == num_steps:
+            metrics.step(done, num_steps, result, counts, time.perf_counter() - began)
+        if done == num_steps or is_due(config.checkpoint.every_steps, done):
+            save_run(replace(state, step=done), run, config, parallel)
+        if done == num_steps or is_due(config.evaluation.every_steps, done):
+            report_evaluation(done, run, eval_store, config, parallel, metrics)
+
+    if config.export.enabled:
+        export(config, run, architecture, tokenizer, parallel, metrics)
     metrics.close()
+    dist.barrier()
+    dist.destroy_process_group()
     return 0
+
+
+def is_due(every_steps: int | None, done: int) -> bool:
+    return every_steps is not None and done % every_steps == 0
+
+
+def save_run(state: TrainState, run: Run, config: Config, parallel: Parallel) -> None:
+    folder = Path(config.output_dir) / "checkpoints"
+    parts = (run.model, run.optimizer, run.schedule)
+    save_checkpoint(folder, state, *parts, parallel, config.checkpoint.keep_last)
+
+
+def report_evaluation(
+    step: int,
+    run: Run,
+    store: TokenStore | None,
+    config: Config,
+    parallel: Parallel,
+    metrics: MetricsWriter,
+) -> None:
+    """Evaluates and reports, when there is an evaluation set."""
+    if store is None:
+        return
+    loss = evaluate(run.model, store, config, parallel)
+    metrics.write("eval", step=step, loss=loss)
+    metrics.say(f"eval at step {step}: loss {loss:.4f}")

@@ -1,0 +1,138 @@
+"""One global batch gives one loss and one gradient, however it is laid out over ranks and rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import RankPool
+from tiny import make_config, make_store, random_samples, save_tiny_llama
+
+NUM_SAMPLES = 16
+# name: world size, packing strategy, micro_batch_size, parallel section, model section
+LAYOUTS: dict[str, tuple[int, str, int, dict[str, Any], dict[str, Any]]] = {
+    "micro-batch-8": (1, "bfd", 8, {}, {}),
+    "recompute": (1, "bfd", 2, {}, {"recompute": "full"}),
+    "unpacked": (1, "none", 4, {}, {}),
+    "dp2": (2, "bfd", 2, {}, {}),
+    "dp2-plain-optimizer": (2, "bfd", 2, {"distributed_optimizer": False}, {}),
+    "dp2-overlap": (
+        2,
+        "bfd",
+        1,
+        {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        {},
+    ),
+    "tp2": (2, "bfd", 1, {"tensor": 2}, {}),
+    "tp2-sequence": (2, "bfd", 2, {"tensor": 2, "sequence": True}, {}),
+    "pp2": (2, "bfd", 1, {"pipeline": 2}, {}),
+    "pp2-unpacked": (2, "none", 4, {"pipeline": 2}, {}),
+    "dp4": (4, "bfd", 1, {}, {}),
+    "dp4-unpacked": (4, "none", 2, {}, {}),
+    "dp2-tp2-sequence": (4, "bfd", 1, {"tensor": 2, "sequence": True}, {}),
+    "dp2-pp2": (4, "bfd", 2, {"pipeline": 2}, {}),
+    "tp2-pp2-sequence": (4, "bfd", 1, {"tensor": 2, "pipeline": 2, "sequence": True}, {}),
+}
+
+
+def run_steps(
+    folder: str,
+    strategy: str,
+    micro_batch_size: int,
+    parallel_section: dict[str, Any],
+    model_section: dict[str, Any],
+) -> list[tuple[float, float]]:
+    """(loss, grad_norm) of two optimizer steps over the same global batch."""
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron import sft
+    from sft_fast.megatron.hf import SafetensorsSource
+    from sft_fast.megatron.parallel import init_parallel
+
+    # Nine bins hold the samples; the tenth to sixteenth are empty.
+    config = make_config(
+        model={"path": folder, "shape": None, **model_section},
+        tokenizer={"path": None},
+        packing={"strategy": strategy},
+        train={"global_batch_size": NUM_SAMPLES, "micro_batch_size": micro_batch_size},
+        parallel=parallel_section,
+        # With the usual epsilon Adam turns the sign of a gradient of 1e-8 into a whole step.
+        optim={"eps": 1e-3},
+    )
+    parallel = init_parallel(config)
+    architecture = architecture_from_hf(read_hf_config(Path(folder)))
+    weights = SafetensorsSource(Path(folder), architecture)
+    store = make_store(random_samples(NUM_SAMPLES, seed=3))
+    run = sft.build_run(config, architecture, weights, 2, parallel)
+    plan = sft.make_plan(store, config)
+    assert plan.num_steps_per_epoch == 1
+    results = []
+    for step in range(2):
+        batches = sft.micro_batches(store, plan, step, config, parallel)
+        result = sft.train_step(run, batches, plan.counts(step).num_supervised, config, parallel)
+        results.append((result.loss, result.grad_norm))
+    return results
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_llama(folder, tie_word_embeddings=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
+    """One rank, one row at a time."""
+    (result,) = rank_pool.run(1, run_steps, llama, "bfd", 1, {}, {})
+    return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradient_do_not_depend_on_the_layout(
+    rank_pool: RankPool, llama: str, truth: list[tuple[float, float]], layout: str
+) -> None:
+    world_size, *arguments = LAYOUTS[layout]
+    for rank, steps in enumerate(rank_pool.run(world_size, run_steps, llama, *arguments)):
+        for got, expected in zip(steps, truth, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5), f"rank {rank}"
+    assert truth[1][0] < truth[0][0]
+
+
+def test_a_packed_sample_has_the_loss_it_has_alone(rank_pool: RankPool, llama: str) -> None:
+    (differences,) = rank_pool.run(1, packed_minus_alone, llama)
+    assert max(differences) < 1e-5
+
+
+def packed_minus_alone(folder: str) -> list[float]:
+    """|loss packed - loss alone| of each sample of one packed row."""
+    import torch
+
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.batch import fill_micro_batch
+    from sft_fast.megatron.forward_step import packed_samples
+    from sft_fast.megatron.hf import SafetensorsSource, load_weights
+    from sft_fast.megatron.model import build_model
+    from sft_fast.megatron.parallel import init_parallel
+
+    config = make_config()
+    parallel = init_parallel(config)
+    architecture = architecture_from_hf(read_hf_config(Path(folder)))
+    model = build_model(architecture, config, parallel)
+    load_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
+    store = make_store(random_samples(5, seed=8))
+
+    def losses(sample_ids: list[int]) -> torch.Tensor:
+        batch = fill_micro_batch(store, sample_ids, int(store.lengths[sample_ids].sum()) + 3)
+        with torch.no_grad():
+            samples = packed_samples(batch)
+            row = model(
+                batch.tokens,
+                batch.position_ids,
+                None,
+                labels=batch.labels,
+                packed_seq_params=samples,
+            )
+        return torch.stack([part.sum() for part in row[0, :-3].split(list(batch.seqlens))])
+
+    packed = losses(list(range(5)))
+    alone = torch.cat([losses([sample]) for sample in range(5)])
+    return (packed - alone).abs().tolist()
