@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_fast.config import ShapeConfig
+
 SUPPORTED = ("LlamaForCausalLM",)
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -129,3 +131,12 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
     }
+
+
+def architecture_from_shape(shape: ShapeConfig, vocab_size: int) -> Architecture:
+    """The architecture that `model.shape` describes, with the tokenizer's vocabulary."""
+    return Architecture(
+        vocab_size=vocab_size,
+        head_dim=shape.hidden_size // shape.num_attention_heads,
+        **shape.model_dump(),
+    )

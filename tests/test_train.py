@@ -1,0 +1,248 @@
+"""The trainer from its command line: whole runs, exact resume, and what a wrong input answers."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import RankPool
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+output_dir: {output}
+seed: 7
+model:
+  dtype: fp32
+  shape: {{hidden_size: 32, num_layers: 2, num_attention_heads: 4, num_key_value_heads: 2,
+          ffn_hidden_size: 48, max_position_embeddings: 256}}
+tokenizer: {{path: demo}}
+data: {{train: {train}, eval: {eval}}}
+packing: {{capacity: 128}}
+train: {{steps: 4, global_batch_size: 4}}
+optim: {{lr: 1e-2, warmup_steps: 1}}
+checkpoint: {{every_steps: 2, keep_last: 3}}
+"""
+
+
+def call_main(arguments: list[str]) -> tuple[int, str, str]:
+    """Runs the trainer inside a pool rank; returns (exit code, stdout, stderr)."""
+    from sft_fast.train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A training and an evaluation file of arithmetic chats."""
+    folder = tmp_path_factory.mktemp("rows")
+    files = {}
+    for name, first in (("train", 0), ("eval", 500)):
+        files[name] = folder / f"{name}.jsonl"
+        with files[name].open("w") as file:
+            for number in range(first, first + (120 if name == "train" else 20)):
+                user = {"role": "user", "content": f"next of {number}"}
+                assistant = {"role": "assistant", "content": str(number + 1)}
+                file.write(json.dumps({"messages": [user, assistant]}) + "\n")
+    return files
+
+
+def write_config(folder: Path, rows: dict[str, Path], name: str = "run") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(SMALL.format(output=folder / name, **rows))
+    return path
+
+
+def train(pool: RankPool, world_size: int, *arguments: str) -> str:
+    """Runs to the end on every rank; returns what rank 0 printed."""
+    results = pool.run(world_size, call_main, list(arguments))
+    for code, _, err in results:
+        assert code == 0, err
+    assert all(out == "" for _, out, _ in results[1:]), "only one rank prints"
+    return results[0][1]
+
+
+def read_weights(run: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    weights = {}
+    for path in sorted((run / "export").glob("*.safetensors")):
+        weights.update(load_file(path))
+    assert weights
+    return weights
+
+
+def test_resume_gives_the_weights_of_the_unbroken_run(
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    import torch
+
+    unbroken = write_config(tmp_path, rows, "unbroken")
+    train(rank_pool, 2, "--config", str(unbroken))
+    checkpoints = sorted(path.name for path in (tmp_path / "unbroken/checkpoints").iterdir())
+    assert checkpoints == ["step_00000002", "step_00000004"]
+
+    broken = write_config(tmp_path, rows, "broken")
+    shutil.copytree(
+        tmp_path / "unbroken/checkpoints/step_00000002",
+        tmp_path / "broken/checkpoints/step_00000002",
+    )
+    said = train(rank_pool, 2, "--config", str(broken))
+    assert "at step 2 of 4" in said
+    expected = read_weights(tmp_path / "unbroken")
+    for name, tensor in read_weights(tmp_path / "broken").items():
+        assert torch.equal(tensor, expected[name]), name
+
+    again = train(rank_pool, 2, "--config", str(broken))
+    assert "at step 4 of 4" in again
+    assert "step 4/4" not in again, "nothing is left to train"
+
+
+def test_a_run_resumes_in_another_layout(
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    config = write_config(tmp_path, rows)
+    train(rank_pool, 1, "--config", str(config))
+    losses = step_losses(tmp_path / "run")
+    for layout, world_size in (("parallel.tensor=2", 2), ("parallel.pipeline=2", 4)):
+        other = tmp_path / layout.replace(".", "_")
+        shutil.copytree(
+            tmp_path / "run/checkpoints/step_00000002", other / "checkpoints/step_00000002"
+        )
+        arguments = ["--config", str(config), f"output_dir={other}", layout]
+        train(rank_pool, world_size, *arguments)
+        assert step_losses(other) == pytest.approx(losses[2:], rel=1e-5)
+
+
+def step_losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "step"]
+
+
+def test_a_run_leaves_a_loadable_config_metrics_and_a_model(
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sft_fast.config import load_config
+
+    path = write_config(tmp_path, rows)
+    train(rank_pool, 1, "--config", str(path), "train.steps=2", "optim.lr=1e-3")
+    run = tmp_path / "run"
+    saved = load_config(run / "config.yaml", [])
+    assert saved == load_config(path, ["train.steps=2", "optim.lr=1e-3"])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert 0 < step["num_supervised"] < step["num_tokens"] <= step["num_slots"] == 4 * 128
+        assert step["num_samples"] > 4
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 2]
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert model.config.vocab_size == len(tokenizer)
+    assert tokenizer.chat_template
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stops = model.generation_config.eos_token_id
+    assert end_of_turn in (stops if isinstance(stops, list) else [stops])
+
+
+def test_resume_refuses_other_data_and_another_order(
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, rows)
+    train(rank_pool, 1, "--config", str(config), "train.steps=1")
+    for override, reason in (
+        (f"data.train={rows['eval']}", "data_fingerprint"),
+        ("seed=8", "plan_fingerprint"),
+        ("packing.capacity=64", "plan_fingerprint"),
+        ("checkpoint.resume=never", "choose another output_dir"),
+    ):
+        (result,) = rank_pool.run(1, call_main, ["--config", str(config), override])
+        assert result[0] == 2
+        assert reason in result[2], override
+
+
+
+# name: overrides, what the message must say
+BAD_INPUTS: dict[str, tuple[list[str], list[str]]] = {
+    "missing file": (["data.train={folder}/nowhere.jsonl"], ["nowhere.jsonl", "data.train"]),
+    "empty file": (["data.train={folder}/empty.jsonl"], ["empty.jsonl"]),
+    "not json": (["data.train={folder}/broken.jsonl"], ["broken.jsonl:2"]),
+    "unknown format": (["data.format=alpacca"], ["alpacca", "alpaca"]),
+    "heads": (
+        ["parallel.tensor=3"],
+        ["parallel.tensor", "num_attention_heads"],
+    ),
+    "vocabulary": (
+        ["model.shape=null", "model.path={folder}/model", "tokenizer.path={folder}/tokenizer"],
+        ["vocab", "tokenizer"],
+    ),
+    "no model": (["model.shape=null", "model.path={folder}/nothing"], ["model.path", "nothing"]),
+    "too long": (["packing.capacity=16"], ["packing.capacity", "data.over_length"]),
+    "unknown key": (["optim.learning_rate=1"], ["optim.learning_rate"]),
+    "unknown stage": (["stage=dpo"], ["dpo", "sft"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import save_tiny_llama
+
+    from sft_fast.data.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.jsonl").touch()
+    good = '{"prompt": "a", "completion": "b"}\n'
+    (folder / "broken.jsonl").write_text(good + '{"prompt": "a", "completion"\n')
+    save_tiny_llama(folder / "model")
+    tokenizer = load_tokenizer("demo")
+    tokenizer.add_tokens([f"<extra_{number}>" for number in range(200)])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_gets_one_clear_message(
+    rank_pool: RankPool, rows: dict[str, Path], bad_folder: Path, tmp_path: Path, name: str
+) -> None:
+    overrides, expected = BAD_INPUTS[name]
+    config = write_config(tmp_path, rows)
+    arguments = [override.format(folder=bad_folder) for override in overrides]
+    results = rank_pool.run(2, call_main, ["--config", str(config), *arguments])
+    assert [code for code, _, _ in results] == [2, 2]
+    messages = [err for _, _, err in results if err]
+    assert len(messages) == 1, "one rank speaks"
+    for part in expected:
+        assert part in messages[0]
+    assert "Traceback" not in messages[0]
+
+
+def test_a_world_size_that_does_not_fit_stops_torchrun(
+    rows: dict[str, Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, rows)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(ROOT / "sft_fast/train.py"), "--config", str(config), "parallel.pipeline=2",
+         "parallel.tensor=2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+        cwd=tmp_path,
+        timeout=300,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("parallel.tensor") == 1
+    assert "--nproc-per-node" in result.stderr
