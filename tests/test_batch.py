@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +167,8 @@ def test_check_names_the_wrong_element(
 ) -> None:
     batch = fill_micro_batch(chat_store(), [0, 1], 16)
     batch.check(VOCAB_SIZE)
-    wrong = replace(batch, **{name: changed(getattr(batch, name), index, value)})
+    change: dict[str, Any] = {name: changed(getattr(batch, name), index, value)}
+    wrong = replace(batch, **change)
     with pytest.raises(ValueError, match=f"MicroBatch.{problem}"):
         wrong.check(VOCAB_SIZE)
 

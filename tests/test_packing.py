@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_the_plan_of_record() -> None:
     assert none.order.tolist() == [4, 0, 10, 2, 3, 5, 8, 6, 9, 1, 11, 7]
 
 
-def chi_squared(counts: Counter[object], num_outcomes: int) -> float:
+def chi_squared(counts: Counter[tuple[int, ...]], num_outcomes: int) -> float:
     expected = counts.total() / num_outcomes
     seen = sum((count - expected) ** 2 / expected for count in counts.values())
     return seen + (num_outcomes - len(counts)) * expected
@@ -103,7 +104,7 @@ def test_bin_order_is_uniform_over_epochs() -> None:
 
 def test_partners_and_places_are_uniform_over_epochs() -> None:
     lengths = np.ones(4, np.int32)
-    outcomes: Counter[object] = Counter()
+    outcomes: Counter[tuple[int, ...]] = Counter()
     for epoch in range(4800):
         first, second = bins_of(plan_bins(lengths, 2, "bfd", seed=5, epoch=epoch))
         outcomes[(*first, *second)] += 1
@@ -126,8 +127,14 @@ def test_partners_and_places_are_uniform_over_epochs() -> None:
     ],
     ids=str,
 )
-def test_plan_bins_says_what_is_wrong(arguments: dict[str, object], problem: str) -> None:
-    valid = {"lengths": np.array([3, 9]), "capacity": 16, "strategy": "bfd", "seed": 0, "epoch": 0}
+def test_plan_bins_says_what_is_wrong(arguments: dict[str, Any], problem: str) -> None:
+    valid: dict[str, Any] = {
+        "lengths": np.array([3, 9]),
+        "capacity": 16,
+        "strategy": "bfd",
+        "seed": 0,
+        "epoch": 0,
+    }
     with pytest.raises(ValueError, match=problem):
         plan_bins(**(valid | arguments))
 
@@ -138,9 +145,9 @@ def test_lengths_of_any_integer_type_and_stride() -> None:
     assert bins_of(plan_bins(strided, 16)) == bins_of(plan_bins(lengths, 16))
 
 
-def make_step_plan(num_samples: int = 203, **changes: object) -> StepPlan:
+def make_step_plan(num_samples: int = 203, **changes: Any) -> StepPlan:
     lengths = random_lengths(num_samples, 100)
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "lengths": lengths,
         "num_supervised": lengths // 2 + 1,
         "capacity": 256,
@@ -206,20 +213,23 @@ def test_steps_do_not_depend_on_what_was_asked_before() -> None:
     assert forward[0] != forward[num_steps]
 
 
-def test_num_supervised_is_the_sum_over_the_step() -> None:
+def test_counts_are_the_sums_over_the_step() -> None:
     plan = make_step_plan()
-    per_step = []
-    for step in range(plan.num_steps_per_epoch):
+    counts = [plan.counts(step) for step in range(plan.num_steps_per_epoch)]
+    for step, count in enumerate(counts):
         samples = [s for bins in plan.micro_batches(step, 0, 1, 1) for one in bins for s in one]
-        assert plan.counts(step).num_supervised == sum(int(plan.supervised[s]) for s in samples)
-        per_step.append(plan.counts(step).num_supervised)
-    assert sum(per_step) == plan.supervised.sum()
+        assert count.num_samples == len(samples)
+        assert count.num_tokens == sum(int(plan.lengths[s]) for s in samples)
+        assert count.num_supervised == sum(int(plan.supervised[s]) for s in samples)
+        assert count.num_slots == 8 * 256
+    assert sum(count.num_samples for count in counts) == len(plan.lengths)
 
 
-def test_num_supervised_beyond_int32() -> None:
+def test_counts_beyond_int32() -> None:
     lengths = np.full(300, 2**24, np.int32)
     plan = StepPlan(lengths, lengths - 1, capacity=2**24, global_batch_size=300)
     assert plan.counts(0).num_supervised == 300 * (2**24 - 1)
+    assert plan.counts(0).num_tokens == plan.counts(0).num_slots == 300 * 2**24
     assert plan.report().num_tokens == 300 * 2**24
 
 
@@ -238,7 +248,7 @@ def test_num_supervised_beyond_int32() -> None:
     ],
     ids=str,
 )
-def test_step_plan_says_what_is_wrong(changes: dict[str, object], problem: str) -> None:
+def test_step_plan_says_what_is_wrong(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         make_step_plan(**changes)
 
@@ -267,11 +277,11 @@ def test_steps_that_do_not_exist() -> None:
         with pytest.raises(ValueError, match=f"step is {step}; an epoch has"):
             plan.step_bins(0, step)
     with pytest.raises(ValueError, match="epoch is -1"):
-        plan.counts(-1).num_supervised
+        plan.counts(-1)
 
 
 def test_the_fingerprint_tells_plans_apart() -> None:
-    changes: list[dict[str, object]] = [
+    changes: list[dict[str, Any]] = [
         {},
         {"seed": 8},
         {"capacity": 257},
