@@ -102,6 +102,16 @@ def test_bin_order_is_uniform_over_epochs() -> None:
     assert chi_squared(orders, 24) < 49.7
 
 
+def test_order_inside_a_bin_is_uniform_over_epochs() -> None:
+    lengths = np.array([1, 2, 3], np.int32)
+    outcomes = Counter(
+        tuple(plan_bins(lengths, 6, "bfd", seed=5, epoch=epoch).sample_ids.tolist())
+        for epoch in range(1200)
+    )
+    # 5 degrees of freedom, once in a thousand.
+    assert chi_squared(outcomes, 6) < 20.5
+
+
 def test_partners_and_places_are_uniform_over_epochs() -> None:
     lengths = np.ones(4, np.int32)
     outcomes: Counter[tuple[int, ...]] = Counter()
