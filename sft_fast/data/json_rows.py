@@ -1,0 +1,179 @@
+"""Parses JSON Lines files and JSON lists; a bad row is reported with file, line and column."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import xxhash
+
+CONTEXT_CHARACTERS = 80
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object of the source.
+
+    Attributes:
+        values: the object.
+        file: path of its file, or the hub name and split.
+        line: line it starts on, or its row number in a hub data set; counted from 1.
+    """
+
+    values: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def origin(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that could not be read; `message` starts with its file:line:column."""
+
+    file: str
+    line: int
+    message: str
+    reason: str = "unreadable"
+
+
+class JsonPart:
+    """One JSON Lines file, or one file with a JSON list; told apart by their first character."""
+
+    def __init__(self, name: str, content: bytes | None = None) -> None:
+        """`content` replaces the file's bytes, for rows that exist in memory only."""
+        self.name = name
+        self._content = content
+
+    def digest(self) -> str:
+        hasher = xxhash.xxh3_128()
+        with self._open() as stream:
+            while block := stream.read(1 << 20):
+                hasher.update(block)
+        return hasher.hexdigest()
+
+    def read(self) -> Iterator[Row | BadRow]:
+        return self._read_list() if self._first_character() == b"[" else self._read_lines()
+
+    def _open(self) -> BinaryIO:
+        return io.BytesIO(self._content) if self._content is not None else open(self.name, "rb")
+
+    def _first_character(self) -> bytes:
+        with self._open() as stream:
+            head = stream.read(1 << 16)
+            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ValueError(f"{self.name}:1:1: the file is UTF-16; expected UTF-8. Convert it")
+            head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+            while not head:
+                block = stream.read(1 << 16)
+                if not block:
+                    raise ValueError(f"{self.name}: the file is empty; expected one row at least")
+                head = block.lstrip()
+        return head[:1]
+
+    def _read_lines(self) -> Iterator[Row | BadRow]:
+        with self._open() as stream:
+            for line, raw in enumerate(stream, start=1):
+                if line == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.isspace():
+                    continue
+                try:
+                    text = raw.decode("utf-8").rstrip("\r\n")
+                    values = json.loads(text)
+                except UnicodeDecodeError as error:
+                    yield self._bad(line, *_encoding_fault(error))
+                except json.JSONDecodeError as error:
+                    yield self._bad(line, error.colno, f"not valid JSON: {error.msg}", text)
+                except (ValueError, RecursionError) as error:
+                    yield self._bad(line, 1, f"not usable JSON: {error}", text)
+                else:
+                    yield self._row(values, line, text)
+
+    def _read_list(self) -> Iterator[Row | BadRow]:
+        with self._open() as stream:
+            raw = stream.read().removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise ValueError(self._bad(line, *_encoding_fault(error)).message) from None
+        decode = json.JSONDecoder().raw_decode
+        position, line = _skip_space(text, text.index("[") + 1), 1
+        counted = 0
+        if text.startswith("]", position):
+            raise ValueError(f"{self.name}: the list is empty; expected one row at least")
+        while True:
+            line += text.count("\n", counted, position)
+            counted = position
+            try:
+                values, end = decode(text, position)
+            except json.JSONDecodeError as error:
+                raise self._syntax_error(text, error.pos, error.msg) from None
+            except (ValueError, RecursionError) as error:
+                raise self._syntax_error(text, position, str(error)) from None
+            yield self._row(values, line, text[position : position + CONTEXT_CHARACTERS])
+            end = _skip_space(text, end)
+            if text.startswith("]", end):
+                break
+            if not text.startswith(",", end):
+                raise self._syntax_error(text, end, "expected ',' or ']' after a row")
+            position = _skip_space(text, end + 1)
+        end = _skip_space(text, end + 1)
+        if end != len(text):
+            raise self._syntax_error(text, end, "text after the end of the list")
+
+    def _row(self, values: Any, line: int, text: str) -> Row | BadRow:
+        if isinstance(values, dict):
+            return Row(values, self.name, line)
+        kind = type_name(values)
+        return self._bad(line, 1, f"the row is {kind}; expected an object {{...}}", text)
+
+    def _bad(self, line: int, column: int, problem: str, text: str) -> BadRow:
+        near = _excerpt(text, column)
+        message = f"{self.name}:{line}:{column}: {problem}, near {near!r}"
+        return BadRow(self.name, line, message)
+
+    def _syntax_error(self, text: str, position: int, problem: str) -> ValueError:
+        line = text.count("\n", 0, position) + 1
+        start = text.rfind("\n", 0, position) + 1
+        stop = text.find("\n", position)
+        row = text[start : stop if stop >= 0 else len(text)]
+        problem = f"not valid JSON: {problem}"
+        return ValueError(self._bad(line, position - start + 1, problem, row).message)
+
+
+def type_name(value: Any) -> str:
+    """What a JSON value is, in the words of an error message."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text"}
+    names |= {type(None): "null", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _JSON_SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _encoding_fault(error: UnicodeDecodeError) -> tuple[int, str, str]:
+    """Column, problem and text of a decoding error."""
+    raw: bytes = error.object
+    start = raw.rfind(b"\n", 0, error.start) + 1
+    before = raw[start : error.start].decode("utf-8")
+    stop = error.start + CONTEXT_CHARACTERS
+    text = before + raw[error.start : stop].decode("utf-8", errors="backslashreplace")
+    problem = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+    return len(before) + 1, problem, text.split("\n")[0]
+
+
+def _excerpt(text: str, column: int) -> str:
+    start = max(0, min(column - 1 - CONTEXT_CHARACTERS // 2, len(text) - CONTEXT_CHARACTERS))
+    return text[start : start + CONTEXT_CHARACTERS]
