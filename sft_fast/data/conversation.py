@@ -1,0 +1,92 @@
+"""What every format produces: a conversation, checked once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_fast.data.json_rows import type_name
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: one of `ROLES`.
+        content: the text; empty only beside `tool_calls`, or in a system turn or a tool's answer.
+        train: whether the loss is taken on this turn; read for the assistant's turns only.
+        name: the speaker's or the tool's name.
+        tool_calls: calls as OpenAI writes them, each with its arguments as an object.
+        extra: the other keys of the source's message, handed to the chat template as they are.
+    """
+
+    role: str
+    content: str
+    train: bool = True
+    name: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def supervised(self) -> bool:
+        return self.role == "assistant" and self.train
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as a chat template expects it."""
+        message: dict[str, Any] = {**self.extra, "role": self.role, "content": self.content}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [dict(call) for call in self.tool_calls]
+        return message
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order, and the tools on offer as JSON schemas."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def check(self) -> None:
+        """Checks what a format may get wrong, whoever wrote it.
+
+        Raises:
+            ValueError: an unknown role, a content that is not text or is empty where it must not
+                be, or no assistant turn to learn from; turns are counted from 1.
+        """
+        for number, message in enumerate(self.messages, start=1):
+            if message.role not in ROLES:
+                raise ValueError(
+                    f"turn {number} has the role {message.role!r}; expected {', '.join(ROLES)}"
+                )
+            label = f"the content of turn {number} ({message.role})"
+            checked_text(message.content, label)
+            may_be_empty = message.role not in ("user", "assistant") or message.tool_calls
+            if not message.content.strip() and not may_be_empty:
+                raise ValueError(f"{label} is empty; give it text or remove the row")
+        if not any(message.role == "assistant" for message in self.messages):
+            raise ValueError("the conversation has no assistant turn, so nothing to learn from")
+        if not any(message.supervised for message in self.messages):
+            raise ValueError("every assistant turn has weight 0, so there is nothing to learn from")
+
+
+def checked_text(value: Any, label: str) -> str:
+    """Returns `value`, or raises ValueError where it is not text that can be encoded."""
+    if not isinstance(value, str):
+        shown = f" ({value})" if isinstance(value, (bool, int, float)) else ""
+        raise ValueError(
+            f'{label} is {type_name(value)}{shown}; expected text, written in double quotes "..."'
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{label} has half of a surrogate pair at character {error.start + 1} "
+            f"(\\u{ord(value[error.start]):04x}); the text was cut inside a character"
+        ) from None
+    return value

@@ -1,0 +1,315 @@
+"""From a row to a conversation: the formats that come with sft_fast, and their reader."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sft_fast.data.conversation import Conversation, Message, checked_text
+from sft_fast.data.format_registry import (
+    Format,
+    Record,
+    detect_format,
+    format_names,
+    get_format,
+    register_format,
+)
+from sft_fast.data.json_rows import Row, type_name
+from sft_fast.data.source import Rows
+
+__all__ = [
+    "ConversationReader",
+    "detect_format",
+    "format_names",
+    "get_format",
+    "read_conversations",
+    "register_format",
+]
+
+_CHATML_TURN = re.compile(r"\s*<\|im_start\|>([^\n<]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+class ConversationReader:
+    """Reads rows of one or more files; "auto" is decided by the first row of each file.
+
+    Attributes:
+        formats: file -> name of the format, for the files seen so far.
+    """
+
+    def __init__(self, format_name: str, fields: Mapping[str, str] | None = None) -> None:
+        self._fields = dict(fields or {})
+        self._fixed = None if format_name == "auto" else get_format(format_name)
+        if self._fixed is not None:
+            self._fixed.check_mapping(self._fields)
+        self.formats: dict[str, str] = {}
+
+    def __call__(self, row: Row) -> Conversation:
+        """The conversation of a row.
+
+        Raises:
+            ValueError: the row is not what the format needs; the message starts with file:line.
+        """
+        try:
+            return self._format_of(row).read(row.values, self._fields)
+        except ValueError as error:
+            raise ValueError(f"{row.origin}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while reading {row.origin} as {self.formats.get(row.file)!r}")
+            raise
+
+    def _format_of(self, row: Row) -> Format:
+        if row.file not in self.formats:
+            if self._fixed is not None:
+                self.formats[row.file] = self._fixed.name
+            else:
+                name = detect_format(list(row.values), row.values, self._fields)
+                get_format(name).check_mapping(self._fields)
+                self.formats[row.file] = name
+        return get_format(self.formats[row.file])
+
+
+def read_conversations(
+    rows: Rows, format_name: str = "auto", fields: Mapping[str, str] | None = None
+) -> Iterator[tuple[Row, Conversation]]:
+    """Yields every row with its conversation.
+
+    Raises:
+        ValueError: at the first row that cannot be used; the message starts with file:line.
+    """
+    reader = ConversationReader(format_name, fields)
+    for row in rows:
+        yield row, reader(row)
+
+
+def _has_turns(row: Mapping[str, Any], *keys: str) -> bool:
+    """Whether `messages` or `conversations` is a list of objects with all these keys."""
+    for name in ("messages", "conversations"):
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            return all(key in turns[0] for key in keys)
+    return False
+
+
+_TURN_FIELDS = {
+    "messages": ("messages", "conversations", "conversation"),
+    "system": ("system",),
+    "tools": ("tools",),
+}
+
+
+@register_format("messages", fields=_TURN_FIELDS, detect=lambda row: _has_turns(row, "role"))
+@register_format("openai", fields=_TURN_FIELDS)
+def messages(record: Record) -> Conversation:
+    """OpenAI's chat rows: a list of {role, content[, name, tool_calls, weight]}, and `tools`.
+
+    A content may be a list of text parts. `weight` 0 on an assistant turn takes it out of the loss.
+    """
+    turns = [
+        _openai_message(turn, number)
+        for number, turn in enumerate(_turn_list(record, "messages"), start=1)
+    ]
+    return _conversation(record, turns)
+
+
+@register_format(
+    "sharegpt", fields=_TURN_FIELDS, detect=lambda row: _has_turns(row, "from", "value")
+)
+def sharegpt(record: Record) -> Conversation:
+    """ShareGPT's rows: a list of {from, value}; `function_call` values are JSON with a call."""
+    turns = []
+    for number, turn in enumerate(_turn_list(record, "messages"), start=1):
+        speaker = _key(turn, "from", number)
+        value = checked_text(_key(turn, "value", number), f"'value' of turn {number}")
+        if speaker == "function_call":
+            calls = _json(value, f"'value' of turn {number} (function_call)")
+            calls = calls if isinstance(calls, list) else [calls]
+            tool_calls = tuple(_tool_call(call, number) for call in calls)
+            turns.append(Message("assistant", "", tool_calls=tool_calls))
+        else:
+            turns.append(Message(_SHAREGPT_ROLES.get(speaker, speaker), value))
+    return _conversation(record, turns)
+
+
+@register_format(
+    "chatml",
+    fields={"text": ("text",), "tools": ("tools",)},
+    detect=lambda row: isinstance(row.get("text"), str) and "<|im_start|>" in row["text"],
+)
+def chatml(record: Record) -> Conversation:
+    """A text with <|im_start|>role ... <|im_end|> turns, parsed back into messages.
+
+    The markup is not trained as it stands: the turns go through the tokenizer's own template. A
+    list of messages is the format `messages`.
+    """
+    if isinstance(record.get("text"), list):
+        raise ValueError(f"{record.label('text')} is a list of turns; set data.format: messages")
+    text = record.text("text")
+    turns, position = [], 0
+    while position < len(text):
+        match = _CHATML_TURN.match(text, position)
+        if not match:
+            raise ValueError(
+                f"{record.label('text')} is not ChatML at character {position + 1}: expected "
+                f"'<|im_start|>role', text, '<|im_end|>', found {text[position : position + 40]!r}"
+            )
+        turns.append(Message(match[1].strip(), match[2]))
+        position = match.end()
+    return _conversation(record, turns)
+
+
+@register_format(
+    "prompt_completion",
+    fields={"prompt": ("prompt",), "completion": ("completion",), "system": ("system",)},
+    detect=lambda row: "prompt" in row and "completion" in row,
+)
+def prompt_completion(record: Record) -> Conversation:
+    """`prompt` and `completion`: each a text, or a list of messages; the completion is trained."""
+    prompt, completion = record.require("prompt"), record.require("completion")
+    turns = (
+        [_openai_message(turn, number) for number, turn in enumerate(prompt, start=1)]
+        if isinstance(prompt, list)
+        else [Message("user", record.text("prompt"))]
+    )
+    turns = [replace(turn, train=False) for turn in turns]
+    if isinstance(completion, list):
+        first = len(turns) + 1
+        turns += [_openai_message(turn, number) for number, turn in enumerate(completion, first)]
+    else:
+        turns.append(Message("assistant", record.text("completion")))
+    return _conversation(record, turns)
+
+
+@register_format(
+    "question_answer",
+    fields={"question": ("question",), "answer": ("answer",), "system": ("system",)},
+    detect=lambda row: "question" in row and "answer" in row,
+)
+def question_answer(record: Record) -> Conversation:
+    """`question` and `answer`."""
+    turns = [Message("user", record.text("question")), Message("assistant", record.text("answer"))]
+    return _conversation(record, turns)
+
+
+@register_format(
+    "alpaca",
+    fields={
+        "instruction": ("instruction", "prompt", "question"),
+        "input": ("input", "context"),
+        "response": ("response", "output", "answer"),
+        "system": ("system",),
+    },
+    detect=lambda row: (
+        any(name in row for name in ("instruction", "prompt", "question"))
+        and any(name in row for name in ("response", "output", "answer"))
+    ),
+)
+def alpaca(record: Record) -> Conversation:
+    """An instruction, an optional input (put on the next line), a response, an optional system."""
+    parts = [record.text("instruction"), record.optional_text("input")]
+    turns = [
+        Message("user", "\n".join(part for part in parts if part is not None)),
+        Message("assistant", record.text("response")),
+    ]
+    return _conversation(record, turns)
+
+
+def _conversation(record: Record, turns: Sequence[Message]) -> Conversation:
+    """Adds what several formats share: the `system` and `tools` columns."""
+    system = record.optional_text("system")
+    if system is not None:
+        if any(turn.role == "system" for turn in turns):
+            raise ValueError(f"{record.label('system')} and a system turn: keep one of the two")
+        turns = [Message("system", system), *turns]
+    tools = record.get("tools") or []
+    if isinstance(tools, str):
+        tools = _json(tools, record.label("tools")) or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{record.label('tools')} must be a list of JSON schemas")
+    return Conversation(tuple(turns), tuple(tools))
+
+
+def _turn_list(record: Record, field: str) -> list[Any]:
+    turns = record.require(field)
+    if not isinstance(turns, list):
+        raise ValueError(f"{record.label(field)} is {type_name(turns)}; expected a list of turns")
+    if not turns:
+        raise ValueError(f"{record.label(field)} has no turns; remove the row")
+    return turns
+
+
+def _key(turn: Any, key: str, number: int) -> Any:
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number} is {type_name(turn)}; expected an object")
+    if key not in turn:
+        raise ValueError(f"turn {number} has no {key!r}; it has {', '.join(turn) or 'no keys'}")
+    return turn[key]
+
+
+def _openai_message(turn: Any, number: int) -> Message:
+    role = checked_text(_key(turn, "role", number), f"'role' of turn {number}")
+    keys = dict(turn)
+    del keys["role"]
+    content = keys.pop("content", None)
+    calls = keys.pop("tool_calls", None) or []
+    if content is None and not calls:
+        raise ValueError(f"turn {number} ({role}) has no content and no tool_calls")
+    weight = keys.pop("weight", None)
+    if weight not in (None, 0, 1):
+        raise ValueError(f"'weight' of turn {number} is {weight!r}; expected 0 or 1")
+    name = keys.pop("name", None)
+    if not isinstance(calls, list):
+        raise ValueError(f"'tool_calls' of turn {number} is {type_name(calls)}; expected a list")
+    return Message(
+        role,
+        _content_text(content, number),
+        train=weight != 0,
+        name=None if name is None else checked_text(name, f"'name' of turn {number}"),
+        tool_calls=tuple(_tool_call(call, number) for call in calls),
+        extra={key: value for key, value in keys.items() if value is not None},
+    )
+
+
+def _content_text(content: Any, number: int) -> str:
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return checked_text(content, f"'content' of turn {number}")
+    texts = []
+    for part in content:
+        kind = _key(part, "type", number)
+        if kind != "text":
+            raise ValueError(f"turn {number} has a part of type {kind!r}; only text is trained")
+        texts.append(checked_text(_key(part, "text", number), f"a text part of turn {number}"))
+    return "".join(texts)
+
+
+def _tool_call(call: Any, number: int) -> dict[str, Any]:
+    """OpenAI's shape of a call, with the arguments as an object, as chat templates expect them."""
+    if not isinstance(call, dict):
+        raise ValueError(f"a tool call of turn {number} is {type_name(call)}; expected an object")
+    function = call.get("function", call)
+    name = _key(function, "name", number)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json(arguments, f"the arguments of {name!r} in turn {number}")
+    call_id = {"id": call["id"]} if "id" in call else {}
+    return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _json(text: str, label: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{label} is not valid JSON: {error}") from None
