@@ -1,0 +1,73 @@
+"""Loads a tokenizer with the chat template that the run will use, and fingerprints it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from sft_fast.data.templates import embedded_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(
+    path: str, chat_template: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Loads a fast tokenizer whose `chat_template` is the one to train with, and to export.
+
+    Args:
+        path: directory, hub name, or "demo".
+        chat_template: path of a Jinja file that replaces the tokenizer's template.
+        revision: hub revision.
+
+    Raises:
+        ValueError: it cannot be loaded, or it is not a fast tokenizer (character offsets are
+            needed), or the template file is missing.
+    """
+    tokenizer = _load(path, revision)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer.path: {path} gives a slow tokenizer ({type(tokenizer).__name__}); "
+            "expected one with a tokenizer.json"
+        )
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise ValueError(f"tokenizer.chat_template: the file {chat_template} does not exist")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = embedded_template(tokenizer)
+        logger.warning("the tokenizer %s has no chat template: using the embedded ChatML", path)
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """xxh3_128 of what decides the token ids; the path and the chat template do not count."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # These two are left behind by the last call, they are not part of the vocabulary.
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([state, special], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _load(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    if path == "demo":
+        from sft_fast.data.demo import demo_tokenizer
+
+        return demo_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer.path: cannot load a tokenizer from {path!r}: {error}"
+        ) from error
