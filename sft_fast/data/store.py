@@ -1,0 +1,302 @@
+"""The token store: what training reads, memory-mapped, and written once per fingerprint.
+
+A store is a directory:
+
+    tokens.bin         uint32 [total]        token ids, samples one after another
+    supervised.bin     uint8 [total / 8]     1 bit per token, little-endian: the token is a target
+    offsets.bin        int64 [N + 1]         sample i is tokens[offsets[i]:offsets[i + 1]]
+    lengths.bin        int32 [N]             tokens of each sample
+    num_supervised.bin int32 [N]             supervised tokens of each sample, the first one aside
+    origins.bin        int64 [N, 2]          file number and line of each sample
+    rejected.jsonl     the rows that were dropped or truncated: file, line, reason, message
+    meta.json          version, fingerprint and what it was made of, sizes, file names, report
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+STORE_VERSION = 1
+FLUSH_TOKENS = 1 << 20
+"""Tokens collected in memory before they are written; a multiple of 8."""
+META_FILE = "meta.json"
+REJECTED_FILE = "rejected.jsonl"
+ARRAYS: dict[str, type[np.generic]] = {
+    "tokens": np.uint32,
+    "supervised": np.uint8,
+    "offsets": np.int64,
+    "lengths": np.int32,
+    "num_supervised": np.int32,
+    "origins": np.int64,
+}
+
+
+@dataclass
+class DataReport:
+    """What became of a source's rows.
+
+    Attributes:
+        source: name of the source and its split.
+        formats: file -> format that it was read in.
+        template: which chat template was used.
+        rows: rows read.
+        samples: samples stored.
+        tokens: tokens stored.
+        supervised_tokens: stored tokens that are targets.
+        longest: tokens of the longest sample, before any truncation.
+        truncated: samples cut to the capacity.
+        boundary_tokens: supervised tokens that also hold characters of a prompt.
+        rejected: reason -> rows that are not in the store.
+    """
+
+    source: str = ""
+    formats: dict[str, str] = field(default_factory=dict)
+    template: str = ""
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    boundary_tokens: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """The report in a few lines of text."""
+        share = 100 * self.supervised_tokens / max(self.tokens, 1)
+        formats = ", ".join(sorted(set(self.formats.values())))
+        lines = [
+            f"{self.source}: {self.samples} samples of {self.rows} rows, read as {formats}, "
+            f"rendered with {self.template} template",
+            f"{self.tokens} tokens, {self.supervised_tokens} supervised ({share:.1f} %), "
+            f"longest sample {self.longest}",
+        ]
+        lines += [f"not used: {count} rows, {why}" for why, count in self.rejected.items()]
+        if self.truncated:
+            lines.append(f"truncated: {self.truncated} samples")
+        if self.boundary_tokens:
+            lines.append(f"{self.boundary_tokens} answers start inside a token of their prompt")
+        return "\n".join(lines)
+
+
+class TokenStore:
+    """A store on disk, opened read-only.
+
+    Attributes:
+        path: its directory.
+        tokens: uint32 [total] memory map.
+        supervised_bits: uint8 [ceil(total / 8)] memory map; bit t % 8 of byte t // 8, counted from
+            the lowest, is 1 if token t is supervised as a target.
+        offsets: int64 [num_samples + 1] memory map.
+        lengths: int32 [num_samples] memory map, tokens.
+        num_supervised: int32 [num_samples] memory map; the first token of a sample has no position
+            before it, is never a target and does not count.
+        fingerprint: of everything that the content depends on.
+        parts: what the fingerprint was made of, name -> value or digest.
+        report: how the store was built.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any], arrays: dict[str, np.memmap]) -> None:
+        self.path = path
+        self.tokens = arrays["tokens"]
+        self.supervised_bits = arrays["supervised"]
+        self.offsets = arrays["offsets"]
+        self.lengths = arrays["lengths"]
+        self.num_supervised = arrays["num_supervised"]
+        self.fingerprint: str = meta["fingerprint"]
+        self.parts: dict[str, Any] = meta["parts"]
+        self.report = DataReport(**meta["report"])
+        self._origins = arrays["origins"].reshape(-1, 2)
+        self._files: list[str] = meta["files"]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    def origin(self, sample: int) -> str:
+        """`file:line` of the row that a sample was made from."""
+        file_number, line = self._origins[sample]
+        return f"{self._files[file_number]}:{line}"
+
+    def sample(self, sample: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Token ids uint32 [n] and supervised mask bool [n] of one sample."""
+        start, stop = int(self.offsets[sample]), int(self.offsets[sample + 1])
+        first = start // 8
+        bits = np.unpackbits(self.supervised_bits[first : (stop + 7) // 8], bitorder="little")
+        mask = bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
+        return np.asarray(self.tokens[start:stop]), mask
+
+
+def open_store(path: str | Path) -> TokenStore:
+    """Opens a store without reading its arrays.
+
+    Raises:
+        ValueError: there is no complete store of this version at `path`.
+    """
+    path = Path(path)
+    try:
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} is no token store: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path / META_FILE} is damaged: {error}; delete {path}") from error
+    if meta.get("version") != STORE_VERSION:
+        raise ValueError(
+            f"the token store {path} has version {meta.get('version')}, expected {STORE_VERSION}; "
+            "delete it and it is built anew"
+        )
+    arrays = {}
+    for name, dtype in ARRAYS.items():
+        file = path / f"{name}.bin"
+        found = file.stat().st_size if file.exists() else None
+        expected = meta["bytes"][name]
+        if found != expected:
+            raise ValueError(
+                f"{file} has {'no' if found is None else found} bytes, expected {expected}; "
+                f"delete {path} and it is built anew"
+            )
+        arrays[name] = np.memmap(file, dtype=dtype, mode="r")
+    return TokenStore(path, meta, arrays)
+
+
+class StoreWriter:
+    """Writes a store: everything goes to a temporary directory that is renamed when complete.
+
+    As a context manager it removes the temporary directory unless `commit` was reached.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """
+        Args:
+            path: where the store will appear; its parent is created if needed.
+
+        Raises:
+            ValueError: something is there already.
+        """
+        self._path = Path(path)
+        if self._path.exists():
+            raise ValueError(f"{self._path} exists; a token store is written to a new directory")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=".building-", dir=self._path.parent))
+        self._open_files = ExitStack()
+        enter = self._open_files.enter_context
+        self._token_file = enter((self._folder / "tokens.bin").open("wb"))
+        self._bit_file = enter((self._folder / "supervised.bin").open("wb"))
+        self._reject_file = enter((self._folder / REJECTED_FILE).open("w", encoding="utf-8"))
+        self._pending_tokens: list[npt.NDArray[np.uint32]] = []
+        self._pending_bits: list[npt.NDArray[np.bool_]] = []
+        self._num_pending = 0
+        self._offsets = array("q", [0])
+        self._num_supervised = array("i")
+        self._origins = array("q")
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open_files.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(
+        self,
+        input_ids: npt.NDArray[np.uint32],
+        supervised: npt.NDArray[np.bool_],
+        file: str,
+        line: int,
+    ) -> None:
+        """Appends a sample: token ids [n], mask [n], and the row that it comes from."""
+        self._pending_tokens.append(input_ids)
+        self._pending_bits.append(supervised)
+        self._num_pending += len(input_ids)
+        self._offsets.append(self._offsets[-1] + len(input_ids))
+        self._num_supervised.append(int(np.count_nonzero(supervised[1:])))
+        self._origins.extend((self._files.setdefault(file, len(self._files)), line))
+        if self._num_pending >= FLUSH_TOKENS:
+            self._flush(last=False)
+
+    def reject(self, file: str, line: int, reason: str, message: str) -> None:
+        """Lists a row that is not in the store, or not whole."""
+        entry = {"file": file, "line": line, "reason": reason, "message": message}
+        self._reject_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def commit(self, fingerprint: str, parts: Mapping[str, Any], report: DataReport) -> TokenStore:
+        """Makes the store appear, complete; another that appeared meanwhile is used as it is.
+
+        Args:
+            fingerprint: of everything that the content depends on.
+            parts: what the fingerprint was made of.
+            report: what became of the rows.
+        """
+        assert self._num_supervised, "an empty store cannot be memory-mapped"
+        self._flush(last=True)
+        offsets = np.frombuffer(self._offsets, dtype=np.int64)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "offsets": offsets,
+            "lengths": np.diff(offsets).astype(np.int32),
+            "num_supervised": np.frombuffer(self._num_supervised, dtype=np.int32),
+            "origins": np.frombuffer(self._origins, dtype=np.int64),
+        }
+        for name, values in arrays.items():
+            values.tofile(self._folder / f"{name}.bin")
+        self._open_files.close()
+        meta = {
+            "version": STORE_VERSION,
+            "fingerprint": fingerprint,
+            "parts": dict(parts),
+            "bytes": {name: (self._folder / f"{name}.bin").stat().st_size for name in ARRAYS},
+            "files": list(self._files),
+            "report": asdict(report),
+        }
+        text = json.dumps(meta, indent=1, ensure_ascii=False)
+        (self._folder / META_FILE).write_text(text, encoding="utf-8")
+        for file_path in self._folder.iterdir():
+            _sync(file_path)
+        _sync(self._folder)
+        try:
+            os.rename(self._folder, self._path)
+        except OSError:
+            # Another process was faster: its store is complete, for it was renamed as well.
+            if not (self._path / META_FILE).exists():
+                raise
+        _sync(self._path.parent)
+        return open_store(self._path)
+
+    def _flush(self, last: bool) -> None:
+        """Writes the collected tokens; before the last flush only whole bytes of mask bits."""
+        if not self._pending_tokens:
+            return
+        tokens = np.concatenate(self._pending_tokens)
+        bits = np.concatenate(self._pending_bits)
+        count = len(tokens) if last else len(tokens) // 8 * 8
+        tokens[:count].tofile(self._token_file)
+        np.packbits(bits[:count], bitorder="little").tofile(self._bit_file)
+        self._pending_tokens, self._pending_bits = [tokens[count:]], [bits[count:]]
+        self._num_pending = len(tokens) - count
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
