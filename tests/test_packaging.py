@@ -64,14 +64,13 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sources() -> set[str]:
     """The files of the package, kernels included, as paths in a wheel."""
-    package = ROOT / "sft_fast"
     # Listed apart, because globbing does not follow links in every Python.
-    folders = [(package, "sft_fast"), (ROOT / "kernels", "sft_fast/kernels")]
+    folders = [(ROOT / "sft_fast", "sft_fast"), (ROOT / "kernels", "sft_fast/kernels")]
     return {
         f"{prefix}/{path.relative_to(folder)}"
         for folder, prefix in folders
-        for pattern in ("**/*.py", "**/*.pyi", "**/*.yaml", "py.typed")
-        for path in folder.glob(pattern)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
     }
 
 
