@@ -64,6 +64,8 @@ def masked_cross_entropy(
     shard = vocab_shard(width, vocab_size, tp_group)
     kernels = load_backend(backend, vocab_parallel_logits.device.type)
     logits = vocab_parallel_logits.reshape(-1, width)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     loss: Tensor = MaskedCrossEntropy.apply(logits, labels.flatten(), shard, kernels)
     return loss.view(labels.shape)
 
