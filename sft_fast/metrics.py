@@ -29,6 +29,7 @@ class MetricsWriter:
         self.is_main = is_main
         self.file = None
         if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:

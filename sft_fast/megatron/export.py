@@ -8,65 +8,75 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sft_fast.architecture import Architecture, architecture_to_hf
+from sft_fast.config import Config
 from sft_fast.megatron.hf import export_weights
+from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+NUM_SAMPLES_READ = 1000
 
 
 def export_model(
-    model: SFTModel,
-    folder: Path,
-    architecture: Architecture,
-    source_config: dict[str, Any] | None,
-    tokenizer: Any,
-    dtype: str,
-    parallel: Parallel,
+    model: SFTModel, folder: Path, inputs: Inputs, config: Config, parallel: Parallel
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
 
-    Args:
-        folder: replaced when it exists, in one rename after everything is written.
-        source_config: config.json of the model that training began with, None for a new model.
-        tokenizer: the transformers tokenizer of the run, chat template included.
-        dtype: bf16, fp16 or fp32.
+    `folder` is replaced when it exists, in one rename after everything is written.
     """
+    dtype = config.export.dtype or config.model.dtype
     temporary = folder.with_name(f".incomplete_{folder.name}")
     if parallel.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
     if parallel.dp_rank == 0:
-        export_weights(model, temporary, architecture, parallel, DTYPES[dtype])
+        export_weights(model, temporary, inputs.model.architecture, parallel, DTYPES[dtype])
     dist.barrier()
     if parallel.is_main:
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "config.json", hf_config(architecture, source_config, dtype, tokenizer))
-        write_json(temporary / "generation_config.json", generation_config(tokenizer))
+        inputs.tokenizer.save_pretrained(temporary)
+        write_json(temporary / "config.json", hf_config(inputs, dtype))
+        write_json(temporary / "generation_config.json", generation_config(inputs))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     dist.barrier()
 
 
-def hf_config(
-    architecture: Architecture, source: dict[str, Any] | None, dtype: str, tokenizer: Any
-) -> dict[str, Any]:
-    """The config.json: the source's own keys where there is one, with this run's dtype."""
-    config = dict(source) if source is not None else architecture_to_hf(architecture)
+def hf_config(inputs: Inputs, dtype: str) -> dict[str, Any]:
+    """The config.json: the source model's own where there is one, with the exported dtype."""
+    config = dict(inputs.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[dtype]
-    if source is None:
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            config[key] = getattr(tokenizer, key)
+    if inputs.model.folder is None:
+        config.update(special_token_ids(inputs.tokenizer))
     return config
 
 
-def generation_config(tokenizer: Any) -> dict[str, Any]:
-    """Greedy by default; generation stops at the token that ends a turn."""
+def special_token_ids(tokenizer: Any) -> dict[str, int]:
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(tokenizer, key) for key in keys if getattr(tokenizer, key) is not None}
+
+
+def generation_config(inputs: Inputs) -> dict[str, Any]:
+    """The source's generation config, which must also stop at the tokens that end a trained turn."""
+    generation: dict[str, Any] = special_token_ids(inputs.tokenizer)
+    if inputs.model.folder is not None:
+        path = inputs.model.folder / "generation_config.json"
+        if path.is_file():
+            generation |= json.loads(path.read_text(encoding="utf-8"))
+    stops = generation.get("eos_token_id", [])
+    stops = set(stops if isinstance(stops, list) else [stops]) | end_of_turn_ids(inputs)
+    if stops:
+        generation["eos_token_id"] = sorted(stops)
+    return generation
+
+
+def end_of_turn_ids(inputs: Inputs) -> set[int]:
+    """The special tokens that the first samples end with."""
+    special = set(inputs.tokenizer.all_special_ids) | set(inputs.tokenizer.added_tokens_decoder)
+    ends = inputs.store.offsets[1 : NUM_SAMPLES_READ + 1] - 1
+    return special & {int(token) for token in inputs.store.tokens[ends]}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

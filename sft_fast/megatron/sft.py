@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from sft_fast.architecture import Architecture
 from sft_fast.batch import MicroBatch, fill_micro_batch
 from sft_fast.config import Config, save_config
+from sft_fast.data.demo import chance_accuracy
+from sft_fast.data.formats import read_conversations
 from sft_fast.data.store import TokenStore
+from sft_fast.evaluate import exact_match
 from sft_fast.megatron.checkpoint import (
     TrainState,
     list_checkpoints,
@@ -24,9 +28,11 @@ from sft_fast.megatron.checkpoint import (
     read_train_state,
     save_checkpoint,
 )
+from sft_fast.megatron.export import export_model
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import WeightSource, load_weights
-from sft_fast.megatron.model import build_model
+from sft_fast.megatron.inputs import Inputs, read_inputs
+from sft_fast.megatron.model import build_model, unwrap
 from sft_fast.megatron.optim import (
     build_lr_schedule,
     build_optimizer,
@@ -122,7 +128,7 @@ def evaluate(
     model: DistributedDataParallel, store: TokenStore, config: Config, parallel: Parallel
 ) -> float:
     """Mean loss per supervised token over the whole evaluation set, nats."""
-    plan = make_plan(store, config)
+    plan = make_plan(store, config, config.evaluation.max_samples)
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
     for step in range(plan.num_steps_per_epoch):
@@ -132,11 +138,11 @@ def evaluate(
     return float(total[0] / total[1].clamp(min=1))
 
 
-def make_plan(store: TokenStore, config: Config) -> StepPlan:
-    """The order of the data: a function of the lengths, the packing options and the seed."""
+def make_plan(store: TokenStore, config: Config, max_samples: int | None = None) -> StepPlan:
+    """The order of the (first) samples: a function of lengths, packing options and seed."""
     return StepPlan(
-        lengths=store.lengths,
-        num_supervised=store.num_supervised,
+        lengths=store.lengths[:max_samples],
+        num_supervised=store.num_supervised[:max_samples],
         capacity=config.packing.capacity,
         strategy=config.packing.strategy,
         seed=config.seed,
@@ -210,22 +216,22 @@ def train(config: Config) -> int:
     parallel = init_parallel(config)
     output = Path(config.output_dir)
     metrics = MetricsWriter(output, parallel.is_main)
-    tokenizer = load_tokenizer(config)
-    store, eval_store = prepare_stores(config, tokenizer, metrics)
-    architecture, weights = read_model(config, tokenizer)
-    plan = make_plan(store, config)
+    metrics.say(describe(parallel))
+    inputs = read_inputs(config)
+    metrics.say(inputs.store.report.summary())
+    plan = make_plan(inputs.store, config)
     metrics.say(f"packing: {plan.report()}")
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
-    run = build_run(config, architecture, weights, num_steps, parallel)
-    state = TrainState(0, store.fingerprint, plan.fingerprint)
+    run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
+    state = TrainState(0, inputs.store.fingerprint, plan.fingerprint)
     start = resume(config, run, state, num_steps, metrics)
     if parallel.is_main:
         save_config(config, output / "config.yaml")
 
-    report_evaluation(start, run, eval_store, config, parallel, metrics)
+    report_evaluation(start, run, inputs.eval_store, config, parallel, metrics)
     for step in range(start, num_steps):
         began = time.perf_counter()
-        batches = micro_batches(store, plan, step, config, parallel)
+        batches = micro_batches(inputs.store, plan, step, config, parallel)
         counts = plan.counts(step)
         result = train_step(run, batches, counts.num_supervised, config, parallel)
         done = step + 1
@@ -234,14 +240,24 @@ def train(config: Config) -> int:
         if done == num_steps or is_due(config.checkpoint.every_steps, done):
             save_run(replace(state, step=done), run, config, parallel)
         if done == num_steps or is_due(config.evaluation.every_steps, done):
-            report_evaluation(done, run, eval_store, config, parallel, metrics)
+            report_evaluation(done, run, inputs.eval_store, config, parallel, metrics)
 
     if config.export.enabled:
-        export(config, run, architecture, tokenizer, parallel, metrics)
+        export_model(unwrap(run.model), output / "export", inputs, config, parallel)
+        metrics.say(f"exported to {output / 'export'}")
+        if parallel.is_main and config.evaluation.exact_match_samples > 0:
+            report_exact_match(output / "export", inputs, config, metrics)
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def describe(parallel: Parallel) -> str:
+    return (
+        f"{parallel.world_size} {parallel.device.type} ranks: tensor {parallel.tp_size} x "
+        f"pipeline {parallel.pp_size} x data {parallel.dp_size}"
+    )
 
 
 def is_due(every_steps: int | None, done: int) -> bool:
@@ -268,3 +284,22 @@ def report_evaluation(
     loss = evaluate(run.model, store, config, parallel)
     metrics.write("eval", step=step, loss=loss)
     metrics.say(f"eval at step {step}: loss {loss:.4f}")
+
+
+def report_exact_match(
+    folder: Path, inputs: Inputs, config: Config, metrics: MetricsWriter
+) -> None:
+    """Lets transformers answer held-out questions with the exported model."""
+    assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
+    chats = read_conversations(inputs.eval_rows, config.data.format, config.data.fields)
+    questions = list(islice(chats, config.evaluation.exact_match_samples))
+    messages = [[turn.as_dict() for turn in chat.messages] for _, chat in questions]
+    matches = exact_match(folder, messages, config.evaluation.max_new_tokens)
+    accuracy = sum(matches) / len(matches)
+    text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
+    values = {"exact_match": accuracy, "num_questions": len(matches)}
+    if config.data.eval == "demo":
+        values["chance"] = chance_accuracy([row for row, _ in questions])
+        text += f" (chance {values['chance']:.1%})"
+    metrics.write("exact_match", **values)
+    metrics.say(text)
