@@ -1,0 +1,317 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from sft_fast.data import format_registry
+from sft_fast.data.conversation import Conversation, Message
+from sft_fast.data.formats import (
+    ConversationReader,
+    detect_format,
+    format_names,
+    get_format,
+    read_conversations,
+    register_format,
+)
+from sft_fast.data.json_rows import Row
+from sft_fast.data.source import load_rows
+
+USER_HI = {"role": "user", "content": "hi"}
+CHATML_TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho\nho<|im_end|>\n"
+
+
+def turns(name: str, row: dict[str, Any], **fields: str) -> list[tuple[str, str]]:
+    conversation = get_format(name).read(row, fields)
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Formats that a test registers are gone afterwards."""
+    monkeypatch.setattr(format_registry, "_FORMATS", dict(format_registry._FORMATS))
+    yield
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        (
+            "alpaca",
+            {"instruction": "add", "input": "1 2", "output": "3", "system": "be brief"},
+            [("system", "be brief"), ("user", "add\n1 2"), ("assistant", "3")],
+        ),
+        (
+            "alpaca",
+            {"prompt": "add", "context": "", "response": "3", "system": None, "id": 7},
+            [("user", "add"), ("assistant", "3")],
+        ),
+        (
+            "question_answer",
+            {"question": "why", "answer": "so"},
+            [("user", "why"), ("assistant", "so")],
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "why", "completion": "so"},
+            [("user", "why"), ("assistant", "so")],
+        ),
+        (
+            "messages",
+            {"messages": [USER_HI, {"role": "assistant", "content": "ho"}, USER_HI]},
+            [("user", "hi"), ("assistant", "ho"), ("user", "hi")],
+        ),
+        (
+            "messages",
+            {
+                "conversations": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}] * 2},
+                    {"role": "assistant", "content": "ho"},
+                ]
+            },
+            [("user", "aa"), ("assistant", "ho")],
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "hi"},
+                    {"from": "gpt", "value": "ho"},
+                    {"from": "observation", "value": ""},
+                    {"from": "gpt", "value": "ha"},
+                ],
+                "system": "s",
+            },
+            [
+                ("system", "s"),
+                ("user", "hi"),
+                ("assistant", "ho"),
+                ("tool", ""),
+                ("assistant", "ha"),
+            ],
+        ),
+        ("chatml", {"text": CHATML_TEXT}, [("user", "hi"), ("assistant", "ho\nho")]),
+    ],
+)
+def test_format_reads_a_row_and_is_detected(
+    name: str, row: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    assert turns(name, row) == expected
+    assert detect_format(list(row), row) == name
+
+
+def test_fields_map_our_names_to_columns() -> None:
+    row = {"frage": "why", "antwort": "so", "output": "something else"}
+    fields = {"instruction": "frage", "response": "antwort"}
+    assert turns("alpaca", row, **fields) == [("user", "why"), ("assistant", "so")]
+    assert detect_format(list(row), row, fields) == "alpaca"
+
+
+def test_weight_zero_and_prompt_turns_are_not_trained() -> None:
+    answer = {"role": "assistant", "content": "ho"}
+    row = {"messages": [USER_HI, {**answer, "weight": 0}, USER_HI, {**answer, "weight": 1}]}
+    trained = [message.supervised for message in get_format("openai").read(row).messages]
+    assert trained == [False, False, False, True]
+    row = {"prompt": [USER_HI, answer, USER_HI], "completion": [answer]}
+    conversation = get_format("prompt_completion").read(row)
+    assert [message.supervised for message in conversation.messages] == [False, False, False, True]
+
+
+def test_tool_calls_keep_name_and_arguments_in_both_formats() -> None:
+    arguments = {"city": "Bonn"}
+    openai = {
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+        "messages": [
+            USER_HI,
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "c1", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+                ],
+            },
+            {"role": "tool", "content": "rain", "name": "weather", "tool_call_id": "c1"},
+        ],
+    }
+    conversation = get_format("openai").read(openai)
+    call = conversation.messages[1].tool_calls[0]
+    assert call["function"] == {"name": "weather", "arguments": arguments}
+    assert call["id"] == "c1"
+    assert conversation.tools[0]["function"]["name"] == "weather"
+    assert conversation.messages[2].as_dict() == {
+        "role": "tool",
+        "content": "rain",
+        "name": "weather",
+        "tool_call_id": "c1",
+    }
+    sharegpt = {
+        "tools": '[{"name": "weather"}]',
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {
+                "from": "function_call",
+                "value": '{"name": "weather", "arguments": {"city": "Bonn"}}',
+            },
+        ],
+    }
+    conversation = get_format("sharegpt").read(sharegpt)
+    call = conversation.messages[1].tool_calls[0]
+    assert call["function"] == {"name": "weather", "arguments": arguments}
+    assert conversation.tools == ({"name": "weather"},)
+
+
+MESSAGES_OK = [USER_HI, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        (
+            "alpaca",
+            {"instruction": "a", "input": "b"},
+            r"no column for 'response': looked for response, output, answer; the row has "
+            r"instruction, input\. Name it with data\.fields: \{response: <column>\}",
+        ),
+        ("alpaca", {"instruction": "a", "output": ""}, r"'response' \(column 'output'\) is empty"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": " \n"},
+            "'response'.* is empty; .*remove the row",
+        ),
+        ("alpaca", {"instruction": "a", "output": 42}, r"is a number \(42\); expected text"),
+        ("alpaca", {"instruction": "a", "output": True}, r"is a boolean \(True\); expected text"),
+        ("alpaca", {"instruction": "a", "output": None}, "is null; expected text"),
+        ("alpaca", {"instruction": ["a"], "output": "b"}, "'instruction' is a list; expected text"),
+        ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "'input' is a number"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "answer": "c"},
+            "'output' and 'answer' could both be 'response'; choose with data.fields",
+        ),
+        ("alpaca", {"instruction": "a", "output": "cut \ud83d"}, "surrogate pair at character 5"),
+        ("question_answer", {"question": "a"}, "no column for 'answer'"),
+        ("prompt_completion", {"prompt": "a", "completion": []}, "no assistant turn"),
+        ("messages", {"text": "a"}, "no column for 'messages'"),
+        ("messages", {"messages": "hi"}, "'messages' is text; expected a list of turns"),
+        ("messages", {"messages": []}, "'messages' has no turns"),
+        ("messages", {"messages": [USER_HI]}, "no assistant turn"),
+        ("messages", {"messages": [{"role": "system", "content": "s"}]}, "no assistant turn"),
+        ("messages", {"messages": ["hi"]}, "turn 1 is text; expected an object"),
+        ("messages", {"messages": [{"content": "hi"}]}, "turn 1 has no 'role'; it has content"),
+        ("messages", {"messages": [*MESSAGES_OK, {"role": "bot", "content": "x"}]}, "role 'bot'"),
+        ("messages", {"messages": [{"role": "user"}]}, r"turn 1 \(user\) has no content"),
+        (
+            "messages",
+            {"messages": [USER_HI, {"role": "assistant", "content": ""}]},
+            r"turn 2 \(assistant\) is empty",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": " "}, MESSAGES_OK[1]]},
+            r"turn 1 \(user\) is empty",
+        ),
+        (
+            "messages",
+            {"messages": [USER_HI, {**MESSAGES_OK[1], "weight": 0}]},
+            "every assistant turn has weight 0",
+        ),
+        (
+            "messages",
+            {"messages": [USER_HI, {**MESSAGES_OK[1], "weight": 0.5}]},
+            "'weight' of turn 2 is 0.5; expected 0 or 1",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}]},
+            "turn 1 has a part of type 'image'; only text is trained",
+        ),
+        (
+            "messages",
+            {"messages": [USER_HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+            "turn 2 has no 'name'",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "system", "content": "s"}, *MESSAGES_OK], "system": "t"},
+            "'system' and a system turn: keep one",
+        ),
+        ("messages", {"messages": MESSAGES_OK, "tools": "{"}, "'tools' is not valid JSON"),
+        ("messages", {"messages": MESSAGES_OK, "tools": [1]}, "'tools' must be a list of JSON"),
+        ("sharegpt", {"conversations": MESSAGES_OK}, "turn 1 has no 'from'; it has role, content"),
+        ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "role 'alien'"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": "not json"}]},
+            r"'value' of turn 1 \(function_call\) is not valid JSON",
+        ),
+        ("chatml", {"text": "hi"}, "not ChatML at character 1: .*found 'hi'"),
+        ("chatml", {"text": CHATML_TEXT + "rest"}, f"character {len(CHATML_TEXT) + 1}: .*'rest'"),
+        ("chatml", {"text": MESSAGES_OK}, "is a list of turns; set data.format: messages"),
+    ],
+)
+def test_bad_row_says_what_is_wrong(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_format(name).read(row)
+
+
+def test_mapped_column_must_exist_and_field_must_be_known() -> None:
+    with pytest.raises(ValueError, match="no column 'antwort', which data.fields gives for 'resp"):
+        turns("alpaca", {"instruction": "a", "output": "b"}, response="antwort")
+    with pytest.raises(ValueError, match="no field 'reply'; its fields are instruction, input, re"):
+        ConversationReader("alpaca", {"reply": "output"})
+
+
+def test_unknown_format_lists_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(ValueError) as caught:
+        get_format("sharegtp")
+    assert all(name in str(caught.value) for name in format_names())
+    assert "Did you mean 'sharegpt'?" in str(caught.value)
+
+
+def test_detection_fails_with_the_columns() -> None:
+    with pytest.raises(ValueError, match="cannot tell the format from the columns text, label"):
+        detect_format(["text", "label"], {"text": "no markup", "label": "x"})
+
+
+def test_reader_adds_file_and_line(write_rows: Callable[..., str]) -> None:
+    good = {"question": "q", "answer": "a"}
+    path = write_rows([good, good, {"question": "q", "answer": ["a"]}])
+    with pytest.raises(ValueError) as caught:
+        list(read_conversations(load_rows(path)))
+    assert str(caught.value) == (
+        f"{path}:3: 'answer' is a list; expected text, written in double quotes \"...\""
+    )
+
+
+def test_auto_decides_once_per_file() -> None:
+    reader = ConversationReader("auto")
+    reader(Row({"question": "q", "answer": "a"}, "a.jsonl", 1))
+    reader(Row({"text": CHATML_TEXT}, "b.jsonl", 1))
+    assert reader.formats == {"a.jsonl": "question_answer", "b.jsonl": "chatml"}
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: no column for 'question'"):
+        reader(Row({"text": CHATML_TEXT}, "a.jsonl", 2))
+
+
+def test_own_format_is_used_like_the_built_in_ones(registry: None) -> None:
+    @register_format("pairs", detect=lambda row: "pair" in row)
+    def pairs(record: Any) -> Conversation:
+        question, answer = record["pair"]
+        return Conversation((Message("user", question), Message("assistant", answer)))
+
+    row = {"pair": ["q", "a"]}
+    assert turns("pairs", row) == [("user", "q"), ("assistant", "a")]
+    assert detect_format(["pair"], row) == "pairs"
+    assert turns("pairs", {"p": ["q", "a"]}, pair="p") == [("user", "q"), ("assistant", "a")]
+    with pytest.raises(ValueError, match="no assistant turn|is empty"):
+        get_format("pairs").read({"pair": ["q", ""]})
+    with pytest.raises(ValueError, match="'pairs' is taken"):
+        register_format("pairs")(pairs)
+
+
+def test_error_inside_an_own_format_keeps_its_type_and_gains_the_place(registry: None) -> None:
+    @register_format("broken")
+    def broken(record: Any) -> Conversation:
+        raise KeyError("missing")
+
+    with pytest.raises(KeyError) as caught:
+        ConversationReader("broken")(Row({}, "a.jsonl", 7))
+    assert caught.value.__notes__ == ["while reading a.jsonl:7 as 'broken'"]

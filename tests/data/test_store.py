@@ -1,0 +1,147 @@
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft_fast.data.store import META_FILE, DataReport, StoreWriter, TokenStore, open_store
+
+Samples = list[tuple[list[int], list[bool]]]
+
+
+def random_samples(count: int, seed: int) -> Samples:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 50, count)
+    return [
+        (rng.integers(0, 2**32, n, dtype=np.uint32).tolist(), (rng.random(n) < 0.5).tolist())
+        for n in lengths
+    ]
+
+
+def write(path: Path, samples: Samples, fingerprint: str = "f") -> TokenStore:
+    with StoreWriter(path) as writer:
+        for number, (tokens, mask) in enumerate(samples):
+            file = "a.jsonl" if number % 3 else "b.jsonl"
+            writer.add(np.array(tokens, np.uint32), np.array(mask, bool), file, number + 1)
+        return writer.commit(fingerprint, {"source": "s"}, DataReport(source="s", rows=1))
+
+
+@pytest.mark.parametrize("flush_tokens", [8, 64, 1 << 20])
+def test_roundtrip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_tokens: int) -> None:
+    monkeypatch.setattr("sft_fast.data.store.FLUSH_TOKENS", flush_tokens)
+    samples = random_samples(101, seed=flush_tokens)
+    store = write(tmp_path / "store", samples)
+    assert store.num_samples == 101
+    for number, (tokens, mask) in enumerate(samples):
+        found_tokens, found_mask = store.sample(number)
+        assert found_tokens.tolist() == tokens
+        assert found_mask.tolist() == mask
+    assert store.lengths.tolist() == [len(tokens) for tokens, _ in samples]
+    assert store.num_supervised.tolist() == [sum(mask[1:]) for _, mask in samples]
+    assert [store.origin(number) for number in range(4)] == [
+        "b.jsonl:1",
+        "a.jsonl:2",
+        "a.jsonl:3",
+        "b.jsonl:4",
+    ]
+    assert (store.fingerprint, store.parts) == ("f", {"source": "s"})
+    assert store.report == DataReport(source="s", rows=1)
+
+
+def test_arrays_are_the_documented_memory_maps(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", [([5, 6, 7], [False, True, True]), ([8], [True])])
+    for name, dtype in (
+        ("tokens", np.uint32),
+        ("supervised_bits", np.uint8),
+        ("offsets", np.int64),
+        ("lengths", np.int32),
+        ("num_supervised", np.int32),
+    ):
+        array = getattr(store, name)
+        assert isinstance(array, np.memmap)
+        assert array.dtype == dtype
+        assert not array.flags.writeable
+    assert store.tokens.tolist() == [5, 6, 7, 8]
+    assert store.offsets.tolist() == [0, 3, 4]
+    assert store.supervised_bits.tolist() == [0b1110]
+    assert store.num_supervised.tolist() == [2, 0]
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), StoreWriter(tmp_path / "store") as writer:
+        writer.add(np.array([1], np.uint32), np.array([True]), "a", 1)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_store_is_not_written_over(tmp_path: Path) -> None:
+    samples: Samples = [([1, 2], [False, True])]
+    write(tmp_path / "store", samples)
+    with pytest.raises(ValueError, match="store exists"):
+        write(tmp_path / "store", samples)
+
+
+def test_of_two_writers_one_wins_and_both_get_a_store(tmp_path: Path) -> None:
+    samples: Samples = [([1, 2], [False, True])]
+    barrier = threading.Barrier(2)
+    stores: list[TokenStore] = []
+
+    def build() -> None:
+        with StoreWriter(tmp_path / "store") as writer:
+            writer.add(np.array([1, 2], np.uint32), np.array([False, True]), "a", 1)
+            barrier.wait()
+            stores.append(writer.commit("f", {}, DataReport()))
+
+    threads = [threading.Thread(target=build) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [store.tokens.tolist() for store in stores] == [samples[0][0]] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def damage_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
+    def damage(store: Path) -> None:
+        content = change((store / name).read_bytes())
+        (store / name).unlink()
+        if content is not None:
+            (store / name).write_bytes(content)
+
+    return damage
+
+
+def set_version(store: Path) -> None:
+    meta = json.loads((store / META_FILE).read_text())
+    (store / META_FILE).write_text(json.dumps({**meta, "version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_file("tokens.bin", lambda content: content[:-4]), r"tokens\.bin has 4 bytes.*8"),
+        (damage_file("lengths.bin", lambda content: None), r"lengths\.bin has no bytes"),
+        (damage_file(META_FILE, lambda content: content[:-9]), r"meta\.json is damaged"),
+        (damage_file(META_FILE, lambda content: None), "is no token store"),
+        (set_version, "has version 99, expected 1"),
+    ],
+)
+def test_damaged_store_names_the_file(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    write(tmp_path / "store", [([1, 2], [False, True])])
+    damage(tmp_path / "store")
+    with pytest.raises(ValueError, match=message):
+        open_store(tmp_path / "store")
+
+
+def test_store_fills_micro_batches(tmp_path: Path) -> None:
+    batch: Any = pytest.importorskip("sft_fast.batch")
+    samples: Samples = [([5, 6, 7], [False, False, True]), ([8, 9], [False, True])]
+    store = write(tmp_path / "store", samples)
+    filled = batch.fill_micro_batch(store, np.array([1, 0]), 8)
+    assert filled.tokens[0].tolist() == [8, 9, 5, 6, 7, 0, 0, 0]
+    assert filled.labels[0].tolist() == [9, -100, -100, 7, -100, -100, -100, -100]
