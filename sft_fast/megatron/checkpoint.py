@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.parallel import Parallel
 
 STATE_FILE = "train_state.json"
-# The one optimizer layout that loads at any data-parallel size.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The one optimizer layout that loads at any data-parallel size. megatron adds process groups to the
+# mapping it is given, so it gets copies.
+SHARDING: Mapping[str, str] = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ def sharded_state(
     is_loading: bool,
 ) -> dict[str, Any]:
     """The state dict of this rank, in dist_checkpointing's sharded form."""
-    weights = unwrap(model).sharded_state_dict(metadata=SHARDING)
+    weights = unwrap(model).sharded_state_dict(metadata=dict(SHARDING))
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=SHARDING
+            weights, is_loading=is_loading, metadata=dict(SHARDING)
         ),
         "lr_schedule": schedule.state_dict(),
     }
@@ -80,7 +81,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     tensors = sharded_state(model, optimizer, schedule, is_loading=False)
-    dist_checkpointing.save(tensors, str(temporary), content_metadata=SHARDING)
+    dist_checkpointing.save(tensors, str(temporary), content_metadata=dict(SHARDING))
     dist.barrier()
     if parallel.is_main:
         (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
@@ -112,6 +113,7 @@ def load_checkpoint(
     schedule: OptimizerParamScheduler,
 ) -> None:
     """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
+    allocate_adam_state(optimizer)
     request = sharded_state(model, optimizer, schedule, is_loading=True)
     loaded = dist_checkpointing.load(request, str(checkpoint))
     unwrap(model).load_state_dict(loaded["model"])
@@ -119,6 +121,25 @@ def load_checkpoint(
         optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counts(optimizer)
     schedule.load_state_dict(loaded["lr_schedule"])
+
+
+def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch Adam optimizers inside; none where Transformer Engine or Apex provide theirs."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
+
+
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's Adam the state of step 0, which megatron expects to find before it loads."""
+    for part in torch_adam_parts(optimizer):
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                if not part.state[parameter]:
+                    part.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 @contextlib.contextmanager
@@ -148,7 +169,6 @@ def separate_step_counts(optimizer: MegatronOptimizer) -> None:
 
     megatron restores one tensor for all of them; AdamW would then add one to it per parameter.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+    for part in torch_adam_parts(optimizer):
+        for state in part.state.values():
+            state["step"] = state["step"].clone()
