@@ -1,3 +1,3 @@
-"""Supervised fine-tuning on megatron-core: one YAML, one torchrun, the loss on trained tokens only."""
+"""Supervised fine-tuning on megatron-core: one YAML, one torchrun, loss on trained tokens only."""
 
 __version__ = "0.1.0"

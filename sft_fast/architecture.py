@@ -1,4 +1,4 @@
-"""The model's architecture as plain numbers, read from and written to a Hugging Face config.json."""
+"""The model's architecture as plain numbers, from and to a Hugging Face config.json."""
 
 import json
 from dataclasses import dataclass

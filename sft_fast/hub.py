@@ -23,7 +23,9 @@ def local_folder(path: str, revision: str | None, key: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
-        raise ValueError(f"{key}: {path} is not a directory; expected one, or a hub id like org/name")
+        raise ValueError(
+            f"{key}: {path} is not a directory; expected one, or a hub id like org/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -77,5 +77,3 @@ class MetricsWriter:
 
 def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-

@@ -94,7 +94,9 @@ class RankPool:
             ready = multiprocessing.connection.wait(waiting, deadline - time.monotonic())
             if not ready:
                 self.close()
-                raise TimeoutError(f"no answer in {TIMEOUT_S} s from ranks {sorted(map(rank_of.get, waiting))}")
+                raise TimeoutError(
+                    f"no answer in {TIMEOUT_S} s from ranks {sorted(map(rank_of.get, waiting))}"
+                )
             for connection in ready:
                 status, value = connection.recv()
                 if status == "error":

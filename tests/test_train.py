@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rank_pool import RankPool
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +175,6 @@ def test_resume_refuses_other_data_and_another_order(
         assert reason in result[2], override
 
 
-
 # name: overrides, what the message must say
 BAD_INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "missing file": (["data.train={folder}/nowhere.jsonl"], ["nowhere.jsonl", "data.train"]),
@@ -198,9 +198,8 @@ BAD_INPUTS: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.fixture(scope="module")
 def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import save_tiny_llama
-
     from sft_fast.data.tokenizer import load_tokenizer
+    from tiny import save_tiny_llama
 
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty.jsonl").touch()

@@ -1,4 +1,4 @@
-"""Everything that touches megatron-core. Importing this package first makes megatron run without a GPU."""
+"""Everything that touches megatron-core; importing it makes megatron run without a GPU."""
 
 import warnings
 

@@ -57,7 +57,7 @@ class PackedSamples(PackedSeqParams):
 
 
 def size_class(length: int) -> int:
-    """Rounds up to a step of 32, or an eighth to a quarter of the length: few classes, little waste."""
+    """Rounds up to a step of 32, or of an eighth to a quarter of the length where that is more."""
     step = max(32, (1 << length.bit_length()) >> 3)
     return -(-length // step) * step
 

@@ -1,4 +1,4 @@
-"""The device of this process, and the one shim that lets megatron-core run on a machine without a GPU.
+"""The device of this process, and the one shim that lets megatron-core run without a GPU.
 
 megatron-core names CUDA directly: `torch.cuda.current_device()`, `device="cuda"`, `tensor.type()`
 compared with "torch.cuda.FloatTensor". The shim answers those calls with the CPU. It is installed
@@ -139,7 +139,7 @@ def patch_tensor_methods() -> None:
     tensor.type = type_name
     tensor.to = to
     tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def patch_rng_tracker() -> None:

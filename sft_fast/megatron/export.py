@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face directory: weights, config, tokenizer, template, generation."""
+"""The trained model as a Hugging Face directory: weights, configs, tokenizer, chat template."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def special_token_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def generation_config(inputs: Inputs) -> dict[str, Any]:
-    """The source's generation config, which must also stop at the tokens that end a trained turn."""
+    """The source's generation config, made to stop at the tokens that end a trained turn too."""
     generation: dict[str, Any] = special_token_ids(inputs.tokenizer)
     if inputs.model.folder is not None:
         path = inputs.model.folder / "generation_config.json"

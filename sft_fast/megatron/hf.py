@@ -1,8 +1,8 @@
 """Weights between Hugging Face safetensors and this rank's part of a megatron model.
 
 One table says which Hugging Face tensors make up each megatron parameter and how the parameter is
-split over tensor-parallel ranks. Import reads only this rank's slices; export writes one file series
-per pipeline stage.
+split over tensor-parallel ranks. Import reads only this rank's slices; each pipeline stage exports
+its own files.
 """
 
 import json
@@ -152,7 +152,7 @@ def shorten(names: set[str], limit: int = 5) -> str:
 
 
 class RandomSource:
-    """Random weights as a checkpoint: each tensor depends on its name and the seed, not on the layout."""
+    """Random weights as a checkpoint: a tensor depends on its name and the seed, not the layout."""
 
     def __init__(self, architecture: Architecture, seed: int):
         self.shapes = hf_shapes(architecture)
@@ -169,7 +169,7 @@ class RandomSource:
 
 
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
-    """Yields (parameter name, rule with full Hugging Face names) for each parameter of this rank."""
+    """Yields (name, rule with full Hugging Face names) for each parameter of this rank."""
     for name, _ in model.named_parameters():
         if not name.startswith("decoder.layers."):
             rule = MODEL_RULES[name]
@@ -188,7 +188,7 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
 def load_weights(
     model: SFTModel, source: WeightSource, architecture: Architecture, parallel: Parallel
 ) -> None:
-    """Fills every parameter of this rank from `source`, slice by slice, in the parameter's dtype."""
+    """Fills every parameter of this rank from `source`, slice by slice, in its own dtype."""
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
         target = parameters[name]
@@ -265,8 +265,8 @@ def export_weights(
 ) -> None:
     """Writes *.safetensors and their index to `folder`; every rank of one replica must call it.
 
-    The first tensor-parallel rank of each pipeline stage writes that stage's files, so `folder` must
-    be on a file system that all stages share.
+    The first tensor-parallel rank of each pipeline stage writes that stage's files, so `folder`
+    must be on a file system that all stages share.
     """
     writer = ShardWriter(folder, f"stage{parallel.pp_rank + 1:02d}")
     parameters = dict(model.named_parameters())

@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -35,15 +34,15 @@ VOCAB_MULTIPLE = 128
 class LossOutputLayer(ColumnParallelLinear):
     """The LM head. With labels it returns the loss; logits of masked rows are never computed.
 
-    The loss runs inside this module's forward so that DDP's parameter-gather hooks fire. An existing
-    output layer becomes one by assigning `__class__`: same parameters, same checkpoint keys.
+    The loss runs inside this module's forward so that DDP's parameter-gather hooks fire. An
+    existing output layer becomes one by assigning `__class__`: same parameters and checkpoint keys.
     """
 
     vocab_size: int
     """Columns of the vocabulary; the weight may hold more, which are padding."""
     loss_backend: str
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_: Tensor,
         weight: Tensor | None = None,
@@ -70,7 +69,7 @@ class LossOutputLayer(ColumnParallelLinear):
 
 
 class SFTModel(GPTModel):
-    """megatron-core's GPTModel; rotary angles follow position_ids and labels give per-token losses."""
+    """megatron-core's GPTModel; rotary angles follow position_ids, labels give per-token losses."""
 
     def __init__(self, *args: Any, unpadded_vocab_size: int, loss_backend: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -79,7 +78,7 @@ class SFTModel(GPTModel):
             self.output_layer.vocab_size = unpadded_vocab_size
             self.output_layer.loss_backend = loss_backend
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -95,7 +94,7 @@ class SFTModel(GPTModel):
         decoder_input, rotary_angles, *rest = outputs
         return (decoder_input, rotary_angles[position_ids[0]], *rest)  # [s, 1, 1, head_dim]
 
-    def _postprocess(  # type: ignore[override]
+    def _postprocess(
         self,
         hidden_states: Tensor,
         *args: Any,
@@ -110,8 +109,9 @@ class SFTModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        is_packed = isinstance(packed_seq_params, PackedSamples)
-        active_rows = packed_seq_params.active_rows if is_packed else None
+        active_rows = None
+        if isinstance(packed_seq_params, PackedSamples):
+            active_rows = packed_seq_params.active_rows
         return self.output_layer(
             hidden_states, weight=weight, labels=labels, active_rows=active_rows
         )
@@ -231,6 +231,7 @@ def check_layout(architecture: Architecture, parallel: Parallel) -> None:
 
 def unwrap(model: torch.nn.Module) -> SFTModel:
     """Takes DDP and mixed-precision wrappers off."""
-    while not isinstance(model, SFTModel):
-        model = model.module
-    return model
+    wrapped: Any = model
+    while not isinstance(wrapped, SFTModel):
+        wrapped = wrapped.module
+    return wrapped

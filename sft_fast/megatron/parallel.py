@@ -72,9 +72,7 @@ def init_distributed(timeout_minutes: float) -> None:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", tcp_store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def init_parallel(config: Config) -> Parallel:
@@ -115,7 +113,7 @@ def current_parallel(device: torch.device) -> Parallel:
     )
 
 
-def once_per_node(name: str, work: Callable[[], None]) -> None:
+def once_per_node(name: str, work: Callable[[], object]) -> None:
     """Runs `work` on one rank of each node while the node's other ranks wait for it.
 
     They wait on a key of the store, not inside a collective, so no watchdog fires however long the

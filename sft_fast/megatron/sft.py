@@ -1,4 +1,4 @@
-"""The `("megatron", "sft")` trainer: what happens to a token, from the store to the optimizer step."""
+"""The `("megatron", "sft")` trainer: what happens to a token, from store to optimizer step."""
 
 import time
 from collections.abc import Iterator

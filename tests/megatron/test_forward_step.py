@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+
 from rank_pool import RankPool
 from tiny import make_config, make_store, random_samples
 
 
 def build(parallel_section: dict[str, Any]) -> Any:
+    from sft_fast.architecture import architecture_from_shape
     from sft_fast.megatron import sft
     from sft_fast.megatron.hf import RandomSource
-    from sft_fast.architecture import architecture_from_shape
     from sft_fast.megatron.parallel import init_parallel
 
     config = make_config(parallel=parallel_section)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+
+from rank_pool import RankPool
 from tiny import VOCAB_SIZE, make_config, make_store, random_samples, save_tiny_llama
 
 LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)]

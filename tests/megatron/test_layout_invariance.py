@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rank_pool import RankPool
 from tiny import make_config, make_store, random_samples, save_tiny_llama
 
