@@ -12,7 +12,7 @@ from torch import Tensor
 SKIPS_MASKED_ROWS = False
 """Every row handed in is computed: the caller selects the active rows first."""
 
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 
 
 def row_blocks(logits: Tensor) -> Iterator[slice]:
