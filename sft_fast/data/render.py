@@ -38,6 +38,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACE_CHARACTERS = 40
 
 
+class TemplateCompileError(ValueError):
+    """A chat template that is not valid Jinja."""
+
+
 @dataclass(frozen=True)
 class Span:
     """Supervised characters [start, end) of a text; `end_of_turn` is the token that closes them."""
@@ -218,7 +222,7 @@ class ChatRenderer:
         """The span of the turn that the template wrote to text[start:limit]."""
         segment = text[start:limit]
         content = message.content.strip()
-        found = segment.rfind(content) if content else -1
+        found = segment.find(content) if content else -1
         if found >= 0:
             token = self._special_pattern.search(segment, found + len(content))
         else:
@@ -285,7 +289,9 @@ class ChatRenderer:
                 **self._tokenizer.special_tokens_map,
             )
         except TemplateSyntaxError as error:
-            raise SyntaxError(f"the chat template, line {error.lineno}: {error}") from error
+            raise TemplateCompileError(
+                f"the chat template does not compile, line {error.lineno}: {error}"
+            ) from error
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
@@ -295,6 +301,8 @@ class ChatRenderer:
         probe = (Message("user", "a"), Message("assistant", "b"))
         try:
             text = self._apply(probe, ())
+        except TemplateCompileError:
+            raise
         except ValueError:
             # Templates may demand more than a plain exchange; each row will tell then.
             text = ""
@@ -304,8 +312,10 @@ class ChatRenderer:
 
     def _check_contents(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages, start=1):
+            # The text of a call is its Python form, where such a token looks the same.
+            texts = (message.content, *map(str, message.tool_calls))
             for token in self._control:
-                if token in message.content:
+                if any(token in text for text in texts):
                     raise ValueError(
                         f"turn {number} ({message.role}) contains the control token {token!r}, "
                         "which would be read as the structure of the chat; remove it"
