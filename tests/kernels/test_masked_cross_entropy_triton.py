@@ -402,3 +402,51 @@ def test_compiles_for_hopper(name: str, dtype: str, tmp_path: Path) -> None:
 def test_cpu_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match="on the CPU; choose 'torch' or 'auto'"):
         masked_cross_entropy(torch.zeros(1, 4), torch.tensor([1]), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpu_is_no_worse_than_eager_and_never_waits(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(512, 1, 256, generator=generator).to("cuda", dtype).requires_grad_()
+    weight = torch.randn(32003, 256, generator=generator).to("cuda", dtype).requires_grad_()
+    labels = torch.randint(32000, (1, 512), generator=generator)
+    labels[:, :300] = IGNORE_INDEX
+    active_rows, labels = torch.arange(300, 512), labels.cuda()
+    upstream = torch.rand(1, 512, generator=generator).cuda()
+    weight.main_grad = torch.zeros(32003, 256, device="cuda")
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = masked_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            active_rows=active_rows,
+            vocab_size=32000,
+            backend="triton",
+            accumulate_into_main_grad=True,
+        )
+        hidden.grad = None
+        loss.backward(upstream)
+        return loss.detach(), hidden.grad
+
+    step()
+    weight.main_grad.zero_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, hidden_grad = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    truth = reference.linear_cross_entropy(exact[0], exact[1], labels, 32000)
+    eager_logits = (hidden.flatten(0, 1) @ weight.t())[:, :32000]
+    eager = eager_cross_entropy(eager_logits, labels[0], 32000).view(1, 512)
+    assert_no_worse(loss, eager, truth)
+    true_grads = gradient(truth, upstream, *exact)
+    eager_grads = gradient(eager, upstream, hidden, weight)
+    for ours, plain, true_grad in zip(
+        (hidden_grad, weight.main_grad), eager_grads, true_grads, strict=True
+    ):
+        assert_no_worse(ours, plain, true_grad)
+    assert_bit_zero(hidden_grad[:300])
