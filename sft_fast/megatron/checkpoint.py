@@ -23,6 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from sft_fast.megatron.model import unwrap
+from sft_fast.megatron.optim import torch_adam_parts
 from sft_fast.megatron.parallel import Parallel
 
 STATE_FILE = "train_state.json"
@@ -113,7 +114,6 @@ def load_checkpoint(
     schedule: OptimizerParamScheduler,
 ) -> None:
     """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
-    allocate_adam_state(optimizer)
     request = sharded_state(model, optimizer, schedule, is_loading=True)
     loaded = dist_checkpointing.load(request, str(checkpoint))
     unwrap(model).load_state_dict(loaded["model"])
@@ -121,25 +121,6 @@ def load_checkpoint(
         optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counts(optimizer)
     schedule.load_state_dict(loaded["lr_schedule"])
-
-
-def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """The torch Adam optimizers inside; none where Transformer Engine or Apex provide theirs."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
-
-
-def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam the state of step 0, which megatron expects to find before it loads."""
-    for part in torch_adam_parts(optimizer):
-        for group in part.param_groups:
-            for parameter in group["params"]:
-                if not part.state[parameter]:
-                    part.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -52,6 +53,8 @@ def install_cpu_shim() -> None:
         return
     patch_cuda_module()
     patch_tensor_methods()
+    # torch lists its factories at first use, for `with torch.device(...)`: it must list its own.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     patch_rng_tracker()

@@ -6,6 +6,7 @@ its own files.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +153,16 @@ def shorten(names: set[str], limit: int = 5) -> str:
 
 
 class RandomSource:
-    """Random weights as a checkpoint: a tensor depends on its name and the seed, not the layout."""
+    """Random weights as a checkpoint: a tensor depends on its name and the seed, not the layout.
+
+    Normal with the architecture's standard deviation; what is added to the residual stream has it
+    divided by sqrt(2 * layers), as in GPT-2 and megatron.
+    """
 
     def __init__(self, architecture: Architecture, seed: int):
         self.shapes = hf_shapes(architecture)
         self.std = architecture.initializer_range
+        self.residual_std = self.std / math.sqrt(2 * architecture.num_layers)
         self.seed = seed
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
@@ -165,7 +171,9 @@ class RandomSource:
             return torch.ones(shape)[rows]
         seed = xxhash.xxh64_intdigest(name.encode(), seed=self.seed) >> 1
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).mul_(self.std)[rows, columns]
+        is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = self.residual_std if is_residual else self.std
+        return torch.randn(shape, generator=generator).mul_(std)[rows, columns]
 
 
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:

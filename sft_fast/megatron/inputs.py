@@ -122,6 +122,7 @@ def read_store(key: str, rows: Rows, config: Config, tokenizer: Any) -> TokenSto
     options = BuildOptions(
         capacity=config.packing.capacity,
         over_length=config.data.over_length,
+        on_bad_row=config.data.on_bad_row,
         fields=config.data.fields,
     )
     cache = config.data.cache_dir or os.path.join(config.output_dir, "data")

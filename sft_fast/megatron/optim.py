@@ -17,6 +17,10 @@ from sft_fast.config import Config
 from sft_fast.megatron.model import DTYPES, SFTModel
 
 
+# fp16 only; the loss is a sum over tokens, so megatron's 2**32 would overflow for many steps.
+INITIAL_LOSS_SCALE = 2.0**16
+
+
 def wrap_model(model: SFTModel, config: Config) -> DistributedDataParallel:
     """Adds mixed precision and data parallelism; gradients accumulate and reduce in fp32."""
     module = model if config.model.dtype == "fp32" else Float16Module(model.config, model)
@@ -45,9 +49,31 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         params_dtype=dtype,
+        initial_loss_scale=INITIAL_LOSS_SCALE,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(optimizer_config, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(optimizer_config, [model], use_gloo_process_groups=False)
+    allocate_adam_state(optimizer)
+    return optimizer
+
+
+def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch Adam optimizers inside; none where Transformer Engine or Apex provide theirs."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
+
+
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's Adam its state of step 0: megatron saves and loads none that is missing."""
+    for part in torch_adam_parts(optimizer):
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                if not part.state[parameter]:
+                    part.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def build_lr_schedule(
