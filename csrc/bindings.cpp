@@ -5,9 +5,12 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "packing/common.hpp"
 #include "packing/fill.hpp"
 #include "packing/plan.hpp"
+#include "packing/window.hpp"
 
 namespace py = pybind11;
 
@@ -48,18 +51,90 @@ py::array_t<T> to_numpy(sft_fast::Array<T> array) {
   return py::array_t<T>(static_cast<py::ssize_t>(array.size), data, owner);
 }
 
-using Planner = sft_fast::BinPlan (*)(std::span<const int32_t>, int64_t, uint64_t, uint64_t);
+using Planner = sft_fast::BinPlan (*)(std::span<const int32_t>, const sft_fast::PlanOptions&);
 
 template <Planner plan_bins>
-py::tuple plan(const py::array& lengths, int64_t capacity, uint64_t seed, uint64_t epoch) {
+py::tuple plan(const py::array& lengths, int64_t capacity, uint64_t seed, uint64_t epoch,
+               int64_t alignment, int64_t max_samples, int64_t pool_size) {
   const std::span<const int32_t> view = input<int32_t>(lengths, "lengths");
+  const sft_fast::PlanOptions options{capacity, alignment, max_samples, pool_size, seed, epoch};
   sft_fast::BinPlan plan = [&] {
     py::gil_scoped_release release;
-    return plan_bins(view, capacity, seed, epoch);
+    return plan_bins(view, options);
   }();
   return py::make_tuple(to_numpy(std::move(plan.sample_ids)), to_numpy(std::move(plan.bin_offsets)),
                         to_numpy(std::move(plan.order)));
 }
+
+template <Planner plan_bins>
+void def_planner(py::module_& module, const char* name, const char* doc) {
+  module.def(name, &plan<plan_bins>, py::arg("lengths"), py::arg("capacity"), py::arg("seed"),
+             py::arg("epoch"), py::kw_only(), py::arg("alignment") = 1, py::arg("max_samples") = 0,
+             py::arg("pool_size") = 1000, doc);
+}
+
+template <sft_fast::Array<uint32_t> order(int64_t, uint64_t, uint64_t)>
+void def_order(py::module_& module, const char* name, const char* doc) {
+  module.def(
+      name,
+      [](int64_t count, uint64_t seed, uint64_t epoch) {
+        return to_numpy(order(count, seed, epoch));
+      },
+      py::arg("count"), py::arg("seed"), py::arg("epoch"), doc);
+}
+
+// WindowPacker for a stream of samples that Python holds.
+class StreamPacker {
+ public:
+  StreamPacker(int64_t capacity, uint64_t seed, int64_t alignment, int64_t max_samples,
+               int64_t pool_size, uint64_t num_draws)
+      : options_(checked({capacity, alignment, max_samples, pool_size, seed, 0})),
+        packer_(options_, num_draws) {}
+
+  void add(int64_t id, int64_t length) {
+    packer_.add(id, sft_fast::checked_size(id, length, options_));
+  }
+
+  bool needs_more() const { return packer_.needs_more(); }
+  uint64_t num_draws() const { return packer_.num_draws(); }
+
+  py::array_t<int64_t> take_bin() {
+    if (packer_.count() == 0) throw std::invalid_argument("the pool holds no sample");
+    std::vector<int64_t> ids;
+    packer_.take_bin([&](int64_t id) { ids.push_back(id); });
+    return to_array(ids);
+  }
+
+  py::list take_rest() {
+    py::list bins;
+    std::vector<int64_t> ids;
+    packer_.take_rest([&](int64_t id) { ids.push_back(id); },
+                      [&] {
+                        bins.append(to_array(ids));
+                        ids.clear();
+                      });
+    return bins;
+  }
+
+  py::array_t<int64_t> ids() const {
+    std::vector<int64_t> ids;
+    for (const auto& item : packer_.items()) ids.push_back(item.id);
+    return to_array(ids);
+  }
+
+ private:
+  static sft_fast::PlanOptions checked(const sft_fast::PlanOptions& options) {
+    sft_fast::check_options(options);
+    return options;
+  }
+
+  static py::array_t<int64_t> to_array(const std::vector<int64_t>& values) {
+    return py::array_t<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+  }
+
+  sft_fast::PlanOptions options_;
+  sft_fast::WindowPacker packer_;
+};
 
 py::tuple fill_micro_batch(const py::array& store_tokens, const py::array& supervised_bits,
                            const py::array& offsets, const py::array& sample_ids,
@@ -84,16 +159,39 @@ py::tuple fill_micro_batch(const py::array& store_tokens, const py::array& super
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Packing on the CPU. Every function releases the GIL and raises ValueError.";
-  module.def("plan_best_fit_decreasing", &plan<sft_fast::plan_best_fit_decreasing>,
-             py::arg("lengths"), py::arg("capacity"), py::arg("seed"), py::arg("epoch"),
-             R"(Best-fit decreasing over int32[N] lengths, each 1 to capacity.
+  def_planner<sft_fast::plan_best_fit_decreasing>(module, "plan_best_fit_decreasing",
+                                                  R"(Best-fit decreasing over int32[N] lengths.
 
-Returns (sample_ids int64[N], bin_offsets int64[B + 1], order uint32[B]): the i-th bin to train on
-is sample_ids[bin_offsets[b]:bin_offsets[b + 1]] with b = order[i].)");
-  module.def(
-      "plan_one_per_bin", &plan<sft_fast::plan_one_per_bin>, py::arg("lengths"),
-      py::arg("capacity"), py::arg("seed"), py::arg("epoch"),
-      "One sample per bin, bins in random order; returns what plan_best_fit_decreasing does.");
+A length is 1 to capacity; it takes up a multiple of `alignment` tokens. max_samples is per bin, 0 =
+no limit. Returns (sample_ids uint32[N], bin_offsets int64[B + 1], order uint32[B]): the i-th bin to
+train on is sample_ids[bin_offsets[b]:bin_offsets[b + 1]] with b = order[i].)");
+  def_planner<sft_fast::plan_window>(module, "plan_window",
+                                     R"(Random order, bins filled from a pool.
+
+Arguments and results are those of plan_best_fit_decreasing; pool_size is the least number of samples
+to choose from.)");
+  def_planner<sft_fast::plan_sequential>(module, "plan_sequential", R"(Next-fit in the order given.
+
+Arguments and results are those of plan_best_fit_decreasing; nothing is random.)");
+  def_planner<sft_fast::plan_one_per_bin>(module, "plan_one_per_bin",
+                                          R"(One sample per bin, bins in random order.
+
+Arguments and results are those of plan_best_fit_decreasing.)");
+  def_order<sft_fast::bin_order>(module, "bin_order", "The order that a plan has for its bins.");
+  def_order<sft_fast::sample_order>(module, "sample_order",
+                                    "The order that plan_window starts from.");
+  py::class_<StreamPacker>(module, "StreamPacker", "Packs a stream as plan_window does.")
+      .def(py::init<int64_t, uint64_t, int64_t, int64_t, int64_t, uint64_t>(), py::arg("capacity"),
+           py::arg("seed"), py::kw_only(), py::arg("alignment") = 1, py::arg("max_samples") = 0,
+           py::arg("pool_size") = 1000, py::arg("num_draws") = 0,
+           "num_draws and the samples of ids(), added in that order, continue an earlier packer.")
+      .def("add", &StreamPacker::add, py::arg("id"), py::arg("length"),
+           "Takes in a sample; ids are the caller's.")
+      .def("needs_more", &StreamPacker::needs_more, "True until the pool can fill a bin well.")
+      .def("take_bin", &StreamPacker::take_bin, "Ids of the next bin, int64[n].")
+      .def("take_rest", &StreamPacker::take_rest, "Empties the pool into a list of bins.")
+      .def("ids", &StreamPacker::ids, "Ids in the pool, oldest first, int64[n].")
+      .def_property_readonly("num_draws", &StreamPacker::num_draws, "Random numbers drawn so far.");
   module.def("fill_micro_batch", &fill_micro_batch, py::arg("store_tokens"),
              py::arg("supervised_bits"), py::arg("offsets"), py::arg("sample_ids"), py::kw_only(),
              py::arg("ignore_index"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(),

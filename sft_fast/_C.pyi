@@ -3,12 +3,70 @@
 import numpy as np
 from numpy.typing import NDArray
 
+Plan = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]
+
 def plan_best_fit_decreasing(
-    lengths: NDArray[np.int32], capacity: int, seed: int, epoch: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]: ...
+    lengths: NDArray[np.int32],
+    capacity: int,
+    seed: int,
+    epoch: int,
+    *,
+    alignment: int = 1,
+    max_samples: int = 0,
+    pool_size: int = 1000,
+) -> Plan: ...
+def plan_window(
+    lengths: NDArray[np.int32],
+    capacity: int,
+    seed: int,
+    epoch: int,
+    *,
+    alignment: int = 1,
+    max_samples: int = 0,
+    pool_size: int = 1000,
+) -> Plan: ...
+def plan_sequential(
+    lengths: NDArray[np.int32],
+    capacity: int,
+    seed: int,
+    epoch: int,
+    *,
+    alignment: int = 1,
+    max_samples: int = 0,
+    pool_size: int = 1000,
+) -> Plan: ...
 def plan_one_per_bin(
-    lengths: NDArray[np.int32], capacity: int, seed: int, epoch: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]: ...
+    lengths: NDArray[np.int32],
+    capacity: int,
+    seed: int,
+    epoch: int,
+    *,
+    alignment: int = 1,
+    max_samples: int = 0,
+    pool_size: int = 1000,
+) -> Plan: ...
+def bin_order(count: int, seed: int, epoch: int) -> NDArray[np.uint32]: ...
+def sample_order(count: int, seed: int, epoch: int) -> NDArray[np.uint32]: ...
+
+class StreamPacker:
+    def __init__(
+        self,
+        capacity: int,
+        seed: int,
+        *,
+        alignment: int = 1,
+        max_samples: int = 0,
+        pool_size: int = 1000,
+        num_draws: int = 0,
+    ) -> None: ...
+    @property
+    def num_draws(self) -> int: ...
+    def add(self, id: int, length: int) -> None: ...
+    def needs_more(self) -> bool: ...
+    def take_bin(self) -> NDArray[np.int64]: ...
+    def take_rest(self) -> list[NDArray[np.int64]]: ...
+    def ids(self) -> NDArray[np.int64]: ...
+
 def fill_micro_batch(
     store_tokens: NDArray[np.uint32],
     supervised_bits: NDArray[np.uint8],

@@ -5,28 +5,84 @@ same one, so ranks agree on every step without talking to each other, and a run 
 step with any data-parallel size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
+from sft_fast.balance import DEFAULT_COST_MODEL, CostModel, balance, imbalance, in_turn
+from sft_fast.packing_report import PackingReport, length_correlation
 
 Bin = NDArray[np.int64]
 """The ids of the samples that share one packed row; empty for a row of padding."""
 
-Planner = Callable[
-    [NDArray[np.int32], int, int, int],
-    tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]],
-]
+
+class Planner(Protocol):
+    """Returns (sample_ids, bin_offsets, order) of a `BinPlan`."""
+
+    def __call__(
+        self,
+        lengths: NDArray[np.int32],
+        capacity: int,
+        seed: int,
+        epoch: int,
+        *,
+        alignment: int,
+        max_samples: int,
+        pool_size: int,
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]: ...
+
 
 PLANNERS: dict[str, Planner] = {
     "bfd": _C.plan_best_fit_decreasing,
+    "window": _C.plan_window,
+    "sequential": _C.plan_sequential,
     "none": _C.plan_one_per_bin,
 }
-"""Strategy name -> function of (lengths, capacity, seed, epoch). The number of bins that a strategy
-needs must not depend on seed or epoch: steps are counted before they are planned."""
+"""Strategy name -> planner."""
+
+STRATEGIES = ("auto", *PLANNERS)
+
+MAX_CAPACITY = 2**24
+MAX_POOL_SIZE = 2**22
+# Enough for the share of unfilled bins to be known to better than the limit below.
+NUM_TRIAL_SAMPLES = 100_000
+MAX_EXTRA_BINS = 0.002
+
+VERSION = 1
+"""Of the planners; another version means another data order for the same options."""
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """Limits on bins; every one of them changes which samples share a bin."""
+
+    alignment: int = 1
+    """A sample takes up a multiple of this many tokens: 2 * context-parallel size, or what the
+    kernels of a number format ask for."""
+    max_samples_per_bin: int | None = None
+    """None = no limit."""
+    pool_size: int = 1000
+    """Samples that "window" chooses from, at least; it takes more where these are less than 8
+    bins' worth."""
+
+    def __post_init__(self) -> None:
+        limits = {"alignment": MAX_CAPACITY, "pool_size": MAX_POOL_SIZE}
+        limits["max_samples_per_bin"] = 2**31 - 1
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if value is None and name == "max_samples_per_bin":
+                continue
+            if not 1 <= value <= limit:
+                raise ValueError(f"packing.{name} is {value}; expected 1 to {limit}")
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+DEFAULT_OPTIONS = PackingOptions()
 
 
 @dataclass(frozen=True)
@@ -34,13 +90,13 @@ class BinPlan:
     """One epoch's bins.
 
     Attributes:
-        sample_ids: int64 [N], bin after bin; every sample exactly once.
+        sample_ids: uint32 [N], bin after bin; every sample exactly once.
         bin_offsets: int64 [num_bins + 1], into sample_ids.
         order: uint32 [num_bins]; the i-th bin to train on is stored at place order[i].
         capacity: tokens per bin.
     """
 
-    sample_ids: NDArray[np.int64]
+    sample_ids: NDArray[np.uint32]
     bin_offsets: NDArray[np.int64]
     order: NDArray[np.uint32]
     capacity: int
@@ -51,9 +107,10 @@ class BinPlan:
         return len(self.order)
 
     def bin(self, index: int) -> Bin:
-        """Returns the sample ids of the `index`-th bin in training order, a view."""
+        """Returns the sample ids of the `index`-th bin in training order."""
         place = int(self.order[index])
-        return self.sample_ids[self.bin_offsets[place] : self.bin_offsets[place + 1]]
+        ids = self.sample_ids[self.bin_offsets[place] : self.bin_offsets[place + 1]]
+        return ids.astype(np.int64)
 
 
 def plan_bins(
@@ -62,25 +119,68 @@ def plan_bins(
     strategy: str = "bfd",
     seed: int = 0,
     epoch: int = 0,
+    options: PackingOptions = DEFAULT_OPTIONS,
 ) -> BinPlan:
     """Assigns every sample to a bin of at most `capacity` tokens.
 
     Args:
         lengths: integer [N], tokens per sample, each in [1, capacity].
-        capacity: tokens per bin.
-        strategy: "bfd", best-fit decreasing, or "none", one sample per bin.
+        capacity: tokens per bin, a multiple of the alignment.
+        strategy: one of `STRATEGIES`. "bfd": best-fit decreasing; fewest bins, but short samples
+            share bins with short ones. "window": random order, each bin filled exactly from those
+            next in line; bins are random samples of the data. "sequential": next-fit in the
+            order given, the same in every epoch. "none": one sample per bin. "auto": whatever
+            `choose_strategy` says.
         seed: in [0, 2**64).
-        epoch: counted from 0; bins and their order differ between epochs, their number does not.
+        epoch: counted from 0.
 
     Raises:
         ValueError: a sample that is empty or longer than a bin, or an argument out of range.
     """
-    if strategy not in PLANNERS:
-        raise ValueError(f"packing.strategy is {strategy!r}; expected one of {sorted(PLANNERS)}")
+    if strategy not in STRATEGIES:
+        expected = ", ".join(STRATEGIES)
+        raise ValueError(f"packing.strategy is {strategy!r}; expected one of {expected}")
     if not (0 <= seed < 2**64 and 0 <= epoch < 2**64):
         raise ValueError(f"seed is {seed}, epoch is {epoch}; expected both in [0, 2**64)")
-    planned = PLANNERS[strategy](as_int32(lengths), capacity, seed, epoch)
+    if not 1 <= capacity <= MAX_CAPACITY:
+        raise ValueError(f"packing.capacity is {capacity}; expected 1 to {MAX_CAPACITY} tokens")
+    if strategy == "auto":
+        strategy, _ = choose_strategy(lengths, capacity, options)
+    planned = PLANNERS[strategy](
+        as_int32(lengths),
+        capacity,
+        seed,
+        epoch,
+        alignment=options.alignment,
+        max_samples=options.max_samples_per_bin or 0,
+        pool_size=options.pool_size,
+    )
     return BinPlan(*planned, capacity=capacity)
+
+
+def choose_strategy(
+    lengths: NDArray[np.integer], capacity: int, options: PackingOptions = DEFAULT_OPTIONS
+) -> tuple[str, str]:
+    """Decides between "window" and "bfd", by packing some of the samples with both.
+
+    It is "window", whose bins are random samples of the data, unless that needs over 0.2 % more
+    bins. The answer depends on nothing but the arguments: it is the same in every epoch and run.
+
+    Returns:
+        The strategy, and the reason in words.
+    """
+    # Spread over all of the data, which may be sorted.
+    some = np.asarray(lengths)[:: -(-len(lengths) // NUM_TRIAL_SAMPLES) or 1]
+    window, bfd = (
+        plan_bins(some, capacity, strategy, options=options).num_bins
+        for strategy in ("window", "bfd")
+    )
+    is_dense = window <= bfd * (1 + MAX_EXTRA_BINS)
+    reason = (
+        f"auto, because {len(some)} samples need {window} bins by window and {bfd} by bfd, "
+        f"{'at most' if is_dense else 'over'} {MAX_EXTRA_BINS:.1%} more"
+    )
+    return ("window" if is_dense else "bfd"), reason
 
 
 def as_int32(lengths: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -96,57 +196,6 @@ def as_int32(lengths: NDArray[np.integer]) -> NDArray[np.int32]:
         sample = changed[0]
         raise ValueError(f"sample {sample} has {array[sample]} tokens, more than int32 can hold")
     return converted
-
-
-@dataclass(frozen=True)
-class PackingReport:
-    """What packing costs and saves in one epoch."""
-
-    num_samples: int
-    num_tokens: int
-    num_supervised: int
-    num_bins: int
-    """Bins that hold samples."""
-    num_empty_bins: int
-    """Rows of padding that complete the last step."""
-    capacity: int
-    """Tokens per bin."""
-    max_samples_per_bin: int
-    num_steps: int
-
-    @property
-    def lower_bound(self) -> int:
-        """Bins that no packing can go below: all tokens laid end to end."""
-        return -(-self.num_tokens // self.capacity)
-
-    @property
-    def efficiency(self) -> float:
-        """lower_bound / num_bins, in (0, 1]."""
-        return self.lower_bound / self.num_bins
-
-    @property
-    def padding_share(self) -> float:
-        """Share of computed rows that hold no token, those of empty bins included."""
-        return 1 - self.num_tokens / ((self.num_bins + self.num_empty_bins) * self.capacity)
-
-    @property
-    def supervised_share(self) -> float:
-        """Share of tokens that train."""
-        return self.num_supervised / self.num_tokens
-
-    @property
-    def samples_per_bin(self) -> float:
-        """Mean over the bins that hold samples."""
-        return self.num_samples / self.num_bins
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_samples} samples, {self.num_tokens} tokens "
-            f"({self.supervised_share:.1%} supervised) in {self.num_bins} rows of {self.capacity} "
-            f"(bound {self.lower_bound}, efficiency {self.efficiency:.2%}), "
-            f"{self.samples_per_bin:.1f} samples per row (at most {self.max_samples_per_bin}), "
-            f"{self.padding_share:.2%} padding, {self.num_steps} steps per epoch"
-        )
 
 
 @dataclass(frozen=True)
@@ -168,6 +217,8 @@ class StepPlan:
     A step is `global_batch_size` consecutive bins of its epoch's plan. The last step of an epoch is
     completed with empty bins: no sample is dropped or seen twice, and rows without supervised
     tokens do not change a loss that is divided by the supervised tokens of the step.
+    All epochs have the same number of steps. One that "window" would give another number than the
+    first epoch takes the first epoch's bins instead, in an order of its own.
     Only the current epoch's plan is kept.
     """
 
@@ -180,6 +231,8 @@ class StepPlan:
         global_batch_size: int,
         strategy: str = "bfd",
         seed: int = 0,
+        options: PackingOptions = DEFAULT_OPTIONS,
+        cost_model: CostModel = DEFAULT_COST_MODEL,
     ) -> None:
         """Plans epoch 0.
 
@@ -190,6 +243,7 @@ class StepPlan:
             global_batch_size: bins per step, over all data-parallel ranks.
             strategy: see `plan_bins`.
             seed: see `plan_bins`.
+            cost_model: decides which rank computes which bins of a step, and nothing else.
 
         Raises:
             ValueError: there is nothing to train on, or an argument is out of range.
@@ -209,22 +263,24 @@ class StepPlan:
             raise ValueError(f"train.global_batch_size is {global_batch_size}; expected at least 1")
         self.capacity = capacity
         self.global_batch_size = global_batch_size
-        self.strategy = strategy
         self.seed = seed
-        self.cached = (0, plan_bins(self.lengths, capacity, strategy, seed, epoch=0))
-        self.num_bins = self.cached[1].num_bins
-
-    @property
-    def num_steps_per_epoch(self) -> int:
+        self.options = options
+        self.strategy, self.reason = strategy, "as configured"
+        if strategy == "auto":
+            self.strategy, self.reason = choose_strategy(self.lengths, capacity, options)
+        first = plan_bins(self.lengths, capacity, self.strategy, seed, epoch=0, options=options)
+        self.cached = (0, first)
+        self.num_steps_per_epoch = -(-first.num_bins // global_batch_size)
         """Steps in each epoch, the last one possibly completed with empty bins."""
-        return -(-self.num_bins // self.global_batch_size)
+        self.cost_model = cost_model
+        cost_model.check(capacity * global_batch_size, longest=capacity)
 
     @property
     def fingerprint(self) -> str:
         """Everything but the data that decides which samples a step holds, readable."""
         return (
-            f"strategy={self.strategy} capacity={self.capacity} seed={self.seed} "
-            f"global_batch_size={self.global_batch_size}"
+            f"version={VERSION} strategy={self.strategy} capacity={self.capacity} "
+            f"seed={self.seed} global_batch_size={self.global_batch_size} {self.options}"
         )
 
     def locate(self, global_step: int) -> tuple[int, int]:
@@ -236,10 +292,21 @@ class StepPlan:
         # Read and written whole, so that threads at most plan twice.
         cached_epoch, plan = self.cached
         if cached_epoch != epoch:
-            plan = plan_bins(self.lengths, self.capacity, self.strategy, self.seed, epoch)
-            assert plan.num_bins == self.num_bins, "a strategy's bin count depends on the epoch"
+            plan = self.plan_anew(epoch)
             self.cached = (epoch, plan)
         return plan
+
+    def plan_anew(self, epoch: int) -> BinPlan:
+        """Returns the plan of `epoch`, with as many steps as that of epoch 0."""
+        plan = self.plan_with_strategy(epoch)
+        if -(-plan.num_bins // self.global_batch_size) == self.num_steps_per_epoch:
+            return plan
+        first = self.plan_with_strategy(0)
+        return replace(first, order=_C.bin_order(first.num_bins, self.seed, epoch))
+
+    def plan_with_strategy(self, epoch: int) -> BinPlan:
+        """Returns what the strategy makes of `epoch`."""
+        return plan_bins(self.lengths, self.capacity, self.strategy, self.seed, epoch, self.options)
 
     def step_bins(self, epoch: int, step: int) -> list[Bin]:
         """Returns the `global_batch_size` bins of one step, the same for every parallel layout.
@@ -251,7 +318,7 @@ class StepPlan:
             raise ValueError(f"step is {step}; an epoch has {self.num_steps_per_epoch} steps")
         plan = self.plan(epoch)
         begin = step * self.global_batch_size
-        end = min(begin + self.global_batch_size, self.num_bins)
+        end = min(begin + self.global_batch_size, plan.num_bins)
         num_empty = self.global_batch_size - (end - begin)
         empty = np.empty(0, dtype=np.int64)
         return [plan.bin(index) for index in range(begin, end)] + [empty] * num_empty
@@ -259,10 +326,9 @@ class StepPlan:
     def micro_batches(
         self, global_step: int, dp_rank: int, dp_size: int, micro_batch_size: int
     ) -> list[list[Bin]]:
-        """Returns one rank's share of a step.
+        """Returns one rank's share of a step, equal in cost to that of others as far as possible.
 
-        Together the ranks hold `step_bins`, each bin once. Ranks take turns, micro-batch by
-        micro-batch, so the empty bins of an epoch's last step are spread over the ranks.
+        Together the ranks hold `step_bins`, each bin once.
 
         Returns:
             global_batch_size / (dp_size * micro_batch_size) micro-batches of `micro_batch_size`
@@ -271,21 +337,10 @@ class StepPlan:
         Raises:
             ValueError: the global batch does not divide evenly, or `dp_rank` does not exist.
         """
-        if micro_batch_size < 1 or dp_size < 1 or not 0 <= dp_rank < dp_size:
-            raise ValueError(
-                f"train.micro_batch_size is {micro_batch_size}, data-parallel rank {dp_rank} of "
-                f"{dp_size}; expected at least 1, and a rank in [0, size)"
-            )
-        if self.global_batch_size % (dp_size * micro_batch_size) != 0:
-            raise ValueError(
-                f"train.global_batch_size is {self.global_batch_size}; expected a multiple of "
-                f"train.micro_batch_size ({micro_batch_size}) x data-parallel size ({dp_size}) = "
-                f"{dp_size * micro_batch_size}"
-            )
+        check_layout(self.global_batch_size, dp_rank, dp_size, micro_batch_size)
         bins = self.step_bins(*self.locate(global_step))
-        stride = dp_size * micro_batch_size
-        first = dp_rank * micro_batch_size
-        return [bins[begin : begin + micro_batch_size] for begin in range(first, len(bins), stride)]
+        assigned = balance(self.bin_costs(bins), dp_size, micro_batch_size)
+        return [[bins[place] for place in places] for places in assigned[:, dp_rank]]
 
     def counts(self, global_step: int) -> StepCounts:
         """Returns what a whole step holds."""
@@ -297,16 +352,79 @@ class StepPlan:
             num_slots=self.capacity * self.global_batch_size,
         )
 
-    def report(self) -> PackingReport:
-        """Returns the packing figures of an epoch."""
-        _, plan = self.cached
+    def bin_costs(self, bins: list[Bin]) -> NDArray[np.int64]:
+        """Returns int64 [len(bins)], what each costs by the cost model; 0 if it is empty."""
+        sample_ids = np.concatenate(bins)
+        rounded = round_up(self.lengths[sample_ids], self.options.alignment)
+        costs = self.cost_model.costs(rounded, self.supervised[sample_ids])
+        totals = np.concatenate([[0], np.cumsum(costs)])
+        return np.diff(totals[np.cumsum([0, *map(len, bins)])])
+
+    def report(self, dp_size: int = 1, micro_batch_size: int = 1) -> PackingReport:
+        """Returns the packing figures of epoch 0.
+
+        Args:
+            dp_size: the data-parallel size for which the cost imbalance is computed.
+            micro_batch_size: likewise.
+        """
+        check_layout(self.global_batch_size, 0, dp_size, micro_batch_size)
+        plan = self.plan(0)
+        num_tokens = int(self.lengths.sum(dtype=np.int64))
+        num_rounded = int(round_up(self.lengths, self.options.alignment).sum(dtype=np.int64))
+        costs = [self.bin_costs(self.step_bins(0, step)) for step in self.some_steps()]
         return PackingReport(
+            strategy=self.strategy,
+            reason=self.reason,
             num_samples=len(self.lengths),
-            num_tokens=int(self.lengths.sum(dtype=np.int64)),
+            num_tokens=num_tokens,
             num_supervised=int(self.supervised.sum(dtype=np.int64)),
-            num_bins=self.num_bins,
-            num_empty_bins=self.num_steps_per_epoch * self.global_batch_size - self.num_bins,
+            num_bins=plan.num_bins,
+            num_empty_bins=self.num_steps_per_epoch * self.global_batch_size - plan.num_bins,
             capacity=self.capacity,
+            alignment_padding=num_rounded - num_tokens,
+            tail_padding=plan.num_bins * self.capacity - num_rounded,
             max_samples_per_bin=int(np.diff(plan.bin_offsets).max()),
+            length_correlation=length_correlation(plan, self.lengths),
+            max_places_moved=self.max_places_moved(plan),
+            cost_imbalance=float(
+                np.mean([imbalance(c, balance(c, dp_size, micro_batch_size)) for c in costs])
+            ),
+            cost_imbalance_in_turn=float(
+                np.mean([imbalance(c, in_turn(len(c), dp_size, micro_batch_size)) for c in costs])
+            ),
             num_steps=self.num_steps_per_epoch,
+        )
+
+    def some_steps(self) -> list[int]:
+        """Returns at most 64 steps, spread over an epoch."""
+        return sorted({int(step) for step in np.linspace(0, self.num_steps_per_epoch - 1, 64)})
+
+    def max_places_moved(self, plan: BinPlan) -> int | None:
+        """Returns how far from its place in the strategy's own order of epoch 0 a sample got."""
+        if self.strategy == "sequential":
+            return 0
+        if self.strategy != "window":
+            return None
+        places = np.empty(len(plan.sample_ids), np.int64)
+        places[_C.sample_order(len(places), self.seed, 0)] = np.arange(len(places))
+        return int(np.abs(places[plan.sample_ids] - np.arange(len(places))).max())
+
+
+def round_up(lengths: NDArray[np.int32], alignment: int) -> NDArray[np.int32]:
+    """Returns the tokens that samples take up, int32 [N]."""
+    return -(-lengths // np.int32(alignment)) * np.int32(alignment)
+
+
+def check_layout(global_batch_size: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> None:
+    """Raises ValueError if the global batch does not divide evenly, or `dp_rank` does not exist."""
+    if micro_batch_size < 1 or dp_size < 1 or not 0 <= dp_rank < dp_size:
+        raise ValueError(
+            f"train.micro_batch_size is {micro_batch_size}, data-parallel rank {dp_rank} of "
+            f"{dp_size}; expected at least 1, and a rank in [0, size)"
+        )
+    if global_batch_size % (dp_size * micro_batch_size) != 0:
+        raise ValueError(
+            f"train.global_batch_size is {global_batch_size}; expected a multiple of "
+            f"train.micro_batch_size ({micro_batch_size}) x data-parallel size ({dp_size}) = "
+            f"{dp_size * micro_batch_size}"
         )

@@ -36,6 +36,117 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
+def next_fit(
+    lengths: Sequence[int], capacity: int, max_samples: int | None = None
+) -> list[list[int]]:
+    """Packs samples in the order given; one that does not fit in the last bin opens another.
+
+    Args:
+        lengths: tokens per sample, each in [1, capacity].
+        capacity: tokens per bin.
+        max_samples: samples per bin; None = no limit.
+
+    Returns:
+        Bins as lists of sample ids.
+    """
+    bins: list[list[int]] = []
+    for sample, length in enumerate(lengths):
+        is_full = not bins or sum(lengths[other] for other in bins[-1]) + length > capacity
+        if is_full or len(bins[-1]) == max_samples:
+            bins.append([])
+        bins[-1].append(sample)
+    return bins
+
+
+def random_below(seed: int, epoch: int, stream: int, counter: int, bound: int) -> int:
+    """Returns number `counter` of a random stream, uniform in [0, bound).
+
+    Source: the output function of SplitMix64 (Steele, Lea, Flood 2014).
+    """
+    gamma, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def mix(bits: int) -> int:
+        bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & mask
+        return bits ^ (bits >> 31)
+
+    key = mix(seed + gamma & mask)
+    key = mix(key + epoch + gamma & mask)
+    key = mix(key + stream & mask)
+    return mix(key + counter * gamma & mask) * bound >> 64
+
+
+def random_order(count: int, seed: int, epoch: int, stream: int) -> list[int]:
+    """Returns 0 to count - 1, shuffled (Fisher and Yates)."""
+    order = list(range(count))
+    for i in range(1, count):
+        j = random_below(seed, epoch, stream, i, i + 1)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+class Window:
+    """The pool of the "window" strategy; add() until needs_more() is false, then take_bin()."""
+
+    def __init__(
+        self, capacity: int, max_samples: int | None, pool_size: int, seed: int, epoch: int
+    ) -> None:
+        self.capacity = capacity
+        self.max_samples = max_samples or 2**31
+        self.pool_size = pool_size
+        self.seed, self.epoch = seed, epoch
+        self.num_draws = 0
+        self.pool: list[tuple[int, int]] = []
+        """(sample, length), oldest first."""
+
+    def needs_more(self) -> bool:
+        """True below pool_size samples, and below 8 bins' worth of tokens."""
+        total = sum(length for _, length in self.pool)
+        return len(self.pool) < self.pool_size or total < 8 * self.capacity
+
+    def take_bin(self) -> list[int]:
+        """Removes and returns a bin: the oldest, then what fills it exactly, then what fits."""
+        mean = sum(length for _, length in self.pool) // len(self.pool)
+        reserve = min(mean, self.capacity // 3)
+        taken: list[int] = []
+        room = self.capacity
+        while self.pool and len(taken) < self.max_samples and room > 0:
+            rest = room - self.pool[0][1]
+            if taken and rest != 0 and rest < reserve:
+                break
+            room -= self.take(self.pool[0][1], taken)
+        while self.pool and len(taken) < self.max_samples and room > 0:
+            present = {length for _, length in self.pool}
+            size = room
+            if room not in present:
+                size = self.pair(room) if len(taken) + 1 < self.max_samples else 0
+            size = size or max((length for length in present if length <= room), default=0)
+            if size == 0:
+                break
+            room -= self.take(size, taken)
+        return taken
+
+    def take(self, size: int, taken: list[int]) -> int:
+        """Moves the oldest sample of this length to `taken`; returns the length."""
+        place = next(i for i, (_, length) in enumerate(self.pool) if length == size)
+        taken.append(self.pool.pop(place)[0])
+        return size
+
+    def pair(self, room: int) -> int:
+        """Returns the smaller of two lengths in the pool that add up to `room`, or 0."""
+        num_words = room // 2 // 64 + 1
+        start = random_below(self.seed, self.epoch, 5, self.num_draws, num_words)
+        self.num_draws += 1
+        lengths = [length for _, length in self.pool]
+        found = [
+            size
+            for size in range(1, room // 2 + 1)
+            if size in lengths and lengths.count(room - size) > (2 * size == room)
+        ]
+        # The search goes through words of 64 lengths, from a random one on and around.
+        return min(found, key=lambda size: ((size // 64 - start) % num_words, size), default=0)
+
+
 class FilledRow(NamedTuple):
     """The arrays of one micro-batch; shapes and dtypes as in `sft_fast.batch.MicroBatch`."""
 

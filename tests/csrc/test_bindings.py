@@ -10,17 +10,22 @@ import pytest
 
 from sft_fast import _C
 
-PLANNERS = [_C.plan_best_fit_decreasing, _C.plan_one_per_bin]
+PLANNERS = [
+    _C.plan_best_fit_decreasing,
+    _C.plan_window,
+    _C.plan_sequential,
+    _C.plan_one_per_bin,
+]
 MAX_CAPACITY = 2**24
 
-both_planners = pytest.mark.parametrize("planner", PLANNERS, ids=lambda planner: planner.__name__)
+all_planners = pytest.mark.parametrize("planner", PLANNERS, ids=lambda planner: planner.__name__)
 
 
 def int32(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
-@both_planners
+@all_planners
 @pytest.mark.parametrize(
     ("lengths", "problem"),
     [
@@ -49,28 +54,63 @@ def test_planners_refuse_bad_lengths(
         planner(lengths, capacity=8, seed=0, epoch=0)
 
 
-@both_planners
+@all_planners
 @pytest.mark.parametrize("lengths", [[3, 2], None, "32", 3])
 def test_planners_convert_nothing(planner: Callable[..., Any], lengths: Any) -> None:
     with pytest.raises(TypeError, match="incompatible function arguments"):
         planner(lengths, capacity=8, seed=0, epoch=0)
 
 
-@both_planners
+@all_planners
 @pytest.mark.parametrize("capacity", [0, -1, -(2**63), MAX_CAPACITY + 1, 2**63 - 1])
 def test_planners_refuse_bad_capacity(planner: Callable[..., Any], capacity: int) -> None:
     with pytest.raises(ValueError, match=f"packing.capacity is {capacity}; expected 1 to"):
         planner(int32(1), capacity=capacity, seed=0, epoch=0)
 
 
-@both_planners
+@all_planners
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"alignment": 0}, "packing.alignment is 0; expected 1 to 8"),
+        ({"alignment": -(2**63)}, "packing.alignment is -9223372036854775808"),
+        ({"alignment": 9}, "packing.alignment is 9; expected 1 to 8"),
+        ({"alignment": 3}, "packing.capacity is 8; expected a multiple of packing.alignment .3."),
+        ({"max_samples": -1}, "packing.max_samples_per_bin is -1; expected 0 to"),
+        ({"max_samples": 2**31}, "packing.max_samples_per_bin is 2147483648"),
+        ({"pool_size": 0}, "packing.pool_size is 0; expected 1 to"),
+        ({"pool_size": 2**40}, "packing.pool_size is 1099511627776"),
+    ],
+    ids=str,
+)
+def test_planners_refuse_bad_options(
+    planner: Callable[..., Any], options: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        planner(int32(1), capacity=8, seed=0, epoch=0, **options)
+
+
+@pytest.mark.parametrize("order", [_C.bin_order, _C.sample_order])
+def test_orders(order: Callable[[int, int, int], np.ndarray]) -> None:
+    assert order(0, 1, 2).tolist() == []
+    assert sorted(order(100, 1, 2).tolist()) == list(range(100))
+    for count in (-1, 2**31, 2**63 - 1):
+        with pytest.raises(ValueError, match=f"count is {count}; expected 0 to"):
+            order(count, 1, 2)
+
+
+def test_orders_of_bins_and_samples_are_not_the_same() -> None:
+    assert _C.bin_order(100, 1, 2).tolist() != _C.sample_order(100, 1, 2).tolist()
+
+
+@all_planners
 def test_planners_without_samples(planner: Callable[..., Any]) -> None:
     sample_ids, bin_offsets, order = planner(int32(), capacity=8, seed=0, epoch=0)
     assert (sample_ids.tolist(), bin_offsets.tolist(), order.tolist()) == ([], [0], [])
-    assert (sample_ids.dtype, bin_offsets.dtype, order.dtype) == (np.int64, np.int64, np.uint32)
+    assert (sample_ids.dtype, bin_offsets.dtype, order.dtype) == (np.uint32, np.int64, np.uint32)
 
 
-@both_planners
+@all_planners
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 4096, 4097, MAX_CAPACITY])
 def test_planners_with_one_sample_that_fills_its_bin(
     planner: Callable[..., Any], capacity: int
@@ -82,12 +122,12 @@ def test_planners_with_one_sample_that_fills_its_bin(
 def test_more_tokens_than_int32() -> None:
     # 300 bins of 2^24 tokens are 5e9 tokens.
     lengths = np.tile(int32(MAX_CAPACITY - 1, 1), 300)
-    sample_ids, bin_offsets, order = _C.plan_best_fit_decreasing(lengths, MAX_CAPACITY, 0, 0)
+    sample_ids, bin_offsets, _ = _C.plan_best_fit_decreasing(lengths, MAX_CAPACITY, 0, 0)
     assert bin_offsets.tolist() == list(range(0, 601, 2))
     assert sorted(sample_ids.tolist()) == list(range(600))
 
 
-@both_planners
+@all_planners
 def test_results_outlive_the_call_and_are_writeable(planner: Callable[..., Any]) -> None:
     results = [planner(np.full(1000, i + 1, np.int32), 16, seed=i, epoch=0)[0] for i in range(9)]
     assert all(sorted(sample_ids.tolist()) == list(range(1000)) for sample_ids in results)

@@ -1,0 +1,219 @@
+#include <algorithm>
+#include <cassert>
+#include <limits>
+#include <vector>
+
+#include "packing/common.hpp"
+#include "packing/integer_set.hpp"
+#include "packing/plan.hpp"
+#include "packing/random.hpp"
+
+namespace sft_fast {
+namespace {
+
+// Returns counts[size] for size in [0, greatest + 1]; the last entry is 0.
+std::vector<uint32_t> count_sizes(std::span<const int32_t> sizes) {
+  int32_t greatest = 0;
+  for (const int32_t size : sizes) greatest = std::max(greatest, size);
+  const size_t num_counts = static_cast<size_t>(greatest) + 2;
+  // Neighbours of equal size would wait for each other's increment, so they use separate tables.
+  constexpr size_t kTables = 4;
+  if (sizes.size() < kTables * num_counts) {
+    std::vector<uint32_t> counts(num_counts);
+    for (const int32_t size : sizes) ++counts[static_cast<size_t>(size)];
+    return counts;
+  }
+  std::vector<uint32_t> tables(kTables * num_counts);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    ++tables[(i % kTables) * num_counts + static_cast<size_t>(sizes[i])];
+  }
+  for (size_t i = 0; i < num_counts; ++i) {
+    for (size_t table = 1; table < kTables; ++table) tables[i] += tables[table * num_counts + i];
+  }
+  tables.resize(num_counts);
+  return tables;
+}
+
+// Sample ids sorted by size, in random order among equals.
+struct SortedSamples {
+  Array<uint32_t> ids;
+  std::vector<uint32_t> begin;  // begin[size]: where the samples of that size start in ids
+};
+
+SortedSamples sort_by_size(std::span<const int32_t> sizes, const std::vector<uint32_t>& counts,
+                           const Random& random) {
+  SortedSamples sorted{Array<uint32_t>(sizes.size()), std::vector<uint32_t>(counts.size())};
+  for (size_t i = 1; i < counts.size(); ++i) sorted.begin[i] = sorted.begin[i - 1] + counts[i - 1];
+  std::vector<uint32_t> next = sorted.begin;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    sorted.ids[next[static_cast<size_t>(sizes[i])]++] = static_cast<uint32_t>(i);
+  }
+  for (size_t size = 1; size + 1 < counts.size(); ++size) {
+    shuffle(sorted.ids.data.get(), sorted.begin[size], sorted.begin[size + 1], random);
+  }
+  return sorted;
+}
+
+constexpr int32_t kNil = -1;
+
+// A step of a bin's history: `count` samples of `size`, on top of what `parent` says.
+struct Pattern {
+  uint32_t size;
+  uint32_t count;
+  int32_t parent;
+};
+
+// Bins with the same contents up to the choice among samples of equal size.
+struct Group {
+  uint32_t residual;      // units still free in each bin
+  uint32_t free_samples;  // samples that each bin may still take
+  uint32_t num_bins;
+  int32_t pattern;
+  int32_t next;  // another group with the same residual
+};
+
+// The decisions of best-fit decreasing, made for whole groups of bins at a time.
+class GroupPacker {
+ public:
+  GroupPacker(uint32_t capacity, uint32_t max_samples)
+      : capacity_(capacity),
+        max_samples_(max_samples),
+        residuals_(capacity),
+        heads_(size_t{capacity} + 1, kNil) {}
+
+  // Places `count` samples of `size`. Sizes must arrive in descending order.
+  void place(uint32_t size, uint32_t count) {
+    while (count > 0) {
+      const Group group = take_fullest(size, count);
+      // The bin that just took a sample is the fullest that fits the next, until it is full.
+      const uint32_t per_bin = std::min(group.residual / size, group.free_samples);
+      const uint32_t num_filled = std::min(group.num_bins, count / per_bin);
+      put(group, num_filled, size, per_bin);
+      count -= num_filled * per_bin;
+      uint32_t num_untouched = group.num_bins - num_filled;
+      if (num_untouched > 0 && count > 0) {
+        put(group, 1, size, count);
+        count = 0;
+        --num_untouched;
+      }
+      put(group, num_untouched, size, 0);
+    }
+  }
+
+  size_t num_bins() const { return num_bins_; }
+
+  // Calls visit(num_bins, contents) for every group, contents being its (size, count) steps.
+  template <typename Visit>
+  void for_each_group(Visit visit) const {
+    std::vector<Pattern> contents;
+    const auto visit_group = [&](const Group& group) {
+      contents.clear();
+      for (int32_t p = group.pattern; p != kNil; p = contents.back().parent) {
+        contents.push_back(patterns_[static_cast<size_t>(p)]);
+      }
+      visit(group.num_bins, contents);
+    };
+    for (const Group& group : closed_) visit_group(group);
+    for (size_t residual = residuals_.successor(0); residual != IntegerSet::kNone;
+         residual = residuals_.successor(residual + 1)) {
+      for (int32_t g = heads_[residual]; g != kNil; g = open_[static_cast<size_t>(g)].next) {
+        visit_group(open_[static_cast<size_t>(g)]);
+      }
+    }
+  }
+
+ private:
+  // Removes and returns a group with the least sufficient residual, or opens enough empty bins.
+  Group take_fullest(uint32_t size, uint32_t count) {
+    const size_t residual = residuals_.successor(size);
+    if (residual == IntegerSet::kNone) {
+      const uint32_t per_bin = std::min(capacity_ / size, max_samples_);
+      const uint32_t num_new = count / per_bin + (count % per_bin != 0);
+      num_bins_ += num_new;
+      return {capacity_, max_samples_, num_new, kNil, kNil};
+    }
+    const int32_t g = heads_[residual];
+    const Group group = open_[static_cast<size_t>(g)];
+    heads_[residual] = group.next;
+    if (group.next == kNil) residuals_.erase(residual);
+    unused_.push_back(g);
+    return group;
+  }
+
+  // Keeps `num_bins` bins of `group`, each with `count` more samples of `size`.
+  void put(Group group, uint32_t num_bins, uint32_t size, uint32_t count) {
+    if (num_bins == 0) return;
+    group.num_bins = num_bins;
+    if (count > 0) {
+      patterns_.push_back({size, count, group.pattern});
+      group.pattern = static_cast<int32_t>(patterns_.size()) - 1;
+      group.residual -= count * size;
+      group.free_samples -= count;
+    }
+    if (group.residual == 0 || group.free_samples == 0) {
+      closed_.push_back(group);
+      return;
+    }
+    if (unused_.empty()) {
+      unused_.push_back(static_cast<int32_t>(open_.size()));
+      open_.emplace_back();
+    }
+    const int32_t g = unused_.back();
+    unused_.pop_back();
+    group.next = heads_[group.residual];
+    open_[static_cast<size_t>(g)] = group;
+    heads_[group.residual] = g;
+    residuals_.insert(group.residual);
+  }
+
+  uint32_t capacity_;
+  uint32_t max_samples_;
+  size_t num_bins_ = 0;
+  IntegerSet residuals_;        // residuals that some open group has
+  std::vector<int32_t> heads_;  // [residual]: its first group, in open_
+  std::vector<Group> open_;
+  std::vector<int32_t> unused_;  // places in open_
+  std::vector<Group> closed_;
+  std::vector<Pattern> patterns_;
+};
+
+}  // namespace
+
+BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, uint32_t max_samples,
+                            uint64_t seed, uint64_t epoch) {
+  const std::vector<uint32_t> counts = count_sizes(sizes);
+  GroupPacker packer(capacity, max_samples);
+  for (size_t size = counts.size() - 1; size > 0; --size) {
+    packer.place(static_cast<uint32_t>(size), counts[size]);
+  }
+  SortedSamples sorted = sort_by_size(sizes, counts, Random(seed, epoch, Stream::kEqualLengths));
+  BinPlan plan{Array<uint32_t>(sizes.size()), Array<int64_t>(packer.num_bins() + 1),
+               bin_order(static_cast<int64_t>(packer.num_bins()), seed, epoch)};
+  const Random inside_bin(seed, epoch, Stream::kInsideBin);
+  size_t bin = 0;
+  size_t end = 0;
+  plan.bin_offsets[0] = 0;
+  packer.for_each_group([&](uint32_t num_bins, const std::vector<Pattern>& contents) {
+    for (uint32_t i = 0; i < num_bins; ++i) {
+      const size_t begin = end;
+      for (const Pattern& step : contents) {
+        uint32_t& next = sorted.begin[step.size];
+        for (uint32_t taken = 0; taken < step.count; ++taken) {
+          plan.sample_ids[end++] = sorted.ids[next++];
+        }
+      }
+      shuffle(plan.sample_ids.data.get(), begin, end, inside_bin);
+      plan.bin_offsets[++bin] = static_cast<int64_t>(end);
+    }
+  });
+  assert(end == sizes.size() && bin == packer.num_bins());
+  return plan;
+}
+
+BinPlan plan_best_fit_decreasing(std::span<const int32_t> lengths, const PlanOptions& options) {
+  const Sizes sizes(lengths, options);
+  return best_fit_decreasing(sizes.view(), sizes.capacity(), sizes.max_samples(), options.seed,
+                             options.epoch);
+}
+
+}  // namespace sft_fast

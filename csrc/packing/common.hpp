@@ -1,0 +1,45 @@
+// What the planners share: checked options, and lengths in units of the alignment.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "packing/plan.hpp"
+
+namespace sft_fast {
+
+// In whole units alignment costs the planners nothing, and exact fills become likelier.
+class Sizes {
+ public:
+  // Throws std::invalid_argument if an option is out of range or a sample does not fit in a bin.
+  Sizes(std::span<const int32_t> lengths, const PlanOptions& options);
+
+  std::span<const int32_t> view() const { return view_; }  // [num_samples], units per sample
+  uint32_t capacity() const { return capacity_; }          // units per bin
+  uint32_t max_samples() const { return max_samples_; }    // per bin, at least 1
+
+ private:
+  Array<int32_t> rounded_;  // empty where the alignment is 1
+  std::span<const int32_t> view_;
+  uint32_t capacity_;
+  uint32_t max_samples_;
+};
+
+// Throws std::invalid_argument if an option is out of range.
+void check_options(const PlanOptions& options);
+
+// The units that `sample` takes up. Throws std::invalid_argument if it does not fit in a bin.
+uint32_t checked_size(int64_t sample, int64_t length, const PlanOptions& options);
+
+// `max_samples` of the options with the limit that "no limit" has.
+uint32_t sample_limit(const PlanOptions& options);
+
+// A plan whose bins are trained on in the order in which they were made.
+BinPlan bins_in_order(Array<uint32_t> sample_ids, const std::vector<int64_t>& bin_offsets);
+
+// plan_best_fit_decreasing on checked sizes.
+BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, uint32_t max_samples,
+                            uint64_t seed, uint64_t epoch);
+
+}  // namespace sft_fast
