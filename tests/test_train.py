@@ -126,6 +126,21 @@ def test_a_run_resumes_in_another_layout(
         assert step_losses(other) == pytest.approx(losses[2:], rel=1e-5)
 
 
+def test_overlapped_communication_exports_the_same_weights(
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+
+    config = write_config(tmp_path, rows)
+    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+    for name, extra in (("plain", []), ("overlap", overlap)):
+        arguments = ["--config", str(config), f"output_dir={tmp_path / name}", "data.eval=null"]
+        train(rank_pool, 2, *arguments, *extra)
+    expected = read_weights(tmp_path / "plain")
+    for name, tensor in read_weights(tmp_path / "overlap").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def step_losses(run: Path) -> list[float]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "step"]

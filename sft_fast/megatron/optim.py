@@ -16,7 +16,6 @@ from megatron.core.transformer.module import Float16Module
 from sft_fast.config import Config
 from sft_fast.megatron.model import DTYPES, SFTModel
 
-
 # fp16 only; the loss is a sum over tokens, so megatron's 2**32 would overflow for many steps.
 INITIAL_LOSS_SCALE = 2.0**16
 
@@ -106,6 +105,12 @@ def connect_schedule(model: DistributedDataParallel, optimizer: MegatronOptimize
     config.no_sync_func = model.no_sync
     if model.ddp_config.overlap_param_gather:
         config.param_sync_func = model.start_param_sync
+
+
+def gather_parameters(model: DistributedDataParallel) -> None:
+    """Makes every rank's parameters whole, which overlap leaves to the next forward."""
+    if model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
 
 
 def normalise_by(model: DistributedDataParallel, num_supervised: int) -> None:

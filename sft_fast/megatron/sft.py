@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from sft_fast.architecture import Architecture
 from sft_fast.batch import MicroBatch, fill_micro_batch
 from sft_fast.config import Config, save_config
+from sft_fast.data.conversation import Conversation
 from sft_fast.data.demo import chance_accuracy
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.store import TokenStore
@@ -37,6 +39,7 @@ from sft_fast.megatron.optim import (
     build_lr_schedule,
     build_optimizer,
     connect_schedule,
+    gather_parameters,
     normalise_by,
     wrap_model,
 )
@@ -218,9 +221,12 @@ def train(config: Config) -> int:
     metrics = MetricsWriter(output, parallel.is_main)
     metrics.say(describe(parallel))
     inputs = read_inputs(config)
+    metrics.write("data", **asdict(inputs.store.report))
     metrics.say(inputs.store.report.summary())
     plan = make_plan(inputs.store, config)
-    metrics.say(f"packing: {plan.report()}")
+    packing = plan.report()
+    metrics.write("packing", **asdict(packing), efficiency=packing.efficiency)
+    metrics.say(f"packing: {packing}")
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
     state = TrainState(0, inputs.store.fingerprint, plan.fingerprint)
@@ -243,6 +249,7 @@ def train(config: Config) -> int:
             report_evaluation(done, run, inputs.eval_store, config, parallel, metrics)
 
     if config.export.enabled:
+        gather_parameters(run.model)
         export_model(unwrap(run.model), output / "export", inputs, config, parallel)
         metrics.say(f"exported to {output / 'export'}")
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
@@ -266,6 +273,7 @@ def is_due(every_steps: int | None, done: int) -> bool:
 
 def save_run(state: TrainState, run: Run, config: Config, parallel: Parallel) -> None:
     folder = Path(config.output_dir) / "checkpoints"
+    gather_parameters(run.model)
     parts = (run.model, run.optimizer, run.schedule)
     save_checkpoint(folder, state, *parts, parallel, config.checkpoint.keep_last)
 
@@ -286,6 +294,13 @@ def report_evaluation(
     metrics.say(f"eval at step {step}: loss {loss:.4f}")
 
 
+def up_to_last_answer(chat: Conversation) -> list[dict[str, Any]]:
+    turns = [turn.as_dict() for turn in chat.messages]
+    while turns[-1]["role"] != "assistant":
+        turns.pop()
+    return turns
+
+
 def report_exact_match(
     folder: Path, inputs: Inputs, config: Config, metrics: MetricsWriter
 ) -> None:
@@ -293,7 +308,7 @@ def report_exact_match(
     assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
     chats = read_conversations(inputs.eval_rows, config.data.format, config.data.fields)
     questions = list(islice(chats, config.evaluation.exact_match_samples))
-    messages = [[turn.as_dict() for turn in chat.messages] for _, chat in questions]
+    messages = [up_to_last_answer(chat) for _, chat in questions]
     matches = exact_match(folder, messages, config.evaluation.max_new_tokens)
     accuracy = sum(matches) / len(matches)
     text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
