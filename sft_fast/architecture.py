@@ -7,7 +7,27 @@ from typing import Any
 
 from sft_fast.config import ShapeConfig
 
-SUPPORTED = ("LlamaForCausalLM",)
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family of models apart from Llama.
+
+    `fixed` are the config.json keys whose other values we would compute wrongly.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fixed: tuple[tuple[str, Any], ...] = (("attention_bias", False), ("mlp_bias", False))
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(fixed=()),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, fixed=(("use_sliding_window", False),)),
+    "Qwen3ForCausalLM": Family(
+        qk_norm=True, fixed=(("attention_bias", False), ("use_sliding_window", False))
+    ),
+}
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -33,6 +53,12 @@ class Architecture:
     """Factor of the Llama 3.1 frequency scaling; None = plain rotary positions."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Queries and keys are normalised per head, before the rotary embedding."""
+    sliding_window: int | None = None
+    """Tokens that a token attends back to; None = all. Rows must not be longer."""
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -57,18 +83,18 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
-    """Translates a config.json of a Llama-architecture model.
+    """Translates a config.json of a supported family.
 
     Raises:
         ValueError: another architecture, or an option of it that we would compute wrongly.
     """
     names = config.get("architectures") or ["(missing)"]
-    if names[0] not in SUPPORTED:
+    if names[0] not in FAMILIES:
         raise ValueError(
-            f"config.json: architectures is {names[0]}; supported: {', '.join(SUPPORTED)}"
+            f"config.json: architectures is {names[0]}; supported: {', '.join(FAMILIES)}"
         )
-    unsupported = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-    for key, expected in unsupported.items():
+    family = FAMILIES[names[0]]
+    for key, expected in (*family.fixed, ("hidden_act", "silu")):
         if config.get(key, expected) != expected:
             raise ValueError(f"config.json: {key} is {config[key]!r}; supported: {expected!r}")
     heads = config["num_attention_heads"]
@@ -87,6 +113,10 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         rope_scaling_factor=scaling_factor,
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         initializer_range=config.get("initializer_range", 0.02),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        # Qwen2 and Qwen3 write the key down even where use_sliding_window turns it off.
+        sliding_window=None if "use_sliding_window" in config else config.get("sliding_window"),
     )
 
 

@@ -78,12 +78,13 @@ def make_config(output_dir: Path | str = "unused", **sections: dict[str, Any]) -
     return Config.model_validate(values)
 
 
-def save_tiny_llama(folder: Path, **options: Any) -> None:
-    """Writes a random Llama of transformers; weights large enough to make logits differ."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> None:
+    """Writes a random Llama (or other family) of transformers; weights make logits differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         num_hidden_layers=4,
@@ -95,9 +96,9 @@ def save_tiny_llama(folder: Path, **options: Any) -> None:
         initializer_range=0.3,
         **options,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)

@@ -45,6 +45,11 @@ LAYER_RULES = {
     "pre_mlp_layernorm.weight": Rule(("post_attention_layernorm.weight",), "replicated"),
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "rows"),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), "columns"),
+    "self_attention.linear_qkv.bias": Rule(
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), "qkv"
+    ),
+    "self_attention.q_layernorm.weight": Rule(("self_attn.q_norm.weight",), "replicated"),
+    "self_attention.k_layernorm.weight": Rule(("self_attn.k_norm.weight",), "replicated"),
 }
 MODEL_RULES = {
     "embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), "vocab"),
@@ -71,7 +76,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
     if not architecture.tie_word_embeddings:
         shapes["lm_head.weight"] = (architecture.vocab_size, hidden)
-    layer_shapes = {
+    layer_shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.k_proj.weight": (keys, hidden),
@@ -82,6 +87,12 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
     }
+    if architecture.qkv_bias:
+        layer_shapes["self_attn.q_proj.bias"] = (queries,)
+        layer_shapes["self_attn.k_proj.bias"] = layer_shapes["self_attn.v_proj.bias"] = (keys,)
+    if architecture.qk_norm:
+        head = (architecture.head_dim,)
+        layer_shapes["self_attn.q_norm.weight"] = layer_shapes["self_attn.k_norm.weight"] = head
     for layer in range(architecture.num_layers):
         for name, shape in layer_shapes.items():
             shapes[f"model.layers.{layer}.{name}"] = shape
@@ -168,7 +179,8 @@ class RandomSource:
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         shape = self.shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape)[rows]
+            value = 0.0 if name.endswith(".bias") else 1.0
+            return torch.full(shape, value)[rows]
         seed = xxhash.xxh64_intdigest(name.encode(), seed=self.seed) >> 1
         generator = torch.Generator().manual_seed(seed)
         is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -239,7 +251,7 @@ def read_shard(
     for name, width in zip(rule.sources, qkv_widths(architecture), strict=True):
         rows = slice(groups.start * width, groups.stop * width)
         blocks.append(source.read(name, rows, everything).view(num_groups, width, -1))
-    return torch.cat(blocks, dim=1).flatten(0, 1)  # per query group: its queries, key, value
+    return torch.cat(blocks, dim=1).reshape(shape)  # per query group: its queries, key, value
 
 
 def qkv_widths(architecture: Architecture) -> tuple[int, int, int]:
@@ -260,7 +272,8 @@ def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -
         chunks = [shard.chunk(len(rule.sources)) for shard in shards]
         return [torch.cat(pieces) for pieces in zip(*chunks, strict=True)]
     widths = qkv_widths(architecture)
-    groups = torch.cat(shards).view(architecture.num_key_value_heads, sum(widths), -1)
+    merged = torch.cat(shards)
+    groups = merged.view(architecture.num_key_value_heads, sum(widths), *merged.shape[1:])
     return [block.flatten(0, 1) for block in groups.split(widths, dim=1)]
 
 

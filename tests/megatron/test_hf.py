@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from rank_pool import RankPool
 from tiny import VOCAB_SIZE, make_config, make_store, random_samples, save_tiny_llama
 
-LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)]
 MODELS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
@@ -26,7 +25,11 @@ MODELS = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
+LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)]
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
