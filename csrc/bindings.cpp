@@ -1,7 +1,9 @@
 // Module sft_fast._C: names, argument checks and docstrings. The work is in csrc/packing.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -136,22 +138,43 @@ class StreamPacker {
   sft_fast::WindowPacker packer_;
 };
 
+template <typename Id>
+sft_fast::MicroBatchCounts fill(const sft_fast::TokenStoreView& store, const py::array& sample_ids,
+                                int64_t ignore_index, const sft_fast::RowLayout& layout,
+                                py::array tokens, py::array labels, py::array position_ids,
+                                py::array cu_seqlens, py::array active_rows,
+                                const std::optional<py::array>& sample_weights,
+                                std::optional<py::array> weights) {
+  const std::span<const int64_t> ids = input<int64_t>(sample_ids, "sample_ids");
+  sft_fast::MicroBatchView<Id> out{output<Id>(tokens, "tokens"),
+                                   output<Id>(labels, "labels"),
+                                   output<Id>(position_ids, "position_ids"),
+                                   output<int32_t>(cu_seqlens, "cu_seqlens"),
+                                   output<int64_t>(active_rows, "active_rows"),
+                                   {},
+                                   {}};
+  if (sample_weights) out.sample_weights = input<float>(*sample_weights, "sample_weights");
+  if (weights) out.weights = output<float>(*weights, "weights");
+  py::gil_scoped_release release;
+  return sft_fast::fill_micro_batch(store, ids, ignore_index, layout, out);
+}
+
 py::tuple fill_micro_batch(const py::array& store_tokens, const py::array& supervised_bits,
                            const py::array& offsets, const py::array& sample_ids,
                            int64_t ignore_index, py::array tokens, py::array labels,
-                           py::array position_ids, py::array cu_seqlens, py::array active_rows) {
+                           py::array position_ids, py::array cu_seqlens, py::array active_rows,
+                           const std::optional<py::array>& sample_weights,
+                           std::optional<py::array> weights, int64_t alignment, int64_t cp_size,
+                           int64_t cp_rank) {
   const sft_fast::TokenStoreView store{input<uint32_t>(store_tokens, "store_tokens"),
                                        input<uint8_t>(supervised_bits, "supervised_bits"),
                                        input<int64_t>(offsets, "offsets")};
-  const std::span<const int64_t> ids = input<int64_t>(sample_ids, "sample_ids");
-  const sft_fast::MicroBatchView out{
-      output<int64_t>(tokens, "tokens"), output<int64_t>(labels, "labels"),
-      output<int64_t>(position_ids, "position_ids"), output<int32_t>(cu_seqlens, "cu_seqlens"),
-      output<int64_t>(active_rows, "active_rows")};
-  const sft_fast::MicroBatchCounts counts = [&] {
-    py::gil_scoped_release release;
-    return sft_fast::fill_micro_batch(store, ids, ignore_index, out);
-  }();
+  const bool is_int32 = tokens.dtype().equal(py::dtype::of<int32_t>());
+  const auto fill_rows = is_int32 ? fill<int32_t> : fill<int64_t>;
+  const sft_fast::MicroBatchCounts counts =
+      fill_rows(store, sample_ids, ignore_index, {alignment, cp_size, cp_rank}, std::move(tokens),
+                std::move(labels), std::move(position_ids), std::move(cu_seqlens),
+                std::move(active_rows), sample_weights, std::move(weights));
   return py::make_tuple(counts.num_tokens, counts.num_supervised, counts.max_seqlen);
 }
 
@@ -196,11 +219,17 @@ Arguments and results are those of plan_best_fit_decreasing.)");
              py::arg("supervised_bits"), py::arg("offsets"), py::arg("sample_ids"), py::kw_only(),
              py::arg("ignore_index"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(),
              py::arg("position_ids").noconvert(), py::arg("cu_seqlens").noconvert(),
-             py::arg("active_rows").noconvert(),
-             R"(Writes the samples, one after another and then padding, into the five last arrays.
+             py::arg("active_rows").noconvert(), py::arg("sample_weights") = py::none(),
+             py::arg("weights") = py::none(), py::arg("alignment") = 1, py::arg("cp_size") = 1,
+             py::arg("cp_rank") = 0,
+             R"(Writes the samples, one after another and then padding, into caller-owned arrays.
 
 Shapes, with n sample_ids and T rows: store_tokens uint32[total], supervised_bits
-uint8[ceil(total / 8)], offsets int64[num_samples + 1]; tokens, labels, position_ids, active_rows
-int64[T]; cu_seqlens int32[n + 1]. Returns (num_tokens, num_supervised, max_seqlen); the first
-num_supervised elements of active_rows are valid. Nothing is written if an argument is wrong.)");
+uint8[ceil(total / 8)], offsets int64[num_samples + 1]; tokens, labels, position_ids int32[T] or
+int64[T]; active_rows int64[T]; cu_seqlens int32[n + 1]; sample_weights float32[n] and weights
+float32[T], both or neither. A sample takes up a slot, its length rounded up to `alignment`. With
+cp_size > 1, T is the share of one context-parallel rank: chunks cp_rank and
+2 * cp_size - 1 - cp_rank of the 2 * cp_size chunks of each slot; cu_seqlens is that of all ranks.
+Returns (num_tokens, num_supervised, max_seqlen); the first num_supervised elements of active_rows
+are valid. Nothing is written if an argument is wrong, but for an id that int32 cannot hold.)");
 }

@@ -30,22 +30,47 @@ class TokenStore(Protocol):
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """How samples lie in a row.
+
+    Each takes up a slot, its length rounded up. Under context parallelism a slot is cut into
+    2 * cp_size equal chunks, and rank r has chunks r and 2 * cp_size - 1 - r of every slot: with
+    causal attention all ranks do the same work.
+    """
+
+    alignment: int = 1
+    """Slots are multiples of this many rows; a multiple of 2 * cp_size where cp_size > 1."""
+    cp_size: int = 1
+    """Context-parallel size."""
+    cp_rank: int = 0
+    """The rank whose share is filled."""
+
+
+PLAIN_LAYOUT = RowLayout()
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """One row of T tokens: samples one after another, then padding.
+    """One row of T tokens: slots of samples one after another, then padding.
+
+    Where alignment is 1, a slot is exactly a sample. Padding at the end of a slot is attended to by
+    padding only, attention being causal. Under context parallelism T rows are one rank's share.
 
     Attributes:
-        tokens: int64 [1, T]; 0 on padding.
-        labels: int64 [1, T], already shifted: the next token of the same sample if it is
+        tokens: int64 or int32 [1, T]; 0 on padding.
+        labels: like tokens, already shifted: the next token of the same sample if it is
             supervised, else IGNORE_INDEX.
-        position_ids: int64 [1, T]; from 0 in each sample, 0 on padding.
-        cu_seqlens: int32 [num_samples + 1]; sample i is rows cu_seqlens[i] to cu_seqlens[i + 1].
-            Padding comes after the last.
+        position_ids: like tokens; from 0 in each slot, 0 after the last one.
+        cu_seqlens: int32 [num_samples + 1]; slot i is rows cu_seqlens[i] to cu_seqlens[i + 1] of
+            the row of all context-parallel ranks. Padding comes after the last.
         active_rows: int64 [num_supervised], ascending: the rows with a label.
-        seqlens: length of each sample, known to the host without asking a device.
-        max_seqlen: length of the longest sample; 0 without samples.
+        seqlens: length of each slot, known to the host without asking a device.
+        max_seqlen: length of the longest slot; 0 without samples.
         num_samples: samples in the row.
         num_tokens: tokens without padding.
         num_supervised: rows with a label.
+        weights: float32 [1, T], the sample's weight on rows with a label, else 0; None = all 1.
+        layout: how the samples lie in the row.
     """
 
     tokens: Tensor
@@ -58,19 +83,31 @@ class MicroBatch:
     num_samples: int
     num_tokens: int
     num_supervised: int
+    weights: Tensor | None = None
+    layout: RowLayout = PLAIN_LAYOUT
 
     @property
     def loss_mask(self) -> Tensor:
         """float32 [1, T]; 1 on rows with a label, else 0."""
         return (self.labels != IGNORE_INDEX).float()
 
-    def to(self, device: torch.device | str) -> "MicroBatch":
+    def to(self, device: torch.device | str, *, copy: bool = False) -> "MicroBatch":
         """Returns the micro-batch on `device`; from pinned memory the host does not wait.
 
         active_rows stays where it is: the loss reads each rank's count from it on the host.
+
+        Args:
+            copy: the result shares no memory with this one, so that its buffers can be filled
+                again once the device has read them.
         """
-        names = ("tokens", "labels", "position_ids", "cu_seqlens")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        names = ["tokens", "labels", "position_ids", "cu_seqlens"]
+        if self.weights is not None:
+            names.append("weights")
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True, copy=copy) for name in names
+        }
+        if copy:
+            moved["active_rows"] = self.active_rows.clone()
         return replace(self, **moved)
 
     def check(self, vocab_size: int) -> None:
@@ -81,40 +118,73 @@ class MicroBatch:
         """
         self.check_shapes()
         require("tokens", is_within(self.tokens, 0, vocab_size), f"ids outside [0, {vocab_size})")
-        edges = self.cu_seqlens.long()
-        lengths = edges.diff()
-        in_order = int(edges[0]) == 0 and bool((lengths > 0).all())
+        edges, alignment = self.cu_seqlens.long(), self.layout.alignment
+        slots, end = edges.diff(), int(edges[-1])
+        in_order = int(edges[0]) == 0 and bool((slots > 0).all())
         require("cu_seqlens", in_order, "not strictly ascending from 0")
-        require("cu_seqlens", int(edges[-1]) == self.num_tokens, f"ends at {int(edges[-1])}")
-        require("tokens", self.num_tokens <= self.tokens.shape[1], f"{self.num_tokens} do not fit")
-        require("seqlens", lengths.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
-        longest = int(lengths.max()) if self.num_samples else 0
-        require("max_seqlen", longest == self.max_seqlen, f"longest sample is {longest}")
-        positions = torch.zeros_like(self.position_ids)
-        starts = edges[:-1].repeat_interleave(lengths)
-        positions[0, : self.num_tokens] = torch.arange(self.num_tokens) - starts
-        require(
-            "position_ids", torch.equal(self.position_ids, positions), "not 0, 1, ... per sample"
-        )
+        require("cu_seqlens", not (slots % alignment).any(), f"not in multiples of {alignment}")
+        if self.layout.cp_size == 1:
+            padding = end - self.num_tokens
+            is_filled = 0 <= padding <= (alignment - 1) * self.num_samples
+            require("cu_seqlens", is_filled, f"ends at {end}")
+        num_rows = self.tokens.shape[1] * self.layout.cp_size
+        require("tokens", end <= num_rows, f"{end} do not fit")
+        require("seqlens", slots.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
+        longest = int(slots.max()) if self.num_samples else 0
+        require("max_seqlen", longest == self.max_seqlen, f"longest slot is {longest}")
+        positions, slot_ids = self.places()
+        is_counting = torch.equal(self.position_ids[0].long(), positions)
+        require("position_ids", is_counting, "not 0, 1, ... per slot")
         labelled = self.labels[0] != IGNORE_INDEX
-        require("labels", not labelled[self.num_tokens :].any(), "a padding row has a label")
-        require("labels", not labelled[edges[1:] - 1].any(), "a sample's last row has a label")
+        require("labels", not labelled[slot_ids < 0].any(), "a padding row has a label")
+        is_last = positions + 1 == torch.cat([slots, slots.new_zeros(1)])[slot_ids]
+        require("labels", not labelled[is_last].any(), "a sample's last row has a label")
         rows = labelled.nonzero().flatten()
-        # The last row of all is never labelled, so row + 1 exists.
-        is_next = torch.equal(self.labels[0, rows], self.tokens[0, rows + 1])
+        # The next token may be on another rank.
+        here = rows[rows + 1 < len(positions)]
+        here = here[slot_ids[here + 1] == slot_ids[here]]
+        here = here[positions[here + 1] == positions[here] + 1]
+        is_next = torch.equal(self.labels[0, here], self.tokens[0, here + 1])
         require("labels", is_next, "a label is not the next token")
         require("active_rows", torch.equal(self.active_rows, rows), "not the rows with a label")
+        if self.weights is not None:
+            is_masked = not self.weights[0, ~labelled].any()
+            require("weights", is_masked, "not 0 on a row without a label")
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Returns what cu_seqlens and the layout say of each row: position and slot.
+
+        Both int64 [T]; position 0 and slot -1 after the last slot.
+        """
+        cp_size, cp_rank = self.layout.cp_size, self.layout.cp_rank
+        num_rows = self.tokens.shape[1]
+        positions = torch.zeros(num_rows, dtype=torch.int64)
+        slot_ids = torch.full((num_rows,), -1, dtype=torch.int64)
+        row = 0
+        for slot, length in enumerate(self.seqlens):
+            share = torch.arange(length)
+            if cp_size > 1:
+                chunks = share.chunk(2 * cp_size)
+                share = torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]])
+            positions[row : row + len(share)] = share
+            slot_ids[row : row + len(share)] = slot
+            row += len(share)
+        return positions, slot_ids
 
     def check_shapes(self) -> None:
         """Verifies shapes and dtypes; raises ValueError as `check` does."""
         row = (1, self.tokens.shape[-1])
-        for name, shape, dtype in (
-            ("tokens", row, torch.int64),
-            ("labels", row, torch.int64),
-            ("position_ids", row, torch.int64),
-            ("cu_seqlens", (self.num_samples + 1,), torch.int32),
-            ("active_rows", (self.num_supervised,), torch.int64),
-        ):
+        ids = torch.int32 if self.tokens.dtype == torch.int32 else torch.int64
+        expected = {
+            "tokens": (row, ids),
+            "labels": (row, ids),
+            "position_ids": (row, ids),
+            "cu_seqlens": ((self.num_samples + 1,), torch.int32),
+            "active_rows": ((self.num_supervised,), torch.int64),
+        }
+        if self.weights is not None:
+            expected["weights"] = (row, torch.float32)
+        for name, (shape, dtype) in expected.items():
             tensor = getattr(self, name)
             require(
                 name,
@@ -131,7 +201,49 @@ def require(name: str, holds: bool | Tensor, problem: str) -> None:
 
 def is_within(ids: Tensor, begin: int, end: int) -> bool:
     """True if all ids are in [begin, end)."""
-    return bool(((ids >= begin) & (ids < end)).all())
+    # int32 ids cannot be compared with a bound of 2^31 or more.
+    wide = ids.long()
+    return bool(((wide >= begin) & (wide < end)).all())
+
+
+class RowBuffers:
+    """Memory for one micro-batch at a time, filled again and again.
+
+    A micro-batch made of these buffers is overwritten by the next one.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        max_samples: int,
+        *,
+        dtype: torch.dtype = torch.int64,
+        has_weights: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        """Allocates.
+
+        Args:
+            num_rows: rows of one rank, at most.
+            max_samples: samples per row, at most.
+            dtype: of tokens, labels and position_ids: torch.int64 or torch.int32.
+            has_weights: also a buffer for weights.
+            pin_memory: page-locked, so that copies to a GPU do not wait.
+        """
+        if dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"dtype is {dtype}; expected torch.int64 or torch.int32")
+        if num_rows < 1 or max_samples < 0:
+            raise ValueError(
+                f"num_rows is {num_rows}, max_samples {max_samples}; expected at least 1 and 0"
+            )
+
+        def empty(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(count, dtype=dtype, pin_memory=pin_memory)
+
+        self.tokens, self.labels, self.position_ids = (empty(num_rows, dtype) for _ in range(3))
+        self.active_rows = empty(num_rows, torch.int64)
+        self.cu_seqlens = empty(max_samples + 1, torch.int32)
+        self.weights = empty(num_rows, torch.float32) if has_weights else None
 
 
 def fill_micro_batch(
@@ -139,6 +251,10 @@ def fill_micro_batch(
     sample_ids: Sequence[int] | NDArray[np.int64],
     num_rows: int,
     *,
+    layout: RowLayout = PLAIN_LAYOUT,
+    sample_weights: NDArray[np.float32] | None = None,
+    dtype: torch.dtype = torch.int64,
+    buffers: RowBuffers | None = None,
     pin_memory: bool = False,
 ) -> MicroBatch:
     """Builds a micro-batch from stored samples.
@@ -146,41 +262,63 @@ def fill_micro_batch(
     Args:
         store: the samples.
         sample_ids: [n], in the order in which they are to lie in the row; may be empty.
-        num_rows: T, at least the samples' total; the rest is padding.
-        pin_memory: page-locked tensors, so that `MicroBatch.to` a GPU does not wait.
+        num_rows: rows over all context-parallel ranks, at least the slots' total and a multiple
+            of cp_size; the rest is padding.
+        layout: alignment, and the share of the row to fill.
+        sample_weights: float32 [n]; None = no weights.
+        dtype: of tokens, labels and position_ids: torch.int64 or torch.int32.
+        buffers: filled and returned as views, in place of new tensors; its dtype and memory count.
+        pin_memory: new tensors are page-locked, so that `MicroBatch.to` a GPU does not wait.
 
     Raises:
         ValueError: the samples do not fit or do not exist, or the store is inconsistent.
     """
-    if num_rows < 1:
-        raise ValueError(f"num_rows is {num_rows}; expected at least 1")
+    if num_rows < 1 or layout.cp_size < 1 or num_rows % layout.cp_size != 0:
+        raise ValueError(
+            f"num_rows is {num_rows}; expected at least 1, and a multiple of the context-parallel "
+            f"size ({layout.cp_size})"
+        )
     ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
-    row_tensors = [
-        torch.empty(num_rows, dtype=torch.int64, pin_memory=pin_memory) for _ in range(4)
-    ]
-    tokens, labels, position_ids, active_rows = row_tensors
-    cu_seqlens = torch.empty(len(ids) + 1, dtype=torch.int32, pin_memory=pin_memory)
+    rows, has_weights = num_rows // layout.cp_size, sample_weights is not None
+    if buffers is None:
+        buffers = RowBuffers(
+            rows, len(ids), dtype=dtype, has_weights=has_weights, pin_memory=pin_memory
+        )
+    if len(buffers.tokens) < rows or len(buffers.cu_seqlens) <= len(ids):
+        raise ValueError(
+            f"buffers hold {len(buffers.tokens)} rows and {len(buffers.cu_seqlens) - 1} samples; "
+            f"expected at least {rows} and {len(ids)}"
+        )
+    if has_weights != (buffers.weights is not None):
+        raise ValueError("expected sample_weights exactly where the buffers have weights")
+    names = ("tokens", "labels", "position_ids", "active_rows")
+    views = {name: getattr(buffers, name)[:rows] for name in names}
+    views["cu_seqlens"] = buffers.cu_seqlens[: len(ids) + 1]
+    if buffers.weights is not None:
+        views["weights"] = buffers.weights[:rows]
     num_tokens, num_supervised, max_seqlen = _C.fill_micro_batch(
         store.tokens,
         store.supervised_bits,
         store.offsets,
         ids,
         ignore_index=IGNORE_INDEX,
-        tokens=tokens.numpy(),
-        labels=labels.numpy(),
-        position_ids=position_ids.numpy(),
-        cu_seqlens=cu_seqlens.numpy(),
-        active_rows=active_rows.numpy(),
+        sample_weights=sample_weights,
+        alignment=layout.alignment,
+        cp_size=layout.cp_size,
+        cp_rank=layout.cp_rank,
+        **{name: view.numpy() for name, view in views.items()},
     )
     return MicroBatch(
-        tokens=tokens[None],
-        labels=labels[None],
-        position_ids=position_ids[None],
-        cu_seqlens=cu_seqlens,
-        active_rows=active_rows[:num_supervised],
-        seqlens=tuple(cu_seqlens.diff().tolist()),
+        tokens=views["tokens"][None],
+        labels=views["labels"][None],
+        position_ids=views["position_ids"][None],
+        cu_seqlens=views["cu_seqlens"],
+        active_rows=views["active_rows"][:num_supervised],
+        seqlens=tuple(views["cu_seqlens"].diff().tolist()),
         max_seqlen=max_seqlen,
         num_samples=len(ids),
         num_tokens=num_tokens,
         num_supervised=num_supervised,
+        weights=views["weights"][None] if has_weights else None,
+        layout=layout,
     )

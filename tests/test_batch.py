@@ -1,6 +1,6 @@
 """Micro-batches against the oracle, and that check() names what is wrong."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from sft_fast.batch import MicroBatch, fill_micro_batch
+from sft_fast.batch import MicroBatch, RowBuffers, RowLayout, fill_micro_batch
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.reference.packing import fill_row
-
-VOCAB_SIZE = 2**32
-
-
-@dataclass
-class ArrayStore:
-    """A token store in memory."""
-
-    tokens: NDArray[np.uint32]
-    supervised_bits: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-
-
-def make_store(lengths: list[int], supervised: list[bool], seed: int = 0) -> ArrayStore:
-    """A store of random ids over the full uint32 range."""
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, offsets[-1], dtype=np.uint32)
-    bits = np.packbits(np.array(supervised, dtype=bool), bitorder="little")
-    return ArrayStore(tokens, bits, offsets)
+from token_stores import VOCAB_SIZE, ArrayStore, make_store
 
 
 def chat_store() -> ArrayStore:
@@ -51,25 +32,140 @@ def stores(draw: st.DrawFn) -> ArrayStore:
     return make_store(lengths, [pattern[t % len(pattern)] for t in range(sum(lengths))])
 
 
-@given(stores(), st.data())
-def test_filling_equals_the_oracle(store: ArrayStore, data: st.DataObject) -> None:
+@st.composite
+def layouts(draw: st.DrawFn) -> RowLayout:
+    cp_size = draw(st.integers(1, 4))
+    factor = draw(st.integers(1, 5)) * (2 * cp_size if cp_size > 1 else 1)
+    return RowLayout(factor, cp_size, draw(st.integers(0, cp_size - 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@given(store=stores(), layout=layouts(), has_weights=st.booleans(), data=st.data())
+def test_filling_equals_the_oracle(
+    store: ArrayStore,
+    layout: RowLayout,
+    has_weights: bool,
+    data: st.DataObject,
+    dtype: torch.dtype,
+) -> None:
+    if dtype == torch.int32:
+        store = replace(store, tokens=store.tokens >> np.uint32(1))
     lengths = np.diff(store.offsets)
     sample_ids = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=10))
-    num_tokens = int(lengths[sample_ids].sum())
-    num_rows = max(1, num_tokens + data.draw(st.integers(0, 20)))
-    batch = fill_micro_batch(store, sample_ids, num_rows)
-    expected = fill_row(store.tokens, store.supervised_bits, store.offsets, sample_ids, num_rows)
-    for name, array in expected._asdict().items():
+    slots = -(-lengths[sample_ids] // layout.alignment) * layout.alignment
+    num_local = max(1, int(slots.sum()) // layout.cp_size + data.draw(st.integers(0, 20)))
+    num_rows = num_local * layout.cp_size
+    weights = np.random.default_rng(0).random(len(sample_ids), np.float32) if has_weights else None
+    batch = fill_micro_batch(
+        store, sample_ids, num_rows, layout=layout, sample_weights=weights, dtype=dtype
+    )
+    expected = fill_row(
+        store.tokens,
+        store.supervised_bits,
+        store.offsets,
+        sample_ids,
+        num_rows,
+        alignment=layout.alignment,
+        cp_size=layout.cp_size,
+        cp_rank=layout.cp_rank,
+        sample_weights=None if weights is None else weights.tolist(),
+    )._asdict()
+    if not has_weights:
+        assert expected.pop("weights").sum() == batch.num_supervised
+        assert batch.weights is None
+    ids = {torch.int64: np.int64, torch.int32: np.int32}[dtype]
+    for name, array in expected.items():
         tensor = getattr(batch, name)
-        shape = array.shape if name in ("cu_seqlens", "active_rows") else (1, num_rows)
+        shape = array.shape if name in ("cu_seqlens", "active_rows") else (1, num_local)
         assert tuple(tensor.shape) == shape
-        assert tensor.numpy().dtype == array.dtype
+        narrow = ids if name in ("tokens", "labels", "position_ids") else array.dtype
+        assert tensor.numpy().dtype == narrow
         np.testing.assert_array_equal(tensor.numpy().reshape(-1), array)
-    assert (batch.num_tokens, batch.num_samples) == (num_tokens, len(sample_ids))
-    assert batch.num_supervised == len(expected.active_rows)
-    assert batch.seqlens == tuple(lengths[sample_ids])
+    assert batch.num_samples == len(sample_ids)
+    assert batch.num_supervised == len(expected["active_rows"])
+    assert batch.seqlens == tuple(slots)
     assert batch.max_seqlen == max(batch.seqlens, default=0)
     batch.check(VOCAB_SIZE)
+
+
+@given(store=stores(), cp_size=st.integers(1, 4), data=st.data())
+def test_context_parallel_ranks_share_the_row(
+    store: ArrayStore, cp_size: int, data: st.DataObject
+) -> None:
+    sample_ids = data.draw(st.lists(st.integers(0, len(store.offsets) - 2), max_size=6))
+    alignment = 2 * cp_size
+    num_rows = alignment * (1 + sum(-(-int(n) // alignment) for n in np.diff(store.offsets)) * 6)
+    whole = fill_micro_batch(store, sample_ids, num_rows, layout=RowLayout(alignment))
+    shares = [
+        fill_micro_batch(store, sample_ids, num_rows, layout=RowLayout(alignment, cp_size, rank))
+        for rank in range(cp_size)
+    ]
+    for name in ("tokens", "labels", "position_ids"):
+        together = torch.cat([getattr(share, name)[0] for share in shares])
+        assert torch.equal(together.sort().values, getattr(whole, name)[0].sort().values)
+    assert sum(share.num_supervised for share in shares) == whole.num_supervised
+    assert sum(share.num_tokens for share in shares) == whole.num_tokens
+    assert all(share.seqlens == whole.seqlens for share in shares)
+
+
+def test_int32_rows_cannot_hold_every_id() -> None:
+    store = make_store([3], [True] * 3)
+    store.tokens[:] = [1, 2**31, 2]
+    with pytest.raises(ValueError, match="an id of 2.31 or more; int32 rows cannot"):
+        fill_micro_batch(store, [0], 3, dtype=torch.int32)
+    assert fill_micro_batch(store, [0], 3).labels.tolist() == [[2**31, 2, IGNORE_INDEX]]
+
+
+def test_buffers_are_reused() -> None:
+    store = chat_store()
+    buffers = RowBuffers(40, 4, has_weights=True)
+    weights = np.array([2.0, 0.5, 1.0, 1.0], np.float32)
+    full = fill_micro_batch(store, [3, 1, 0, 2], 40, buffers=buffers, sample_weights=weights)
+    kept = full.to("cpu", copy=True)
+    again = fill_micro_batch(store, [1], 12, buffers=buffers, sample_weights=weights[:1])
+    again.check(VOCAB_SIZE)
+    assert again.tokens.data_ptr() == full.tokens.data_ptr() == buffers.tokens.data_ptr()
+    # What was copied did not change, the view did.
+    expected = fill_micro_batch(store, [3, 1, 0, 2], 40, sample_weights=weights)
+    for field in fields(MicroBatch):
+        value = getattr(kept, field.name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(expected, field.name))
+    assert not torch.equal(full.tokens, kept.tokens)
+
+
+def test_buffers_that_do_not_fit() -> None:
+    store, weights = chat_store(), np.ones(2, np.float32)
+    for buffers in (RowBuffers(11, 9), RowBuffers(99, 1)):
+        with pytest.raises(ValueError, match="expected at least 12 and 2"):
+            fill_micro_batch(store, [0, 1], 12, buffers=buffers)
+    with pytest.raises(ValueError, match="exactly where the buffers have weights"):
+        fill_micro_batch(store, [0, 1], 12, buffers=RowBuffers(12, 2), sample_weights=weights)
+    with pytest.raises(ValueError, match="exactly where the buffers have weights"):
+        fill_micro_batch(store, [0, 1], 12, buffers=RowBuffers(12, 2, has_weights=True))
+    with pytest.raises(ValueError, match="dtype is torch.int16"):
+        RowBuffers(12, 2, dtype=torch.int16)
+    with pytest.raises(ValueError, match="num_rows is 0"):
+        RowBuffers(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "problem"),
+    [
+        (RowLayout(0), "packing.alignment is 0; expected a multiple of 1"),
+        (RowLayout(-4), "packing.alignment is -4"),
+        (RowLayout(2, 2), "packing.alignment is 2; expected a multiple of 4"),
+        (RowLayout(4, 2, 2), r"context-parallel rank 2 of 2"),
+        (RowLayout(4, 2, -1), r"context-parallel rank -1 of 2"),
+        (RowLayout(1, 0), "size .0."),
+        (RowLayout(10, 5), "num_rows is 16; .* multiple of the context-parallel size .5."),
+        (RowLayout(16), "sample 1 ends at row 32 of 16"),
+    ],
+    ids=str,
+)
+def test_layouts_that_cannot_be(layout: RowLayout, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        fill_micro_batch(chat_store(), [0, 1], 16, layout=layout)
 
 
 def test_a_label_never_crosses_into_the_next_sample() -> None:
@@ -181,6 +277,25 @@ def test_check_names_wrong_dtypes_and_shapes(name: str) -> None:
         # A shorter row of tokens shows as every other tensor being too long.
         with pytest.raises(ValueError, match="MicroBatch.labels|MicroBatch." + name):
             replace(batch, **{name: wrong}).check(VOCAB_SIZE)
+
+
+def test_check_knows_layouts_and_weights() -> None:
+    layout = RowLayout(4, 2, 1)
+    weights = np.array([0.5, 2.0], np.float32)
+    batch = fill_micro_batch(chat_store(), [0, 1], 24, layout=layout, sample_weights=weights)
+    batch.check(VOCAB_SIZE)
+    assert batch.weights is not None
+    padding_weighed = changed(batch.weights, (0, 11), 1)
+    wrong = [
+        (replace(batch, layout=RowLayout(4, 2, 0)), "position_ids"),
+        (replace(batch, layout=RowLayout(8, 2, 1)), "cu_seqlens"),
+        (replace(batch, layout=RowLayout(4)), "cu_seqlens"),
+        (replace(batch, weights=batch.weights.double()), "weights"),
+        (replace(batch, weights=padding_weighed), "weights"),
+    ]
+    for one, name in wrong:
+        with pytest.raises(ValueError, match=f"MicroBatch.{name}: "):
+            one.check(VOCAB_SIZE)
 
 
 def test_check_knows_the_vocabulary() -> None:

@@ -14,26 +14,42 @@ struct TokenStoreView {
   std::span<const int64_t> offsets;          // [num_samples + 1], ascending from 0 to total
 };
 
-// One packed row of num_rows tokens: the samples one after another, then padding.
+// How samples lie in a row. Each takes up a slot, its length rounded up to the alignment. Under
+// context parallelism a slot is cut into 2 * cp_size equal chunks, and a rank's row holds chunks
+// cp_rank and 2 * cp_size - 1 - cp_rank of every slot: with causal attention all ranks do the same.
+struct RowLayout {
+  int64_t alignment;  // a multiple of 2 * cp_size where cp_size > 1
+  int64_t cp_size;
+  int64_t cp_rank;
+};
+
+// One packed row: the slots one after another, then padding. num_rows is that of one rank.
+template <typename Id>
 struct MicroBatchView {
-  std::span<int64_t> tokens;        // [num_rows]; 0 on padding
-  std::span<int64_t> labels;        // [num_rows]: the next token of the same sample if supervised,
-                                    // else ignore_index
-  std::span<int64_t> position_ids;  // [num_rows]: from 0 in each sample; 0 on padding
-  std::span<int32_t> cu_seqlens;    // [num samples taken + 1]; padding comes after the last
-  std::span<int64_t> active_rows;   // [num_rows]; the first num_supervised are written: the rows
-                                    // with a label, ascending
+  std::span<Id> tokens;            // [num_rows]; 0 on padding
+  std::span<Id> labels;            // [num_rows]: the next token of the same sample if supervised,
+                                   // else ignore_index
+  std::span<Id> position_ids;      // [num_rows]: from 0 in each slot; 0 after the last slot
+  std::span<int32_t> cu_seqlens;   // [num samples taken + 1]: where slots begin, over all ranks
+  std::span<int64_t> active_rows;  // [num_rows]; the first num_supervised are written: the rows
+                                   // with a label, ascending
+  std::span<const float> sample_weights;  // [num samples taken], or empty
+  std::span<float> weights;               // [num_rows]: the sample's on rows with a label, else 0;
+                                          // empty where sample_weights is
 };
 
 struct MicroBatchCounts {
-  int64_t num_tokens;      // without padding
-  int64_t num_supervised;  // rows with a label
-  int64_t max_seqlen;      // the longest sample; 0 without samples
+  int64_t num_tokens;      // of this rank, without padding
+  int64_t num_supervised;  // rows of this rank with a label
+  int64_t max_seqlen;      // the longest slot; 0 without samples
 };
 
 // Throws std::invalid_argument, before anything is written, if the samples do not exist, are empty,
-// do not fit, or the store or the buffers are inconsistent.
+// do not fit, or the store, the layout or the buffers are inconsistent. A token that Id cannot hold
+// is found on the way.
+template <typename Id>
 MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const int64_t> sample_ids,
-                                  int64_t ignore_index, const MicroBatchView& out);
+                                  int64_t ignore_index, const RowLayout& layout,
+                                  const MicroBatchView<Id>& out);
 
 }  // namespace sft_fast

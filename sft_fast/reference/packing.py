@@ -155,6 +155,7 @@ class FilledRow(NamedTuple):
     position_ids: NDArray[np.int64]
     cu_seqlens: NDArray[np.int32]
     active_rows: NDArray[np.int64]
+    weights: NDArray[np.float32]
 
 
 def fill_row(
@@ -163,33 +164,52 @@ def fill_row(
     offsets: NDArray[np.int64],
     sample_ids: Sequence[int],
     num_rows: int,
+    *,
+    alignment: int = 1,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    sample_weights: Sequence[float] | None = None,
 ) -> FilledRow:
-    """Concatenates samples and pads to `num_rows`.
+    """Concatenates the slots of samples, pads, and takes one context-parallel rank's share.
 
     Args:
         store_tokens: uint32 [total].
         supervised_bits: uint8 [ceil(total / 8)], little-endian bits; 1 = token is a target.
         offsets: int64 [num_samples + 1].
         sample_ids: the samples of the row, in order.
-        num_rows: length of the row, at least the samples' total.
+        num_rows: length of the row over all ranks, at least the slots' total.
+        alignment: a slot is a sample padded to a multiple of this.
+        cp_size: ranks that share the row; a rank has two of the 2 * cp_size chunks of each slot.
+        cp_rank: the rank whose share is returned.
+        sample_weights: weight of each sample; None = 1.
     """
     supervised = np.unpackbits(supervised_bits, bitorder="little").astype(bool)
-    tokens, labels, position_ids, lengths = [], [], [], [0]
-    for sample in sample_ids:
+    # Columns: token, label, position, weight; a block of rows per slot, and one for the padding.
+    blocks = []
+    for i, sample in enumerate(sample_ids):
         span = slice(offsets[sample], offsets[sample + 1])
-        sample_tokens = store_tokens[span].astype(np.int64)
-        targets = np.where(supervised[span], sample_tokens, IGNORE_INDEX)
-        tokens.append(sample_tokens)
-        labels.append(np.append(targets[1:], IGNORE_INDEX))
-        position_ids.append(np.arange(len(sample_tokens)))
-        lengths.append(len(sample_tokens))
-    padding = num_rows - sum(lengths)
-    row_labels = np.concatenate([*labels, np.full(padding, IGNORE_INDEX)]).astype(np.int64)
-    zeros = np.zeros(padding)
+        length = span.stop - span.start
+        slot = -(-length // alignment) * alignment
+        block = np.zeros((slot, 4))
+        block[:length, 0] = store_tokens[span]
+        block[:, 1] = IGNORE_INDEX
+        block[: length - 1, 1] = np.where(supervised[span], block[:length, 0], IGNORE_INDEX)[1:]
+        block[:, 2] = np.arange(slot)
+        block[:, 3] = 1 if sample_weights is None else sample_weights[i]
+        blocks.append(block)
+    slots = [len(block) for block in blocks]
+    padding = np.tile([0.0, IGNORE_INDEX, 0.0, 0.0], (num_rows - sum(slots), 1))
+    if cp_size > 1:
+        chunks = [np.split(block, 2 * cp_size) for block in blocks]
+        blocks = [part for one in chunks for part in (one[cp_rank], one[-1 - cp_rank])]
+        padding = padding[: len(padding) // cp_size]
+    row = np.concatenate([*blocks, padding])
+    has_label = row[:, 1] != IGNORE_INDEX
     return FilledRow(
-        tokens=np.concatenate([*tokens, zeros]).astype(np.int64),
-        labels=row_labels,
-        position_ids=np.concatenate([*position_ids, zeros]).astype(np.int64),
-        cu_seqlens=np.cumsum(lengths, dtype=np.int32),
-        active_rows=np.flatnonzero(row_labels != IGNORE_INDEX),
+        tokens=row[:, 0].astype(np.int64),
+        labels=row[:, 1].astype(np.int64),
+        position_ids=row[:, 2].astype(np.int64),
+        cu_seqlens=np.cumsum([0, *slots], dtype=np.int32),
+        active_rows=np.flatnonzero(has_label),
+        weights=np.where(has_label, row[:, 3], 0).astype(np.float32),
     )

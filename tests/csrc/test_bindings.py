@@ -226,6 +226,18 @@ def test_fill_writes_in_place() -> None:
         ({"active_rows": np.zeros(5, np.int64)}, "active_rows has 5 elements, expected 8"),
         ({"tokens": np.zeros(16, np.int64)[::2]}, "tokens .* contiguous"),
         ({"tokens": np.zeros((1, 8), np.int64)}, "tokens is a 2-d"),
+        ({"tokens": np.zeros(8, np.int32)}, "labels is a 1-d int64 array; expected .* int32"),
+        ({"labels": np.zeros(8, np.int32)}, "labels is a 1-d int32 array; expected .* int64"),
+        ({"weights": np.zeros(8, np.float32)}, "sample_weights has 0 elements, expected 2"),
+        ({"sample_weights": np.zeros(2, np.float32)}, "weights has 0 elements, expected 8"),
+        ({"sample_weights": np.zeros(2)}, "sample_weights is a 1-d float64"),
+        ({"alignment": 0}, "packing.alignment is 0"),
+        ({"alignment": 2**62}, "packing.alignment is 4611686018427387904"),
+        ({"alignment": 5}, "sample 1 ends at row 10 of 8"),
+        ({"cp_size": 2}, "packing.alignment is 1; expected a multiple of 4"),
+        ({"cp_size": 2**62}, "context-parallel rank 0 of 4611686018427387904"),
+        ({"cp_rank": 1}, "context-parallel rank 1 of 1"),
+        ({"cp_size": 0}, "context-parallel rank 0 of 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
@@ -255,3 +267,46 @@ def test_fill_never_changes_its_inputs() -> None:
     _C.fill_micro_batch(**arguments)
     for name in inputs:
         np.testing.assert_array_equal(arguments[name], before[name])
+
+
+def test_fill_refuses_labels_that_int32_cannot_mark() -> None:
+    narrow = {name: np.zeros(8, np.int32) for name in ("tokens", "labels", "position_ids")}
+    with pytest.raises(ValueError, match="ignore_index is -2147483649"):
+        _C.fill_micro_batch(**(fill_arguments() | narrow | {"ignore_index": -(2**31) - 1}))
+
+
+def make_stream(**changes: int) -> _C.StreamPacker:
+    return _C.StreamPacker(**({"capacity": 8, "seed": 0, "pool_size": 3} | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"capacity": 0}, "packing.capacity is 0"),
+        ({"capacity": 2**40}, "packing.capacity is 1099511627776"),
+        ({"alignment": 3}, "expected a multiple of packing.alignment .3."),
+        ({"max_samples": -1}, "packing.max_samples_per_bin is -1"),
+        ({"pool_size": 0}, "packing.pool_size is 0"),
+    ],
+    ids=str,
+)
+def test_streams_refuse_bad_options(change: dict[str, int], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        make_stream(**change)
+
+
+@pytest.mark.parametrize("length", [0, -1, 9, 2**31, 2**63 - 1, -(2**63)])
+def test_streams_refuse_bad_lengths(length: int) -> None:
+    stream = make_stream()
+    stream.add(0, 5)
+    with pytest.raises(ValueError, match=f"sample 7 has {length} tokens; expected 1 to 8"):
+        stream.add(7, length)
+    assert stream.ids().tolist() == [0]
+
+
+def test_an_empty_stream() -> None:
+    stream = make_stream()
+    assert stream.needs_more()
+    assert (stream.take_rest(), stream.ids().tolist()) == ([], [])
+    with pytest.raises(ValueError, match="the pool holds no sample"):
+        stream.take_bin()

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.reference.packing import best_fit_decreasing, fill_row
+from sft_fast.reference.packing import (
+    FilledRow,
+    Window,
+    best_fit_decreasing,
+    fill_row,
+    next_fit,
+    random_below,
+    random_order,
+)
 
 
 def fewest_bins(lengths: list[int], capacity: int) -> int:
@@ -84,6 +92,8 @@ def test_fill_row_by_hand(num_rows: int) -> None:
     assert row.active_rows.tolist() == [0, 2, 4, 7]
     dtypes = {name: array.dtype for name, array in row._asdict().items()}
     assert dtypes.pop("cu_seqlens") == np.int32
+    assert dtypes.pop("weights") == np.float32
+    assert row.weights.tolist() == [1, 0, 1, 0, 1, 0, 0, 1, 0] + [0] * pad
     assert set(dtypes.values()) == {np.dtype(np.int64)}
 
 
@@ -95,3 +105,57 @@ def test_fill_row_without_samples_is_padding() -> None:
     assert row.labels.tolist() == [IGNORE_INDEX] * 3
     assert row.cu_seqlens.tolist() == [0]
     assert row.active_rows.size == 0
+
+
+def test_context_parallel_shares_by_hand() -> None:
+    # Samples of 5 and 3 tokens in slots of 8 and 4, cut into 4 chunks of 2 and of 1; 4 of padding.
+    tokens = np.array([10, 11, 12, 13, 14, 20, 21, 22], dtype=np.uint32)
+
+    def share(rank: int) -> FilledRow:
+        return fill_row(
+            tokens,
+            np.array([0xFF], np.uint8),
+            np.array([0, 5, 8]),
+            sample_ids=[0, 1],
+            num_rows=16,
+            alignment=4,
+            cp_size=2,
+            cp_rank=rank,
+            sample_weights=[0.5, 2.0],
+        )
+
+    first, second, ignored = share(0), share(1), IGNORE_INDEX
+    assert first.tokens.tolist() == [10, 11, 0, 0, 20, 0, 0, 0]
+    assert second.tokens.tolist() == [12, 13, 14, 0, 21, 22, 0, 0]
+    # The label of a chunk's last row is on the other rank.
+    assert first.labels.tolist() == [11, 12, ignored, ignored, 21, ignored, ignored, ignored]
+    assert second.labels.tolist() == [13, 14, ignored, ignored, 22, ignored, ignored, ignored]
+    assert first.position_ids.tolist() == [0, 1, 6, 7, 0, 3, 0, 0]
+    assert second.position_ids.tolist() == [2, 3, 4, 5, 1, 2, 0, 0]
+    assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 8, 12]
+    assert first.active_rows.tolist() == second.active_rows.tolist() == [0, 1, 4]
+    assert first.weights.tolist() == [0.5, 0.5, 0, 0, 2, 0, 0, 0]
+
+
+def test_next_fit_by_hand() -> None:
+    assert next_fit([6, 4, 1, 9, 1, 1], capacity=10) == [[0, 1], [2, 3], [4, 5]]
+    assert next_fit([6, 4, 1, 9, 1, 1], capacity=10, max_samples=1) == [[i] for i in range(6)]
+    assert next_fit([], capacity=10) == []
+
+
+def test_window_by_hand() -> None:
+    # Mean 4, so 3 tokens (a third of 10) are kept in reserve: 5 leaves 5, 4 would leave 1.
+    pool = Window(capacity=10, max_samples=None, pool_size=1, seed=0, epoch=0)
+    pool.pool = list(enumerate([5, 4, 7, 2, 3, 1, 6]))
+    # No 5 is left; 4 + 1 and 2 + 3 both fill the bin, whichever comes first from the start word.
+    assert pool.take_bin() == [0, 5, 1]
+    # 7 and the 3; then 2 and 6, after which nothing fits.
+    assert (pool.take_bin(), pool.take_bin(), pool.pool) == ([2, 4], [3, 6], [])
+
+
+def test_random_numbers_are_splitmix64() -> None:
+    # A fixed key, so that the stream is that of the published generator seeded with it.
+    numbers = [random_below(0, 0, 1, counter, 2**64) for counter in range(1000)]
+    assert len(set(numbers)) == 1000
+    assert abs(np.mean(numbers) / 2**63 - 1) < 0.05
+    assert sorted(random_order(50, 1, 2, 3)) == list(range(50))
