@@ -99,6 +99,8 @@ class ModelConfig(Section):
     """Type of parameters and activations; the optimizer keeps fp32 copies."""
     shape: ShapeConfig | None = None
     """Architecture when `path` is null."""
+    attention: Literal["auto", "flash_attn", "aiter", "torch_varlen", "sdpa"] = "auto"
+    """Kernel; auto = the first that this device has and that passes a numeric test at start."""
     recompute: Literal["none", "full"] = "none"
     """full = keep only each layer's input and run the layer again in the backward pass."""
 

@@ -147,6 +147,7 @@ max_position_embeddings: 8192
         "norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sft_fast.batch import MicroBatch
-from sft_fast.megatron.attention import PackedSamples
+from sft_fast.megatron.attention_backends import PackedSamples, pack_samples
 from sft_fast.megatron.model import unwrap
 
 Report = dict[str, Tensor]
@@ -64,12 +64,4 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
 
 def packed_samples(batch: MicroBatch) -> PackedSamples:
     """What the layers need to know of a micro-batch."""
-    return PackedSamples(
-        qkv_format="sbhd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=max(batch.max_seqlen, 1),  # padding rows have position 0
-        max_seqlen_kv=max(batch.max_seqlen, 1),
-        seqlens=batch.seqlens,
-        active_rows=batch.active_rows,
-    )
+    return pack_samples(batch.seqlens, batch.cu_seqlens, batch.active_rows)

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -23,7 +24,13 @@ from torch.nn import functional
 from sft_fast.architecture import Architecture
 from sft_fast.config import Config
 from sft_fast.loss import masked_linear_cross_entropy
-from sft_fast.megatron.attention import PackedAttention, PackedSamples
+from sft_fast.megatron.attention import PackedAttention
+from sft_fast.megatron.attention_backends import (
+    Attend,
+    AttentionChoice,
+    PackedSamples,
+    choose_attention,
+)
 from sft_fast.megatron.norm import RMSNorm
 from sft_fast.megatron.parallel import Parallel
 
@@ -71,6 +78,8 @@ class LossOutputLayer(ColumnParallelLinear):
 class SFTModel(GPTModel):
     """megatron-core's GPTModel; rotary angles follow position_ids, labels give per-token losses."""
 
+    attention: AttentionChoice
+
     def __init__(self, *args: Any, unpadded_vocab_size: int, loss_backend: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.post_process:
@@ -117,13 +126,13 @@ class SFTModel(GPTModel):
         )
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, attend: Attend) -> TransformerBlockSubmodules:
     """megatron's local layers of this pipeline stage, with our attention core and our norm."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = ModuleSpec(module=PackedAttention, params={"attend": attend})
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, None, None)
@@ -186,9 +195,17 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     """
     check_layout(architecture, parallel)
     megatron_config = transformer_config(architecture, config, parallel)
+    attention = choose_attention(
+        config.model.attention,
+        parallel.device,
+        megatron_config.params_dtype,
+        architecture.num_attention_heads // parallel.tp_size,
+        architecture.num_key_value_heads // parallel.tp_size,
+        architecture.head_dim,
+    )
     model = SFTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(megatron_config),
+        transformer_layer_spec=block_spec(megatron_config, attention.attend),
         vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel.is_first_stage,
@@ -201,6 +218,7 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
         unpadded_vocab_size=architecture.vocab_size,
         loss_backend=config.loss.backend,
     )
+    model.attention = attention
     mark_sharded_weights(model)
     return model.to(parallel.device)
 

@@ -229,6 +229,7 @@ def train(config: Config) -> int:
     metrics.say(f"packing: {packing}")
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
+    metrics.say(f"attention: {unwrap(run.model).attention}")
     state = TrainState(0, inputs.store.fingerprint, plan.fingerprint)
     start = resume(config, run, state, num_steps, metrics)
     if parallel.is_main:

@@ -1,0 +1,280 @@
+"""Causal attention within the samples of a packed row: one function per library, one that works.
+
+Every backend has the signature of `Attend`. At start the first of the chain is chosen that computes
+what plain attention computes, forward and backward: a library that is installed but broken on this
+device is passed over, and the reason is told.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn import functional
+
+SELF_TEST_SEQLENS = (1, 70, 7, 33)
+
+
+@dataclass
+class PackedSamples(PackedSeqParams):
+    """What every layer must know of a micro-batch; travels in megatron's `packed_seq_params` slot.
+
+    `qkv_format` stays "sbhd": the row is dense to megatron, only our attention sees the samples.
+    """
+
+    seqlens: tuple[int, ...] = ()
+    """Tokens of each sample, in row order; their sum may be shorter than the row."""
+    active_rows: Tensor | None = None
+    """int64 [num_supervised]: rows that have a label."""
+
+    @cached_property
+    def groups(self) -> tuple[list[Tensor], Tensor]:
+        """How attention takes the row apart and puts it together again, on the CPU.
+
+        Returns:
+            Groups of samples of similar length: row numbers int64 [samples, longest]. A shorter
+            sample repeats its first row at the end; those copies come after its own rows, so that
+            no row of the sample attends to them.
+            The place of each row in the concatenated groups: int64 [sum of seqlens].
+        """
+        lengths = torch.tensor(self.seqlens)
+        starts = lengths.cumsum(0) - lengths
+        classes = torch.tensor([size_class(length) for length in self.seqlens])
+        groups, order, num_places = [], torch.empty(int(lengths.sum()), dtype=torch.int64), 0
+        for size in classes.unique():
+            members = classes == size
+            steps = torch.arange(int(lengths[members].max()))
+            is_own = steps < lengths[members, None]
+            rows = starts[members, None] + torch.where(is_own, steps, 0)
+            places = num_places + torch.arange(rows.numel()).view_as(rows)
+            order[rows[is_own]] = places[is_own]
+            groups.append(rows)
+            num_places += rows.numel()
+        return groups, order
+
+
+def pack_samples(
+    seqlens: tuple[int, ...], cu_seqlens: Tensor, active_rows: Tensor | None = None
+) -> PackedSamples:
+    """Describes the samples of a row.
+
+    A row of padding alone is one sample of one token: it has to attend to something, because every
+    weight must get its (zero) gradient, or DDP would wait for it.
+
+    Args:
+        cu_seqlens: int32 [samples + 1], on the device that computes.
+    """
+    if not seqlens:
+        seqlens, cu_seqlens = (1,), torch.arange(2, dtype=torch.int32, device=cu_seqlens.device)
+    longest = max(seqlens)
+    return PackedSamples(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        seqlens=seqlens,
+        active_rows=active_rows,
+    )
+
+
+def size_class(length: int) -> int:
+    """Rounds up to a step of 32, or of an eighth to a quarter of the length where that is more."""
+    step = max(32, (1 << length.bit_length()) >> 3)
+    return -(-length // step) * step
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedSamples, float], Tensor]
+"""(query [T, heads, head_dim], key and value [T, kv_heads, head_dim], samples, softmax_scale) ->
+[T, heads, head_dim], where T is the sum of the samples' lengths."""
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+    """Plain causal attention of [s, b, heads, head_dim] tensors; every column is one sample."""
+    output = functional.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        is_causal=True,
+        scale=softmax_scale,
+        enable_gqa=True,
+    )
+    return output.permute(2, 0, 1, 3)
+
+
+def attend_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+) -> Tensor:
+    """PyTorch's dense attention over groups of similar samples; runs everywhere."""
+    groups, order = samples.groups
+    outputs = []
+    for rows in groups:
+        index = rows.t().flatten().to(query.device, non_blocking=True)
+        parts = [tensor.index_select(0, index) for tensor in (query, key, value)]
+        columns = [part.unflatten(0, rows.t().shape) for part in parts]
+        output = dense_attention(*columns, softmax_scale=softmax_scale)
+        outputs.append(output.transpose(0, 1).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, order.to(query.device, non_blocking=True))
+
+
+def load_torch_varlen() -> Attend:
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+    ) -> Tensor:
+        edges, longest = samples.cu_seqlens_q, samples.max_seqlen_q
+        output = varlen_attn(
+            query,
+            key,
+            value,
+            edges,
+            edges,
+            longest,
+            longest,
+            scale=softmax_scale,
+            window_size=(-1, 0),
+            enable_gqa=True,
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+    return attend
+
+
+def load_flash_attn(module: str) -> Attend:
+    varlen = getattr(__import__(module), "flash_attn_varlen_func", None)
+    if varlen is None:
+        raise ImportError(f"{module} has no flash_attn_varlen_func")
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+    ) -> Tensor:
+        edges, longest = samples.cu_seqlens_q, samples.max_seqlen_q
+        output = varlen(
+            query,
+            key,
+            value,
+            edges,
+            edges,
+            longest,
+            longest,
+            softmax_scale=softmax_scale,
+            causal=True,
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    return attend
+
+
+BACKENDS: dict[str, Callable[[], Attend]] = {
+    "flash_attn": lambda: load_flash_attn("flash_attn"),
+    "aiter": lambda: load_flash_attn("aiter"),
+    "torch_varlen": load_torch_varlen,
+    "sdpa": lambda: attend_sdpa,
+}
+"""In the order in which `auto` tries them on a GPU."""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The backend of a run, and why the ones before it are not."""
+
+    name: str
+    attend: Attend
+    passed_over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        reasons = "; ".join(self.passed_over)
+        return f"{self.name} ({reasons})" if reasons else self.name
+
+
+def on_cpu_only(device: torch.device) -> bool:
+    """True where no backend but sdpa could run, so that nothing else need be imported."""
+    return device.type == "cpu"
+
+
+def choose_attention(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> AttentionChoice:
+    """Returns the backend `name`, or with `auto` the first that passes the self-test.
+
+    Raises:
+        ValueError: the named backend is missing or computes something else.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"model.attention is {name!r}; expected one of auto, {', '.join(BACKENDS)}"
+        )
+    candidates = [name]
+    if name == "auto":
+        candidates = ["sdpa"] if on_cpu_only(device) else list(BACKENDS)
+    passed_over = []
+    for candidate in candidates:
+        try:
+            attend = BACKENDS[candidate]()
+            check_attention(attend, device, dtype, num_heads, num_kv_heads, head_dim)
+            return AttentionChoice(candidate, attend, tuple(passed_over))
+        except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            passed_over.append(f"not {candidate}: {first_line}")
+    raise ValueError(f"model.attention: {'; '.join(passed_over)}")
+
+
+def check_attention(
+    attend: Attend,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Compares output and gradients with dense attention of each sample alone.
+
+    The error against fp32 may be twice that of dense attention in the same dtype.
+
+    Raises:
+        ValueError: the error is larger.
+    """
+    edges = torch.tensor((0, *SELF_TEST_SEQLENS), dtype=torch.int32, device=device)
+    samples = pack_samples(SELF_TEST_SEQLENS, edges.cumsum(0, dtype=torch.int32))
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, scale = sum(SELF_TEST_SEQLENS), 1.0 / math.sqrt(head_dim)
+    inputs = [
+        torch.randn(num_tokens, heads, head_dim, generator=generator).to(device, dtype)
+        for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    ]
+
+    def alone(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+        parts = (tensor.unsqueeze(1).split(SELF_TEST_SEQLENS) for tensor in (query, key, value))
+        outputs = [dense_attention(*part, scale) for part in zip(*parts, strict=True)]
+        return torch.cat(outputs).squeeze(1)
+
+    truth = list(run_with_gradients(alone, [part.float() for part in inputs], samples, scale))
+    plain = run_with_gradients(alone, inputs, samples, scale)
+    found = run_with_gradients(attend, inputs, samples, scale)
+    names = ("output", "query gradient", "key gradient", "value gradient")
+    for what, expected, same_dtype, got in zip(names, truth, plain, found, strict=True):
+        limit = 2 * float((same_dtype.float() - expected).abs().max()) + 1e-5
+        error = float((got.float() - expected).abs().max())
+        if not error <= limit:  # also true for NaN
+            raise ValueError(f"its {what} is off by {error:.2g}, more than {limit:.2g}")
+
+
+def run_with_gradients(
+    attend: Attend, inputs: list[Tensor], samples: PackedSamples, scale: float
+) -> Iterator[Tensor]:
+    *leaves, grad_output = [tensor.detach().clone() for tensor in inputs]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    query, key, value = leaves
+    output = attend(query, key, value, samples, scale)
+    yield output.detach()
+    yield from torch.autograd.grad(output, leaves, grad_output)

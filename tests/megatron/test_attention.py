@@ -1,0 +1,102 @@
+"""Attention within samples: every backend is held to dense attention, or it is not used."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    from sft_fast.megatron import attention_backends
+
+    chain = dict(attention_backends.BACKENDS)
+    monkeypatch.setattr(attention_backends, "BACKENDS", chain)
+    yield chain
+
+
+def choose(name: str, dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> object:
+    from sft_fast.megatron.attention_backends import choose_attention
+
+    return choose_attention(name, torch.device("cpu"), dtype, 4, kv_heads, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_cpu_backend_passes_its_own_test(dtype: torch.dtype, kv_heads: int) -> None:
+    assert choose("auto", dtype, kv_heads).name == "sdpa"
+
+
+def leaky(query: Tensor, key: Tensor, value: Tensor, samples: object, scale: float) -> Tensor:
+    """Samples see the samples before them."""
+    from sft_fast.megatron.attention_backends import dense_attention
+
+    return dense_attention(query[:, None], key[:, None], value[:, None], scale).squeeze(1)
+
+
+def detached(query: Tensor, key: Tensor, value: Tensor, samples: object, scale: float) -> Tensor:
+    """The right output with a wrong gradient."""
+    from sft_fast.megatron.attention_backends import attend_sdpa
+
+    return attend_sdpa(query, key.detach(), value, samples, scale) + 0 * key.sum()
+
+
+def broken(*args: object) -> Tensor:
+    raise RuntimeError("no kernel image\nis available")
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        (leaky, "its output is off"),
+        (detached, "its key gradient is off"),
+        (broken, "no kernel image"),
+    ],
+)
+def test_a_backend_that_computes_something_else_is_refused(
+    backends: dict, backend: object, reason: str
+) -> None:
+    backends["flash_attn"] = lambda: backend
+    with pytest.raises(ValueError, match=reason):
+        choose("flash_attn")
+
+
+def test_auto_takes_the_first_that_works_and_says_why(
+    backends: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft_fast.megatron import attention_backends
+
+    def missing() -> object:
+        raise ImportError("No module named 'flash_attn'")
+
+    backends.update(flash_attn=missing, aiter=lambda: leaky, torch_varlen=lambda: broken)
+    monkeypatch.setattr(attention_backends, "on_cpu_only", lambda device: False)
+    choice = choose("auto")
+    assert choice.name == "sdpa"
+    text = str(choice)
+    for reason in ("flash_attn: No module", "aiter: its output is off", "no kernel image"):
+        assert reason in text
+    backends["aiter"] = lambda: attention_backends.attend_sdpa
+    assert choose("auto").name == "aiter"
+
+
+def test_nothing_crosses_from_sample_to_sample() -> None:
+    from sft_fast.megatron.attention_backends import attend_sdpa, pack_samples
+
+    seqlens = (5, 1, 40, 33, 2)
+    edges = torch.tensor((0, *seqlens)).cumsum(0).int()
+    samples = pack_samples(seqlens, edges)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(81, 2, 8, requires_grad=True) for _ in range(3))
+    output = attend_sdpa(query, key, value, samples, 0.3)
+    output[edges[2] : edges[3]].sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad[edges[2] : edges[3]].any()
+        tensor.grad[edges[2] : edges[3]] = 0
+        assert not tensor.grad.any()
+
+
+def test_an_unknown_name_lists_what_exists() -> None:
+    with pytest.raises(ValueError, match="flash3.*flash_attn.*sdpa"):
+        choose("flash3")
