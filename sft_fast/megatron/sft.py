@@ -16,7 +16,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from sft_fast.architecture import Architecture
-from sft_fast.batch import MicroBatch, fill_micro_batch
+from sft_fast.balance import DEFAULT_COST_MODEL, CostModel
+from sft_fast.batch import MicroBatch, RowLayout
 from sft_fast.config import Config, save_config
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.demo import chance_accuracy
@@ -45,7 +46,8 @@ from sft_fast.megatron.optim import (
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.metrics import MetricsWriter, StepResult
-from sft_fast.packing import StepPlan
+from sft_fast.packing import PackingOptions, StepPlan
+from sft_fast.prefetch import BatchLoader, Row
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,35 @@ class Run:
     schedule: OptimizerParamScheduler
 
 
-def micro_batches(
-    store: TokenStore, plan: StepPlan, step: int, config: Config, parallel: Parallel
-) -> Iterator[MicroBatch]:
-    """Yields this rank's micro-batches of one step, filled on the CPU and moved to the device."""
-    rows = plan.micro_batches(
-        step, parallel.dp_rank, parallel.dp_size, config.train.micro_batch_size
+def packed_rows(
+    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
+) -> Iterator[Row]:
+    """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
+    size, alignment = config.train.micro_batch_size, config.packing.alignment
+    for step in steps:
+        for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
+            sample_ids = np.concatenate(bins)
+            num_rows = config.packing.capacity * len(bins)
+            if parallel.pp_size == 1:
+                # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
+                used = -(-store.lengths[sample_ids] // alignment) * alignment
+                num_rows = -(-max(int(used.sum()), 1) // parallel.tp_size) * parallel.tp_size
+            yield sample_ids, num_rows
+
+
+def open_batches(
+    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
+) -> BatchLoader:
+    """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
+    max_rows = config.packing.capacity * config.train.micro_batch_size + parallel.tp_size
+    return BatchLoader(
+        store,
+        packed_rows(store, plan, steps, config, parallel),
+        parallel.device,
+        max_rows=max_rows,
+        max_samples=max_rows,
+        layout=RowLayout(alignment=config.packing.alignment),
     )
-    for bins in rows:
-        sample_ids = np.concatenate(bins)
-        num_rows = config.packing.capacity * len(bins)
-        if parallel.pp_size == 1:
-            # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
-            used = int(store.lengths[sample_ids].sum())
-            num_rows = max(-(-used // parallel.tp_size), 1) * parallel.tp_size
-        yield fill_micro_batch(store, sample_ids, num_rows).to(parallel.device)
 
 
 def run_schedule(
@@ -131,25 +147,42 @@ def evaluate(
     model: DistributedDataParallel, store: TokenStore, config: Config, parallel: Parallel
 ) -> float:
     """Mean loss per supervised token over the whole evaluation set, nats."""
-    plan = make_plan(store, config, config.evaluation.max_samples)
+    plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
+    steps = range(plan.num_steps_per_epoch)
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
-    for step in range(plan.num_steps_per_epoch):
-        batches = micro_batches(store, plan, step, config, parallel)
-        total += run_schedule(model, batches, config, parallel, forward_only=True)
+    with open_batches(store, plan, steps, config, parallel) as batches:
+        for _ in steps:
+            total += run_schedule(model, batches, config, parallel, forward_only=True)
     model.train()
     return float(total[0] / total[1].clamp(min=1))
 
 
-def make_plan(store: TokenStore, config: Config, max_samples: int | None = None) -> StepPlan:
-    """The order of the (first) samples: a function of lengths, packing options and seed."""
+def make_plan(
+    store: TokenStore,
+    config: Config,
+    architecture: Architecture | None = None,
+    max_samples: int | None = None,
+) -> StepPlan:
+    """The order of the (first) samples: a function of lengths, packing options and seed.
+
+    The architecture only decides which rank computes what, so that ranks finish together.
+    """
+    packing = config.packing
+    cost_model = DEFAULT_COST_MODEL
+    if architecture is not None:
+        cost_model = CostModel.of_shape(
+            architecture.hidden_size, architecture.num_layers, architecture.vocab_size
+        )
     return StepPlan(
         lengths=store.lengths[:max_samples],
         num_supervised=store.num_supervised[:max_samples],
-        capacity=config.packing.capacity,
-        strategy=config.packing.strategy,
+        capacity=packing.capacity,
+        strategy=packing.strategy,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
+        options=PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size),
+        cost_model=cost_model,
     )
 
 
@@ -223,8 +256,8 @@ def train(config: Config) -> int:
     inputs = read_inputs(config)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.say(inputs.store.report.summary())
-    plan = make_plan(inputs.store, config)
-    packing = plan.report()
+    plan = make_plan(inputs.store, config, inputs.model.architecture)
+    packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
     metrics.write("packing", **asdict(packing), efficiency=packing.efficiency)
     metrics.say(f"packing: {packing}")
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
@@ -236,18 +269,19 @@ def train(config: Config) -> int:
         save_config(config, output / "config.yaml")
 
     report_evaluation(start, run, inputs.eval_store, config, parallel, metrics)
-    for step in range(start, num_steps):
-        began = time.perf_counter()
-        batches = micro_batches(inputs.store, plan, step, config, parallel)
-        counts = plan.counts(step)
-        result = train_step(run, batches, counts.num_supervised, config, parallel)
-        done = step + 1
-        if done % config.metrics.log_every_steps == 0 or done == num_steps:
-            metrics.step(done, num_steps, result, counts, time.perf_counter() - began)
-        if done == num_steps or is_due(config.checkpoint.every_steps, done):
-            save_run(replace(state, step=done), run, config, parallel)
-        if done == num_steps or is_due(config.evaluation.every_steps, done):
-            report_evaluation(done, run, inputs.eval_store, config, parallel, metrics)
+    steps = range(start, num_steps)
+    with open_batches(inputs.store, plan, steps, config, parallel) as batches:
+        for step in steps:
+            began = time.perf_counter()
+            counts = plan.counts(step)
+            result = train_step(run, batches, counts.num_supervised, config, parallel)
+            done = step + 1
+            if done == num_steps or is_due(config.metrics.log_every_steps, done):
+                metrics.step(done, num_steps, result, counts, time.perf_counter() - began)
+            if done == num_steps or is_due(config.checkpoint.every_steps, done):
+                save_run(replace(state, step=done), run, config, parallel)
+            if done == num_steps or is_due(config.evaluation.every_steps, done):
+                report_evaluation(done, run, inputs.eval_store, config, parallel, metrics)
 
     if config.export.enabled:
         gather_parameters(run.model)

@@ -38,8 +38,8 @@ def gradients_with(megatron_normalises: bool) -> list[Any]:
         run.model.config.finalize_model_grads_func = finalize_model_grads
     else:
         normalise_by(run.model, plan.counts(0).num_supervised)
-    batches = sft.micro_batches(store, plan, 0, config, parallel)
-    sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
+    with sft.open_batches(store, plan, range(1), config, parallel) as batches:
+        sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
     return [parameter.main_grad.numpy().copy() for parameter in run.model.parameters()]
 
 

@@ -9,38 +9,43 @@ from rank_pool import RankPool
 from tiny import make_config, make_store, random_samples, save_tiny_llama
 
 NUM_SAMPLES = 16
-# name: world size, packing strategy, micro_batch_size, parallel section, model section
-LAYOUTS: dict[str, tuple[int, str, int, dict[str, Any], dict[str, Any]]] = {
-    "micro-batch-8": (1, "bfd", 8, {}, {}),
-    "recompute": (1, "bfd", 2, {}, {"recompute": "full"}),
-    "unpacked": (1, "none", 4, {}, {}),
-    "dp2": (2, "bfd", 2, {}, {}),
-    "dp2-plain-optimizer": (2, "bfd", 2, {"distributed_optimizer": False}, {}),
+BFD, NONE = {"strategy": "bfd"}, {"strategy": "none"}
+Section = dict[str, Any]
+# name: world size, packing section, micro_batch_size, parallel section, model section
+LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
+    "micro-batch-8": (1, BFD, 8, {}, {}),
+    "recompute": (1, BFD, 2, {}, {"recompute": "full"}),
+    "window": (1, {"strategy": "window"}, 2, {}, {}),
+    "sequential": (1, {"strategy": "sequential"}, 4, {}, {}),
+    "aligned": (1, {"strategy": "auto", "alignment": 8, "max_samples_per_bin": 2}, 2, {}, {}),
+    "unpacked": (1, NONE, 4, {}, {}),
+    "dp2": (2, BFD, 2, {}, {}),
+    "dp2-plain-optimizer": (2, BFD, 2, {"distributed_optimizer": False}, {}),
     "dp2-overlap": (
         2,
-        "bfd",
+        BFD,
         1,
         {"overlap_grad_reduce": True, "overlap_param_gather": True},
         {},
     ),
-    "tp2": (2, "bfd", 1, {"tensor": 2}, {}),
-    "tp2-sequence": (2, "bfd", 2, {"tensor": 2, "sequence": True}, {}),
-    "pp2": (2, "bfd", 1, {"pipeline": 2}, {}),
-    "pp2-unpacked": (2, "none", 4, {"pipeline": 2}, {}),
-    "dp4": (4, "bfd", 1, {}, {}),
-    "dp4-unpacked": (4, "none", 2, {}, {}),
-    "dp2-tp2-sequence": (4, "bfd", 1, {"tensor": 2, "sequence": True}, {}),
-    "dp2-pp2": (4, "bfd", 2, {"pipeline": 2}, {}),
-    "tp2-pp2-sequence": (4, "bfd", 1, {"tensor": 2, "pipeline": 2, "sequence": True}, {}),
+    "tp2": (2, BFD, 1, {"tensor": 2}, {}),
+    "tp2-sequence": (2, BFD, 2, {"tensor": 2, "sequence": True}, {}),
+    "pp2": (2, BFD, 1, {"pipeline": 2}, {}),
+    "pp2-unpacked": (2, NONE, 4, {"pipeline": 2}, {}),
+    "dp4": (4, BFD, 1, {}, {}),
+    "dp4-unpacked": (4, NONE, 2, {}, {}),
+    "dp2-tp2-sequence": (4, BFD, 1, {"tensor": 2, "sequence": True}, {}),
+    "dp2-pp2": (4, BFD, 2, {"pipeline": 2}, {}),
+    "tp2-pp2-sequence": (4, BFD, 1, {"tensor": 2, "pipeline": 2, "sequence": True}, {}),
 }
 
 
 def run_steps(
     folder: str,
-    strategy: str,
+    packing_section: Section,
     micro_batch_size: int,
-    parallel_section: dict[str, Any],
-    model_section: dict[str, Any],
+    parallel_section: Section,
+    model_section: Section,
 ) -> list[tuple[float, float]]:
     """(loss, grad_norm) of two optimizer steps over the same global batch."""
     from sft_fast.architecture import architecture_from_hf, read_hf_config
@@ -48,11 +53,11 @@ def run_steps(
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
 
-    # Nine bins hold the samples; the tenth to sixteenth are empty.
+    # The samples need fewer rows than the global batch has: the last ones are empty.
     config = make_config(
         model={"path": folder, "shape": None, **model_section},
         tokenizer={"path": None},
-        packing={"strategy": strategy},
+        packing=packing_section,
         train={"global_batch_size": NUM_SAMPLES, "micro_batch_size": micro_batch_size},
         parallel=parallel_section,
         # With the usual epsilon Adam turns the sign of a gradient of 1e-8 into a whole step.
@@ -66,10 +71,11 @@ def run_steps(
     plan = sft.make_plan(store, config)
     assert plan.num_steps_per_epoch == 1
     results = []
-    for step in range(2):
-        batches = sft.micro_batches(store, plan, step, config, parallel)
-        result = sft.train_step(run, batches, plan.counts(step).num_supervised, config, parallel)
-        results.append((result.loss, result.grad_norm))
+    num_supervised = plan.counts(0).num_supervised
+    with sft.open_batches(store, plan, range(2), config, parallel) as batches:
+        for _ in range(2):
+            result = sft.train_step(run, batches, num_supervised, config, parallel)
+            results.append((result.loss, result.grad_norm))
     return results
 
 
@@ -83,7 +89,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
     """One rank, one row at a time."""
-    (result,) = rank_pool.run(1, run_steps, llama, "bfd", 1, {}, {})
+    (result,) = rank_pool.run(1, run_steps, llama, BFD, 1, {}, {})
     return result
 
 
