@@ -140,7 +140,7 @@ class DataConfig(Section):
 class PackingConfig(Section):
     """How samples share a row of tokens."""
 
-    strategy: Literal["auto", "bfd", "window", "sequential", "none"] = "bfd"
+    strategy: Literal["auto", "bfd", "window", "sequential", "none"] = "auto"
     """bfd = best-fit decreasing: fewest rows, but short samples share rows with short ones; window
     = random order, each row filled exactly from the samples next in line; sequential = in the order
     of the data; none = one sample per row; auto = window, unless it needs over 0.2 % more rows than

@@ -41,7 +41,7 @@ def _negated(value: Any) -> Any:
 
 def _strategy(value: Any) -> Any:
     flag = as_flag(value)
-    return ("bfd" if flag else "none") if isinstance(flag, bool) else value
+    return ("auto" if flag else "none") if isinstance(flag, bool) else value
 
 
 TARGETS = {

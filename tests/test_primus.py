@@ -125,7 +125,7 @@ auto_continue_train: false
         "checkpoint": {"every_steps": 60, "resume": "never"},
         "metrics": {"log_every_steps": 5},
     }
-    assert config.packing.strategy == "bfd"
+    assert config.packing.strategy == "auto"
 
 
 def test_shape_arguments_reach_model_shape(load):
@@ -432,5 +432,5 @@ def test_shipped_example_says_what_it_means():
     root = Path(__file__).parent.parent
     config = load_config(root / "sft_fast/configs/primus_style.yaml", [])
     assert (config.backend, config.stage) == ("megatron", "sft")
-    assert config.packing.strategy == "bfd"
+    assert config.packing.strategy == "auto"
     assert config.train.steps == 200
