@@ -5,10 +5,12 @@ what plain attention computes, forward and backward: a library that is installed
 device is passed over, and the reason is told.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -120,54 +122,31 @@ def attend_sdpa(
     return torch.cat(outputs).index_select(0, order.to(query.device, non_blocking=True))
 
 
-def load_torch_varlen() -> Attend:
-    from torch.nn.attention.varlen import varlen_attn
+def varlen_backend(varlen: Callable[..., Any], scale_name: str, **options: Any) -> Attend:
+    """Wraps a library's varlen function, which takes the samples as cumulative lengths."""
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
     ) -> Tensor:
         edges, longest = samples.cu_seqlens_q, samples.max_seqlen_q
-        output = varlen_attn(
-            query,
-            key,
-            value,
-            edges,
-            edges,
-            longest,
-            longest,
-            scale=softmax_scale,
-            window_size=(-1, 0),
-            enable_gqa=True,
-        )
-        assert isinstance(output, Tensor)
-        return output
-
-    return attend
-
-
-def load_flash_attn(module: str) -> Attend:
-    varlen = getattr(__import__(module), "flash_attn_varlen_func", None)
-    if varlen is None:
-        raise ImportError(f"{module} has no flash_attn_varlen_func")
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
-    ) -> Tensor:
-        edges, longest = samples.cu_seqlens_q, samples.max_seqlen_q
-        output = varlen(
-            query,
-            key,
-            value,
-            edges,
-            edges,
-            longest,
-            longest,
-            softmax_scale=softmax_scale,
-            causal=True,
-        )
+        scale = {scale_name: softmax_scale}
+        output = varlen(query, key, value, edges, edges, longest, longest, **scale, **options)
         return output[0] if isinstance(output, tuple) else output
 
     return attend
+
+
+def load_torch_varlen() -> Attend:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_backend(varlen_attn, "scale", window_size=(-1, 0), enable_gqa=True)
+
+
+def load_flash_attn(module: str) -> Attend:
+    varlen = getattr(importlib.import_module(module), "flash_attn_varlen_func", None)
+    if varlen is None:
+        raise ImportError(f"{module} has no flash_attn_varlen_func")
+    return varlen_backend(varlen, "softmax_scale", causal=True)
 
 
 BACKENDS: dict[str, Callable[[], Attend]] = {

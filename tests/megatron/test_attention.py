@@ -1,5 +1,6 @@
 """Attention within samples: every backend is held to dense attention, or it is not used."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -79,6 +80,37 @@ def test_auto_takes_the_first_that_works_and_says_why(
         assert reason in text
     backends["aiter"] = lambda: attention_backends.attend_sdpa
     assert choose("auto").name == "aiter"
+
+
+def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from sft_fast.megatron import attention_backends
+
+    def varlen(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, None]:
+        assert causal and cu_seqlens_q.dtype == torch.int32
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max_seqlen_q == max_seqlen_k == max(lengths)
+        parts = zip(*(t[:, None].split(lengths) for t in (query, key, value)), strict=True)
+        outputs = [attention_backends.dense_attention(*part, softmax_scale) for part in parts]
+        return torch.cat(outputs).squeeze(1), None
+
+    library = SimpleNamespace(flash_attn_varlen_func=varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", library)
+    assert choose("flash_attn").name == "flash_attn"
+    monkeypatch.setitem(sys.modules, "aiter", SimpleNamespace())
+    with pytest.raises(ValueError, match="aiter has no flash_attn_varlen_func"):
+        choose("aiter")
 
 
 def test_nothing_crosses_from_sample_to_sample() -> None:
