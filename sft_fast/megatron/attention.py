@@ -60,6 +60,6 @@ class PackedAttention(MegatronModule):
         num_tokens = sum(packed_seq_params.seqlens)
         padding = query.shape[0] - num_tokens
         assert padding >= 0, (query.shape, packed_seq_params.seqlens)
-        rows = (tensor[:num_tokens, 0] for tensor in (query, key, value))
-        output = self.attend(*rows, packed_seq_params, self.softmax_scale)
+        query, key, value = (tensor[:num_tokens, 0] for tensor in (query, key, value))
+        output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
         return functional.pad(output.flatten(1), (0, 0, 0, padding)).unsqueeze(1)

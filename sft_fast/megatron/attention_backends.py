@@ -117,7 +117,7 @@ def attend_sdpa(
         index = rows.t().flatten().to(query.device, non_blocking=True)
         parts = [tensor.index_select(0, index) for tensor in (query, key, value)]
         columns = [part.unflatten(0, rows.t().shape) for part in parts]
-        output = dense_attention(*columns, softmax_scale=softmax_scale)
+        output = dense_attention(columns[0], columns[1], columns[2], softmax_scale)
         outputs.append(output.transpose(0, 1).flatten(0, 1))
     return torch.cat(outputs).index_select(0, order.to(query.device, non_blocking=True))
 
@@ -196,7 +196,7 @@ def choose_attention(
     candidates = [name]
     if name == "auto":
         candidates = ["sdpa"] if on_cpu_only(device) else list(BACKENDS)
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in candidates:
         try:
             attend = BACKENDS[candidate]()
@@ -234,7 +234,7 @@ def check_attention(
 
     def alone(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
         parts = (tensor.unsqueeze(1).split(SELF_TEST_SEQLENS) for tensor in (query, key, value))
-        outputs = [dense_attention(*part, scale) for part in zip(*parts, strict=True)]
+        outputs = [dense_attention(q, k, v, scale) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).squeeze(1)
 
     truth = list(run_with_gradients(alone, [part.float() for part in inputs], samples, scale))
