@@ -211,6 +211,51 @@ class StepCounts:
     """Tokens that the packed rows have room for."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its bins, and how ranks share them.
+
+    Attributes:
+        bins: int64 ids of samples, one array per bin.
+        lengths: int32 [N], tokens of every sample that an id may name.
+        supervised: int32 [N], their tokens that are a target.
+        capacity: tokens per bin.
+        alignment: a sample takes up a multiple of this many tokens.
+        cost_model: decides which rank computes which bins.
+    """
+
+    bins: list[Bin]
+    lengths: NDArray[np.int32]
+    supervised: NDArray[np.int32]
+    capacity: int
+    alignment: int
+    cost_model: CostModel
+
+    def micro_batches(self, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[list[Bin]]:
+        """Returns one rank's share; see `StepPlan.micro_batches`."""
+        check_layout(len(self.bins), dp_rank, dp_size, micro_batch_size)
+        assigned = balance(self.costs(), dp_size, micro_batch_size)
+        return [[self.bins[place] for place in places] for places in assigned[:, dp_rank]]
+
+    def costs(self) -> NDArray[np.int64]:
+        """Returns int64 [num_bins], what each costs by the cost model; 0 if it is empty."""
+        sample_ids = np.concatenate(self.bins)
+        rounded = round_up(self.lengths[sample_ids], self.alignment)
+        costs = self.cost_model.costs(rounded, self.supervised[sample_ids])
+        totals = np.concatenate([[0], np.cumsum(costs)])
+        return np.diff(totals[np.cumsum([0, *map(len, self.bins)])])
+
+    def counts(self) -> StepCounts:
+        """Returns what the step holds."""
+        sample_ids = np.concatenate(self.bins)
+        return StepCounts(
+            num_samples=len(sample_ids),
+            num_tokens=int(self.lengths[sample_ids].sum(dtype=np.int64)),
+            num_supervised=int(self.supervised[sample_ids].sum(dtype=np.int64)),
+            num_slots=self.capacity * len(self.bins),
+        )
+
+
 class StepPlan:
     """Every optimizer step of a run, epoch after epoch.
 
@@ -337,28 +382,22 @@ class StepPlan:
         Raises:
             ValueError: the global batch does not divide evenly, or `dp_rank` does not exist.
         """
-        check_layout(self.global_batch_size, dp_rank, dp_size, micro_batch_size)
-        bins = self.step_bins(*self.locate(global_step))
-        assigned = balance(self.bin_costs(bins), dp_size, micro_batch_size)
-        return [[bins[place] for place in places] for places in assigned[:, dp_rank]]
+        return self.step(global_step).micro_batches(dp_rank, dp_size, micro_batch_size)
 
     def counts(self, global_step: int) -> StepCounts:
         """Returns what a whole step holds."""
-        sample_ids = np.concatenate(self.step_bins(*self.locate(global_step)))
-        return StepCounts(
-            num_samples=len(sample_ids),
-            num_tokens=int(self.lengths[sample_ids].sum(dtype=np.int64)),
-            num_supervised=int(self.supervised[sample_ids].sum(dtype=np.int64)),
-            num_slots=self.capacity * self.global_batch_size,
-        )
+        return self.step(global_step).counts()
 
-    def bin_costs(self, bins: list[Bin]) -> NDArray[np.int64]:
-        """Returns int64 [len(bins)], what each costs by the cost model; 0 if it is empty."""
-        sample_ids = np.concatenate(bins)
-        rounded = round_up(self.lengths[sample_ids], self.options.alignment)
-        costs = self.cost_model.costs(rounded, self.supervised[sample_ids])
-        totals = np.concatenate([[0], np.cumsum(costs)])
-        return np.diff(totals[np.cumsum([0, *map(len, bins)])])
+    def step(self, global_step: int) -> Step:
+        """Returns a step, over all ranks."""
+        return Step(
+            self.step_bins(*self.locate(global_step)),
+            self.lengths,
+            self.supervised,
+            self.capacity,
+            self.options.alignment,
+            self.cost_model,
+        )
 
     def report(self, dp_size: int = 1, micro_batch_size: int = 1) -> PackingReport:
         """Returns the packing figures of epoch 0.
@@ -371,7 +410,7 @@ class StepPlan:
         plan = self.plan(0)
         num_tokens = int(self.lengths.sum(dtype=np.int64))
         num_rounded = int(round_up(self.lengths, self.options.alignment).sum(dtype=np.int64))
-        costs = [self.bin_costs(self.step_bins(0, step)) for step in self.some_steps()]
+        costs = [self.step(step).costs() for step in self.some_steps()]
         return PackingReport(
             strategy=self.strategy,
             reason=self.reason,

@@ -84,7 +84,7 @@ def test_long_tailed_data_is_balanced(capacity: int, limit: float, strategy: str
         cost_model=CostModel(24576, 1, 0),
     )
     full = range(plan.num_steps_per_epoch - 1)
-    costs = [plan.bin_costs(plan.step_bins(0, step)) for step in full]
+    costs = [plan.step(step).costs() for step in full]
 
     def dearest_over_mean(assign: Callable[[np.ndarray], np.ndarray]) -> float:
         shares = np.concatenate([cost[assign(cost)].sum(axis=2) for cost in costs])
@@ -106,7 +106,7 @@ def test_costs_by_hand() -> None:
         strategy="sequential",
         cost_model=model,
     )
-    assert plan.bin_costs(plan.step_bins(0, 0)).tolist() == [
+    assert plan.step(0).costs().tolist() == [
         30 + 18 + 100 + 50 + 50,
         40 + 32 + 200,
         0,

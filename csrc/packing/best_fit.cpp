@@ -11,27 +11,27 @@
 namespace sft_fast {
 namespace {
 
-// Returns counts[size] for size in [0, greatest + 1]; the last entry is 0.
-std::vector<uint32_t> count_sizes(std::span<const int32_t> sizes) {
-  int32_t greatest = 0;
-  for (const int32_t size : sizes) greatest = std::max(greatest, size);
-  const size_t num_counts = static_cast<size_t>(greatest) + 2;
-  // Neighbours of equal size would wait for each other's increment, so they use separate tables.
-  constexpr size_t kTables = 4;
-  if (sizes.size() < kTables * num_counts) {
-    std::vector<uint32_t> counts(num_counts);
-    for (const int32_t size : sizes) ++counts[static_cast<size_t>(size)];
-    return counts;
+// Returns counts[size] for size in [0, capacity + 1]; the last entry is 0.
+std::vector<uint32_t> count_sizes(std::span<const int32_t> sizes, uint32_t capacity) {
+  const size_t num_counts = size_t{capacity} + 2;
+  std::vector<uint32_t> counts(num_counts);
+  size_t i = 0;
+  if (sizes.size() >= 4 * num_counts) {
+    // Neighbours of equal size would wait for each other's increment, so they use separate tables.
+    std::vector<uint32_t> others(3 * num_counts);
+    uint32_t* tables[] = {others.data(), &others[num_counts], &others[2 * num_counts]};
+    for (; i + 4 <= sizes.size(); i += 4) {
+      ++counts[static_cast<size_t>(sizes[i])];
+      ++tables[0][sizes[i + 1]];
+      ++tables[1][sizes[i + 2]];
+      ++tables[2][sizes[i + 3]];
+    }
+    for (size_t size = 0; size < num_counts; ++size) {
+      counts[size] += tables[0][size] + tables[1][size] + tables[2][size];
+    }
   }
-  std::vector<uint32_t> tables(kTables * num_counts);
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    ++tables[(i % kTables) * num_counts + static_cast<size_t>(sizes[i])];
-  }
-  for (size_t i = 0; i < num_counts; ++i) {
-    for (size_t table = 1; table < kTables; ++table) tables[i] += tables[table * num_counts + i];
-  }
-  tables.resize(num_counts);
-  return tables;
+  for (; i < sizes.size(); ++i) ++counts[static_cast<size_t>(sizes[i])];
+  return counts;
 }
 
 // Sample ids sorted by size, in random order among equals.
@@ -181,7 +181,7 @@ class GroupPacker {
 
 BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, uint32_t max_samples,
                             uint64_t seed, uint64_t epoch) {
-  const std::vector<uint32_t> counts = count_sizes(sizes);
+  const std::vector<uint32_t> counts = count_sizes(sizes, capacity);
   GroupPacker packer(capacity, max_samples);
   for (size_t size = counts.size() - 1; size > 0; --size) {
     packer.place(static_cast<uint32_t>(size), counts[size]);
@@ -194,15 +194,25 @@ BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, u
   size_t end = 0;
   plan.bin_offsets[0] = 0;
   packer.for_each_group([&](uint32_t num_bins, const std::vector<Pattern>& contents) {
-    for (uint32_t i = 0; i < num_bins; ++i) {
-      const size_t begin = end;
-      for (const Pattern& step : contents) {
-        uint32_t& next = sorted.begin[step.size];
-        for (uint32_t taken = 0; taken < step.count; ++taken) {
-          plan.sample_ids[end++] = sorted.ids[next++];
-        }
+    const size_t begin = end;
+    size_t bin_size = 0;
+    for (const Pattern& step : contents) {
+      bin_size += step.count;
+      __builtin_prefetch(sorted.ids.data.get() + sorted.begin[step.size]);
+    }
+    // Step by step over all bins of the group, so that ids are read in their order.
+    uint32_t* to = plan.sample_ids.data.get() + begin;
+    for (const Pattern& step : contents) {
+      const uint32_t* from = sorted.ids.data.get() + sorted.begin[step.size];
+      sorted.begin[step.size] += num_bins * step.count;
+      for (uint32_t i = 0; i < num_bins; ++i) {
+        for (uint32_t j = 0; j < step.count; ++j) to[i * bin_size + j] = *from++;
       }
-      shuffle(plan.sample_ids.data.get(), begin, end, inside_bin);
+      to += step.count;
+    }
+    for (uint32_t i = 0; i < num_bins; ++i) {
+      shuffle(plan.sample_ids.data.get(), end, end + bin_size, inside_bin);
+      end += bin_size;
       plan.bin_offsets[++bin] = static_cast<int64_t>(end);
     }
   });

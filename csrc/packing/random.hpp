@@ -41,9 +41,17 @@ class Random {
 // Fisher-Yates over items[begin, end); the counter is the position.
 template <typename T>
 void shuffle(T* items, size_t begin, size_t end, const Random& random) {
-  for (size_t i = begin + 1; i < end; ++i) {
-    std::swap(items[i], items[begin + random.below(i, i - begin + 1)]);
+  size_t i = begin + 1;
+  if (end - begin <= (size_t{1} << 16)) {
+    // Short ranges take two numbers from one; the bias stays below 2^-16.
+    for (; i + 1 < end; i += 2) {
+      const uint64_t bits = random.bits(i);
+      const uint64_t count = i - begin + 1;
+      std::swap(items[i], items[begin + ((bits >> 32) * count >> 32)]);
+      std::swap(items[i + 1], items[begin + ((bits & 0xffffffffu) * (count + 1) >> 32)]);
+    }
   }
+  for (; i < end; ++i) std::swap(items[i], items[begin + random.below(i, i - begin + 1)]);
 }
 
 }  // namespace sft_fast

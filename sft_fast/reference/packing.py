@@ -58,8 +58,8 @@ def next_fit(
     return bins
 
 
-def random_below(seed: int, epoch: int, stream: int, counter: int, bound: int) -> int:
-    """Returns number `counter` of a random stream, uniform in [0, bound).
+def random_bits(seed: int, epoch: int, stream: int, counter: int) -> int:
+    """Returns number `counter` of a random stream, uniform in [0, 2**64).
 
     Source: the output function of SplitMix64 (Steele, Lea, Flood 2014).
     """
@@ -73,14 +73,23 @@ def random_below(seed: int, epoch: int, stream: int, counter: int, bound: int) -
     key = mix(seed + gamma & mask)
     key = mix(key + epoch + gamma & mask)
     key = mix(key + stream & mask)
-    return mix(key + counter * gamma & mask) * bound >> 64
+    return mix(key + counter * gamma & mask)
 
 
 def random_order(count: int, seed: int, epoch: int, stream: int) -> list[int]:
-    """Returns 0 to count - 1, shuffled (Fisher and Yates)."""
+    """Returns 0 to count - 1, shuffled (Fisher and Yates).
+
+    Up to 2**16 numbers, two neighbouring draws are the halves of one random number.
+    """
     order = list(range(count))
     for i in range(1, count):
-        j = random_below(seed, epoch, stream, i, i + 1)
+        is_half = count <= 2**16 and not (i == count - 1 and i % 2 == 1)
+        if is_half:
+            bits = random_bits(seed, epoch, stream, i - (i + 1) % 2)
+            half = bits >> 32 if i % 2 == 1 else bits % 2**32
+            j = half * (i + 1) >> 32
+        else:
+            j = random_bits(seed, epoch, stream, i) * (i + 1) >> 64
         order[i], order[j] = order[j], order[i]
     return order
 
@@ -135,7 +144,8 @@ class Window:
     def pair(self, room: int) -> int:
         """Returns the smaller of two lengths in the pool that add up to `room`, or 0."""
         num_words = room // 2 // 64 + 1
-        start = random_below(self.seed, self.epoch, 5, self.num_draws, num_words)
+        bits = random_bits(self.seed, self.epoch, 5, self.num_draws)
+        start = bits * num_words >> 64
         self.num_draws += 1
         lengths = [length for _, length in self.pool]
         found = [

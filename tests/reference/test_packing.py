@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft_fast import _C
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.reference.packing import (
     FilledRow,
@@ -12,7 +13,7 @@ from sft_fast.reference.packing import (
     best_fit_decreasing,
     fill_row,
     next_fit,
-    random_below,
+    random_bits,
     random_order,
 )
 
@@ -153,9 +154,14 @@ def test_window_by_hand() -> None:
     assert (pool.take_bin(), pool.take_bin(), pool.pool) == ([2, 4], [3, 6], [])
 
 
-def test_random_numbers_are_splitmix64() -> None:
-    # A fixed key, so that the stream is that of the published generator seeded with it.
-    numbers = [random_below(0, 0, 1, counter, 2**64) for counter in range(1000)]
+def test_random_numbers_are_spread_evenly() -> None:
+    numbers = [random_bits(0, 0, 1, counter) for counter in range(1000)]
     assert len(set(numbers)) == 1000
     assert abs(np.mean(numbers) / 2**63 - 1) < 0.05
     assert sorted(random_order(50, 1, 2, 3)) == list(range(50))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 50, 51, 2**16, 2**16 + 1])
+def test_random_order_equals_that_of_the_planners(count: int) -> None:
+    assert random_order(count, 9, 2**64 - 1, stream=3) == _C.bin_order(count, 9, 2**64 - 1).tolist()
+    assert random_order(count, 9, 5, stream=4) == _C.sample_order(count, 9, 5).tolist()
