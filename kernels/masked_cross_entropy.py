@@ -1,7 +1,8 @@
 """Vocab-parallel cross-entropy as an autograd function, over any of the backends."""
 
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels.masked_cross_entropy_torch import merge_statistics
+from sft_fast.kernels.masked_cross_entropy_torch import Merged, merge_statistics
 
 
 class Backend(Protocol):
@@ -18,7 +19,15 @@ class Backend(Protocol):
     SKIPS_MASKED_ROWS: bool
 
     def shard_statistics(
-        self, logits: Tensor, labels: Tensor, vocab_start_index: int, num_columns: int, /
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_start_index: int,
+        num_columns: int,
+        softcap: float,
+        with_logit_sum: bool,
+        with_outputs: bool,
+        /,
     ) -> Tensor: ...
 
     def write_gradient(
@@ -27,11 +36,39 @@ class Backend(Protocol):
         logits: Tensor,
         labels: Tensor,
         statistics: Tensor,
-        grad_loss: Tensor,
+        grads: Tensor,
         vocab_start_index: int,
         num_columns: int,
+        vocab_size: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
         /,
     ) -> None: ...
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss of a token is, beyond -log p(label). All rates of 0 turn their term off.
+
+    Raises:
+        ValueError: a rate outside its range.
+    """
+
+    label_smoothing: float = 0.0
+    """in [0, 1): share of the target spread evenly over the whole vocabulary"""
+    z_loss: float = 0.0
+    """>= 0: times log(sum(exp(logits)))**2, added to the loss"""
+    logit_softcap: float = 0.0
+    """> 0: logits become softcap * tanh(logits / softcap) before anything else; 0: they do not"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: got {self.label_smoothing}, expected 0 <= it < 1")
+        for name in ("z_loss", "logit_softcap"):
+            rate = getattr(self, name)
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"{name}: got {rate}, expected a finite number, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -47,15 +84,41 @@ class VocabShard:
     tp_size: int
 
 
+class TokenOutputs(NamedTuple):
+    """What is known of each token, 0 or False where it is masked."""
+
+    loss: Tensor
+    """fp32: the training loss, with smoothing and z-loss"""
+    logprob: Tensor
+    """fp32: log p(label), without them; nats"""
+    entropy: Tensor
+    """fp32, no gradient: entropy of the prediction, nats"""
+    correct: Tensor
+    """bool: the label is the most likely token (the first such, where several are)"""
+
+
 # torch 2.13 gave the function a new name and deprecated the old one.
 all_gather_equal_sizes = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def global_statistics(
-    logits: Tensor, labels: Tensor, shard: VocabShard, kernels: Backend
+    logits: Tensor,
+    labels: Tensor,
+    shard: VocabShard,
+    kernels: Backend,
+    options: LossOptions,
+    with_outputs: bool,
 ) -> Tensor:
-    """Statistics of every part of the vocabulary, [num_parts, 3, N]: the loss's one collective."""
-    own = kernels.shard_statistics(logits, labels, shard.vocab_start_index, shard.num_columns)
+    """Statistics of every part of the vocabulary, [num_parts, S, N]: the loss's one collective."""
+    own = kernels.shard_statistics(
+        logits,
+        labels,
+        shard.vocab_start_index,
+        shard.num_columns,
+        options.logit_softcap,
+        options.label_smoothing > 0,
+        with_outputs,
+    )
     if shard.tp_size == 1:
         return own
     gathered = own.new_empty((shard.tp_size * len(own), *own.shape[1:]))
@@ -63,46 +126,126 @@ def global_statistics(
     return gathered
 
 
-def token_losses(statistics: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Loss of each row, [N]; NaN where the label has no column."""
-    logits_max, sum_exp, target_logit = merge_statistics(statistics)
-    loss = sum_exp.log() - (target_logit - logits_max)
-    return torch.where((labels >= 0) & (labels < vocab_size), loss, torch.nan)
+def write_gradient(
+    gradient: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    statistics: Tensor,
+    grads: Tensor,
+    shard: VocabShard,
+    kernels: Backend,
+    options: LossOptions,
+) -> None:
+    """Calls the backend; grads [2, N] are those of loss and logprob."""
+    kernels.write_gradient(
+        gradient,
+        logits,
+        labels,
+        statistics,
+        grads,
+        shard.vocab_start_index,
+        shard.num_columns,
+        shard.vocab_size,
+        options.label_smoothing,
+        options.z_loss,
+        options.logit_softcap,
+    )
+
+
+def row_losses(
+    statistics: Tensor, labels: Tensor, vocab_size: int, options: LossOptions
+) -> tuple[Tensor, Tensor, Merged]:
+    """(loss, logprob), each [N], and the merged statistics; NaN where the label has no column."""
+    merged = merge_statistics(statistics, options.label_smoothing > 0)
+    log_sum = merged.sum_exp.log()
+    logprob = (merged.target_logit - merged.logits_max) - log_sum
+    logprob = torch.where((labels >= 0) & (labels < vocab_size), logprob, torch.nan)
+    loss = -logprob
+    if merged.logit_sum is not None:
+        mean_logprob = (merged.logit_sum / vocab_size - merged.logits_max) - log_sum
+        loss = torch.lerp(loss, -mean_logprob, options.label_smoothing)
+    if options.z_loss > 0:
+        loss = loss + options.z_loss * (merged.logits_max + log_sum).square()
+    return loss, logprob, merged
+
+
+def row_outputs(
+    statistics: Tensor, labels: Tensor, vocab_size: int, options: LossOptions, with_outputs: bool
+) -> tuple[Tensor, ...]:
+    """Loss of each row, and with_outputs all fields of TokenOutputs."""
+    loss, logprob, merged = row_losses(statistics, labels, vocab_size, options)
+    if merged.argmax is None or merged.entropy is None:
+        assert not with_outputs
+        return (loss,)
+    return loss, logprob, merged.entropy, merged.argmax == labels
+
+
+def stack_grads(
+    grad_loss: Tensor | None, grad_logprob: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[2, N]: upstream gradients, one of which may be missing, which means 0."""
+    if grad_loss is None:
+        assert grad_logprob is not None
+        grad_loss = torch.zeros_like(grad_logprob)
+    if grad_logprob is None:
+        grad_logprob = torch.zeros_like(grad_loss)
+    return torch.stack([grad_loss, grad_logprob]).to(dtype)
 
 
 class MaskedCrossEntropy(torch.autograd.Function):
     """Loss of logits that belong to somebody else: [N, V/tp] -> [N]; the gradient is a new tensor.
 
-    A backend that cannot leave masked rows alone gets a copy of the active ones.
+    With outputs: the fields of TokenOutputs, of which loss and logprob have a gradient. A backend
+    that cannot leave masked rows alone gets a copy of the active ones.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, shard: VocabShard, kernels: Backend
-    ) -> Tensor:
-        ctx.shard, ctx.kernels = shard, kernels
-        if kernels.SKIPS_MASKED_ROWS:
-            statistics = global_statistics(logits, labels, shard, kernels)
-            ctx.save_for_backward(logits, labels, None, statistics)
-            loss = token_losses(statistics, labels, shard.vocab_size)
-            return torch.where(labels == IGNORE_INDEX, 0.0, loss)
-        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        active_labels = labels.index_select(0, rows)
-        statistics = global_statistics(logits.index_select(0, rows), active_labels, shard, kernels)
-        ctx.save_for_backward(logits, active_labels, rows, statistics)
-        loss = token_losses(statistics, active_labels, shard.vocab_size)
-        return loss.new_zeros(labels.shape).index_copy_(0, rows, loss)
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        shard: VocabShard,
+        kernels: Backend,
+        options: LossOptions,
+        with_outputs: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.shard, ctx.kernels, ctx.options = shard, kernels, options
+        active = labels != IGNORE_INDEX
+        rows, rows_logits, rows_labels = None, logits, labels
+        if not kernels.SKIPS_MASKED_ROWS:
+            rows = active.nonzero().squeeze(1)
+            rows_logits, rows_labels = logits.index_select(0, rows), labels.index_select(0, rows)
+        statistics = global_statistics(
+            rows_logits, rows_labels, shard, kernels, options, with_outputs
+        )
+        ctx.save_for_backward(logits, rows_labels, rows, statistics)
+        outputs = row_outputs(statistics, rows_labels, shard.vocab_size, options, with_outputs)
+        ctx.mark_non_differentiable(*outputs[2:])
+        if rows is None:
+            return tuple(torch.where(active, output, 0).to(output.dtype) for output in outputs)
+        return tuple(scatter_rows(output, rows, len(labels)) for output in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None = None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         logits, labels, rows, statistics = ctx.saved_tensors
-        columns = ctx.shard.vocab_start_index, ctx.shard.num_columns
+        if grad_loss is None and grad_logprob is None:
+            return None, None, None, None, None, None
+        how = ctx.shard, ctx.kernels, ctx.options
+        grads = stack_grads(grad_loss, grad_logprob, statistics.dtype)
         if rows is None:
             gradient = torch.empty_like(logits)
-            ctx.kernels.write_gradient(gradient, logits, labels, statistics, grad_loss, *columns)
-            return gradient, None, None, None
+            write_gradient(gradient, logits, labels, statistics, grads, *how)
+            return gradient, None, None, None, None, None
         active = logits.index_select(0, rows)
-        grad_loss = grad_loss.index_select(0, rows)
-        ctx.kernels.write_gradient(active, active, labels, statistics, grad_loss, *columns)
-        return torch.zeros_like(logits).index_copy_(0, rows, active), None, None, None
+        write_gradient(active, active, labels, statistics, grads.index_select(1, rows), *how)
+        gradient = torch.zeros_like(logits).index_copy_(0, rows, active)
+        return gradient, None, None, None, None, None
+
+
+def scatter_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Puts one value per active row where it belongs, and zeros elsewhere."""
+    return values.new_zeros(num_rows).index_copy_(0, rows, values)

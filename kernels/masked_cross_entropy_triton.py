@@ -23,14 +23,26 @@ MINUS_INF = tl.constexpr(-float("inf"))
 
 
 @triton.jit
+def cap(logits, softcap):  # type: ignore[no-untyped-def]
+    """softcap * tanh(logits / softcap), from an exponential that cannot overflow."""
+    small = tl.exp2(tl.abs(logits) * (-2.0 * LOG2E / softcap))
+    magnitude = softcap * ((1.0 - small) / (1.0 + small))
+    return tl.where(logits < 0, -magnitude, magnitude)
+
+
+@triton.jit
 def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [N, width]
     row_stride,
     labels_ptr,  # [N] int64
-    statistics_ptr,  # [num_splits, 3, N] fp32
+    statistics_ptr,  # [num_splits, S, N] fp32
     vocab_start_index,
     num_columns,
     width,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_LOGIT_SUM: tl.constexpr,
+    WITH_OUTPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -42,28 +54,59 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     # The lowest finite number instead of -inf: subtracting it from -inf does not give NaN.
     lane_max = tl.full([BLOCK_COLUMNS], LOWEST, tl.float32)
     lane_sum = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    if WITH_LOGIT_SUM:
+        lane_logits = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    if WITH_OUTPUTS:
+        lane_weighted = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        lane_argmax = split * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     for first in range(split * BLOCK_COLUMNS, width, tl.num_programs(1) * BLOCK_COLUMNS):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         # Bounded by the width, which unlike num_columns is even: odd bounds make narrow loads.
         logits = tl.load(logits_ptr + columns, mask=columns < width, other=MINUS_INF)
-        logits = tl.where(columns < num_columns, logits.to(tl.float32), MINUS_INF)
+        logits = logits.to(tl.float32)
+        if HAS_SOFTCAP:
+            logits = cap(logits, softcap)
+        if WITH_LOGIT_SUM:
+            lane_logits += tl.where(columns < num_columns, logits, 0.0)
+        logits = tl.where(columns < num_columns, logits, MINUS_INF)
         difference = logits - lane_max
         # One exponential serves both cases: the other factor is exp(0).
         ratio = tl.exp2(-tl.abs(difference) * LOG2E)
         is_larger = difference > 0
+        if WITH_OUTPUTS:
+            # Clamped, because exp(-inf) * -inf is NaN where it should add nothing.
+            distance = tl.where(difference < LOWEST, LOWEST, difference)
+            lane_weighted = tl.where(
+                is_larger,
+                (lane_weighted - distance * lane_sum) * ratio,
+                lane_weighted + distance * ratio,
+            )
+            lane_argmax = tl.where(is_larger, columns, lane_argmax)
         lane_sum = tl.where(is_larger, lane_sum * ratio + 1.0, lane_sum + ratio)
         lane_max = tl.where(is_larger, logits, lane_max)
 
     row_max = tl.max(lane_max, 0)
-    row_sum = tl.sum(lane_sum * tl.exp2((lane_max - row_max) * LOG2E), 0)
+    lane_weight = tl.exp2((lane_max - row_max) * LOG2E)
+    row_sum = tl.sum(lane_sum * lane_weight, 0)
     target = label - vocab_start_index
     owned = (split == 0) & (target >= 0) & (target < num_columns)
     target_logit = tl.load(logits_ptr + target, mask=owned, other=0.0).to(tl.float32)
-    num_rows = tl.num_programs(0)
-    statistics_ptr += split * 3 * num_rows + row
+    if HAS_SOFTCAP:
+        target_logit = cap(target_logit, softcap)
+    num_rows = tl.num_programs(0).to(tl.int64)
+    statistics_ptr += split * (3 + WITH_LOGIT_SUM + 2 * WITH_OUTPUTS) * num_rows + row
     tl.store(statistics_ptr, row_max)
     tl.store(statistics_ptr + num_rows, row_sum)
     tl.store(statistics_ptr + 2 * num_rows, target_logit)
+    if WITH_LOGIT_SUM:
+        tl.store(statistics_ptr + 3 * num_rows, tl.sum(lane_logits, 0))
+    if WITH_OUTPUTS:
+        statistics_ptr += (3 + WITH_LOGIT_SUM) * num_rows
+        shifted = (lane_weighted + lane_sum * (lane_max - row_max)) * lane_weight
+        tl.store(statistics_ptr, tl.sum(shifted, 0))
+        candidates = tl.where(lane_max == row_max, lane_argmax, 1 << 30)
+        argmax = vocab_start_index + tl.min(candidates, 0)
+        tl.store(statistics_ptr + num_rows, argmax.to(tl.float32))
 
 
 @triton.jit
@@ -73,19 +116,25 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [N, width]
     row_stride,
     labels_ptr,  # [N] int64
-    statistics_ptr,  # [num_parts, 3, N] fp32
+    statistics_ptr,  # [num_parts, S, N] fp32
     num_parts,
-    grad_loss_ptr,  # [N] fp32
+    grads_ptr,  # [2, N] fp32
     vocab_start_index,
     num_columns,
     width,
+    smoothing,
+    uniform,
+    z_loss,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    NUM_STATISTICS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_COLUMNS
     step = tl.num_programs(1) * BLOCK_COLUMNS
-    num_rows = tl.num_programs(0)
+    num_rows = tl.num_programs(0).to(tl.int64)
     gradient_ptr += row * gradient_stride
     logits_ptr += row * row_stride
     dtype = gradient_ptr.dtype.element_ty
@@ -98,20 +147,31 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
         return
 
     parts = tl.arange(0, BLOCK_PARTS)
-    statistics_ptr += parts * 3 * num_rows + row
+    statistics_ptr += parts * NUM_STATISTICS * num_rows + row
     part_max = tl.load(statistics_ptr, mask=parts < num_parts, other=MINUS_INF)
     part_sum = tl.load(statistics_ptr + num_rows, mask=parts < num_parts, other=0.0)
     row_max = tl.max(part_max, 0)
     row_sum = tl.sum(part_sum * tl.exp2((part_max - row_max) * LOG2E), 0)
-    grad_loss = tl.load(grad_loss_ptr + row)
-    scale = grad_loss / row_sum
+    grad_loss = tl.load(grads_ptr + row)
+    grad_logprob = tl.load(grads_ptr + num_rows + row)
+    lse = row_max + tl.log(row_sum)
+    # z_loss 0 must not turn an infinite lse into NaN.
+    grad_lse = tl.where(z_loss > 0, grad_loss * (1.0 + 2.0 * z_loss * lse), grad_loss)
+    scale = (grad_lse - grad_logprob) / row_sum
+    target_grad = grad_logprob - (1.0 - smoothing) * grad_loss
+    uniform_grad = uniform * grad_loss
     target = (label - vocab_start_index).to(tl.int32)
     for first in range(first_column, width, step):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         logits = tl.load(logits_ptr + columns, mask=columns < width, other=MINUS_INF)
-        gradient = tl.exp2((logits.to(tl.float32) - row_max) * LOG2E) * scale
+        logits = logits.to(tl.float32)
+        if HAS_SOFTCAP:
+            logits = cap(logits, softcap)
+        gradient = tl.exp2((logits - row_max) * LOG2E) * scale - uniform_grad
         # Before the rounding to 16 bits: after it, probability - 1 would be mostly rounding error.
-        gradient = tl.where(columns == target, gradient - grad_loss, gradient)
+        gradient = tl.where(columns == target, gradient + target_grad, gradient)
+        if HAS_SOFTCAP:
+            gradient *= 1.0 - (logits / softcap) * (logits / softcap)
         gradient = tl.where(columns < num_columns, gradient, 0.0)
         tl.store(gradient_ptr + columns, gradient.to(dtype), mask=columns < width)
 
@@ -159,24 +219,27 @@ def check_logits(logits: Tensor) -> None:
 
 @torch.library.custom_op("sft_fast::masked_cross_entropy_statistics", mutates_args=())
 def shard_statistics(
-    logits: Tensor, labels: Tensor, vocab_start_index: int, num_columns: int
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start_index: int,
+    num_columns: int,
+    softcap: float,
+    with_logit_sum: bool,
+    with_outputs: bool,
 ) -> Tensor:
     """Statistics of one vocabulary shard, without those of masked rows, which are not written.
 
-    Args:
-        logits: [N, >= num_columns] bf16, fp16 or fp32, last stride 1; read once.
-        labels: [N] int64 global ids, or IGNORE_INDEX.
-        vocab_start_index: global id of column 0.
-        num_columns: columns that count; those after them are padding, read but not used.
+    Arguments and meaning as in masked_cross_entropy_torch, but: logits bf16, fp16 or fp32 with
+    last stride 1, padding columns read though not used; labels may be IGNORE_INDEX; the lowest
+    finite number stands in place of a maximum of -inf.
 
     Returns:
-        [num_splits, 3, N] fp32: row maximum (the lowest finite number in place of -inf), sum
-        of exp(logit - maximum), and the logit at the label, 0 where another part holds it.
+        [num_splits, S, N] fp32, each split a part of the vocabulary.
     """
     check_logits(logits)
     config = launch_config(logits)
     num_rows, width = logits.shape
-    statistics = logits.new_empty((config.num_splits, 3, num_rows), dtype=torch.float32)
+    statistics = new_statistics(logits, with_logit_sum, with_outputs)
     if num_rows > 0:
         with torch.cuda.device_of(logits):
             masked_cross_entropy_fwd_kernel[(num_rows, config.num_splits)](
@@ -187,16 +250,33 @@ def shard_statistics(
                 vocab_start_index,
                 num_columns,
                 width,
+                softcap,
+                HAS_SOFTCAP=softcap > 0,
+                WITH_LOGIT_SUM=with_logit_sum,
+                WITH_OUTPUTS=with_outputs,
                 BLOCK_COLUMNS=config.block_columns,
                 num_warps=config.num_warps,
             )
     return statistics
 
 
+def new_statistics(logits: Tensor, with_logit_sum: bool, with_outputs: bool) -> Tensor:
+    count = 3 + with_logit_sum + 2 * with_outputs
+    shape = (launch_config(logits).num_splits, count, logits.shape[0])
+    return logits.new_empty(shape, dtype=torch.float32)
+
+
 @shard_statistics.register_fake
-def _(logits: Tensor, labels: Tensor, vocab_start_index: int, num_columns: int) -> Tensor:
-    num_splits = launch_config(logits).num_splits
-    return logits.new_empty((num_splits, 3, logits.shape[0]), dtype=torch.float32)
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start_index: int,
+    num_columns: int,
+    softcap: float,
+    with_logit_sum: bool,
+    with_outputs: bool,
+) -> Tensor:
+    return new_statistics(logits, with_logit_sum, with_outputs)
 
 
 @torch.library.custom_op("sft_fast::masked_cross_entropy_gradient", mutates_args=("gradient",))
@@ -205,21 +285,18 @@ def write_gradient(
     logits: Tensor,
     labels: Tensor,
     statistics: Tensor,
-    grad_loss: Tensor,
+    grads: Tensor,
     vocab_start_index: int,
     num_columns: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> None:
-    """Writes the gradient of sum(grad_loss * loss) with respect to logits.
+    """Writes the gradient of sum(grads[0] * loss + grads[1] * logprob) with respect to logits.
 
-    Args:
-        gradient: [N, >= num_columns], dtype of logits, last stride 1; may be logits itself.
-            Masked rows and padding columns get 0.
-        logits: [N, >= num_columns]; masked rows are not read.
-        labels: [N] int64 global ids, or IGNORE_INDEX.
-        statistics: [num_parts, 3, N] fp32, the shard statistics of every part of the vocabulary.
-        grad_loss: [N] fp32.
-        vocab_start_index: global id of column 0.
-        num_columns: columns that count; those after them are padding.
+    Arguments as in masked_cross_entropy_torch, but: last stride 1; labels may be IGNORE_INDEX:
+    such rows are not read, and get 0.
     """
     check_logits(logits)
     config = launch_config(logits)
@@ -234,10 +311,16 @@ def write_gradient(
                 labels.contiguous(),
                 statistics.contiguous(),
                 len(statistics),
-                grad_loss.contiguous(),
+                grads.contiguous(),
                 vocab_start_index,
                 num_columns,
                 width,
+                label_smoothing,
+                label_smoothing / vocab_size,
+                z_loss,
+                softcap,
+                HAS_SOFTCAP=softcap > 0,
+                NUM_STATISTICS=statistics.shape[1],
                 BLOCK_PARTS=triton.next_power_of_2(len(statistics)),
                 BLOCK_COLUMNS=config.block_columns,
                 num_warps=config.num_warps,
@@ -250,8 +333,12 @@ def _(
     logits: Tensor,
     labels: Tensor,
     statistics: Tensor,
-    grad_loss: Tensor,
+    grads: Tensor,
     vocab_start_index: int,
     num_columns: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> None:
     return None

@@ -5,94 +5,100 @@ multiply by the head, shard statistics, one all-gather of them, loss. Backward: 
 their gradient in place, the hidden gradient starts on its way to its owners while the weight
 gradient is computed, its rows are scattered into zeros.
 
-Memory policy: the logits of the active rows are stored between forward and backward.
+The logits are kept for the backward pass if they fit a budget. If not, the rows are taken in
+chunks, and the gradients are either computed in the forward pass, or from logits that the backward
+pass computes again.
 """
 
-import functools
-import logging
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels.active_rows import ActiveRows, all_gather_rows
+from sft_fast.kernels.head_gradient import GradientSums, weight_gradient
 from sft_fast.kernels.masked_cross_entropy import (
     Backend,
+    LossOptions,
     VocabShard,
     global_statistics,
-    token_losses,
+    row_losses,
+    row_outputs,
+    scatter_rows,
+    stack_grads,
+    write_gradient,
 )
 
-log = logging.getLogger(__name__)
+Policy = Literal["auto", "stored", "gradient_in_forward", "recompute"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+MIN_CHUNK_ROWS = 4096
+"""Below it the products become bound by reading and writing the weight and its gradient."""
 
 
 @dataclass(frozen=True)
-class ActiveRows:
-    """Which rows train, and which of them lie in this rank's part of the sequence."""
+class MemoryPlan:
+    """How many rows have their logits in memory at a time, and what the backward pass gets."""
 
-    rows: Tensor
-    """[A] row numbers in the whole sequence"""
-    own_rows: Tensor
-    """[counts[own part]] row numbers in this rank's part"""
-    counts: list[int]
-    """active rows of each part of the sequence; they add up to A"""
+    policy: Policy
+    """not `auto`"""
+    chunk_rows: int
 
+    @classmethod
+    def choose(
+        cls,
+        policy: Policy,
+        budget: int,
+        num_rows: int,
+        row_bytes: int,
+        weight_grad_bytes: int,
+        summed: bool,
+    ) -> "MemoryPlan":
+        """Chooses from numbers that are the same on all tensor-parallel ranks.
 
-def select_rows(
-    row_labels: Tensor, active_rows: Tensor | None, num_parts: int, part: int
-) -> ActiveRows:
-    """Splits the active rows among their owners: row i lies in part i // (n / num_parts)."""
-    if active_rows is None:
-        active_rows = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
-    rows = copy_to(active_rows, row_labels.device)
-    if num_parts == 1:
-        return ActiveRows(rows, rows, [len(rows)])
-    part_size = len(row_labels) // num_parts
-    edges = torch.arange(num_parts + 1) * part_size
-    bounds = torch.searchsorted(active_rows.cpu(), edges).tolist()
-    counts = [bounds[i + 1] - bounds[i] for i in range(num_parts)]
-    return ActiveRows(rows, rows[bounds[part] : bounds[part + 1]] - part * part_size, counts)
+        Args:
+            policy: the one to use; `auto` chooses.
+            budget: bytes for logits.
+            num_rows: active rows.
+            row_bytes: size of one row of logits on this rank.
+            weight_grad_bytes: fp32 buffer that gradient_in_forward needs; 0 for a frozen head.
+            summed: see masked_linear_cross_entropy.
+        """
+        chunk_rows = max(MIN_CHUNK_ROWS, budget // row_bytes)
+        if policy == "auto":
+            policy = "recompute"
+            if num_rows <= chunk_rows:
+                policy = "stored"
+            elif summed and weight_grad_bytes <= budget:
+                policy = "gradient_in_forward"
+        return cls(policy, max(1, num_rows) if policy == "stored" else chunk_rows)
 
-
-def copy_to(rows: Tensor, device: torch.device) -> Tensor:
-    if rows.device == device:
-        return rows
-    # A copy from pageable memory would make the host wait for the device.
-    return rows.pin_memory().to(device, non_blocking=True)
-
-
-def all_gather_rows(own: Tensor, rows: ActiveRows, shard: VocabShard) -> Tensor:
-    """[own count, h] of each rank -> [A, h] in row order; counts may differ and may be 0."""
-    gathered = own.new_empty((sum(rows.counts), own.shape[1]))
-    parts = list(gathered.split(rows.counts))
-    if own.device.type != "cpu":
-        dist.all_gather(parts, own, group=shard.tp_group)
-        return gathered
-    # gloo's all_gather refuses parts of different sizes.
-    parts[shard.tp_rank].copy_(own)
-    for source, part in enumerate(parts):
-        dist.broadcast(part, group=shard.tp_group, group_src=source)
-    return gathered
+    def chunks(self, num_rows: int) -> list[slice]:
+        """At least one, so that collectives run even where there is nothing to do."""
+        starts = range(0, max(1, num_rows), self.chunk_rows)
+        return [slice(start, min(start + self.chunk_rows, num_rows)) for start in starts]
 
 
-def start_reduction(
-    grad_rows: Tensor, rows: ActiveRows, shard: VocabShard
-) -> tuple[Tensor, dist.Work | None]:
-    """Starts to sum [A, h] over the ranks; returns the own rows, valid once the work is done."""
-    if shard.tp_size == 1:
-        return grad_rows, None
-    if len(rows.counts) == 1:
-        return grad_rows, dist.all_reduce(grad_rows, group=shard.tp_group, async_op=True)
-    own = grad_rows.new_empty((rows.counts[shard.tp_rank], grad_rows.shape[1]))
-    parts = list(grad_rows.split(rows.counts))
-    return own, dist.reduce_scatter(own, parts, group=shard.tp_group, async_op=True)
+@dataclass(frozen=True)
+class HeadLoss:
+    """All that the loss of one call depends on, besides its tensors."""
+
+    rows: ActiveRows
+    shard: VocabShard
+    kernels: Backend
+    options: LossOptions
+    plan: MemoryPlan
+    accumulate_into_main_grad: bool
+    with_outputs: bool
 
 
 class MaskedLinearCrossEntropy(torch.autograd.Function):
-    """hidden [s or s/tp, b, h], weight [V/tp, h], row_labels [n] -> loss [n], 0 at masked rows."""
+    """hidden [s or s/tp, b, h], weight [V/tp, h], row_labels [n] -> loss [n], 0 at masked rows.
+
+    row_weights [n] multiplies the losses and may be None. With outputs: the fields of TokenOutputs.
+    """
 
     @staticmethod
     def forward(
@@ -100,93 +106,160 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         row_labels: Tensor,
-        rows: ActiveRows,
-        shard: VocabShard,
-        kernels: Backend,
-        accumulate_into_main_grad: bool,
-    ) -> Tensor:
+        row_weights: Tensor | None,
+        head: HeadLoss,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.head, ctx.hidden_shape = head, hidden.shape
+        rows, shard, options = head.rows, head.shard, head.options
         active_hidden = hidden.flatten(0, 1).index_select(0, rows.own_rows)
         if len(rows.counts) > 1:
             active_hidden = all_gather_rows(active_hidden, rows, shard)
         labels = row_labels.index_select(0, rows.rows)
-        logits = active_hidden @ weight.t()
-        statistics = global_statistics(logits, labels, shard, kernels)
-        loss = token_losses(statistics, labels, shard.vocab_size)
-        ctx.save_for_backward(active_hidden, weight, labels, statistics)
-        ctx.logits, ctx.hidden_shape = logits, hidden.shape
-        ctx.rows, ctx.shard, ctx.kernels = rows, shard, kernels
-        ctx.accumulate_into_main_grad = accumulate_into_main_grad
-        return loss.new_zeros(row_labels.shape).index_copy_(0, rows.rows, loss)
+        weights = None if row_weights is None else row_weights.index_select(0, rows.rows)
+        chunks = head.plan.chunks(len(labels))
+        how = shard, head.kernels, options
+        sums, kept, logits = None, [], None
+        parts: list[tuple[Tensor, ...]] = []
+        if head.plan.policy == "gradient_in_forward":
+            # main_grad is for the backward pass, which alone knows the scale of the loss.
+            total = wide_zeros(weight, ctx)
+            sums = GradientSums(active_hidden, weight, rows, shard, ctx.needs_input_grad, total)
+        for chunk in chunks:
+            logits = active_hidden[chunk] @ weight.t()
+            if sums is not None:
+                loss = loss_and_gradient(logits, labels[chunk], chunk_of(weights, chunk), *how)
+                parts.append((loss,))
+                sums.add(chunk, logits, is_last=chunk is chunks[-1])
+                continue
+            kept.append(global_statistics(logits, labels[chunk], *how, head.with_outputs))
+            parts.append(
+                row_outputs(kept[-1], labels[chunk], shard.vocab_size, options, head.with_outputs)
+            )
+        outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+        ctx.logits = logits if head.plan.policy == "stored" else None
+        saved = (active_hidden, labels) if sums is None else sums.finish()
+        ctx.save_for_backward(weight, weights, *saved, *kept)
+        if weights is not None:
+            outputs[0] = outputs[0] * weights
+        full = tuple(scatter_rows(output, rows.rows, len(row_labels)) for output in outputs)
+        ctx.mark_non_differentiable(*full[2:])
+        return full
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        active_hidden, weight, labels, statistics = ctx.saved_tensors
-        # The gradient overwrites the logits: a second backward has to compute them again.
-        logits, ctx.logits = ctx.logits, None
-        if logits is None:
-            logits = active_hidden @ weight.t()
-        grad_loss = grad_loss.index_select(0, ctx.rows.rows)
-        columns = ctx.shard.vocab_start_index, ctx.shard.num_columns
-        ctx.kernels.write_gradient(logits, logits, labels, statistics, grad_loss, *columns)
-        own_grad, reduction, grad_hidden, grad_weight = None, None, None, None
-        if ctx.needs_input_grad[0]:
-            own_grad, reduction = start_reduction(logits @ weight, ctx.rows, ctx.shard)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(
-                weight, logits, active_hidden, ctx.accumulate_into_main_grad
-            )
-        if reduction is not None:
-            reduction.wait()
-        if own_grad is not None:
-            grad_hidden = own_grad.new_zeros(ctx.hidden_shape)
-            grad_hidden.view(-1, weight.shape[1]).index_copy_(0, ctx.rows.own_rows, own_grad)
-        return grad_hidden, grad_weight, None, None, None, None, None
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None = None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_loss is None and grad_logprob is None:
+            return None, None, None, None, None
+        if ctx.head.plan.policy == "gradient_in_forward":
+            assert grad_loss is not None
+            grads = scaled_gradients(ctx, grad_loss)
+        else:
+            grads = fresh_gradients(ctx, grad_loss, grad_logprob)
+        return *grads, None, None, None
 
 
-def weight_gradient(
-    weight: Tensor, grad_logits: Tensor, hidden: Tensor, accumulate_into_main_grad: bool
-) -> Tensor | None:
-    """The gradient of weight for autograd, or a stand-in once it has gone into main_grad."""
-    if not accumulate_into_main_grad:
-        return grad_logits.t() @ hidden
-    parameter: Any = weight
-    add_product_(parameter.main_grad, grad_logits.t(), hidden)
-    if not hasattr(parameter, "grad_added_to_main_grad"):
-        return None
-    parameter.grad_added_to_main_grad = True
-    # Megatron's DDP hook wants to see a gradient, and adds it to main_grad if zero_out_wgrad.
-    make = torch.zeros if getattr(parameter, "zero_out_wgrad", False) else torch.empty
-    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+def fresh_gradients(
+    ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Backward pass from the stored logits, or from logits computed again chunk by chunk."""
+    weight, weights, active_hidden, labels, *kept = ctx.saved_tensors
+    head: HeadLoss = ctx.head
+    # The gradient overwrites the logits: a second backward has to compute them again.
+    stored, ctx.logits = ctx.logits, None
+    grads = stack_grads(grad_loss, grad_logprob, kept[0].dtype).index_select(1, head.rows.rows)
+    if weights is not None:
+        grads[0] *= weights
+    chunks = head.plan.chunks(len(labels))
+    total = None
+    if head.accumulate_into_main_grad and ctx.needs_input_grad[1]:
+        total = weight.main_grad
+    elif len(chunks) > 1:
+        total = wide_zeros(weight, ctx)
+    sums = GradientSums(active_hidden, weight, head.rows, head.shard, ctx.needs_input_grad, total)
+    for chunk, statistics in zip(chunks, kept, strict=True):
+        logits = active_hidden[chunk] @ weight.t() if stored is None else stored
+        arguments = logits, logits, labels[chunk], statistics, grads[:, chunk]
+        write_gradient(*arguments, head.shard, head.kernels, head.options)
+        sums.add(chunk, logits, is_last=chunk is chunks[-1])
+    own_grad, weight_total = sums.finish()
+    grad_weight = None
+    if weight_total is not None:
+        grad_weight = weight_gradient(weight, weight_total, head.accumulate_into_main_grad)
+    return scatter_hidden(own_grad, ctx), grad_weight
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where total may be wider than the factors."""
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
-    elif right.device.type == "cpu":
-        right = right.to(total.dtype)
-        for total_rows, left_rows in zip(total.split(8192), left.split(8192), strict=True):
-            total_rows.addmm_(left_rows.to(total.dtype), right)
-    elif adds_to_wider_sum(right.device, right.dtype, total.dtype):
-        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
-    else:
-        total.add_(left @ right)
+def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Backward pass where the forward pass left the gradients of sum(row_weights * loss)."""
+    weight, _, own_grad, weight_total = ctx.saved_tensors
+    head: HeadLoss = ctx.head
+    scale = common_value(grad_loss.index_select(0, head.rows.rows))
+    if own_grad is not None:
+        own_grad = (own_grad * scale).to(own_grad.dtype)
+    grad_weight = None
+    if weight_total is not None and head.accumulate_into_main_grad:
+        weight.main_grad.addcmul_(weight_total, scale)
+        grad_weight = weight_gradient(weight, weight.main_grad, True)
+    elif weight_total is not None:
+        grad_weight = (weight_total * scale).to(weight.dtype)
+    return scatter_hidden(own_grad, ctx), grad_weight
 
 
-@functools.cache
-def adds_to_wider_sum(device: torch.device, dtype: torch.dtype, sum_dtype: torch.dtype) -> bool:
-    """Tries it on a small matrix: ROCm builds of torch have refused such a product."""
-    factor = torch.zeros((16, 16), dtype=dtype, device=device)
-    total = factor.to(sum_dtype)
-    try:
-        torch.ops.aten.addmm.dtype_out(total, factor, factor, sum_dtype, out=total)
-    except (RuntimeError, NotImplementedError) as error:
-        log.warning(
-            "LM head gradient: rounded to %s before it is added to main_grad, because this build "
-            "of torch cannot add the product itself: %s",
-            dtype,
-            error,
+def common_value(grads: Tensor) -> Tensor:
+    """The one value that all rows share, 0-d; NaN where they differ, so that it is not missed.
+
+    Raises:
+        ValueError: they differ, on a CPU: a GPU would make the host wait to learn it.
+    """
+    if len(grads) == 0:
+        return grads.new_zeros(())
+    is_common = (grads == grads[0]).all()
+    if grads.device.type == "cpu" and not is_common and not grads.isnan().any():
+        raise ValueError(
+            "masked_linear_cross_entropy: summed=True, but the losses of the tokens have different "
+            "upstream gradients; give per-token factors as token_weights, or use summed=False"
         )
-        return False
-    return True
+    return torch.where(is_common, grads[0], torch.nan)
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    shard: VocabShard,
+    kernels: Backend,
+    options: LossOptions,
+) -> Tensor:
+    """Loss of each row [N]; the logits become the gradient of its sum, weighted."""
+    one_pass = getattr(kernels, "loss_and_gradient", None)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if weights is None:
+        weights = logits.new_ones(len(logits), dtype=dtype)
+    if one_pass is not None and shard.tp_size == 1:
+        return one_pass(logits, labels, weights, shard.num_columns, *astuple(options))
+    statistics = global_statistics(logits, labels, shard, kernels, options, False)
+    grads = stack_grads(weights, None, statistics.dtype)
+    write_gradient(logits, logits, labels, statistics, grads, shard, kernels, options)
+    return row_losses(statistics, labels, shard.vocab_size, options)[0]
+
+
+def wide_zeros(weight: Tensor, ctx: Any) -> Tensor | None:
+    """Where the weight gradient of several chunks is summed: fp32 or wider; None if not needed."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def chunk_of(values: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if values is None else values[chunk]
+
+
+def scatter_hidden(own_grad: Tensor | None, ctx: Any) -> Tensor | None:
+    """[own count, h] -> the shape of hidden, zeros at masked rows."""
+    if own_grad is None:
+        return None
+    grad_hidden = own_grad.new_zeros(ctx.hidden_shape)
+    grad_hidden.view(-1, ctx.hidden_shape[-1]).index_copy_(0, ctx.head.rows.own_rows, own_grad)
+    return grad_hidden

@@ -2,28 +2,41 @@
 
 `masked_linear_cross_entropy` takes hidden states: it selects the active rows (the tokens that
 train) before any communication and before the LM head, so that a masked token costs nothing.
+`masked_linear_outputs` gives log probability, entropy and accuracy beside the loss, and
 `masked_cross_entropy` takes logits that somebody else computed. The maths is in kernels/README.md.
 """
-
-import functools
-import importlib
-import logging
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels.masked_cross_entropy import Backend, MaskedCrossEntropy, VocabShard
-from sft_fast.kernels.masked_linear_cross_entropy import MaskedLinearCrossEntropy, select_rows
+from sft_fast.kernels.active_rows import select_rows
+from sft_fast.kernels.masked_cross_entropy import (
+    LossOptions,
+    MaskedCrossEntropy,
+    TokenOutputs,
+    VocabShard,
+)
+from sft_fast.kernels.masked_linear_cross_entropy import (
+    POLICIES,
+    HeadLoss,
+    MaskedLinearCrossEntropy,
+    MemoryPlan,
+    Policy,
+)
+from sft_fast.loss_backends import load_backend
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "LossOptions",
+    "TokenOutputs",
+    "masked_cross_entropy",
+    "masked_linear_cross_entropy",
+    "masked_linear_outputs",
+]
 
-BACKENDS = {
-    "torch": "sft_fast.kernels.masked_cross_entropy_torch",
-    "triton": "sft_fast.kernels.masked_cross_entropy_triton",
-}
+DEFAULT_OPTIONS = LossOptions()
+DEFAULT_MEMORY_BUDGET = 2 << 30
 
 
 def masked_cross_entropy(
@@ -32,6 +45,7 @@ def masked_cross_entropy(
     *,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    options: LossOptions = DEFAULT_OPTIONS,
     backend: str = "auto",
 ) -> Tensor:
     """Per-token cross-entropy of logits whose last axis is this rank's part of the vocabulary.
@@ -39,16 +53,16 @@ def masked_cross_entropy(
     Args:
         vocab_parallel_logits: [..., V_padded/tp] bf16, fp16 or fp32 (fp64 with `torch`). Never
             written to; masked rows are not read, and their gradient is exactly 0.
-        labels: [...] int64 global ids, the same on every rank; IGNORE_INDEX masks a token. Any
-            other id outside [0, vocab_size) gives loss NaN.
+        labels: [...] int64 or int32 global ids, the same on every rank; IGNORE_INDEX masks a
+            token. Any other id outside [0, vocab_size) gives loss NaN.
         vocab_size: columns that count, over all ranks. None: V_padded.
         tp_group: ranks that hold the other columns, in order. None: the vocabulary is whole.
-        backend: `auto`, `torch` or `triton`. `torch` on a GPU makes the host wait, to learn how
-            many rows are active.
+        options: label smoothing, z-loss, softcap.
+        backend: `auto`, `torch`, `triton` or `native`. `torch` on a GPU makes the host wait, to
+            learn how many rows are active.
 
     Returns:
         [...] fp32 (fp64 for fp64 logits) loss in nats, exactly 0 at masked tokens, not reduced.
-        Its negative is the log probability of the label.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot be used.
@@ -66,7 +80,8 @@ def masked_cross_entropy(
     logits = vocab_parallel_logits.reshape(-1, width)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    loss: Tensor = MaskedCrossEntropy.apply(logits, labels.flatten(), shard, kernels)
+    row_labels = labels.flatten().long()
+    (loss,) = MaskedCrossEntropy.apply(logits, row_labels, shard, kernels, options, False)
     return loss.view(labels.shape)
 
 
@@ -76,11 +91,16 @@ def masked_linear_cross_entropy(
     labels: Tensor,
     *,
     active_rows: Tensor | None = None,
+    token_weights: Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    options: LossOptions = DEFAULT_OPTIONS,
     backend: str = "auto",
     accumulate_into_main_grad: bool = False,
+    summed: bool = False,
+    policy: Policy = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """Per-token cross-entropy of the logits hidden @ weight.T, computed for active rows only.
 
@@ -89,72 +109,152 @@ def masked_linear_cross_entropy(
             sequence. Masked rows are not read, and their gradient is exactly 0.
         weight: [V_padded/tp, h], dtype of hidden: this rank's rows of the LM head. Without
             requires_grad its gradient is not computed.
-        labels: [b, s] int64 global ids, the same on every rank; IGNORE_INDEX masks a token. Any
-            other id outside [0, vocab_size) gives loss NaN.
-        active_rows: [A] int64, ascending: t * b + i for each labels[i, t] != IGNORE_INDEX. Keep
-            it on the CPU: sequence_parallel reads the ranks' counts from it, and would make the
-            host wait for a GPU. None: found in labels, which makes the host wait too.
+        labels: [b, s] int64 or int32 global ids, the same on every rank; IGNORE_INDEX masks a
+            token. Any other id outside [0, vocab_size) gives loss NaN.
+        active_rows: [A] int64, ascending: t * b + i for each token that is neither masked nor of
+            weight 0. Keep it on the CPU: sequence_parallel reads the ranks' counts from it, and
+            would make the host wait for a GPU. None: found in labels and token_weights, which
+            makes the host wait too.
+        token_weights: [b, s] float, the same on every rank, without gradient; multiplies the
+            loss. Weight 0 masks a token. None: 1 everywhere.
         vocab_size: weight rows that count, over all ranks. None: V_padded.
         tp_group: ranks that hold the other weight rows, in order. None: the head is whole.
         sequence_parallel: hidden is split over tp_group along the sequence.
-        backend: `auto`, `torch` or `triton`.
+        options: label smoothing, z-loss, softcap.
+        backend: `auto`, `torch`, `triton` or `native`.
         accumulate_into_main_grad: add the weight gradient to weight.main_grad in its dtype
             (fp32), and tell Megatron's DDP so through weight.grad_added_to_main_grad.
+        summed: the caller promises that the losses are only summed, and the sum scaled: every
+            token gets the same upstream gradient. Allows `gradient_in_forward`. A broken promise
+            raises ValueError in backward on a CPU, and gives NaN gradients on a GPU.
+        policy: what happens to the logits between forward and backward. `stored`: they stay.
+            `gradient_in_forward`: each chunk of rows becomes gradients at once (needs summed, and
+            an fp32 buffer as large as weight). `recompute`: computed again. `auto`: the first of
+            these that memory_budget allows. All ranks of tp_group must choose alike.
+        memory_budget: bytes for logits. A chunk is never smaller than 4096 rows.
 
     Returns:
         [b, s] fp32 (fp64 for fp64 input) loss in nats, exactly 0 at masked tokens, not reduced.
-        Its negative is the log probability of the label.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot be used.
 
-    Cost, per rank: 6*A*h*V/tp FLOPs; A*V/tp logits stored; A*h elements gathered and reduced over
-        tp_group; one all-gather of three fp32 numbers per active row.
+    Cost, per rank: 6*A*h*V/tp FLOPs, 8 under `recompute`; A*V/tp logits under `stored`; A*h
+        elements gathered and reduced over tp_group; one all-gather of three fp32 numbers per
+        active row (four with label smoothing).
     """
-    shard = vocab_shard(weight.shape[0], vocab_size, tp_group)
+    (loss,) = run_head(
+        hidden,
+        weight,
+        labels,
+        active_rows=active_rows,
+        token_weights=token_weights,
+        shard=vocab_shard(weight.shape[0], vocab_size, tp_group),
+        sequence_parallel=sequence_parallel,
+        options=options,
+        backend=backend,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        summed=summed,
+        policy=policy,
+        memory_budget=memory_budget,
+        with_outputs=False,
+    )
+    return loss
+
+
+def masked_linear_outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    active_rows: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    options: LossOptions = DEFAULT_OPTIONS,
+    backend: str = "auto",
+    accumulate_into_main_grad: bool = False,
+    policy: Policy = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> TokenOutputs:
+    """Loss, log probability, entropy and correctness of each token, each [b, s].
+
+    The arguments are those of masked_linear_cross_entropy; token_weights multiplies the loss only.
+    Loss and log probability have gradients. Ranks exchange two more numbers per active row.
+    """
+    outputs = run_head(
+        hidden,
+        weight,
+        labels,
+        active_rows=active_rows,
+        token_weights=token_weights,
+        shard=vocab_shard(weight.shape[0], vocab_size, tp_group),
+        sequence_parallel=sequence_parallel,
+        options=options,
+        backend=backend,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        summed=False,
+        policy=policy,
+        memory_budget=memory_budget,
+        with_outputs=True,
+    )
+    return TokenOutputs(*outputs)
+
+
+def run_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    active_rows: Tensor | None,
+    token_weights: Tensor | None,
+    shard: VocabShard,
+    sequence_parallel: bool,
+    options: LossOptions,
+    backend: str,
+    accumulate_into_main_grad: bool,
+    summed: bool,
+    policy: Policy,
+    memory_budget: int,
+    with_outputs: bool,
+) -> tuple[Tensor, ...]:
+    """What both public functions do; returns the fields of TokenOutputs, or the loss only."""
     num_parts = shard.tp_size if sequence_parallel else 1
-    check_inputs(hidden, weight, labels, num_parts)
+    check_inputs(hidden, weight, labels, token_weights, num_parts)
+    check_policy(policy, summed)
     if accumulate_into_main_grad and weight.requires_grad and not hasattr(weight, "main_grad"):
         raise ValueError(
             "accumulate_into_main_grad: the LM head weight has no main_grad, expected the one "
             "that Megatron's DistributedDataParallel gives it; wrap the model, or turn it off"
         )
-    row_labels = labels.t().flatten()
+    row_labels, row_weights = labels.t().flatten().long(), None
+    if token_weights is not None:
+        row_weights = token_weights.detach().t().flatten()
+        row_weights = row_weights.to(torch.promote_types(hidden.dtype, torch.float32))
+        row_labels = row_labels.masked_fill(row_weights == 0, IGNORE_INDEX)
     if active_rows is not None:
         check_active_rows(active_rows, row_labels)
     rows = select_rows(row_labels, active_rows, num_parts, shard.tp_rank)
-    kernels = load_backend(backend, hidden.device.type)
-    loss: Tensor = MaskedLinearCrossEntropy.apply(
-        hidden, weight, row_labels, rows, shard, kernels, accumulate_into_main_grad
+    plan = MemoryPlan.choose(
+        policy,
+        memory_budget,
+        num_rows=len(rows.rows),
+        row_bytes=weight.shape[0] * weight.itemsize,
+        weight_grad_bytes=4 * weight.numel() if weight.requires_grad else 0,
+        summed=summed and torch.is_grad_enabled(),
     )
-    return loss.view(labels.shape[::-1]).t().contiguous()
-
-
-@functools.cache
-def load_backend(name: str, device_type: str) -> Backend:
-    """Imports a backend; `auto` is triton on a GPU that has it, else torch."""
-    if name != "auto":
-        return import_backend(name)
-    if device_type == "cpu":
-        return import_backend("torch")
-    try:
-        return import_backend("triton")
-    except ValueError as error:
-        log.warning("loss.backend: auto falls back to torch: %s", error)
-        return import_backend("torch")
-
-
-def import_backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(
-            f"loss.backend: got {name!r}, expected one of {', '.join(['auto', *BACKENDS])}"
-        )
-    try:
-        return cast(Backend, importlib.import_module(BACKENDS[name]))
-    except ImportError as error:
-        raise ValueError(
-            f"loss.backend: {name!r} cannot be imported ({error}); install it, or choose 'torch'"
-        ) from error
+    head = HeadLoss(
+        rows=rows,
+        shard=shard,
+        kernels=load_backend(backend, hidden.device.type),
+        options=options,
+        plan=plan,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        with_outputs=with_outputs,
+    )
+    outputs = MaskedLinearCrossEntropy.apply(hidden, weight, row_labels, row_weights, head)
+    return tuple(output.view(labels.shape[::-1]).t().contiguous() for output in outputs)
 
 
 def vocab_shard(
@@ -176,7 +276,9 @@ def vocab_shard(
     return VocabShard(vocab_size, start, num_columns, tp_group, tp_rank, tp_size)
 
 
-def check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, num_parts: int) -> None:
+def check_inputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, num_parts: int
+) -> None:
     batch, sequence = labels.shape
     expected = [sequence // num_parts, batch, weight.shape[1]]
     if list(hidden.shape) != expected or sequence % num_parts:
@@ -196,6 +298,22 @@ def check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, num_parts: int)
             f"{weight.device}, labels on {labels.device}; move them to one device"
         )
 
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights: got shape {list(token_weights.shape)}, expected that of labels, "
+            f"{list(labels.shape)}"
+        )
+
+
+def check_policy(policy: str, summed: bool) -> None:
+    if policy not in POLICIES:
+        raise ValueError(f"loss.policy: got {policy!r}, expected one of {', '.join(POLICIES)}")
+    if policy == "gradient_in_forward" and not summed:
+        raise ValueError(
+            "loss.policy: gradient_in_forward needs losses that are only summed (summed=True); "
+            "choose 'recompute'"
+        )
+
 
 def check_active_rows(active_rows: Tensor, row_labels: Tensor) -> None:
     """Compares with the labels where that does not make the host wait for a device."""
@@ -208,5 +326,6 @@ def check_active_rows(active_rows: Tensor, row_labels: Tensor) -> None:
         if not torch.equal(active_rows, expected):
             raise ValueError(
                 f"active_rows: got {len(active_rows)} rows, expected in ascending order the "
-                f"{len(expected)} rows t * b + i with labels[i, t] != {IGNORE_INDEX}"
+                f"{len(expected)} rows t * b + i with labels[i, t] != {IGNORE_INDEX} and "
+                "token_weights[i, t] != 0"
             )

@@ -25,6 +25,54 @@ def cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int | None = None)
     return logits.new_zeros(labels.shape).index_copy(0, rows, loss)
 
 
+def penalised_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float = 0.0,
+) -> Tensor:
+    """`cross_entropy` with softcapped logits, a smoothed target and a z-loss.
+
+    Args:
+        logits, labels, vocab_size: as in `cross_entropy`.
+        label_smoothing: share of the target spread evenly over the columns that count.
+        z_loss: factor of logsumexp(logits)**2.
+        logit_softcap: bound c of the logits c * tanh(logits / c); 0: no bound.
+
+    Returns:
+        [N] loss in nats, 0 at skipped rows.
+    """
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    active_logits = logits[rows, :vocab_size]
+    if logit_softcap > 0:
+        active_logits = logit_softcap * torch.tanh(active_logits / logit_softcap)
+    logprobs = active_logits.log_softmax(1)
+    target = F.one_hot(labels[rows], logprobs.shape[1]).to(logits.dtype) * (1 - label_smoothing)
+    target = target + label_smoothing / logprobs.shape[1]
+    loss = torch.where(target == 0, 0, -target * logprobs).sum(1)
+    loss = loss + z_loss * active_logits.logsumexp(1).square()
+    return logits.new_zeros(labels.shape).index_copy(0, rows, loss)
+
+
+def token_outputs(
+    logits: Tensor, labels: Tensor, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probability [N], entropy [N] and correctness [N] bool; 0 and False at skipped rows.
+
+    Args: as in `cross_entropy`.
+    """
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    active_logits = logits[rows, :vocab_size]
+    distribution = torch.distributions.Categorical(logits=active_logits)
+    correct = labels == IGNORE_INDEX
+    correct = torch.zeros_like(correct).index_copy(0, rows, active_logits.argmax(1) == labels[rows])
+    entropy = logits.new_zeros(labels.shape).index_copy(0, rows, distribution.entropy())
+    return -cross_entropy(logits, labels, vocab_size), entropy, correct
+
+
 def sharded_cross_entropy(logits: Tensor, labels: Tensor, num_shards: int) -> Tensor:
     """`cross_entropy` computed from column shards that exchange three numbers per row.
 

@@ -150,7 +150,7 @@ def run_masked_rows() -> None:
     from sft_fast.kernels import masked_cross_entropy_triton as kernels
 
     labels = torch.tensor([3, IGNORE_INDEX, 0])
-    statistics = kernels.shard_statistics(torch.zeros(3, 50), labels, 0, 50)
+    statistics = kernels.shard_statistics(torch.zeros(3, 50), labels, 0, 50, 0.0, False, False)
     assert statistics.isnan().all(1)[0].tolist() == [False, True, False]
     torch.testing.assert_close(statistics[0, :, 0], torch.tensor([0.0, 50.0, 0.0]))
 
@@ -256,9 +256,11 @@ def run_operators() -> None:
     logits = logits.nan_to_num(0.0)
     labels = labels.clamp(min=0)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels.shard_statistics, (logits, labels, 0, 20000), test_utils=checks)
-    statistics = kernels.shard_statistics(logits, labels, 0, 20000)
-    arguments = (torch.zeros_like(logits), logits, labels, statistics, upstream, 0, 20000)
+    torch.library.opcheck(kernels.shard_statistics, (logits, labels, 0, 20000, 0.0, True, True), test_utils=checks)
+    statistics = kernels.shard_statistics(logits, labels, 0, 20000, 0.0, True, True)
+    grads = torch.stack([upstream, upstream])
+    arguments = (torch.zeros_like(logits), logits, labels, statistics, grads, 0, 20000)
+    arguments += (20000, 0.1, 0.1, 5.0)
     torch.library.opcheck(kernels.write_gradient, arguments, test_utils=checks)
 
 
@@ -338,9 +340,11 @@ def compile_kernel(name: str, backend: str, arch: str | int, warp_size: int, dty
 
     config = kernels.LaunchConfig.for_shape(5734, 16032, warp_size)
     kernel = getattr(kernels, f"masked_cross_entropy_{name}_kernel")
-    constants = {"BLOCK_COLUMNS": config.block_columns, "BLOCK_PARTS": 8}
+    constants = {"BLOCK_COLUMNS": config.block_columns, "BLOCK_PARTS": 8, "NUM_STATISTICS": 3}
+    constants |= {"HAS_SOFTCAP": False, "WITH_LOGIT_SUM": False, "WITH_OUTPUTS": False}
     types = {"labels_ptr": "*i64", "logits_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}"}
-    types |= {"statistics_ptr": "*fp32", "grad_loss_ptr": "*fp32"}
+    types |= {"statistics_ptr": "*fp32", "grads_ptr": "*fp32"}
+    types |= dict.fromkeys(("smoothing", "uniform", "z_loss", "softcap"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
     aligned = [n for n in names if n.endswith(("_ptr", "_stride")) or n == "width"]

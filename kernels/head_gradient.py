@@ -1,0 +1,104 @@
+"""Gradients of the LM head's input and weight from the gradient of its logits."""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sft_fast.kernels.active_rows import ActiveRows, start_reduction
+from sft_fast.kernels.masked_cross_entropy import VocabShard
+
+log = logging.getLogger(__name__)
+
+
+class GradientSums:
+    """Adds up the gradients of hidden and weight from those of the logits, chunk by chunk.
+
+    The hidden gradient starts on its way to its owners before the last product for the weight.
+    """
+
+    def __init__(
+        self,
+        active_hidden: Tensor,
+        weight: Tensor,
+        rows: ActiveRows,
+        shard: VocabShard,
+        needs_grad: tuple[bool, ...],
+        weight_total: Tensor | None,
+    ) -> None:
+        """Args: needs_grad: of (hidden, weight). weight_total: added to; None: a new product."""
+        self.hidden, self.weight, self.rows, self.shard = active_hidden, weight, rows, shard
+        self.needs_weight = needs_grad[1]
+        self.hidden_grad = torch.empty_like(active_hidden) if needs_grad[0] else None
+        self.weight_total = weight_total if self.needs_weight else None
+        self.reduction: dist.Work | None = None
+
+    def add(self, chunk: slice, grad_logits: Tensor, is_last: bool) -> None:
+        if self.hidden_grad is not None:
+            torch.mm(grad_logits, self.weight, out=self.hidden_grad[chunk])
+            if is_last:
+                self.hidden_grad, self.reduction = start_reduction(
+                    self.hidden_grad, self.rows, self.shard
+                )
+        if not self.needs_weight:
+            return
+        if self.weight_total is None:
+            self.weight_total = grad_logits.t() @ self.hidden
+        else:
+            add_product_(self.weight_total, grad_logits.t(), self.hidden[chunk])
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """(own rows of the hidden gradient [own count, h], weight gradient [V/tp, h])"""
+        if self.reduction is not None:
+            self.reduction.wait()
+        return self.hidden_grad, self.weight_total
+
+
+def weight_gradient(
+    weight: Tensor, total: Tensor, accumulate_into_main_grad: bool
+) -> Tensor | None:
+    """The gradient of weight for autograd, or a stand-in if it has gone into main_grad."""
+    if not accumulate_into_main_grad:
+        return total.to(weight.dtype)
+    parameter: Any = weight
+    if not hasattr(parameter, "grad_added_to_main_grad"):
+        return None
+    parameter.grad_added_to_main_grad = True
+    # Megatron's DDP hook wants to see a gradient, and adds it to main_grad if zero_out_wgrad.
+    make = torch.zeros if getattr(parameter, "zero_out_wgrad", False) else torch.empty
+    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where total may be wider than the factors."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif right.device.type == "cpu":
+        right = right.to(total.dtype)
+        for total_rows, left_rows in zip(total.split(8192), left.split(8192), strict=True):
+            total_rows.addmm_(left_rows.to(total.dtype), right)
+    elif adds_to_wider_sum(right.device, right.dtype, total.dtype):
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        total.add_(left @ right)
+
+
+@functools.cache
+def adds_to_wider_sum(device: torch.device, dtype: torch.dtype, sum_dtype: torch.dtype) -> bool:
+    """Tries it on a small matrix: ROCm builds of torch have refused such a product."""
+    factor = torch.zeros((16, 16), dtype=dtype, device=device)
+    total = factor.to(sum_dtype)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, factor, factor, sum_dtype, out=total)
+    except (RuntimeError, NotImplementedError) as error:
+        log.warning(
+            "LM head gradient: rounded to %s before it is added to main_grad, because this build "
+            "of torch cannot add the product itself: %s",
+            dtype,
+            error,
+        )
+        return False
+    return True
