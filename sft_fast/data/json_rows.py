@@ -1,4 +1,7 @@
-"""Parses JSON Lines files and JSON lists; a bad row is reported with file, line and column."""
+"""Parses JSON Lines files and JSON lists; a bad row is reported with file, line and column.
+
+Keys that occur twice in one object are refused: a parser would keep the last one and say nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 CONTEXT_CHARACTERS = 80
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -53,17 +57,17 @@ class JsonPart:
         self._content = content
 
     def digest(self) -> str:
-        hasher = xxhash.xxh3_128()
-        with self._open() as stream:
-            while block := stream.read(1 << 20):
-                hasher.update(block)
-        return hasher.hexdigest()
+        return file_digest(self.name if self._content is None else io.BytesIO(self._content))
 
     def read(self) -> Iterator[Row | BadRow]:
-        return self._read_list() if self._first_character() == b"[" else self._read_lines()
+        try:
+            is_list = self._first_character() == b"["
+            yield from self._read_list() if is_list else self._read_lines()
+        except OSError as error:
+            raise ValueError(f"{self.name}: cannot be read: {error}") from error
 
     def _open(self) -> BinaryIO:
-        return io.BytesIO(self._content) if self._content is not None else open(self.name, "rb")
+        return io.BytesIO(self._content) if self._content is not None else open_content(self.name)
 
     def _first_character(self) -> bytes:
         with self._open() as stream:
@@ -87,7 +91,7 @@ class JsonPart:
                     continue
                 try:
                     text = raw.decode("utf-8").rstrip("\r\n")
-                    values = json.loads(text)
+                    values = _DECODER.decode(text)
                 except UnicodeDecodeError as error:
                     yield self._bad(line, *_encoding_fault(error))
                 except json.JSONDecodeError as error:
@@ -105,7 +109,7 @@ class JsonPart:
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
             raise ValueError(self._bad(line, *_encoding_fault(error)).message) from None
-        decode = json.JSONDecoder().raw_decode
+        decode = _DECODER.raw_decode
         position, line = _skip_space(text, text.index("[") + 1), 1
         counted = 0
         if text.startswith("]", position):
@@ -150,11 +154,46 @@ class JsonPart:
         return ValueError(self._bad(line, position - start + 1, problem, row).message)
 
 
+def open_content(path: str) -> BinaryIO:
+    """Opens a file for reading; .gz and .zst are decompressed on the way.
+
+    Raises:
+        OSError: while reading, for compressed data that is damaged or cut short.
+    """
+    compression = next((c for suffix, c in COMPRESSIONS.items() if path.endswith(suffix)), None)
+    if compression is None:
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), compression))
+
+
+def file_digest(file: str | BinaryIO) -> str:
+    """xxh3_128 of a file's bytes as they are stored."""
+    hasher = xxhash.xxh3_128()
+    with open(file, "rb") if isinstance(file, str) else file as stream:
+        while block := stream.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
 def type_name(value: Any) -> str:
     """What a JSON value is, in the words of an error message."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text"}
     names |= {type(None): "null", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice in one object; keep one of the two")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _skip_space(text: str, position: int) -> int:

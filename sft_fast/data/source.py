@@ -1,27 +1,41 @@
-"""Rows from local JSON files, directories, globs, the hub, or the embedded demo.
+"""Rows from local files, directories, globs, the hub, or the embedded demo; and mixtures of them.
 
-Local files are parsed here and not by `datasets`, because a bad row must be reported with its file
-and line. Every row knows where it came from.
+Every row knows where it came from. JSON and CSV are parsed here and not by `datasets`, because a
+bad row must be reported with its file and line.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
 
-from sft_fast.data.json_rows import BadRow, JsonPart, Row
+from sft_fast.data.json_rows import COMPRESSIONS, BadRow, JsonPart, Row
+from sft_fast.data.table_rows import EVAL_SPLITS, CsvPart, HubPart, TablePart, hub_eval_split
 
-SUFFIXES = (".jsonl", ".json", ".ndjson")
-EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
+KINDS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+SUFFIXES = (*KINDS, *(f"{s}{c}" for s in (".jsonl", ".json", ".csv") for c in COMPRESSIONS))
+# What `datasets` and the hub put beside the data.
+_NO_DATA = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json|cache-.*\.arrow|\..*")
 _SPLIT_EXPRESSION = re.compile(r"(?P<name>[\w-]+)(?P<slices>\[.*\])?")
+_ROW_NUMBERS = re.compile(r"\[(\d*):(\d*)\]")
 _HUB_SOURCE = re.compile(
     r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<rev>[\w./-]+))?"
 )
@@ -46,10 +60,24 @@ class Rows:
         name: what the user wrote, with the split that was chosen.
     """
 
-    def __init__(self, name: str, parts: Sequence[_Part], selection: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[_Part],
+        selection: str | None = None,
+        share: tuple[float, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: see above.
+            parts: the files, in reading order.
+            selection: slices of the rows, as in `[:90%]`.
+            share: only rows whose content hashes into [low, high) of [0, 1).
+        """
         self.name = name
         self._parts = tuple(parts)
         self._selection = selection
+        self._share = share
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -58,11 +86,21 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
-        """xxh3_128 of the content and of the selected slice, whatever the files are called."""
-        hasher = xxhash.xxh3_128((self._selection or "").encode())
+        """xxh3_128 of the content and of the selected rows, whatever the files are called."""
+        chosen = self._selection or "" if self._share is None else f"{self._selection}{self._share}"
+        hasher = xxhash.xxh3_128(chosen.encode())
         for part in self._parts:
             hasher.update(part.digest().encode())
         return hasher.hexdigest()
+
+    def hold_out(self, fraction: float) -> tuple[Rows, Rows]:
+        """Parts the rows in two: what is left, and about `fraction` of them held out.
+
+        The content of a row decides, so that equal rows stay together: no held-out row is also
+        among the others.
+        """
+        kept = Rows(self.name, self._parts, self._selection, (fraction, 1.0))
+        return kept, Rows(self.name, self._parts, self._selection, (0.0, fraction))
 
     def scan(self) -> Iterator[Row | BadRow]:
         """Yields every row in order, the unreadable ones as `BadRow`.
@@ -70,6 +108,17 @@ class Rows:
         Raises:
             ValueError: for a file that cannot be read at all.
         """
+        if self._share is None:
+            yield from self._scan_selection()
+            return
+        low, high = self._share
+        for row in self._scan_selection():
+            # An unreadable row is reported once: by the part that is trained on.
+            place = 1 - 2**-53 if isinstance(row, BadRow) else _place(row)
+            if low <= place < high:
+                yield row
+
+    def _scan_selection(self) -> Iterator[Row | BadRow]:
         if self._selection is None:
             yield from self._scan_all()
             return
@@ -97,18 +146,41 @@ class Rows:
             yield from part.read()
 
 
-def load_rows(source: str, split: str | None = None, *, evaluation: bool = False) -> Rows:
+@dataclass(frozen=True)
+class Source:
+    """Rows with how to read and how often to use them.
+
+    Attributes:
+        rows: the rows.
+        format_name: a registered format, or "auto": decided by the first row of each file.
+        fields: our field -> the source's column.
+        weight: share of this source in a mixture, relative to the other weights; None: all rows.
+        repeat: how many times each row is used, with a weight: at most.
+    """
+
+    rows: Rows
+    format_name: str = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    weight: float | None = None
+    repeat: int = 1
+
+
+def load_rows(
+    source: str, split: str | None = None, *, evaluation: bool = False, streaming: bool = False
+) -> Rows:
     """Finds the rows of a data source; the rows themselves are read on iteration.
 
     Args:
-        source: "demo"; a .jsonl/.json file (lines of objects, or one list of objects); a directory
-            of such files; a glob; or a hub name, `owner/name[:config][@revision]`.
+        source: "demo"; a file of one of `SUFFIXES`; a directory of such files, also in directories
+            below it; a glob; or a hub name, `owner/name[:config][@revision]`.
         split: split name, with slices if wanted (`train[:90%]`, `train[100:]`). A single file or a
             glob has the one split `train`. The split of a file in a directory is the split word in
-            its name (`train-00.jsonl`); where no name has one, all files are `train`.
+            its path (`train-00.jsonl`); where none has one, all files are `train`.
             None means `train`, or, with `evaluation`, the first of `EVAL_SPLITS` that the source
             has (a single file or a glob is then used whole).
         evaluation: chooses the default of `split`.
+        streaming: reads a hub data set while it comes, without a copy on disk; slices are then row
+            numbers only. Local files are never copied.
 
     Raises:
         ValueError: the source or the split does not exist, or a file is empty or not UTF-8.
@@ -131,36 +203,7 @@ def load_rows(source: str, split: str | None = None, *, evaluation: bool = False
         return _load_files(source, found, split)
     if _looks_local(path):
         raise ValueError(_missing_file_message(path))
-    return _load_hub(source, split, evaluation)
-
-
-class _HubPart:
-    """One split of a hub data set, downloaded on first use and read from its memory map."""
-
-    def __init__(self, source: str, repo: str, config: str | None, rev: str | None, split: str):
-        self.name = f"{source}[{split}]"
-        self._source, self._repo, self._config, self._rev = source, repo, config, rev
-        self._split = split
-
-    @cached_property
-    def _dataset(self) -> Any:
-        import datasets
-
-        try:
-            return datasets.load_dataset(
-                self._repo, self._config, split=self._split, revision=self._rev
-            )
-        except (OSError, ValueError) as error:
-            raise _hub_error(self._source, error) from error
-
-    def digest(self) -> str:
-        return str(self._dataset._fingerprint)
-
-    def read(self) -> Iterator[Row | BadRow]:
-        if len(self._dataset) == 0:
-            raise ValueError(f"{self.name}: the split has no rows")
-        for number, values in enumerate(self._dataset, start=1):
-            yield Row(values, self.name, number)
+    return _load_hub(source, split, evaluation, streaming)
 
 
 def _load_demo(split: str | None, evaluation: bool) -> Rows:
@@ -181,23 +224,31 @@ def _load_files(source: str, paths: Sequence[str], split: str | None) -> Rows:
             f"{source} has the one split 'train', not {split!r}; "
             "to hold out a part of it use slices, for example 'train[90%:]'"
         )
-    for path in paths:
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"{path}: cannot read this kind of file; expected {_listed(SUFFIXES)}")
-    return Rows(source, [JsonPart(path) for path in paths], _selection(split))
+    return Rows(source, [_file_part(path) for path in paths], _selection(split))
+
+
+def _file_part(path: str) -> _Part:
+    kind = _kind(path)
+    if kind == "json":
+        return JsonPart(path)
+    if kind == "csv":
+        return CsvPart(path)
+    if kind is not None:
+        return TablePart(path, kind)
+    raise ValueError(f"{path}: cannot read this kind of file; expected {_listed(SUFFIXES)}")
+
+
+def _kind(path: str) -> str | None:
+    """What a file's name says of its content; compressed tables do not exist."""
+    stem, compression = os.path.splitext(path)
+    if compression not in COMPRESSIONS:
+        return KINDS.get(compression)
+    kind = KINDS.get(os.path.splitext(stem)[1])
+    return kind if kind in ("json", "csv") else None
 
 
 def _load_directory(path: str, split: str | None, evaluation: bool) -> Rows:
-    names = sorted(name for name in os.listdir(path) if name.endswith(SUFFIXES))
-    if not names:
-        raise ValueError(f"the directory {path} holds no {_listed(SUFFIXES)} file")
-    by_split: dict[str, list[str]] = {}
-    for name in names:
-        words = re.split(r"[^a-z]+", name.lower())
-        found = next((word for word in words if word in ("train", *EVAL_SPLITS)), "")
-        by_split.setdefault(found, []).append(os.path.join(path, name))
-    if set(by_split) == {""}:
-        by_split = {"train": by_split[""]}
+    by_split = _files_by_split(path)
     wanted = re.split(r"\[", split)[0] if split else None
     if wanted is None:
         candidates = EVAL_SPLITS if evaluation else ("train",)
@@ -208,11 +259,36 @@ def _load_directory(path: str, split: str | None, evaluation: bool) -> Rows:
             f"{_listed(sorted(name for name in by_split if name))}. Put the split's name in the "
             "file's name (train-00.jsonl), or name one file"
         )
-    parts = [JsonPart(name) for name in by_split[wanted]]
+    parts = [_file_part(os.path.join(path, name)) for name in by_split[wanted]]
     return Rows(f"{path}[{wanted}]", parts, _selection(split))
 
 
-def _load_hub(source: str, split: str | None, evaluation: bool) -> Rows:
+def _files_by_split(path: str) -> dict[str, list[str]]:
+    """Split -> the data files of a directory, relative to it, sorted."""
+    names = []
+    for folder, below, files in os.walk(path):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found = [name for name in files if _kind(name) and not _NO_DATA.fullmatch(name)]
+        names += [os.path.relpath(os.path.join(folder, name), path) for name in found]
+    if not names:
+        raise ValueError(f"the directory {path} holds no {_listed(SUFFIXES)} file")
+    by_split: dict[str, list[str]] = {}
+    stems: dict[str, str] = {}
+    for name in sorted(names):
+        stem = re.sub(r"\.\w+(\.(gz|zst))?$", "", name)
+        if stem in stems:
+            raise ValueError(
+                f"the directory {path} holds {stems[stem]} and {name}: the same rows twice? "
+                "Name the one to use"
+            )
+        stems[stem] = name
+        words = re.split(r"[^a-z]+", name.lower())
+        split = next((word for word in words if word in ("train", *EVAL_SPLITS)), "")
+        by_split.setdefault(split, []).append(name)
+    return {"train": by_split[""]} if set(by_split) == {""} else by_split
+
+
+def _load_hub(source: str, split: str | None, evaluation: bool, streaming: bool) -> Rows:
     match = _HUB_SOURCE.fullmatch(source)
     if not match:
         raise ValueError(
@@ -221,30 +297,30 @@ def _load_hub(source: str, split: str | None, evaluation: bool) -> Rows:
         )
     repo, config, rev = match["repo"], match["config"], match["rev"]
     if split is None:
-        split = _hub_eval_split(source, repo, config, rev) if evaluation else "train"
-    return Rows(f"{source}[{split}]", [_HubPart(source, repo, config, rev, split)])
+        split = hub_eval_split(source, repo, config, rev) if evaluation else "train"
+    bounds = None
+    if streaming:
+        split, bounds = _stream_bounds(split)
+    return Rows(f"{source}[{split}]", [HubPart(source, repo, config, rev, split, bounds)])
 
 
-def _hub_eval_split(source: str, repo: str, config: str | None, rev: str | None) -> str:
-    import datasets
-
-    try:
-        names = datasets.get_dataset_split_names(repo, config, revision=rev)
-    except (OSError, ValueError) as error:
-        raise _hub_error(source, error) from error
-    for name in EVAL_SPLITS:
-        if name in names:
-            return name
-    raise ValueError(
-        f"{source} has none of the splits {_listed(EVAL_SPLITS)}; it has {_listed(names)}. "
-        "Choose one with data.eval_split, for example 'train[95%:]'"
-    )
+def _stream_bounds(split: str) -> tuple[str, tuple[int, int | None]]:
+    """Split name, and first row and end of what is streamed."""
+    slices = _selection(split)
+    numbers = _ROW_NUMBERS.fullmatch(slices or "[:]")
+    if not numbers:
+        raise ValueError(
+            f"cannot stream {split!r}: only row numbers are known before the end, "
+            "for example 'train[:10000]'; or set data.streaming: false"
+        )
+    start, stop = int(numbers[1] or 0), int(numbers[2]) if numbers[2] else None
+    return split.removesuffix(slices or ""), (start, stop)
 
 
-def _hub_error(source: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"the data source {source!r} is no local file or directory, and the hub answered: {error}"
-    )
+def _place(row: Row) -> float:
+    """A number in [0, 1) that the content of a row decides."""
+    text = json.dumps(row.values, sort_keys=True, default=str)
+    return (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) >> 11) / 2**53
 
 
 def _selection(split: str | None) -> str | None:
@@ -267,7 +343,7 @@ def _slice_bounds(selection: str, total: int) -> list[tuple[int, int]]:
 
 
 def _looks_local(path: str) -> bool:
-    is_file_name = path.endswith((*SUFFIXES, ".csv", ".parquet", ".arrow", ".txt", ".gz"))
+    is_file_name = path.endswith((*SUFFIXES, *COMPRESSIONS, ".txt"))
     first = path.split("/")[0]
     return is_file_name or path.startswith((".", "/")) or ("/" in path and os.path.isdir(first))
 

@@ -1,6 +1,9 @@
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,9 +133,10 @@ def test_source_that_is_nothing_we_know(source: str) -> None:
 
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.parquet", b"PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet: cannot read this kind of file"):
-        load_rows(path)
+    for name in ("a.xlsx", "a.parquet.gz"):
+        path = write(tmp_path / name, b"PAR1")
+        with pytest.raises(ValueError, match=rf"{name}: cannot read this kind of file"):
+            load_rows(path)
 
 
 def test_directory_picks_the_files_of_the_split(tmp_path: Path) -> None:
@@ -207,26 +211,62 @@ class FakeHub:
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
         self.asked: list[Any] = []
+        self.hash = "revision"
+        self.config = SimpleNamespace(name="default")
 
-    def load_dataset(self, *arguments: Any, **options: Any) -> Any:
+    def load_dataset_builder(self, *arguments: Any, **options: Any) -> Any:
+        self.asked.append((arguments, options))
+        return self
+
+    def download_and_prepare(self) -> None:
+        self.asked.append("download")
+
+    def as_dataset(self, split: str) -> Any:
         from datasets import Dataset
 
-        self.asked.append((arguments, options))
+        self.asked.append(split)
         return Dataset.from_list(self.rows)
 
+    def as_streaming_dataset(self, split: str) -> Any:
+        return self.as_dataset(split).to_iterable_dataset()
 
-def test_hub_is_asked_on_first_use_only(monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     datasets = pytest.importorskip("datasets")
-    hub = FakeHub([{"question": "q"}, {"question": "r"}])
-    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
-    rows = load_rows("owner/name:main@v1", "train[:2]")
+    hub = FakeHub([{"question": "q"}, {"question": "r"}, {"question": "s"}])
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
+    return hub
+
+
+def test_hub_is_asked_on_first_use_only(hub: FakeHub) -> None:
+    rows = load_rows("owner/name:main@v1", "train[:3]")
     assert hub.asked == []
-    assert [row.values["question"] for row in rows] == ["q", "r"]
-    assert [row.origin for row in rows] == [
-        "owner/name:main@v1[train[:2]]:1",
-        "owner/name:main@v1[train[:2]]:2",
-    ]
-    assert hub.asked == [(("owner/name", "main"), {"split": "train[:2]", "revision": "v1"})]
+    assert [row.values["question"] for row in rows] == ["q", "r", "s"]
+    assert [row.origin for row in rows][1] == "owner/name:main@v1[train[:3]]:2"
+    asked = (("owner/name", "main"), {"revision": "v1"})
+    assert hub.asked == [asked, "download", "train[:3]"]
+
+
+def test_hub_is_streamed_by_row_numbers(hub: FakeHub) -> None:
+    rows = load_rows("owner/name", "train[1:2]", streaming=True)
+    assert [(row.values["question"], row.line) for row in rows] == [("r", 2)]
+    assert "download" not in hub.asked
+    assert len(list(load_rows("owner/name", streaming=True))) == 3
+    with pytest.raises(ValueError, match="the split has no rows"):
+        list(load_rows("owner/name", "train[9:]", streaming=True))
+    with pytest.raises(ValueError, match=r"cannot stream 'train\[:1%\]': only row numbers"):
+        load_rows("owner/name", "train[:1%]", streaming=True)
+
+
+def test_hub_digest_is_of_revision_and_split(hub: FakeHub) -> None:
+    def digest(split: str) -> str:
+        return load_rows("owner/name", split).digest
+
+    first = digest("train")
+    assert digest("test") != first == digest("train")
+    hub.hash = "other revision"
+    assert digest("train") != first
 
 
 def test_hub_evaluation_split_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +285,114 @@ def test_hub_error_names_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise ConnectionError("cannot reach the hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(ValueError, match="'owner/name' is no local file.*cannot reach the hub"):
         list(load_rows("owner/name"))
+
+
+ROWS = [{"question": f"q{number}, é\n2", "answer": "42" if number else "NA"} for number in range(3)]
+
+
+def write_table(path: Path) -> str:
+    """Writes ROWS in the kind that the name says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    plain = path.name.removesuffix(".gz").removesuffix(".zst")
+    text = io.StringIO(newline="")
+    if plain.endswith((".csv", ".tsv")):
+        delimiter = "\t" if plain.endswith(".tsv") else ","
+        table = csv.DictWriter(text, ["question", "answer"], delimiter=delimiter)
+        table.writeheader()
+        table.writerows(ROWS)
+    elif plain.endswith(".jsonl"):
+        text.writelines(json.dumps(row) + "\n" for row in ROWS)
+    elif plain.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+        return str(path)
+    else:
+        table = pa.Table.from_pylist(ROWS)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        return str(path)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=compression) as stream:
+        stream.write(text.getvalue().encode())
+    return str(path)
+
+
+TABLES = ("csv", "tsv", "csv.gz", "csv.zst", "jsonl.gz", "jsonl.zst", "parquet", "arrow")
+
+
+@pytest.mark.parametrize("suffix", TABLES)
+def test_every_kind_of_file_gives_the_same_text(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"rows.{suffix}")
+    rows = list(load_rows(path))
+    assert [row.values for row in rows] == ROWS
+    # The questions hold a line break, so a row of a CSV file takes two lines.
+    is_csv = suffix.startswith(("csv", "tsv"))
+    assert [row.line for row in rows] == ([2, 4, 6] if is_csv else [1, 2, 3])
+    assert load_rows(path).digest == load_rows(path).digest
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"a\.csv: the file is empty"),
+        (b"a,b\n", r"a\.csv: there are column names but no rows"),
+        (b"a,a\n1,2\n", r"a\.csv:1: a column name occurs twice"),
+        (b"a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 fields; expected 2 \(a, b\)"),
+        (b'a,b\n1,"2\n', r"a\.csv:2: not valid CSV: unexpected end of data"),
+        (b"a,b\n1,2\n3,\xff\n", r"a\.csv:3:3: byte 0xff is not UTF-8"),
+    ],
+)
+def test_bad_csv_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(load_rows(write(tmp_path / "a.csv", content)))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.csv.gz"])
+def test_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    path = Path(write_table(tmp_path / name))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 40])
+    with pytest.raises(ValueError, match=f"{name}: "):
+        list(load_rows(str(path)))
+
+
+def test_directories_are_searched_and_what_belongs_to_datasets_is_no_data(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    folder = str(tmp_path / "saved")
+    assert [row.values for row in load_rows(folder)] == ROWS
+    assert [row.values for row in load_rows(folder, evaluation=True)] == ROWS[:1]
+
+
+def test_same_rows_in_two_kinds_of_file_are_refused(tmp_path: Path) -> None:
+    for name in ("train.csv", "train.parquet"):
+        write_table(tmp_path / name)
+    with pytest.raises(ValueError, match=r"train\.csv and train\.parquet: the same rows twice\?"):
+        load_rows(str(tmp_path))
+
+
+def test_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", f'{GOOD}\n{{"a": [{{"b": 1, "b": 2}}]}}\n'.encode())
+    with pytest.raises(ValueError, match=r"a\.jsonl:2:1: .*the key 'b' occurs twice"):
+        list(load_rows(path))
+
+
+def test_held_out_rows_are_not_among_the_others_even_where_rows_are_equal(
+    write_rows: Callable[..., str],
+) -> None:
+    path = write_rows([{"a": number % 300} for number in range(600)] + ["nonsense"])
+    kept, held_out = load_rows(path).hold_out(0.2)
+    bad = [row for row in kept.scan() if isinstance(row, BadRow)]
+    assert [row.line for row in bad] == [601]
+    kept_values = [row.values["a"] for row in kept.scan() if not isinstance(row, BadRow)]
+    held_values = [row.values["a"] for row in held_out]
+    assert not set(kept_values) & set(held_values)
+    assert len(kept_values) + len(held_values) == 600
+    assert 80 < len(held_values) < 160
+    assert len({kept.digest, held_out.digest, load_rows(path).digest}) == 3

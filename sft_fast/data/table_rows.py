@@ -1,0 +1,179 @@
+"""Rows of tables: CSV with the line of every row, Parquet, Arrow and the hub through `datasets`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from sft_fast.data.json_rows import BadRow, Row, file_digest, open_content
+
+EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
+
+
+class CsvPart:
+    """A CSV file (.tsv: with tabs) with a line of column names; every value is text.
+
+    Read with the standard library: `datasets` guesses types, so that the answer "42" becomes a
+    number and the answer "NA" nothing, and it does not know the lines of the rows.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def digest(self) -> str:
+        return file_digest(self.name)
+
+    def read(self) -> Iterator[Row | BadRow]:
+        # The limit of 128 KiB a field is shorter than some answers.
+        csv.field_size_limit(sys.maxsize)
+        delimiter = "\t" if ".tsv" in self.name else ","
+        reader = csv.reader(self._lines(), delimiter=delimiter, strict=True)
+        try:
+            columns = next(reader, None)
+            if not columns:
+                raise ValueError(f"{self.name}: the file is empty; expected column names and rows")
+            if len(set(columns)) != len(columns):
+                raise ValueError(f"{self.name}:1: a column name occurs twice: {', '.join(columns)}")
+            yield from self._rows(reader, columns)
+        except csv.Error as error:
+            raise ValueError(f"{self.name}:{reader.line_num}: not valid CSV: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{self.name}: cannot be read: {error}") from error
+
+    def _rows(self, reader: Any, columns: list[str]) -> Iterator[Row | BadRow]:
+        line, count = reader.line_num + 1, 0
+        for values in reader:
+            count += 1
+            if len(values) == len(columns):
+                yield Row(dict(zip(columns, values, strict=True)), self.name, line)
+            elif values:
+                problem = f"{len(values)} fields; expected {len(columns)} ({', '.join(columns)})"
+                yield BadRow(self.name, line, f"{self.name}:{line}: the row has {problem}")
+            line = reader.line_num + 1
+        if not count:
+            raise ValueError(f"{self.name}: there are column names but no rows")
+
+    def _lines(self) -> Iterator[str]:
+        with open_content(self.name) as stream:
+            for line, raw in enumerate(stream, start=1):
+                try:
+                    yield (raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw).decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{self.name}:{line}:{error.start + 1}: byte 0x{raw[error.start]:02x} is "
+                        "not UTF-8; save the file as UTF-8"
+                    ) from None
+
+
+class TablePart:
+    """A Parquet or Arrow file, read row by row; lines are row numbers."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        """`kind` is "parquet" or "arrow"."""
+        self.name = name
+        self._kind = kind
+
+    def digest(self) -> str:
+        return file_digest(self.name)
+
+    def read(self) -> Iterator[Row | BadRow]:
+        import datasets
+
+        number = 0
+        try:
+            # Streaming reads the file where it is; otherwise it would be copied to a cache first.
+            rows = datasets.load_dataset(
+                self._kind, data_files=[self.name], split="train", streaming=True
+            )
+            for number, values in enumerate(rows, start=1):
+                yield Row(values, self.name, number)
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"{self.name}: not a readable {self._kind} file: {error}") from error
+        if number == 0:
+            raise ValueError(f"{self.name}: the file has no rows")
+
+
+class HubPart:
+    """One split of a hub data set: downloaded on first use, or streamed."""
+
+    def __init__(
+        self,
+        source: str,
+        repo: str,
+        config: str | None,
+        rev: str | None,
+        split: str,
+        bounds: tuple[int, int | None] | None = None,
+    ) -> None:
+        """
+        Args:
+            source: the hub name as the user wrote it.
+            repo, config, rev: its parts.
+            split: split expression; with `bounds` only the name of a split.
+            bounds: first row and the row behind the last (None: the end) to stream; None: the
+                split is downloaded.
+        """
+        self.name = f"{source}[{split}]"
+        self._source, self._repo, self._config, self._rev = source, repo, config, rev
+        self._split, self._bounds = split, bounds
+
+    @cached_property
+    def _builder(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset_builder(self._repo, self._config, revision=self._rev)
+        except (OSError, ValueError) as error:
+            raise hub_error(self._source, error) from error
+
+    @cached_property
+    def _dataset(self) -> Any:
+        builder = self._builder
+        try:
+            if self._bounds is not None:
+                return builder.as_streaming_dataset(split=self._split)
+            builder.download_and_prepare()
+            return builder.as_dataset(split=self._split)
+        except (OSError, ValueError) as error:
+            raise hub_error(self._source, error) from error
+
+    def digest(self) -> str:
+        # The hash of a builder is that of the revision, or of the data files.
+        parts = (self._repo, self._builder.config.name, self._builder.hash, self._split)
+        return " ".join(map(str, (*parts, self._bounds or "")))
+
+    def read(self) -> Iterator[Row | BadRow]:
+        start, stop = self._bounds or (0, None)
+        number = start
+        for number, values in enumerate(islice(self._dataset, start, stop), start=start + 1):
+            yield Row(values, self.name, number)
+        if number == start:
+            raise ValueError(f"{self.name}: the split has no rows")
+
+
+def hub_eval_split(source: str, repo: str, config: str | None, rev: str | None) -> str:
+    """The first of `EVAL_SPLITS` that a hub data set has; ValueError where it has none."""
+    import datasets
+
+    try:
+        names = datasets.get_dataset_split_names(repo, config, revision=rev)
+    except (OSError, ValueError) as error:
+        raise hub_error(source, error) from error
+    for name in EVAL_SPLITS:
+        if name in names:
+            return name
+    raise ValueError(
+        f"{source} has none of the splits {', '.join(EVAL_SPLITS)}; it has {', '.join(names)}. "
+        "Choose one with data.eval_split, for example 'train[95%:]'"
+    )
+
+
+def hub_error(source: str, error: Exception) -> ValueError:
+    """What is said when the hub does not give a data set."""
+    return ValueError(
+        f"the data source {source!r} is no local file or directory, and the hub answered: {error}"
+    )
