@@ -32,6 +32,12 @@ OTHER_NAMES = {
     "dataset": "data.train",
     "gradient_accumulation_steps": "train.global_batch_size",
     "learning_rate": "optim.lr",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_target": "lora.targets",
+    "lora_target_modules": "lora.targets",
     "lr_scheduler": "optim.decay",
     "lr_scheduler_type": "optim.decay",
     "max_grad_norm": "optim.clip_grad",
@@ -43,6 +49,7 @@ OTHER_NAMES = {
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.micro_batch_size",
     "sequence_len": "packing.capacity",
+    "target_modules": "lora.targets",
     "warmup_ratio": "optim.warmup_steps",
     **{argument: target.key for argument, target in TARGETS.items()},
 }
@@ -187,6 +194,29 @@ class ParallelConfig(Section):
     """Time limit of a collective, in minutes."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights."""
+
+    rank: NotNegative = 0
+    """Rank of the adapters; 0 = off, all weights are trained."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The adapters' output is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs set to zero in training."""
+    targets: Annotated[list[Text], Field(min_length=1)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    """Projections with adapters; also patterns of full names: model.layers.1?.self_attn.*"""
+
+
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -251,7 +281,8 @@ class MetricsConfig(Section):
 
 
 class ExportConfig(Section):
-    """The Hugging Face model written to <output_dir>/export at the end."""
+    """The Hugging Face model written to <output_dir>/export at the end; LoRA adapters are merged,
+    and written to <output_dir>/adapter as well, as PEFT reads them."""
 
     enabled: bool = True
     """Write it."""
@@ -269,7 +300,7 @@ class Config(Section):
     plugins: list[PathText] = []
     """Python files imported at start, e.g. one that calls register_trainer."""
     output_dir: PathText = "outputs/run"
-    """Run directory: config.yaml, metrics.jsonl, checkpoints/, export/."""
+    """Run directory: config.yaml, metrics.jsonl, checkpoints/, export/, with LoRA adapter/."""
     seed: NotNegative = 1234
     """Seed of the weights and of the data order."""
     model: ModelConfig = ModelConfig()
@@ -278,6 +309,7 @@ class Config(Section):
     packing: PackingConfig = PackingConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

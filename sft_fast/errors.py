@@ -99,7 +99,9 @@ def nearest_key(unknown: str, known: Iterable[str]) -> str | None:
         # "warmup" means optim.warmup_steps; of two equally like names the same section wins.
         if name in candidate_name.split("_"):
             return (0.9 if name != candidate_name else 1.0), candidate_section == section
-        swapped = 0.95 if sorted(name) == sorted(candidate_name) else 0.0
+        differing = sum(a != b for a, b in zip(name, candidate_name, strict=False))
+        is_swap = differing == 2 and sorted(name) == sorted(candidate_name)
+        swapped = 0.95 if is_swap else 0.0
         ratio = difflib.SequenceMatcher(None, name, candidate_name).ratio()
         return max(ratio, swapped), candidate_section == section
 

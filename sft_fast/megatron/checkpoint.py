@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.optim import torch_adam_parts
 from sft_fast.megatron.parallel import Parallel
@@ -42,6 +43,8 @@ class TrainState:
     """Identifies the training token store; see TokenStore.fingerprint."""
     plan_fingerprint: str
     """Identifies what else decides the order of the data; see StepPlan.fingerprint."""
+    adapter_fingerprint: str = ""
+    """Identifies LoRA adapters and what they are added to; see lora.adapter_fingerprint."""
 
 
 def sharded_state(
@@ -50,8 +53,13 @@ def sharded_state(
     schedule: OptimizerParamScheduler,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """The state dict of this rank, in dist_checkpointing's sharded form."""
+    """The state dict of this rank, in dist_checkpointing's sharded form.
+
+    With LoRA it holds the adapters and their optimizer state, no base weights.
+    """
     weights = unwrap(model).sharded_state_dict(metadata=dict(SHARDING))
+    if has_adapters(model):
+        weights = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(
@@ -116,7 +124,7 @@ def load_checkpoint(
     """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
     request = sharded_state(model, optimizer, schedule, is_loading=True)
     loaded = dist_checkpointing.load(request, str(checkpoint))
-    unwrap(model).load_state_dict(loaded["model"])
+    unwrap(model).load_state_dict(loaded["model"], strict=not has_adapters(model))
     with torch_adam_loads():
         optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counts(optimizer)

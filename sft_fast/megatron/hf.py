@@ -26,6 +26,7 @@ from sft_fast.megatron.parallel import Parallel
 Split = Literal["replicated", "vocab", "rows", "columns", "qkv"]
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,10 @@ class RandomSource:
 
 
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
-    """Yields (name, rule with full Hugging Face names) for each parameter of this rank."""
+    """Yields (name, rule with full Hugging Face names) for each base parameter of this rank."""
     for name, _ in model.named_parameters():
+        if name.rpartition(".")[2].startswith(ADAPTER_PREFIX):
+            continue
         if not name.startswith("decoder.layers."):
             rule = MODEL_RULES[name]
             if name == "output_layer.weight" and architecture.tie_word_embeddings:
@@ -292,7 +295,7 @@ def export_weights(
     writer = ShardWriter(folder, f"stage{parallel.pp_rank + 1:02d}")
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
-        shards = gather_shards(parameters[name].detach(), parallel)
+        shards = gather_shards(merged_parameter(model, name, parameters[name]), parallel)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
         if parallel.tp_rank != 0 or is_tied_copy:
             continue
@@ -302,6 +305,15 @@ def export_weights(
     if parallel.tp_rank == 0:
         writer.flush()
     write_index(writer, folder, parallel)
+
+
+def merged_parameter(model: SFTModel, name: str, parameter: Tensor) -> Tensor:
+    """The parameter; the weight of a matrix with LoRA adapters has them added, in fp32."""
+    module_name, _, attribute = name.rpartition(".")
+    module: Any = model.get_submodule(module_name)
+    if attribute == "weight" and hasattr(module, "merged_weight"):
+        return module.merged_weight()
+    return parameter.detach()
 
 
 def gather_shards(shard: Tensor, parallel: Parallel) -> list[Tensor]:

@@ -35,6 +35,8 @@ from sft_fast.megatron.export import export_model
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import WeightSource, load_weights
 from sft_fast.megatron.inputs import Inputs, read_inputs
+from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
+from sft_fast.megatron.lora_export import export_adapter
 from sft_fast.megatron.model import build_model, unwrap
 from sft_fast.megatron.optim import (
     build_lr_schedule,
@@ -196,6 +198,8 @@ def build_run(
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
     module = build_model(architecture, config, parallel)
     load_weights(module, weights, architecture, parallel)
+    if config.lora.rank > 0:
+        add_adapters(module, architecture, config, parallel)
     model = wrap_model(module, config)
     optimizer = build_optimizer(model, config)
     connect_schedule(model, optimizer)
@@ -224,7 +228,7 @@ def resume(
         return 0
     checkpoint = existing[-1] if choice == "auto" else Path(choice)
     found = read_train_state(checkpoint)
-    for field in ("data_fingerprint", "plan_fingerprint"):
+    for field in ("data_fingerprint", "plan_fingerprint", "adapter_fingerprint"):
         if getattr(found, field) != getattr(state, field):
             raise ValueError(
                 f"checkpoint.resume: {checkpoint} was made with {field} {getattr(found, field)!r}, "
@@ -263,7 +267,8 @@ def train(config: Config) -> int:
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
     metrics.say(f"attention: {unwrap(run.model).attention}")
-    state = TrainState(0, inputs.store.fingerprint, plan.fingerprint)
+    adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
+    state = TrainState(0, inputs.store.fingerprint, plan.fingerprint, adapters)
     start = resume(config, run, state, num_steps, metrics)
     if parallel.is_main:
         save_config(config, output / "config.yaml")
@@ -274,6 +279,7 @@ def train(config: Config) -> int:
         for step in steps:
             began = time.perf_counter()
             counts = plan.counts(step)
+            seed_dropout(config, step, parallel)
             result = train_step(run, batches, counts.num_supervised, config, parallel)
             done = step + 1
             if done == num_steps or is_due(config.metrics.log_every_steps, done):
@@ -286,6 +292,8 @@ def train(config: Config) -> int:
     if config.export.enabled:
         gather_parameters(run.model)
         export_model(unwrap(run.model), output / "export", inputs, config, parallel)
+        if config.lora.rank > 0:
+            export_adapter(unwrap(run.model), output / "adapter", config, parallel)
         metrics.say(f"exported to {output / 'export'}")
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)

@@ -1,0 +1,353 @@
+"""LoRA: low-rank adapters beside frozen projections, at any tensor and pipeline layout.
+
+Each Hugging Face projection has its own pair A [rank, in], B [out, rank], as in PEFT, although
+megatron keeps q, k, v and gate, up in one matrix each. What the pairs of one matrix add to it is
+
+    scale * B A,    B [out, n * rank] block-diagonal in megatron's order of rows, A [n * rank, in]
+
+and both the forward pass and the merge use that product. A pair is split over tensor-parallel ranks
+as its matrix is: B by rows with a column-parallel matrix, A by columns with a row-parallel one.
+
+Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732).
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import xxhash
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from sft_fast.architecture import Architecture
+from sft_fast.config import Config, LoraConfig
+from sft_fast.megatron.hf import (
+    ADAPTER_PREFIX,
+    WeightSource,
+    hf_shapes,
+    named_rules,
+    part,
+    qkv_widths,
+)
+from sft_fast.megatron.model import SFTModel
+from sft_fast.megatron.parallel import Parallel
+
+NUM_PROBE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One Hugging Face projection of a megatron matrix."""
+
+    hf_name: str
+    """E.g. model.layers.3.self_attn.q_proj."""
+    num_rows: int
+    """Its rows of this rank's part of the matrix."""
+    is_adapted: bool
+
+    @property
+    def name(self) -> str:
+        return self.hf_name.rpartition(".")[2]
+
+
+class LoraLinear(torch.nn.Module):
+    """What an adapted matrix has beside its weight. A linear becomes one by its `__class__`.
+
+    The adapters are parameters of the linear itself, not of a child, because DDP gathers what a
+    module owns when that module's forward begins.
+    """
+
+    weight: Tensor
+    tp_group: Any
+    sequence_parallel: bool
+    projections: tuple[Projection, ...]
+    num_groups: int
+    """Blocks in which the rows of the projections alternate."""
+    scale: float
+    dropout: float
+    a_split_dim: int | None
+    b_split_dim: int | None
+
+    def pair(self, projection: Projection) -> tuple[Tensor, Tensor]:
+        """(A, B) of a projection, this rank's parts."""
+        name = projection.name
+        return getattr(self, f"{ADAPTER_PREFIX}a_{name}"), getattr(
+            self, f"{ADAPTER_PREFIX}b_{name}"
+        )
+
+    def adapted(self) -> list[Projection]:
+        return [projection for projection in self.projections if projection.is_adapted]
+
+    def stacked_a(self) -> Tensor:
+        """[n * rank, in]: A of all adapted projections."""
+        return torch.cat([self.pair(projection)[0] for projection in self.adapted()])
+
+    def block_b(self) -> Tensor:
+        """[out, n * rank]: row i holds the B of its projection, zero in the others' columns."""
+        adapted = self.adapted()
+        rank = self.pair(adapted[0])[1].shape[1]
+        width = rank * len(adapted)
+        blocks = []
+        for projection in self.projections:
+            if projection.is_adapted:
+                before = adapted.index(projection) * rank
+                b = self.pair(projection)[1]
+                block = functional.pad(b, (before, width - before - rank))
+            else:
+                block = self.weight.new_zeros(projection.num_rows, width)
+            blocks.append(block.view(self.num_groups, -1, width))
+        return torch.cat(blocks, dim=1).flatten(0, 1)
+
+    def low_rank(self, hidden: Tensor) -> Tensor:
+        """[s, b, n * rank]: A times hidden [s, b, in], with dropout of its own for each A."""
+        if self.dropout == 0.0 or not self.training:
+            return functional.linear(hidden, self.stacked_a())
+        with self.dropout_stream():
+            parts = [
+                functional.linear(functional.dropout(hidden, self.dropout), self.pair(item)[0])
+                for item in self.adapted()
+            ]
+        return torch.cat(parts, dim=-1)
+
+    def dropout_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Random numbers that tensor-parallel ranks share where they share the input."""
+        return contextlib.nullcontext()
+
+    def add_adapters(self, output: Tensor, low_rank: Tensor) -> Tensor:
+        """output [s, b, out] + scale * low_rank [s, b, n * rank] times B."""
+        added = torch.addmm(
+            output.flatten(0, 1), low_rank.flatten(0, 1), self.block_b().t(), alpha=self.scale
+        )
+        return added.view_as(output)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """This rank's weight with the adapters added, fp32; the weight itself does not change."""
+        delta = self.block_b().float() @ self.stacked_a().float()
+        return torch.add(self.weight.float(), delta, alpha=self.scale)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """megatron's, with the adapters split as they are."""
+        base: Any = super()
+        tensors = base.sharded_state_dict(prefix, sharded_offsets, metadata)
+        adapters, split_dims = {}, {}
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith(ADAPTER_PREFIX):
+                adapters[name] = parameter
+                dim = self.a_split_dim if is_a(name) else self.b_split_dim
+                if dim is not None:
+                    split_dims[name] = dim
+        tensors.update(
+            make_sharded_tensors_for_checkpoint(
+                adapters,
+                prefix,
+                split_dims,
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        )
+        return tensors
+
+
+class LoraColumnParallelLinear(LoraLinear, ColumnParallelLinear):
+    """Split by rows: every rank has all of A, and the rows of B for its rows of the weight."""
+
+    a_split_dim, b_split_dim = None, 0
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[s, b, out/tp] of hidden [s, b, in], or of [s/tp, b, in] with sequence parallel."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        low_rank = self.low_rank(input_)
+        if self.sequence_parallel:
+            # Gathered after A: n * rank numbers per token instead of the hidden size.
+            low_rank = gather_from_sequence_parallel_region(low_rank, group=self.tp_group)
+        else:
+            low_rank = copy_to_tensor_model_parallel_region(low_rank, group=self.tp_group)
+        return self.add_adapters(output, low_rank), bias
+
+
+class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
+    """Split by columns: every rank has all of B, and the columns of A for its part of the input."""
+
+    a_split_dim, b_split_dim = 1, None
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[s, b, out], or [s/tp, b, out] with sequence parallel, of hidden [s, b, in/tp]."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        low_rank = self.low_rank(input_)
+        if self.sequence_parallel:
+            low_rank = reduce_scatter_to_sequence_parallel_region(low_rank, group=self.tp_group)
+        else:
+            low_rank = reduce_from_tensor_model_parallel_region(low_rank, group=self.tp_group)
+        return self.add_adapters(output, low_rank), bias
+
+    def dropout_stream(self) -> contextlib.AbstractContextManager[None]:
+        # With sequence parallel the whole block already runs inside this fork.
+        if self.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
+
+
+def is_a(name: str) -> bool:
+    return name.startswith(f"{ADAPTER_PREFIX}a_")
+
+
+def is_adapter(name: str) -> bool:
+    """Tells adapters from other entries of a state dict, by their full name."""
+    return name.rpartition(".")[2].startswith(ADAPTER_PREFIX)
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+def scale_of(lora: LoraConfig) -> float:
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def matches(hf_name: str, pattern: str) -> bool:
+    """A pattern without a dot is for the last part of the name, any other for all of it."""
+    return fnmatchcase(hf_name if "." in pattern else hf_name.rpartition(".")[2], pattern)
+
+
+def target_names(architecture: Architecture, lora: LoraConfig, num_stages: int) -> list[str]:
+    """The full names of the projections, of all layers, that `lora.targets` selects.
+
+    Raises:
+        ValueError: a pattern selects nothing, or a pipeline stage is left without adapters.
+    """
+    suffix = "_proj.weight"
+    names = [name.removesuffix(".weight") for name in hf_shapes(architecture) if suffix in name]
+    for pattern in lora.targets:
+        if not any(matches(name, pattern) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise ValueError(
+                f"lora.targets: {pattern!r} selects no projection; expected one of "
+                f"{', '.join(known)}, or a pattern for names such as {names[0]}"
+            )
+    targets = [name for name in names if any(matches(name, item) for item in lora.targets)]
+    layers = {int(name.split(".")[2]) for name in targets}
+    per_stage = architecture.num_layers // num_stages
+    for stage in range(num_stages):
+        stage_layers = range(stage * per_stage, (stage + 1) * per_stage)
+        if layers.isdisjoint(stage_layers):
+            raise ValueError(
+                f"lora.targets selects nothing in layers {stage_layers[0]} to {stage_layers[-1]}, "
+                f"which pipeline stage {stage} holds, so it would have nothing to train; add "
+                "layers, or lower parallel.pipeline"
+            )
+    return targets
+
+
+def add_adapters(
+    model: SFTModel, architecture: Architecture, config: Config, parallel: Parallel
+) -> None:
+    """Freezes the model and gives the projections that `lora.targets` selects their adapters.
+
+    B is zero and A as in PEFT: uniform, from the projection's name and the seed alone, so it does
+    not depend on the layout.
+
+    Raises:
+        ValueError: `lora.targets` does not fit the model.
+    """
+    model.requires_grad_(False)
+    targets = set(target_names(architecture, config.lora, parallel.pp_size))
+    for name, rule in list(named_rules(model, architecture)):
+        hf_names = [source.removesuffix(".weight") for source in rule.sources]
+        if targets.isdisjoint(hf_names):
+            continue
+        linear: Any = model.get_submodule(name.removesuffix(".weight"))
+        is_row = isinstance(linear, RowParallelLinear)
+        linear.__class__ = LoraRowParallelLinear if is_row else LoraColumnParallelLinear
+        linear.scale, linear.dropout = scale_of(config.lora), config.lora.dropout
+        is_qkv = rule.split == "qkv"
+        groups = architecture.num_key_value_heads // parallel.tp_size
+        linear.num_groups = groups if is_qkv else 1
+        widths = qkv_widths(architecture) if is_qkv else (1,) * len(hf_names)
+        rows_per_width = len(linear.weight) // sum(widths)
+        linear.projections = tuple(
+            Projection(hf_name, width * rows_per_width, hf_name in targets)
+            for hf_name, width in zip(hf_names, widths, strict=True)
+        )
+        for projection in linear.adapted():
+            add_pair(linear, projection, config, parallel)
+    if config.model.recompute == "full" and model.pre_process:
+        # Recomputed layers get gradients only where their input asks for one.
+        model.embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
+
+
+def add_pair(
+    linear: LoraLinear, projection: Projection, config: Config, parallel: Parallel
+) -> None:
+    rank, num_columns = config.lora.rank, linear.weight.shape[1]
+    is_split = linear.a_split_dim is not None
+    num_inputs = num_columns * parallel.tp_size if is_split else num_columns
+    a = initial_a(projection.hf_name, rank, num_inputs, config.seed)
+    if is_split:
+        a = a[:, part(num_inputs, parallel)]
+    b = torch.zeros(projection.num_rows, rank)
+    split_dims = (linear.a_split_dim, linear.b_split_dim)
+    for letter, value, dim in zip("ab", (a, b), split_dims, strict=True):
+        parameter = Parameter(value.to(linear.weight, copy=True).contiguous())
+        if dim is not None:
+            set_tensor_model_parallel_attributes(parameter, True, dim, stride=1)
+        else:
+            # Each rank sees its part of the sequence, so megatron must add up the gradients.
+            parameter.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
+        linear.register_parameter(f"{ADAPTER_PREFIX}{letter}_{projection.name}", parameter)
+
+
+def initial_a(hf_name: str, rank: int, num_inputs: int, seed: int) -> Tensor:
+    """[rank, num_inputs] fp32, uniform in +-1/sqrt(num_inputs): Kaiming with a = sqrt(5)."""
+    digest = xxhash.xxh64_intdigest(f"{hf_name}.lora_A".encode(), seed=seed) >> 1
+    generator = torch.Generator().manual_seed(digest)
+    bound = 1 / math.sqrt(num_inputs)
+    return torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=generator)
+
+
+def seed_dropout(config: Config, step: int, parallel: Parallel) -> None:
+    """Makes the masks of a step a function of the seed, the step and the rank's place.
+
+    A resumed run therefore needs no generator state from its checkpoint.
+    """
+    if config.lora.dropout == 0.0:
+        return
+    place = f"{config.seed}/{step}/{parallel.dp_rank}/{parallel.pp_rank}"
+    seed = xxhash.xxh32_intdigest(place.encode())
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def adapter_fingerprint(config: Config, architecture: Architecture, weights: WeightSource) -> str:
+    """Says what a checkpoint of adapters fits to: their shape, and a probe of the base weights.
+
+    Returns: "" for a run without LoRA, whose checkpoints hold all weights.
+    """
+    lora = config.lora
+    if lora.rank == 0:
+        return ""
+    hasher = xxhash.xxh64()
+    last = architecture.num_layers - 1
+    rows = slice(0, NUM_PROBE_ROWS)
+    for name in ("model.embed_tokens.weight", f"model.layers.{last}.mlp.down_proj.weight"):
+        hasher.update(weights.read(name, rows, slice(None)).float().numpy().tobytes())
+    targets = ",".join(sorted(lora.targets))
+    return f"rank {lora.rank} scale {scale_of(lora)} of {targets} on {hasher.hexdigest()}"

@@ -1,0 +1,84 @@
+"""LoRA adapters as the directory that PEFT loads."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sft_fast.config import Config
+from sft_fast.megatron.export import write_json
+from sft_fast.megatron.hf import gather_shards
+from sft_fast.megatron.lora import LoraLinear
+from sft_fast.megatron.model import DTYPES, SFTModel
+from sft_fast.megatron.parallel import Parallel
+
+
+def export_adapter(model: SFTModel, folder: Path, config: Config, parallel: Parallel) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors; every rank calls it.
+
+    `folder` is replaced when it exists, in one rename after everything is written.
+    """
+    dtype = DTYPES[config.export.dtype or config.model.dtype]
+    if parallel.dp_rank == 0:
+        tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
+        if parallel.is_main:
+            temporary = folder.with_name(f".incomplete_{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            write_json(temporary / "adapter_config.json", peft_config(list(tensors), config))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+    dist.barrier()
+
+
+def whole_adapters(model: SFTModel, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:
+    """PEFT's name -> tensor on the CPU, of this pipeline stage."""
+    tensors = {}
+    for module in model.modules():
+        if not isinstance(module, LoraLinear):
+            continue
+        split_dims = (module.a_split_dim, module.b_split_dim)
+        for projection in module.adapted():
+            for letter, value, dim in zip("AB", module.pair(projection), split_dims, strict=True):
+                value = value.detach()
+                if dim is not None:
+                    value = torch.cat(gather_shards(value, parallel), dim)
+                name = f"base_model.model.{projection.hf_name}.lora_{letter}.weight"
+                tensors[name] = value.to("cpu", dtype, copy=True).contiguous()
+    return tensors
+
+
+def gather_stages(tensors: dict[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
+    """The tensors of all pipeline stages, sorted by name."""
+    stages: list[Any] = [None] * parallel.pp_size
+    dist.all_gather_object(stages, tensors, group=parallel.pp_group)
+    merged = {name: tensor for stage in stages for name, tensor in stage.items()}
+    return dict(sorted(merged.items()))
+
+
+def peft_config(names: list[str], config: Config) -> dict[str, Any]:
+    """adapter_config.json; it names every adapted projection in full, so no other can match."""
+    modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
+    lora = config.lora
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model.path,
+        "revision": config.model.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }

@@ -1,0 +1,495 @@
+"""LoRA is what PEFT computes, at every layout; checkpoints resume; exports are the model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rank_pool import RankPool
+from tiny import make_config, make_store, random_samples, save_tiny_llama
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SOME = ["model.layers.[13].self_attn.[qv]_proj", "down_proj"]
+NUM_SAMPLES = 12
+Tensors = dict[str, Any]
+
+
+def lora_config(
+    folder: str, output: str = "unused", lora: Any = None, parallel: Any = None, **model: Any
+) -> Any:
+    return make_config(
+        output,
+        model={"path": folder, "shape": None, **model},
+        tokenizer={"path": None},
+        # Even rows: two ranks pad no more than one, so that dropout draws as many numbers.
+        packing={"alignment": 2},
+        train={"global_batch_size": 8},
+        parallel=parallel or {},
+        lora={"rank": 3, "alpha": 5.0, **(lora or {})},
+        optim={"lr": 1e-2, "eps": 1e-3},
+    )
+
+
+def build(config: Any) -> tuple[Any, Any, Any, Any]:
+    """(run, plan, store, parallel) of a run whose adapters are random, the same at every layout."""
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron import sft
+    from sft_fast.megatron.hf import SafetensorsSource
+    from sft_fast.megatron.parallel import init_parallel
+
+    parallel = init_parallel(config)
+    folder = Path(config.model.path)
+    architecture = architecture_from_hf(read_hf_config(folder))
+    weights = SafetensorsSource(folder, architecture)
+    store = make_store(random_samples(NUM_SAMPLES, seed=3))
+    run = sft.build_run(config, architecture, weights, 2, parallel)
+    randomise_b(run.model, parallel)
+    return run, sft.make_plan(store, config, architecture), store, parallel
+
+
+def adapters(model: Any) -> Any:
+    """Yields (linear, projection) of this rank."""
+    from sft_fast.megatron.lora import LoraLinear
+
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            for projection in module.adapted():
+                yield module, projection
+
+
+def randomise_b(model: Any, parallel: Any) -> None:
+    import torch
+    import xxhash
+
+    for linear, projection in adapters(model):
+        b = linear.pair(projection)[1]
+        seed = xxhash.xxh32_intdigest(projection.hf_name.encode())
+        shards = parallel.tp_size if linear.b_split_dim == 0 else 1
+        whole = torch.randn(
+            len(b) * shards, b.shape[1], generator=torch.Generator().manual_seed(seed)
+        )
+        with torch.no_grad():
+            b.copy_(whole.chunk(shards)[parallel.tp_rank if shards > 1 else 0] * 0.1)
+
+
+def take_steps(config: Any, count: int, run: Any, plan: Any, store: Any, parallel: Any) -> Any:
+    """(loss, grad_norm) of optimizer steps, each over the same global batch."""
+    from sft_fast.megatron import sft
+    from sft_fast.megatron.lora import seed_dropout
+
+    results = []
+    with sft.open_batches(store, plan, [0] * count, config, parallel) as batches:
+        for step in range(count):
+            seed_dropout(config, step, parallel)
+            num_supervised = plan.counts(0).num_supervised
+            result = sft.train_step(run, batches, num_supervised, config, parallel)
+            results.append((result.loss, result.grad_norm))
+    return results
+
+
+def losses_and_norms(folder: str, lora: Any, parallel: Any, model: Any) -> list[Any]:
+    config = lora_config(folder, lora=lora, parallel=parallel, **model)
+    return take_steps(config, 3, *build(config))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_llama(folder, tie_word_embeddings=True)
+    return str(folder)
+
+
+SEQUENCE = {"tensor": 2, "sequence": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# name: world size, parallel section, model section
+LAYOUTS: dict[str, tuple[int, Any, Any]] = {
+    "recompute": (1, {}, {"recompute": "full"}),
+    "dp2-overlap": (2, OVERLAP, {}),
+    "dp2-plain-optimizer": (2, {"distributed_optimizer": False}, {}),
+    "tp2": (2, {"tensor": 2}, {}),
+    "tp2-sequence": (2, SEQUENCE, {}),
+    "tp2-sequence-recompute": (2, SEQUENCE, {"recompute": "full"}),
+    "pp2": (2, {"pipeline": 2}, {}),
+    "tp2-pp2-sequence": (4, {"pipeline": 2, **SEQUENCE}, {}),
+}
+EXPECTED: dict[str, list[Any]] = {}
+
+
+@pytest.mark.parametrize("targets", ["all", "some"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
+    rank_pool: RankPool, llama: str, layout: str, targets: str
+) -> None:
+    lora = {"targets": ALL if targets == "all" else SOME}
+    if targets not in EXPECTED:
+        (EXPECTED[targets],) = rank_pool.run(1, losses_and_norms, llama, lora, {}, {})
+        losses = [loss for loss, _ in EXPECTED[targets]]
+        assert losses[0] > losses[1] > losses[2]
+    world_size, *arguments = LAYOUTS[layout]
+    for steps in rank_pool.run(world_size, losses_and_norms, llama, lora, *arguments):
+        for got, expected in zip(steps, EXPECTED[targets], strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Tensors:
+    """PEFT name -> gradient of one global batch; also exports adapter and merged model."""
+    import torch
+
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron import sft
+    from sft_fast.megatron.hf import export_weights, gather_shards
+    from sft_fast.megatron.lora_export import export_adapter
+    from sft_fast.megatron.model import unwrap
+    from sft_fast.megatron.optim import normalise_by
+
+    config = lora_config(folder, output, lora, parallel_section)
+    run, plan, store, parallel = build(config)
+    normalise_by(run.model, plan.counts(0).num_supervised)
+    with sft.open_batches(store, plan, [0], config, parallel) as batches:
+        sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
+    found = {}
+    for linear, projection in adapters(run.model):
+        dims = (linear.a_split_dim, linear.b_split_dim)
+        for letter, parameter, dim in zip("AB", linear.pair(projection), dims, strict=True):
+            shards = gather_shards(parameter.main_grad, parallel)
+            whole = shards[0] if dim is None else torch.cat(shards, dim)
+            assert dim is not None or all(torch.equal(shard, whole) for shard in shards)
+            name = f"base_model.model.{projection.hf_name}.lora_{letter}.weight"
+            found[name] = whole.clone().numpy()
+    export_adapter(unwrap(run.model), Path(output) / "adapter", config, parallel)
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    architecture = architecture_from_hf(read_hf_config(Path(folder)))
+    merged = Path(output) / "merged"
+    merged.mkdir(exist_ok=True)
+    export_weights(unwrap(run.model), merged, architecture, parallel, torch.float32)
+    for name, value in run.model.named_parameters():
+        assert torch.equal(value, before[name]), name
+    return found
+
+
+class OracleLora:
+    """W x + scale * B A x, written down once more, on a transformers model."""
+
+    def __init__(self, model: Any, adapter: Path):
+        from safetensors.torch import load_file
+
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        rank = config["r"]
+        self.scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+        self.pairs = load_file(adapter / "adapter_model.safetensors")
+        for target in config["target_modules"]:
+            prefix = f"base_model.model.{target}.lora_"
+            pair = [self.pairs[f"{prefix}{letter}.weight"].requires_grad_() for letter in "AB"]
+            model.get_submodule(target).register_forward_hook(self.hook(*pair))
+
+    def hook(self, a: Any, b: Any) -> Any:
+        return lambda module, inputs, out: out + self.scale * (inputs[0] @ a.T @ b.T)
+
+
+def load_llama(folder: str | Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def mean_loss(model: Any) -> Any:
+    """The same global batch as `build`, one sample at a time."""
+    import torch
+
+    total, count = 0.0, 0
+    for ids, supervised in random_samples(NUM_SAMPLES, seed=3):
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        mask = torch.tensor(supervised[1:], dtype=torch.bool)
+        targets = torch.tensor(ids[1:])
+        total += torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="sum")
+        count += int(mask.sum())
+    return total / count
+
+
+def assert_close(found: Tensors, expected: Tensors) -> None:
+    import torch
+
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max()
+        assert scale > 0, name
+        error = (torch.as_tensor(found[name]) - value).abs().max() / scale
+        assert error < 2e-5, (name, error)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "lora", "parallel"),
+    [(1, {}, {}), (2, {"rslora": True}, SEQUENCE), (2, {"targets": SOME}, {"tensor": 2})],
+)
+def test_gradient_merge_and_export_equal_the_definition(
+    rank_pool: RankPool, llama: str, tmp_path: Path, world_size: int, lora: Any, parallel: Any
+) -> None:
+    import torch
+
+    arguments = (llama, str(tmp_path), lora, parallel)
+    found = rank_pool.run(world_size, gradients, *arguments)[0]
+    oracle_model = load_llama(llama).requires_grad_(False)
+    oracle = OracleLora(oracle_model, tmp_path / "adapter")
+    mean_loss(oracle_model).backward()
+    assert_close(found, {name: value.grad for name, value in oracle.pairs.items()})
+    if "targets" in lora:
+        names = {name.split(".lora_")[0].rpartition("model.layers.")[2] for name in found}
+        attention = {f"{layer}.self_attn.{name}_proj" for layer in (1, 3) for name in "qv"}
+        assert names == attention | {f"{layer}.mlp.down_proj" for layer in range(4)}
+
+    shutil.copy(Path(llama) / "config.json", tmp_path / "merged")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = oracle_model(ids).logits
+        merged = load_llama(tmp_path / "merged")(ids).logits
+        assert (merged - expected).abs().max() < 2e-5 * expected.abs().max()
+        assert (load_llama(llama)(ids).logits - expected).abs().max() > 0.01
+
+
+def test_peft_loads_the_adapter_and_has_the_same_gradient(
+    rank_pool: RankPool, llama: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    (found,) = rank_pool.run(1, gradients, llama, str(tmp_path), {"rslora": True}, {})
+    model = peft.PeftModel.from_pretrained(
+        load_llama(llama), tmp_path / "adapter", is_trainable=True
+    )
+    mean_loss(model).backward()
+    expected = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert_close(found, expected)
+
+
+def what_is_frozen(folder: str) -> dict[str, Any]:
+    import torch
+
+    from sft_fast.megatron.model import unwrap
+
+    config = lora_config(folder)
+    run, *rest = build(config)
+    model = unwrap(run.model)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    asks: list[bool] = []
+    for layer in model.decoder.layers:
+        linear = layer.self_attention.linear_qkv
+        linear.register_forward_pre_hook(
+            lambda module, inputs: asks.append(inputs[0].requires_grad)
+        )
+    take_steps(config, 1, run, *rest)
+    changed = {
+        name.rpartition(".")[2][:7]
+        for name, value in model.named_parameters()
+        if not torch.equal(value, before[name])
+    }
+    head = model.output_layer.weight
+    has_gradient = hasattr(head, "main_grad") or head.grad is not None
+    return {"changed": changed, "asks": asks[:4], "head has a gradient": has_gradient}
+
+
+def test_the_base_is_frozen_and_the_first_layer_asks_for_no_input_gradient(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    save_tiny_llama(tmp_path, tie_word_embeddings=False)
+    (result,) = rank_pool.run(1, what_is_frozen, str(tmp_path))
+    assert result == {
+        "changed": {"lora_a_", "lora_b_"},
+        "asks": [False, True, True, True],
+        "head has a gradient": False,
+    }
+
+
+def dropout_losses(folder: str, targets: list[str], parallel: Any) -> list[Any]:
+    config = lora_config(folder, lora={"dropout": 0.3, "targets": targets}, parallel=parallel)
+    return take_steps(config, 2, *build(config))
+
+
+def test_dropout_masks_are_shared_where_the_input_is(rank_pool: RankPool, llama: str) -> None:
+    column = ["q_proj", "v_proj", "up_proj"]
+    (alone,) = rank_pool.run(1, dropout_losses, llama, column, {})
+    for split in rank_pool.run(2, dropout_losses, llama, column, {"tensor": 2}):
+        for got, expected in zip(split, alone, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+    (without,) = rank_pool.run(1, losses_and_norms, llama, {"targets": column}, {}, {})
+    assert alone[0] != pytest.approx(without[0], rel=1e-3)
+    for parallel in ({"tensor": 2}, SEQUENCE):
+        first, second = rank_pool.run(2, dropout_losses, llama, ALL, parallel)
+        assert first == second
+        assert all(0 < loss < 20 for loss, _ in first)
+
+
+SMALL = """
+output_dir: {output}
+seed: 7
+model: {{path: {model}, dtype: {dtype}}}
+data: {{train: {train}}}
+packing: {{capacity: 128}}
+train: {{steps: 4, global_batch_size: 4}}
+optim: {{lr: 1e-2, eps: 1e-3}}
+lora: {{rank: 4, dropout: {dropout}}}
+checkpoint: {{every_steps: 2, keep_last: 3}}
+"""
+
+
+def call_main(arguments: list[str]) -> tuple[int, str, str]:
+    """Runs the trainer inside a pool rank; returns (exit code, stdout, stderr)."""
+    import contextlib
+    import io
+
+    from sft_fast.train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(pool: RankPool, world_size: int, *arguments: str) -> None:
+    for code, _, err in pool.run(world_size, call_main, ["--config", *arguments]):
+        assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A training file and a model with the demo tokenizer."""
+    folder = tmp_path_factory.mktemp("chats")
+    with (folder / "train.jsonl").open("w") as file:
+        for number in range(60):
+            user = {"role": "user", "content": f"next of {number}"}
+            assistant = {"role": "assistant", "content": str(number + 1)}
+            file.write(json.dumps({"messages": [user, assistant]}) + "\n")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sft_fast.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer("demo", None)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return {"train": str(folder / "train.jsonl"), "model": str(folder / "model")}
+
+
+def write_config(
+    folder: Path, chats: dict[str, str], name: str, dtype: str = "fp32", dropout: float = 0.0
+) -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(SMALL.format(output=folder / name, dtype=dtype, dropout=dropout, **chats))
+    return str(path)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    name = "checkpoints/step_00000002"
+    shutil.copytree(source / name, target / name)
+
+
+def step_losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+def saved_names(checkpoint: Path) -> set[str]:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [("fp32", 0.2), ("bf16", 0.0)])
+def test_a_resumed_run_is_bit_identical(
+    rank_pool: RankPool, chats: dict[str, str], tmp_path: Path, dtype: str, dropout: float
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    train(rank_pool, 2, write_config(tmp_path, chats, "unbroken", dtype, dropout))
+    copy_checkpoint(tmp_path / "unbroken", tmp_path / "broken")
+    train(rank_pool, 2, write_config(tmp_path, chats, "broken", dtype, dropout))
+    assert step_losses(tmp_path / "broken") == step_losses(tmp_path / "unbroken")[2:]
+    files = ("adapter/adapter_model.safetensors", "export/model.safetensors")
+    for file in files:
+        expected = load_file(tmp_path / "unbroken" / file)
+        for name, value in load_file(tmp_path / "broken" / file).items():
+            assert torch.equal(value, expected[name]), name
+            assert "lora_B" not in name or value.any(), name
+
+    names = saved_names(tmp_path / "unbroken/checkpoints/step_00000004")
+    weights = {name for name in names if name.startswith(("decoder", "embedding", "output"))}
+    assert weights and all(".lora_" in name for name in weights), weights
+
+
+def test_adapters_resume_in_another_layout(
+    rank_pool: RankPool, chats: dict[str, str], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, chats, "run")
+    train(rank_pool, 1, config)
+    losses = step_losses(tmp_path / "run")
+    layouts = (["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"])
+    for number, layout in enumerate(layouts):
+        other = tmp_path / f"layout{number}"
+        copy_checkpoint(tmp_path / "run", other)
+        train(rank_pool, 2, config, f"output_dir={other}", *layout)
+        assert step_losses(other) == pytest.approx(losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rank=8", "adapter_fingerprint"),
+        ("lora.rank=0", "adapter_fingerprint"),
+        ("lora.targets=[q_proj]", "adapter_fingerprint"),
+        ("lora.targets=[q_proj, query]", "'query' selects no projection"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(
+    rank_pool: RankPool, chats: dict[str, str], tmp_path: Path, override: str, message: str
+) -> None:
+    config = write_config(tmp_path, chats, "run")
+    train(rank_pool, 1, config, "train.steps=1", "export.enabled=false")
+    arguments = ["--config", config, "train.steps=1", override]
+    ((code, _, err),) = rank_pool.run(1, call_main, arguments)
+    assert code != 0 and message in err
+
+
+def test_adapters_are_refused_on_another_base(
+    rank_pool: RankPool, chats: dict[str, str], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = write_config(tmp_path, chats, "run")
+    train(rank_pool, 1, config, "train.steps=1", "export.enabled=false")
+    other = tmp_path / "other"
+    shutil.copytree(chats["model"], other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--config", config, "train.steps=1", f"model.path={other}"]
+    ((code, _, err),) = rank_pool.run(1, call_main, arguments)
+    assert code != 0 and "adapter_fingerprint" in err
+
+
+def test_a_stage_without_adapters_is_refused() -> None:
+    from sft_fast.architecture import architecture_from_hf
+    from sft_fast.config import LoraConfig
+    from sft_fast.megatron.lora import target_names
+
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 8}
+    architecture = architecture_from_hf(
+        {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, **shape}
+    )
+    lora = LoraConfig(rank=2, targets=["model.layers.[01].*.q_proj"])
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert target_names(architecture, lora, 1) == names
+    with pytest.raises(ValueError, match="layers 2 to 3.*pipeline stage 1"):
+        target_names(architecture, lora, 2)
