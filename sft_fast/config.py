@@ -8,7 +8,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from sft_fast import primus
 from sft_fast.config_checks import cross_field_problems
@@ -118,30 +127,89 @@ class TokenizerConfig(Section):
     path: PathText | None = None
     """Directory or hub id; null = model.path; "demo" = the embedded one."""
     chat_template: PathText | None = None
-    """Jinja file that replaces the tokenizer's own chat template."""
+    """Jinja file, or alpaca, chatml, gemma, llama2, llama3, zephyr, that replaces the tokenizer's
+    own chat template."""
+
+
+class DataSource(Section):
+    """One of several sources; what is null here is as in the section `data`."""
+
+    path: PathText
+    """As data.train."""
+    split: Text | None = None
+    """Split or split expression, e.g. train[:1%]; null = the split of the section."""
+    format: Text | None = None
+    """As data.format."""
+    fields: dict[str, str] | None = None
+    """As data.fields."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the samples, relative to the other weights; null for all = every sample is used."""
+    repeat: Positive = 1
+    """How many times each sample is used in one epoch; with a weight: at most."""
+
+
+def _sources(value: object) -> object:
+    """Checks a path, or a list of paths and sources."""
+    if isinstance(value, list):
+        if not value or not all(isinstance(item, str | dict | DataSource) for item in value):
+            raise PydanticCustomError("sources", "a path, or a list of paths and sources")
+        items = [{"path": item} if isinstance(item, str) else item for item in value]
+        return _SOURCE_LIST.validate_python(items)
+    return _PATH.validate_python(value)
+
+
+_PATH: TypeAdapter[str] = TypeAdapter(PathText)
+_SOURCE_LIST: TypeAdapter[list[DataSource]] = TypeAdapter(list[DataSource])
+Sources = Annotated[str | list[DataSource], PlainValidator(_sources)]
 
 
 class DataConfig(Section):
-    """Where the samples come from."""
+    """Where the samples come from and what of them is trained."""
 
-    train: PathText
-    """Training data: a .jsonl or .json file, a directory, a hub id, or "demo"."""
-    eval: PathText | None = None
+    train: Sources
+    """Training data: a file (json, jsonl, csv, tsv, parquet, arrow; .gz, .zst), a directory, a
+    glob, a hub id `owner/name[:config][@revision]`, "demo"; or a list of sources."""
+    eval: Sources | None = None
     """Evaluation data, same forms; null = no evaluation."""
     train_split: Text = "train"
     """Split or split expression of `train`, e.g. train[:1%]."""
     eval_split: Text | None = None
     """Split or split expression of `eval`; null = the source decides."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the rows of `train` that is held out for evaluation; equal rows stay together."""
+    eval_overlap: Literal["error", "allow"] = "error"
+    """What happens when evaluation samples are training samples too."""
+    streaming: bool = False
+    """Read hub data while it comes, without a copy on disk; slices are row numbers only."""
     format: Text = "auto"
-    """Formatter of a row (alpaca, chatml, openai, messages, sharegpt, ...); auto = by columns."""
+    """Formatter of a row (alpaca, chatml, openai, messages, sharegpt, ...) or a file with your own,
+    my_format.py or my_formats.py:name; auto = by columns."""
     fields: dict[str, str] = {}
     """Our field -> the source's column, e.g. {instruction: question, response: answer}."""
-    over_length: Literal["error", "drop", "truncate_right"] = "error"
+    row_functions: list[Text] = []
+    """Registered functions, or files with them, that change what is read and not what is learnt."""
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Assistant turns with a loss."""
+    train_tool_calls: bool = True
+    """Whether assistant turns with tool calls have a loss."""
+    train_reasoning: bool = True
+    """Whether the reasoning in front of an answer has a loss."""
+    changing_history: Literal["error", "expand"] = "error"
+    """A template that rewrites earlier answers: expand = one sample per answer."""
+    trim_tail: bool = True
+    """Cut off what follows the last supervised token; false for MoE auxiliary losses and MTP."""
+    over_length: Literal["error", "drop", "truncate_right", "truncate_left", "split_turns"] = (
+        "error"
+    )
     """What happens to a sample longer than packing.capacity."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used stops the run, or is left out, counted and listed."""
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Largest share of rows that may be left out because they cannot be used."""
     cache_dir: PathText | None = None
     """Directory of the tokenised data; null = <output_dir>/data."""
+    num_processes: Positive | None = None
+    """Processes that tokenise; null = one for small data, else one per core."""
 
 
 class PackingConfig(Section):

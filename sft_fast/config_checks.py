@@ -143,6 +143,13 @@ def _parallel_problems(config: Config) -> Iterator[Problem]:
 
 def _evaluation_problems(config: Config) -> Iterator[Problem]:
     evaluation = config.evaluation
+    if config.data.eval is not None and config.data.eval_fraction is not None:
+        yield Problem(
+            ("data.eval", "data.eval_fraction"),
+            "both",
+            "evaluation data of its own, or a share of the training data",
+            "data.eval_fraction=null",
+        )
     wanted = {
         "data.eval_split": config.data.eval_split,
         "evaluation.every_steps": evaluation.every_steps,
@@ -150,7 +157,7 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
         "evaluation.exact_match_samples": evaluation.exact_match_samples,
     }
     for key, value in wanted.items():
-        if value and config.data.eval is None:
+        if value and config.data.eval is None and config.data.eval_fraction is None:
             yield Problem(
                 (key, "data.eval"),
                 f"{value}, but there is no evaluation data",

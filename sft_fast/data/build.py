@@ -2,128 +2,172 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import xxhash
 
-from sft_fast.data.conversation import Conversation
-from sft_fast.data.formats import ConversationReader, format_names, get_format
+from sft_fast.data.format_registry import (
+    can_be_loaded_elsewhere,
+    code_digest,
+    format_names,
+    load_format,
+)
 from sft_fast.data.json_rows import BadRow, Row
-from sft_fast.data.render import ChatRenderer, RenderedChat, Sample
-from sft_fast.data.source import Rows
-from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
+from sft_fast.data.render import MaskOptions
+from sft_fast.data.sample_maker import (
+    Batch,
+    MakerOptions,
+    Outcome,
+    OverLength,
+    SampleMaker,
+    make_all,
+)
+from sft_fast.data.source import Source
+from sft_fast.data.store import REJECTED_FILE, DataReport, StoreWriter, TokenStore, open_store
 from sft_fast.data.tokenizer import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever the same rows and options give other tokens or another mask than before."""
-BATCH_CONVERSATIONS = 512
+BATCH_ROWS = 512
 SHOWN_ROWS = 5
-OverLength = Literal["error", "drop", "truncate_right"]
+PROGRESS_SECONDS = 1.0
 OnBadRow = Literal["error", "skip"]
-OVER_LENGTH: tuple[OverLength, ...] = get_args(OverLength)
-ON_BAD_ROW: tuple[OnBadRow, ...] = get_args(OnBadRow)
+Progress = Callable[[str], None]
+# Reasons in the list of rejected rows that are no rejections, or follow from a chosen policy.
+_NOTES = ("truncated", "split")
+_WANTED = ("too long",)
+_TRUNCATED = "nothing to learn"
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What, beside the rows, the format and the tokenizer, decides the content of a store.
+    """What, beside the source and the tokenizer, decides the content of a store.
 
     Attributes:
         capacity: tokens of a packed row; no sample is longer.
         over_length: what happens to longer samples: "error" stops with their list, "drop" leaves
-            them out, "truncate_right" cuts their end off.
+            them out, "truncate_right" and "truncate_left" cut their end or start off,
+            "split_turns" makes several conversations of one.
         on_bad_row: "error" stops with the list of the rows that cannot be used, "skip" leaves them
             out. What is left out is counted and listed either way.
-        fields: our field -> the source's column.
+        max_rejected: largest share of rows, 0 to 1, that may be left out because they cannot be
+            used, or have nothing to learn once they are truncated.
+        mask: what is supervised.
+        row_functions: registered functions that each conversation goes through, in order.
     """
 
     capacity: int
     over_length: OverLength = "error"
     on_bad_row: OnBadRow = "error"
-    fields: Mapping[str, str] = field(default_factory=dict)
+    max_rejected: float = 0.01
+    mask: MaskOptions = field(default_factory=MaskOptions)
+    row_functions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("over_length", OVER_LENGTH), ("on_bad_row", ON_BAD_ROW)):
-            if getattr(self, name) not in allowed:
-                found = getattr(self, name)
+        for name, kind in (("over_length", OverLength), ("on_bad_row", OnBadRow)):
+            found, allowed = getattr(self, name), get_args(kind)
+            if found not in allowed:
                 raise ValueError(f"{name} is {found!r}; expected one of {', '.join(allowed)}")
         if self.capacity < 2:
             raise ValueError(f"capacity is {self.capacity}; expected 2 tokens at least")
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"max_rejected is {self.max_rejected}; expected a share from 0 to 1")
 
 
 def store_fingerprint(
-    rows: Rows, format_name: str, tokenizer: PreTrainedTokenizerBase, options: BuildOptions
+    source: Source, tokenizer: PreTrainedTokenizerBase, options: BuildOptions
 ) -> tuple[str, dict[str, Any]]:
     """xxh3_128 of everything that a store's content depends on, and the parts it is made of.
 
-    Where the source and the tokenizer are kept does not count, only what they contain.
+    Where the source and the tokenizer are kept does not count, only what they contain. Neither do
+    the capacity, where no sample is changed for it, nor what is done about bad rows: a store is
+    checked against these whenever it is opened.
     """
+    is_auto = source.format_name == "auto"
+    formats = format_names() if is_auto else (load_format(source.format_name).name,)
     parts: dict[str, Any] = {
         "code": CODE_VERSION,
-        "source": rows.digest,
-        "format": format_name,
-        "format_code": _format_code(format_name),
+        "source": source.rows.digest,
+        "format": "auto" if is_auto else formats[0],
+        "fields": dict(source.fields),
+        "own_code": code_digest(formats, options.row_functions),
+        "row_functions": [name.rpartition("/")[2] for name in options.row_functions],
         "template": _digest(tokenizer.chat_template),
         "tokenizer": tokenizer_digest(tokenizer),
-        **asdict(options),
+        "mask": asdict(options.mask),
     }
+    if options.over_length != "error":
+        parts |= {"over_length": options.over_length, "capacity": options.capacity}
     return _digest(parts), parts
 
 
 def prepare_store(
-    rows: Rows,
-    format_name: str,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     options: BuildOptions,
     cache_dir: str | Path,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
 ) -> TokenStore:
     """Opens the store of these inputs in `cache_dir`, and builds it first where it is missing.
 
     A damaged store is built anew. Arguments and errors are those of `build_store`.
     """
-    fingerprint, _ = store_fingerprint(rows, format_name, tokenizer, options)
+    fingerprint, _ = store_fingerprint(source, tokenizer, options)
     path = Path(cache_dir) / fingerprint
     if path.exists():
         try:
-            return open_store(path)
+            store = open_store(path)
         except ValueError:
             shutil.rmtree(path)
-    return build_store(rows, format_name, tokenizer, options, path)
+        else:
+            _check_store(store, options)
+            return store
+    return build_store(source, tokenizer, options, path, processes=processes, progress=progress)
 
 
 def build_store(
-    rows: Rows,
-    format_name: str,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     options: BuildOptions,
     path: str | Path,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
 ) -> TokenStore:
     """Reads, formats, renders and tokenises every row, and writes the store in one step.
 
     Args:
-        rows: from `load_rows`.
-        format_name: a registered format, or "auto": decided by the first row of each file.
+        source: the rows and how to read them; weight and repeat play no part here.
         tokenizer: from `load_tokenizer`.
         options: see `BuildOptions`.
         path: directory of the store; must not exist.
+        processes: how many work on it; None: one for small sources, else one per core. The result
+            is the same.
+        progress: called with a line of text about once a second.
 
     Raises:
-        ValueError: rows that cannot be used or are too long, where the options say "error"; or
-            none is left. The message names file:line.
+        ValueError: rows that cannot be used or are too long, where the options say "error"; more
+            of them than `max_rejected`; or none is left. The message names file:line.
     """
-    fingerprint, parts = store_fingerprint(rows, format_name, tokenizer, options)
+    fingerprint, parts = store_fingerprint(source, tokenizer, options)
     with StoreWriter(path) as writer:
-        builder = _Builder(rows, format_name, tokenizer, options, writer)
-        return writer.commit(fingerprint, parts, builder.run())
+        builder = _Builder(source, tokenizer, options, writer, progress)
+        store = writer.commit(fingerprint, parts, builder.run(processes))
+    _check_store(store, options)
+    return store
 
 
 class _Builder:
@@ -131,151 +175,172 @@ class _Builder:
 
     def __init__(
         self,
-        rows: Rows,
-        format_name: str,
+        source: Source,
         tokenizer: PreTrainedTokenizerBase,
         options: BuildOptions,
         writer: StoreWriter,
+        progress: Progress | None,
     ) -> None:
-        self._rows = rows
-        self._options = options
+        self._source, self._tokenizer, self._options = source, tokenizer, options
         self._writer = writer
-        self._reader = ConversationReader(format_name, options.fields)
-        self._renderer = ChatRenderer(tokenizer)
-        self._report = DataReport(
-            source=rows.name,
-            formats=self._reader.formats,
-            template=self._renderer.template_source,
+        self._progress = progress
+        self._told = time.monotonic()
+        self._maker_options = MakerOptions(
+            source.format_name,
+            source.fields,
+            options.row_functions,
+            options.mask,
+            options.capacity,
+            options.over_length,
         )
-        self._bad_rows: list[str] = []
-        self._too_long: list[str] = []
+        self._maker = SampleMaker(tokenizer, self._maker_options)
+        self._report = DataReport(source=source.rows.name, template=self._maker.template_source)
+        self._bad_rows: list[tuple[str, str]] = []
+        self._unread: deque[list[tuple[int, Outcome]]] = deque()
 
-    def run(self) -> DataReport:
-        batch: list[tuple[Row, RenderedChat]] = []
-        for row, conversation in self._conversations():
-            try:
-                batch.append((row, self._renderer.render(conversation)))
-            except ValueError as error:
-                self._bad_row(row.file, row.line, "not rendered", f"{row.origin}: {error}")
-            if len(batch) == BATCH_CONVERSATIONS:
-                self._tokenize(batch)
-                batch = []
-        if batch:
-            self._tokenize(batch)
-        self._raise_collected()
+    def run(self, processes: int | None) -> DataReport:
+        names = format_names() if self._source.format_name == "auto" else ()
+        names = names or (self._source.format_name,)
+        if not can_be_loaded_elsewhere(names, self._options.row_functions):
+            processes = 1
+        columns: dict[str, str] = {}
+        outcomes = make_all(
+            self._maker, self._tokenizer, self._maker_options, self._batches(), processes
+        )
+        for batch in outcomes:
+            for place, outcome in self._unread.popleft():
+                batch.insert(place, outcome)
+            for outcome in batch:
+                self._add(outcome)
+            self._tell()
+        for _, outcome in self._unread.popleft():
+            self._add(outcome)
+        for file, known in self._maker.files.items():
+            columns[file] = f"{known.name} (columns {', '.join(known.types)})"
+        self._report.formats = columns
+        _check_report(self._report, self._options, self._bad_rows)
         return self._report
 
-    def _conversations(self) -> Iterator[tuple[Row, Conversation]]:
-        for row in self._rows.scan():
+    def _batches(self) -> Iterator[Batch]:
+        batch: list[Row] = []
+        # Rows without a batch to go to come back in their place, whoever makes the others.
+        unread: list[tuple[int, Outcome]] = []
+        for row in self._source.rows.scan():
             self._report.rows += 1
-            if isinstance(row, BadRow):
-                self._bad_row(row.file, row.line, row.reason, row.message)
+            rejected = self._unusable(row)
+            if rejected is not None:
+                place = len(batch) + len(unread)
+                unread.append((place, Outcome(row.file, row.line, rejected=rejected)))
                 continue
-            try:
-                conversation = self._reader(row)
-            except ValueError as error:
-                self._bad_row(row.file, row.line, "not in the format", str(error))
-                continue
-            yield row, conversation
+            assert isinstance(row, Row), "the others are unusable"
+            batch.append(row)
+            if len(batch) == BATCH_ROWS:
+                self._unread.append(unread)
+                yield self._batch(batch)
+                batch, unread = [], []
+        if batch:
+            self._unread.append(unread)
+            yield self._batch(batch)
+            unread = []
+        self._unread.append(unread)
 
-    @property
-    def _stopping(self) -> bool:
-        return bool(self._bad_rows) and self._options.on_bad_row == "error"
-
-    def _tokenize(self, batch: list[tuple[Row, RenderedChat]]) -> None:
-        if self._stopping:
-            # The costly step; the other rows are still read, to list the bad ones.
-            return
+    def _unusable(self, row: Row | BadRow) -> tuple[str, str] | None:
+        """Reason and message for a row that cannot be read, or whose format nobody knows."""
+        if isinstance(row, BadRow):
+            return row.reason, row.message
         try:
-            samples = self._renderer.tokenize([chat for _, chat in batch])
-        except ValueError:
-            # One chat is at fault: find it, the others are good.
-            samples = []
-            kept = []
-            for row, chat in batch:
-                try:
-                    samples += self._renderer.tokenize([chat])
-                    kept.append((row, chat))
-                except ValueError as error:
-                    self._bad_row(row.file, row.line, "not tokenized", f"{row.origin}: {error}")
-            batch = kept
-        for (row, _), sample in zip(batch, samples, strict=True):
-            self._add(row, sample)
+            self._maker.look(row)
+        except ValueError as error:
+            return "not in the format", f"{row.origin}: {error}"
+        return None
 
-    def _add(self, row: Row, sample: Sample) -> None:
-        length, capacity = len(sample.input_ids), self._options.capacity
-        self._report.longest = max(self._report.longest, length)
-        input_ids, supervised = sample.input_ids, sample.supervised
-        if length > capacity:
-            message = f"{row.origin}: {length} tokens"
-            self._too_long.append(message)
-            if self._options.over_length != "truncate_right":
-                self._reject(row.file, row.line, "too long", message)
-                return
-            input_ids, supervised = input_ids[:capacity], supervised[:capacity]
-        if not supervised[1:].any():
-            message = f"{row.origin}: no supervised token among the first {capacity}"
-            self._reject(row.file, row.line, "nothing to learn", message)
+    def _batch(self, rows: list[Row]) -> Batch:
+        files = {row.file: self._maker.files[row.file] for row in rows}
+        # Once the build cannot succeed, the other rows are only read, to list the bad ones.
+        is_lost = any(reason != _TRUNCATED for reason, _ in self._bad_rows[:1])
+        needs_samples = not is_lost or self._options.on_bad_row == "skip"
+        return rows, files, needs_samples
+
+    def _add(self, outcome: Outcome) -> None:
+        report = self._report
+        report.longest = max(report.longest, outcome.longest)
+        report.truncated += outcome.truncated if outcome.rejected is None else 0
+        report.split += len(outcome.samples) > 1
+        report.trimmed_turns += outcome.trimmed_turns
+        if outcome.rejected is not None:
+            self._reject(outcome.file, outcome.line, *outcome.rejected)
             return
-        if length > capacity:
-            self._report.truncated += 1
-            self._writer.reject(row.file, row.line, "truncated", message)
-        self._writer.add(input_ids, supervised, row.file, row.line)
-        self._report.samples += 1
-        self._report.tokens += len(input_ids)
-        self._report.supervised_tokens += int(supervised[1:].sum())
-        self._report.boundary_tokens += sample.boundary_tokens
-
-    def _bad_row(self, file: str, line: int, reason: str, message: str) -> None:
-        self._bad_rows.append(message)
-        self._reject(file, line, reason, message)
+        for reason, message in outcome.notes:
+            self._writer.reject(outcome.file, outcome.line, reason, message)
+        for sample in outcome.samples:
+            ids, supervised = sample.input_ids, sample.supervised
+            self._writer.add(ids, supervised, outcome.file, outcome.line, sample.weights)
+            report.samples += 1
+            report.tokens += len(ids)
+            report.supervised_tokens += int(np.count_nonzero(supervised[1:]))
+            report.boundary_tokens += sample.boundary_tokens
 
     def _reject(self, file: str, line: int, reason: str, message: str) -> None:
+        if reason not in _WANTED:
+            self._bad_rows.append((reason, message))
         self._report.rejected[reason] = self._report.rejected.get(reason, 0) + 1
         self._writer.reject(file, line, reason, message)
 
-    def _raise_collected(self) -> None:
-        if self._stopping:
-            raise ValueError(
-                f"{len(self._bad_rows)} of {self._report.rows} rows of {self._rows.name} cannot "
-                f"be used; mend or remove them:\n{_first(self._bad_rows)}"
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self._progress is not None and now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            self._progress(
+                f"{self._source.rows.name}: {self._report.rows} rows, {self._report.tokens} tokens"
             )
-        if self._too_long and self._options.over_length == "error":
-            raise ValueError(
-                f"{len(self._too_long)} of {self._report.rows} samples of {self._rows.name} are "
-                f"longer than packing.capacity = {self._options.capacity} tokens, the longest has "
-                f"{self._report.longest}. Set packing.capacity to {self._report.longest} or more, "
-                f"or data.over_length to drop or truncate_right:\n{_first(self._too_long)}"
-            )
-        if not self._report.samples:
-            reasons = ", ".join(f"{count} {why}" for why, count in self._report.rejected.items())
-            raise ValueError(f"no sample of {self._rows.name} can be used: {reasons}")
 
 
-def _first(messages: list[str]) -> str:
+def _check_store(store: TokenStore, options: BuildOptions) -> None:
+    """Checks a store against the options that its fingerprint leaves out."""
+    report = store.report
+    lines = (store.path / REJECTED_FILE).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    bad = [(entry["reason"], entry["message"]) for entry in entries]
+    ignored = (*_NOTES, *_WANTED)
+    _check_report(report, options, [entry for entry in bad if entry[0] not in ignored])
+    if options.over_length == "error" and report.longest > options.capacity:
+        too_long = np.flatnonzero(store.lengths > options.capacity)
+        shown = [f"{store.origin(i)}: {store.lengths[i]} tokens" for i in too_long[:SHOWN_ROWS]]
+        raise ValueError(
+            f"{len(too_long)} of {report.samples} samples of {report.source} are longer than "
+            f"packing.capacity = {options.capacity} tokens, the longest has {report.longest}. Set "
+            f"packing.capacity to {report.longest} or more, or data.over_length to drop, "
+            f"truncate_right, truncate_left or split_turns:\n{_first(shown, len(too_long))}"
+        )
+
+
+def _check_report(
+    report: DataReport, options: BuildOptions, bad_rows: list[tuple[str, str]]
+) -> None:
+    """Checks what was left out, (reason, message) of each row."""
+    unusable = [message for reason, message in bad_rows if reason != _TRUNCATED]
+    if unusable and options.on_bad_row == "error":
+        raise ValueError(
+            f"{len(unusable)} of {report.rows} rows of {report.source} cannot be used; mend or "
+            f"remove them:\n{_first(unusable, len(unusable))}"
+        )
+    reasons = ", ".join(f"{count} {why}" for why, count in report.rejected.items())
+    if not report.samples:
+        raise ValueError(f"no sample of {report.source} can be used: {reasons or 'no rows'}")
+    if len(bad_rows) > options.max_rejected * report.rows:
+        messages = [message for _, message in bad_rows]
+        raise ValueError(
+            f"{len(bad_rows)} of {report.rows} rows of {report.source} cannot be used "
+            f"({len(bad_rows) / report.rows:.1%}: {reasons}), more than data.max_rejected = "
+            f"{options.max_rejected}; mend them or raise it:\n{_first(messages, len(messages))}"
+        )
+
+
+def _first(messages: list[str], total: int) -> str:
     lines = [f"  {message}" for message in messages[:SHOWN_ROWS]]
-    if len(messages) > SHOWN_ROWS:
-        lines.append(f"  and {len(messages) - SHOWN_ROWS} more")
+    if total > SHOWN_ROWS:
+        lines.append(f"  and {total - SHOWN_ROWS} more")
     return "\n".join(lines)
-
-
-def _format_code(format_name: str) -> str:
-    """Source code of formats that are not ours; ours are covered by `CODE_VERSION`."""
-    names = format_names() if format_name == "auto" else (format_name,)
-    functions = [get_format(name).build for name in names]
-    return _digest([_code(function) for function in functions if not _is_ours(function)])
-
-
-def _is_ours(function: Any) -> bool:
-    return str(function.__module__).startswith("sft_fast.")
-
-
-def _code(function: Any) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:
-        # Defined in an interactive session: only the compiled code is left.
-        return repr((function.__code__.co_code, function.__code__.co_consts))
 
 
 def _digest(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sft_fast.data.json_rows import type_name
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -19,6 +20,7 @@ class Message:
         role: one of `ROLES`.
         content: the text; empty only beside `tool_calls`, or in a system turn or a tool's answer.
         train: whether the loss is taken on this turn; read for the assistant's turns only.
+        weight: factor of this turn's loss; read for the assistant's turns only.
         name: the speaker's or the tool's name.
         tool_calls: calls as OpenAI writes them, each with its arguments as an object.
         extra: the other keys of the source's message, handed to the chat template as they are.
@@ -27,13 +29,20 @@ class Message:
     role: str
     content: str
     train: bool = True
+    weight: float = 1.0
     name: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def supervised(self) -> bool:
-        return self.role == "assistant" and self.train
+        return self.role == "assistant" and self.train and self.weight > 0
+
+    @property
+    def reasoning(self) -> str:
+        """What the assistant thought before it answered, where that is a field of its own."""
+        found = (self.extra.get(name) for name in REASONING_FIELDS)
+        return next((text for text in found if isinstance(text, str)), "")
 
     def as_dict(self) -> dict[str, Any]:
         """The message as a chat template expects it."""
@@ -47,10 +56,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, and the tools on offer as JSON schemas."""
+    """What one row holds.
+
+    Attributes:
+        messages: the turns in order.
+        tools: the tools on offer as JSON schemas.
+        text: a text that is trained whole, without a chat template; then there are no turns.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
 
     def check(self) -> None:
         """Checks what a format may get wrong, whoever wrote it.
@@ -59,6 +75,11 @@ class Conversation:
             ValueError: an unknown role, a content that is not text or is empty where it must not
                 be, or no assistant turn to learn from; turns are counted from 1.
         """
+        if self.text is not None:
+            assert not self.messages, "a text has no turns"
+            if not checked_text(self.text, "the text").strip():
+                raise ValueError("the text is empty; give it text or remove the row")
+            return
         for number, message in enumerate(self.messages, start=1):
             if message.role not in ROLES:
                 raise ValueError(

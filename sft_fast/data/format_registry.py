@@ -1,4 +1,4 @@
-"""The open registry of formats, and what a format function is given.
+"""The open registries of formats and row functions, and what a format function is given.
 
 A format is a function `record -> Conversation`, registered by name. Its record carries our field
 names: the aliases of the format and the user's `fields` are resolved before it is called.
@@ -7,9 +7,16 @@ names: the aliases of the format and the user's `fields` are resolved before it 
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import inspect
+import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from sft_fast.data.conversation import Conversation, checked_text
 
@@ -127,7 +134,11 @@ class Format:
         return record
 
 
+RowFunction = Callable[[Conversation, random.Random], Conversation]
 _FORMATS: dict[str, Format] = {}
+_ROW_FUNCTIONS: dict[str, RowFunction] = {}
+_FILES: dict[str, tuple[str, ...]] = {}
+"""File -> names that it registered, as "format name" or "row function name"."""
 
 
 def register_format(
@@ -199,3 +210,133 @@ def detect_format(
         f"cannot tell the format from the columns {', '.join(columns)}; set data.format to one of "
         f"{', '.join(format_names())}, and data.fields where the columns have other names"
     )
+
+
+def register_row_function(name: str) -> Callable[[RowFunction], RowFunction]:
+    """Registers a function (conversation, random) -> conversation under `data.row_functions`.
+
+    It may change what the model reads (a system message, another wording of the question), never
+    what it learns to write. Its random numbers depend on the conversation only, so that every
+    build gives the same result.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(function: RowFunction) -> RowFunction:
+        if name in _ROW_FUNCTIONS:
+            raise ValueError(f"the row function name {name!r} is taken; choose another")
+        _ROW_FUNCTIONS[name] = function
+        return function
+
+    return register
+
+
+def load_format(reference: str) -> Format:
+    """A registered format, or one out of a file: `my_format.py`, or `my_formats.py:name`.
+
+    Raises:
+        ValueError: there is none of this name, or the file does not register exactly one.
+    """
+    return get_format(_resolve(reference, "format", "data.format"))
+
+
+def load_row_function(reference: str) -> RowFunction:
+    """A registered row function, or one out of a file, written as for `load_format`.
+
+    Raises:
+        ValueError: as `load_format`.
+    """
+    name = _resolve(reference, "row function", "data.row_functions")
+    if name not in _ROW_FUNCTIONS:
+        known = ", ".join(sorted(_ROW_FUNCTIONS)) or "none"
+        raise ValueError(f"data.row_functions: unknown function {name!r}; registered: {known}")
+    return _ROW_FUNCTIONS[name]
+
+
+def apply_row_function(name: str, conversation: Conversation) -> Conversation:
+    """Calls a row function and checks that what is learnt stayed the same.
+
+    Raises:
+        ValueError: an assistant turn was changed, added, removed or reordered, or a text was.
+    """
+    seed = xxhash.xxh3_64_intdigest(f"{name}\0{conversation!r}".encode())
+    changed = load_row_function(name)(conversation, random.Random(seed))
+    if not isinstance(changed, Conversation):
+        raise ValueError(f"the row function {name!r} returned no Conversation but {changed!r}")
+    changed.check()
+    if _learnt(changed) != _learnt(conversation):
+        raise ValueError(f"the row function {name!r} changed an assistant turn; it may not")
+    return changed
+
+
+def code_digest(format_names: Sequence[str], row_functions: Sequence[str]) -> str:
+    """xxh3_128 of the code of formats and row functions that do not come with sft_fast.
+
+    For code in a file it is the whole file, so that its helpers count too.
+    """
+    functions = [get_format(name).build for name in format_names]
+    functions += [load_row_function(name) for name in row_functions]  # type: ignore[misc]
+    codes = [_code(function) for function in functions if not _is_ours(function)]
+    return xxhash.xxh3_128_hexdigest("\0".join(codes).encode()) if codes else ""
+
+
+def can_be_loaded_elsewhere(format_names: Sequence[str], row_functions: Sequence[str]) -> bool:
+    """Whether another process finds these: they are ours, or named with their file."""
+    ours = all(":" in name or name.endswith(".py") for name in row_functions)
+    return ours and all(".py" in name or _is_ours(get_format(name).build) for name in format_names)
+
+
+def _learnt(conversation: Conversation) -> list[Any]:
+    return [m for m in conversation.messages if m.role == "assistant"] + [conversation.text]
+
+
+def _resolve(reference: str, kind: str, key: str) -> str:
+    """The registered name behind a reference; a file is run the first time that it is named."""
+    path, colon, name = reference.partition(":")
+    if not path.endswith(".py"):
+        return reference
+    file = str(Path(path).expanduser().resolve())
+    if file not in _FILES:
+        _FILES[file] = _run_file(file, path, key)
+    names = [entry.removeprefix(f"{kind} ") for entry in _FILES[file] if entry.startswith(kind)]
+    if colon and name in names:
+        return name
+    if colon or len(names) != 1:
+        found = ", ".join(names) or "nothing"
+        raise ValueError(
+            f"{key}: {reference} does not name one {kind}; {path} registers {found}. "
+            f"Write {path}:<name>"
+        )
+    return names[0]
+
+
+def _run_file(file: str, path: str, key: str) -> tuple[str, ...]:
+    if not Path(file).is_file():
+        raise ValueError(f"{key}: the file {path} does not exist")
+    before = set(_registered())
+    # Not under its own name: that may be the name of an installed package.
+    spec = importlib.util.spec_from_file_location(f"sft_fast_user_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return tuple(entry for entry in _registered() if entry not in before)
+
+
+def _registered() -> list[str]:
+    return [f"format {name}" for name in _FORMATS] + [f"row function {n}" for n in _ROW_FUNCTIONS]
+
+
+def _is_ours(function: Any) -> bool:
+    return str(function.__module__).startswith("sft_fast.")
+
+
+def _code(function: Any) -> str:
+    if (file := function.__code__.co_filename) in _FILES:
+        return Path(file).read_text(encoding="utf-8")
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        # Defined in an interactive session: only the compiled code is left.
+        return repr((function.__code__.co_code, function.__code__.co_consts))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft_fast.data.conversation import Conversation, Message, checked_text
 from sft_fast.data.format_registry import (
-    Format,
     Record,
     detect_format,
     format_names,
     get_format,
+    load_format,
     register_format,
+    register_row_function,
 )
 from sft_fast.data.json_rows import Row, type_name
-from sft_fast.data.source import Rows
+from sft_fast.data.source import Rows, Source
 
 __all__ = [
     "ConversationReader",
@@ -26,7 +27,9 @@ __all__ = [
     "format_names",
     "get_format",
     "read_conversations",
+    "load_format",
     "register_format",
+    "register_row_function",
 ]
 
 _CHATML_TURN = re.compile(r"\s*<\|im_start\|>([^\n<]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
@@ -41,19 +44,40 @@ _SHAREGPT_ROLES = {
 }
 
 
+@dataclass(frozen=True)
+class FileFormat:
+    """What the first row of a file decides.
+
+    Attributes:
+        name: the format.
+        line: the first row's line.
+        types: column -> the type of its value in that row, in words.
+    """
+
+    name: str
+    line: int
+    types: Mapping[str, str]
+
+
 class ConversationReader:
     """Reads rows of one or more files; "auto" is decided by the first row of each file.
 
     Attributes:
-        formats: file -> name of the format, for the files seen so far.
+        files: file -> what its first row decided, for the files seen so far.
     """
 
-    def __init__(self, format_name: str, fields: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        format_name: str,
+        fields: Mapping[str, str] | None = None,
+        files: Mapping[str, FileFormat] | None = None,
+    ) -> None:
+        """`files`: what another reader found out, so that both read the same."""
         self._fields = dict(fields or {})
-        self._fixed = None if format_name == "auto" else get_format(format_name)
+        self._fixed = None if format_name == "auto" else load_format(format_name)
         if self._fixed is not None:
             self._fixed.check_mapping(self._fields)
-        self.formats: dict[str, str] = {}
+        self.files: dict[str, FileFormat] = dict(files or {})
 
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row.
@@ -62,41 +86,73 @@ class ConversationReader:
             ValueError: the row is not what the format needs; the message starts with file:line.
         """
         try:
-            return self._format_of(row).read(row.values, self._fields)
+            return get_format(self.look(row).name).read(row.values, self._fields)
         except ValueError as error:
-            raise ValueError(f"{row.origin}: {error}") from error
+            differs = self._difference(row)
+            raise ValueError(f"{row.origin}: {error}{differs}") from error
         except Exception as error:
-            error.add_note(f"while reading {row.origin} as {self.formats.get(row.file)!r}")
+            known = self.files.get(row.file)
+            error.add_note(f"while reading {row.origin} as {known.name if known else None!r}")
             raise
 
-    def _format_of(self, row: Row) -> Format:
-        if row.file not in self.formats:
+    def look(self, row: Row) -> FileFormat:
+        """The format of a row's file, found out with this row if it is the first one.
+
+        Raises:
+            ValueError: no format recognises the row.
+        """
+        if row.file not in self.files:
             if self._fixed is not None:
-                self.formats[row.file] = self._fixed.name
+                name = self._fixed.name
             else:
                 name = detect_format(list(row.values), row.values, self._fields)
                 get_format(name).check_mapping(self._fields)
-                self.formats[row.file] = name
-        return get_format(self.formats[row.file])
+            types = {column: type_name(value) for column, value in row.values.items()}
+            self.files[row.file] = FileFormat(name, row.line, types)
+        return self.files[row.file]
+
+    def _difference(self, row: Row) -> str:
+        """Names the columns of a bad row that have another type than in the file's first row."""
+        first = self.files.get(row.file)
+        if first is None or first.line == row.line:
+            return ""
+        texts = [
+            f"{column!r} is {type_name(value)} in line {row.line} but {first.types[column]} "
+            f"in line {first.line}"
+            for column, value in row.values.items()
+            if column in first.types and type_name(value) != first.types[column]
+        ]
+        return f" ({'; '.join(texts)})" if texts else ""
 
 
 def read_conversations(
-    rows: Rows, format_name: str = "auto", fields: Mapping[str, str] | None = None
+    rows: Rows | Sequence[Source],
+    format_name: str = "auto",
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Row, Conversation]]:
     """Yields every row with its conversation.
+
+    Args:
+        rows: the rows, or sources that know their format and fields themselves.
+        format_name: format of `rows` that are no sources.
+        fields: our field -> the column, of `rows` that are no sources.
 
     Raises:
         ValueError: at the first row that cannot be used; the message starts with file:line.
     """
-    reader = ConversationReader(format_name, fields)
-    for row in rows:
-        yield row, reader(row)
+    sources = [Source(rows, format_name, fields or {})] if isinstance(rows, Rows) else rows
+    for source in sources:
+        reader = ConversationReader(source.format_name, source.fields)
+        for row in source.rows:
+            yield row, reader(row)
 
 
 def _has_turns(row: Mapping[str, Any], *keys: str) -> bool:
     """Whether `messages` or `conversations` is a list of objects with all these keys."""
     for name in ("messages", "conversations"):
         turns = row.get(name)
+        if isinstance(turns, str) and turns.startswith("["):
+            turns = _json(turns, name)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
             return all(key in turns[0] for key in keys)
     return False
@@ -112,9 +168,11 @@ _TURN_FIELDS = {
 @register_format("messages", fields=_TURN_FIELDS, detect=lambda row: _has_turns(row, "role"))
 @register_format("openai", fields=_TURN_FIELDS)
 def messages(record: Record) -> Conversation:
-    """OpenAI's chat rows: a list of {role, content[, name, tool_calls, weight]}, and `tools`.
+    """OpenAI's chat rows: a list of {role, content[, name, tool_calls, weight, train]}, `tools`.
 
-    A content may be a list of text parts. `weight` 0 on an assistant turn takes it out of the loss.
+    A content may be a list of text parts, and the list of turns a text that holds JSON, as in CSV
+    files. `weight` 0 or `train` false take an assistant turn out of the loss, another `weight` is
+    the factor of its loss. `reasoning_content` and other keys reach the chat template as they are.
     """
     turns = [
         _openai_message(turn, number)
@@ -225,6 +283,16 @@ def alpaca(record: Record) -> Conversation:
     return _conversation(record, turns)
 
 
+@register_format(
+    "text",
+    fields={"text": ("text",)},
+    detect=lambda row: list(row) == ["text"] and isinstance(row["text"], str),
+)
+def text(record: Record) -> Conversation:
+    """A text that is trained whole, from its first token to EOS, without a chat template."""
+    return Conversation((), text=record.text("text"))
+
+
 def _conversation(record: Record, turns: Sequence[Message]) -> Conversation:
     """Adds what several formats share: the `system` and `tools` columns."""
     system = record.optional_text("system")
@@ -242,6 +310,8 @@ def _conversation(record: Record, turns: Sequence[Message]) -> Conversation:
 
 def _turn_list(record: Record, field: str) -> list[Any]:
     turns = record.require(field)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = _json(turns, record.label(field))
     if not isinstance(turns, list):
         raise ValueError(f"{record.label(field)} is {type_name(turns)}; expected a list of turns")
     if not turns:
@@ -265,16 +335,20 @@ def _openai_message(turn: Any, number: int) -> Message:
     calls = keys.pop("tool_calls", None) or []
     if content is None and not calls:
         raise ValueError(f"turn {number} ({role}) has no content and no tool_calls")
-    weight = keys.pop("weight", None)
-    if weight not in (None, 0, 1):
-        raise ValueError(f"'weight' of turn {number} is {weight!r}; expected 0 or 1")
+    weight, train = keys.pop("weight", None), keys.pop("train", None)
+    weight = 1 if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 100:
+        raise ValueError(f"'weight' of turn {number} is {weight!r}; expected a number, 0 to 100")
+    if train not in (None, True, False):
+        raise ValueError(f"'train' of turn {number} is {train!r}; expected true or false")
     name = keys.pop("name", None)
     if not isinstance(calls, list):
         raise ValueError(f"'tool_calls' of turn {number} is {type_name(calls)}; expected a list")
     return Message(
         role,
         _content_text(content, number),
-        train=weight != 0,
+        train=train is not False and weight != 0,
+        weight=float(weight),
         name=None if name is None else checked_text(name, f"'name' of turn {number}"),
         tool_calls=tuple(_tool_call(call, number) for call in calls),
         extra={key: value for key, value in keys.items() if value is not None},

@@ -1,41 +1,43 @@
-"""From a conversation to token ids and the mask of the supervised tokens.
+"""From a conversation to its text and the characters that are supervised.
 
-A conversation is rendered by the chat template and tokenised once. Which characters are supervised
-is decided on the text, and mapped to tokens through their character offsets. The rules:
+A conversation is rendered by the chat template, tokenised once (tokens.py), and which characters
+are supervised is decided on the text. The rules:
 
 1. An assistant turn's span starts where the text of the turns before it, rendered with the
    generation prompt, ends: there the model starts to write. It ends with the end-of-turn token: the
    first special token behind the content. Template text behind that token (a newline) is not
    supervised.
-2. Both ends come from renders of the first turns. Each must be a prefix of the whole render, or the
-   template is refused: then what the model sees when it answers is not what it would be trained on.
+2. Both ends are proven (turn_bounds.py). A template for which that fails is refused, or, with
+   `changing_history="expand"`, every answer becomes a sample of its own, with its own history.
    Where the template marks the answers itself ({% generation %}), its marks are used instead, and
    extended over the end-of-turn token.
 3. The text is cut behind the last supervised span: with causal attention nothing behind it has a
    gradient. Where the template writes no end-of-turn token there, the EOS token is put there.
-4. A token is supervised when it holds at least one supervised character. A token that also holds
-   prompt characters is supervised too, because it is the first token of the answer; such tokens
-   are counted.
+4. Reasoning that is not trained is context: the span then starts behind the tag that ends it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sft_fast.data.conversation import Conversation, Message
-from sft_fast.data.templates import embedded_template, freeze_clock
+from sft_fast.data.templates import fitted_template, freeze_clock
+from sft_fast.data.tokens import RenderedChat, Sample, Span, tokenize
+from sft_fast.data.turn_bounds import TurnBounds, UnstableTemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["ChatRenderer", "MaskOptions", "RenderedChat", "Sample", "Span"]
+
+TrainOn = Literal["all_turns", "last_turn"]
+ChangingHistory = Literal["error", "expand"]
+REASONING_ENDS = ("</think>", "[/THINK]", "</reasoning>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PLACE_CHARACTERS = 40
 
 
 class TemplateCompileError(ValueError):
@@ -43,35 +45,30 @@ class TemplateCompileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Span:
-    """Supervised characters [start, end) of a text; `end_of_turn` is the token that closes them."""
-
-    start: int
-    end: int
-    end_of_turn: str | None
-
-
-@dataclass(frozen=True)
-class RenderedChat:
-    """A conversation as text; the text ends with the last span."""
-
-    text: str
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A conversation as tokens.
+class MaskOptions:
+    """What is supervised.
 
     Attributes:
-        input_ids: uint32 [n].
-        supervised: bool [n]; the tokens that the model learns to write.
-        boundary_tokens: supervised tokens that also hold characters of the prompt.
+        train_on: every assistant turn, or the last one that is trained at all.
+        train_tool_calls: whether assistant turns with tool calls are supervised.
+        train_reasoning: whether the reasoning in front of an answer is.
+        trim_tail: cuts off what follows the last supervised token. Without effect on the loss of a
+            dense model; not so where a loss counts every token (MoE balance, MTP).
+        changing_history: what happens to a conversation whose template rewrites earlier answers:
+            "error", or "expand" to one sample per answer.
     """
 
-    input_ids: npt.NDArray[np.uint32]
-    supervised: npt.NDArray[np.bool_]
-    boundary_tokens: int
+    train_on: TrainOn = "all_turns"
+    train_tool_calls: bool = True
+    train_reasoning: bool = True
+    trim_tail: bool = True
+    changing_history: ChangingHistory = "error"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("train_on", TrainOn), ("changing_history", ChangingHistory)):
+            if getattr(self, name) not in get_args(kind):
+                found, allowed = getattr(self, name), ", ".join(get_args(kind))
+                raise ValueError(f"{name} is {found!r}; expected one of {allowed}")
 
 
 class ChatRenderer:
@@ -81,10 +78,13 @@ class ChatRenderer:
         template_source: which template is used, in words.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: MaskOptions | None = None
+    ) -> None:
         """
         Args:
             tokenizer: a fast tokenizer; without a chat template the embedded ChatML is used.
+            options: what is supervised.
 
         Raises:
             ValueError: the tokenizer is slow, or the template does not compile.
@@ -94,9 +94,12 @@ class ChatRenderer:
                 f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer"
             )
         self._tokenizer = tokenizer
-        self.template_source = "the tokenizer's" if tokenizer.chat_template else "embedded ChatML"
-        self._embedded = None if tokenizer.chat_template else embedded_template(tokenizer)
+        self._options = options or MaskOptions()
+        has_template = bool(tokenizer.chat_template)
+        self.template_source = "the tokenizer's" if has_template else "embedded ChatML"
+        self._embedded = None if has_template else fitted_template("chatml", tokenizer)
         self._templates: dict[bool, str] = {}
+        self._bounds: dict[str, TurnBounds] = {}
         self._special = _special_tokens(tokenizer)
         names = sorted(self._special, key=len, reverse=True)
         any_special = "|".join(map(re.escape, names)) or r"(?!)"
@@ -109,18 +112,45 @@ class ChatRenderer:
 
         Raises:
             ValueError: the template refuses the conversation, drops a part of it, or does not
-                show where the answers are; or a content holds a control token.
+                show where the answers are; a content holds a control token; or nothing is left to
+                supervise.
         """
+        if conversation.text is not None:
+            return self._plain_text(conversation.text)
         self._check_contents(conversation)
-        last = max(i for i, message in enumerate(conversation.messages) if message.supervised)
-        messages = conversation.messages[: last + 1]
+        answers = self._answers(conversation.messages)
+        stop = answers[-1] + 1 if self._options.trim_tail else len(conversation.messages)
+        messages = conversation.messages[:stop]
         template = self._template(conversation.tools)
         if _GENERATION.search(template):
-            text, spans = self._marked_spans(messages, conversation.tools)
+            text, spans = self._marked_spans(messages, answers, conversation.tools)
         else:
-            text, spans = self._prefix_spans(messages, conversation.tools)
-        _check_kept(messages, conversation.tools, spans, text)
-        return self._closed(text, spans)
+            text, spans = self._proven_spans(messages, answers, conversation.tools)
+        _check_kept(messages, answers, conversation.tools, spans, text)
+        if not self._options.train_reasoning:
+            spans = [
+                _without_reasoning(span, text, messages[number])
+                for number, span in zip(answers, spans, strict=True)
+            ]
+        return self._closed(text, spans, len(conversation.messages) - stop)
+
+    def render_samples(self, conversation: Conversation) -> list[RenderedChat]:
+        """Renders a conversation to the one sample it is, or to one per answer (`expand`).
+
+        Raises:
+            ValueError: as `render`.
+        """
+        try:
+            return [self.render(conversation)]
+        except UnstableTemplateError:
+            if self._options.changing_history == "error":
+                raise
+        alone = []
+        answers = self._answers(conversation.messages)
+        for number in answers:
+            turns = conversation.messages[: number + 1]
+            alone.append(self.render(Conversation(_only_last(turns), conversation.tools)))
+        return alone
 
     def tokenize(self, chats: Sequence[RenderedChat]) -> list[Sample]:
         """Tokenises texts, each once and whole.
@@ -129,88 +159,74 @@ class ChatRenderer:
             ValueError: two BOS tokens, a span without tokens, or an end-of-turn token that the
                 tokenizer does not read as one token.
         """
-        encoded = self._tokenizer(
-            [chat.text for chat in chats],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [
-            self._sample(chat, input_ids, offsets)
-            for chat, input_ids, offsets in zip(
-                chats, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            )
+        return tokenize(self._tokenizer, self._special, chats)
+
+    def _answers(self, messages: Sequence[Message]) -> list[int]:
+        """Numbers of the turns to supervise."""
+        numbers = [
+            number
+            for number, message in enumerate(messages)
+            if message.supervised and (self._options.train_tool_calls or not message.tool_calls)
         ]
+        if not numbers:
+            raise ValueError(
+                "every assistant turn is a tool call, and data.train_tool_calls is false, so there "
+                "is nothing to learn from"
+            )
+        return numbers[-1:] if self._options.train_on == "last_turn" else numbers
 
-    def _sample(
-        self, chat: RenderedChat, input_ids: Sequence[int], offsets: Sequence[tuple[int, int]]
-    ) -> Sample:
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and list(input_ids[:2]) == [bos, bos]:
-            raise ValueError("the text starts with two BOS tokens; remove one from the template")
-        bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        starts = bounds[:, 0]
-        # A token without characters of its own belongs to the character at its start.
-        ends = np.maximum(bounds[:, 1], starts + 1)
-        supervised = np.zeros(len(starts), dtype=np.bool_)
-        boundary_tokens = 0
-        for span in chat.spans:
-            inside = (starts < span.end) & (ends > span.start)
-            supervised |= inside
-            boundary_tokens += int(np.count_nonzero(inside & (starts < span.start)))
-            self._check_span(span, input_ids, inside)
-        return Sample(np.asarray(input_ids, dtype=np.uint32), supervised, boundary_tokens)
+    def _plain_text(self, text: str) -> RenderedChat:
+        """A text from BOS, if the tokenizer puts one, to EOS, all of it supervised but BOS."""
+        tokenizer = self._tokenizer
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        puts_bos = bos is not None and [tokenizer.bos_token_id] == list(
+            tokenizer("a")["input_ids"][:1]
+        )
+        start = bos if puts_bos and bos is not None else ""
+        text = start + text.removeprefix(start)
+        if eos is not None and not text.endswith(eos):
+            text += eos
+        return RenderedChat(text, (Span(len(start), len(text), eos),))
 
-    def _check_span(
-        self, span: Span, input_ids: Sequence[int], inside: npt.NDArray[np.bool_]
-    ) -> None:
-        positions = np.flatnonzero(inside)
-        if not len(positions):
-            raise ValueError("the tokenizer gives an answer no tokens at all")
-        if span.end_of_turn is not None:
-            expected = self._special[span.end_of_turn]
-            found = input_ids[positions[-1]]
-            if found != expected:
-                raise ValueError(
-                    f"the end-of-turn token {span.end_of_turn!r} has the id {expected}, but the "
-                    f"tokenizer reads the end of an answer as the id {found}"
-                )
-
-    def _prefix_spans(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    def _proven_spans(
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[int],
+        tools: Sequence[Mapping[str, Any]],
     ) -> tuple[str, list[Span]]:
-        text = self._apply(messages, tools)
-        spans = []
-        for i, message in enumerate(messages):
-            if not message.supervised:
-                continue
-            before = self._apply(messages[:i], tools, add_generation_prompt=True)
-            until = text if i + 1 == len(messages) else self._apply(messages[: i + 1], tools)
-            _check_prefix(before, text, f"turns 1 to {i} with the generation prompt")
-            _check_prefix(until, text, f"turns 1 to {i + 1}")
-            spans.append(self._span(text, len(before), len(until), message))
+        template = self._template(tools)
+        if template not in self._bounds:
+            self._bounds[template] = TurnBounds(template)
+        text, bounds = self._bounds[template].find(
+            messages, answers, repr(tools), lambda turns, prompt: self._apply(turns, tools, prompt)
+        )
+        spans = [
+            self._span(text, start, limit, messages[number])
+            for number, (start, limit) in zip(answers, bounds, strict=True)
+        ]
         return text, spans
 
     def _marked_spans(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[int],
+        tools: Sequence[Mapping[str, Any]],
     ) -> tuple[str, list[Span]]:
         text, marks = self._apply_marked(messages, tools)
-        answers = [message for message in messages if message.role == "assistant"]
-        if len(marks) != len(answers):
+        turns = [number for number, turn in enumerate(messages) if turn.role == "assistant"]
+        if len(marks) != len(turns):
             raise ValueError(
                 f"the chat template marks {len(marks)} answers with {{% generation %}}, but the "
-                f"conversation has {len(answers)}"
+                f"conversation has {len(turns)}"
             )
         spans = []
-        for (start, end), message in zip(marks, answers, strict=True):
-            if not message.supervised:
+        for (start, end), number in zip(marks, turns, strict=True):
+            if number not in answers:
                 continue
             if not self._ends_turn(text[start:end]):
                 behind = self._special_next.match(text, end)
                 end = behind.end() if behind else end
-            spans.append(self._span(text, start, end, message))
+            spans.append(self._span(text, start, end, messages[number]))
         return text, spans
 
     def _ends_turn(self, segment: str) -> bool:
@@ -230,12 +246,13 @@ class ChatRenderer:
             for token in self._special_pattern.finditer(segment):  # noqa: B007
                 continue
         if token is not None:
-            return Span(start, start + token.end(), token[0])
-        return Span(start, start + len(segment.rstrip()), None)
+            return Span(start, start + token.end(), token[0], message.weight)
+        return Span(start, start + len(segment.rstrip()), None, message.weight)
 
-    def _closed(self, text: str, spans: Sequence[Span]) -> RenderedChat:
+    def _closed(self, text: str, spans: Sequence[Span], trimmed_turns: int) -> RenderedChat:
         """Cuts the text behind the last span, and closes that one with EOS if nothing does."""
         last = spans[-1]
+        tail = "" if self._options.trim_tail else text[last.end :]
         text = text[: last.end]
         if last.end_of_turn is None:
             eos = self._tokenizer.eos_token
@@ -245,8 +262,8 @@ class ChatRenderer:
                     "no EOS token, so the model could not learn to stop; add one to either"
                 )
             text += eos
-            last = Span(last.start, last.end + len(eos), eos)
-        return RenderedChat(text, (*spans[:-1], last))
+            last = Span(last.start, last.end + len(eos), eos, last.weight)
+        return RenderedChat(text + tail, (*spans[:-1], last), trimmed_turns)
 
     def _template(self, tools: Sequence[Mapping[str, Any]]) -> str:
         if bool(tools) not in self._templates:
@@ -337,37 +354,50 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return tokens
 
 
-def _check_prefix(prefix: str, text: str, turns: str) -> None:
-    if text.startswith(prefix):
-        return
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text)
-    )
-    place = slice(max(0, same - _PLACE_CHARACTERS), same + _PLACE_CHARACTERS)
-    raise ValueError(
-        "the chat template renders the same turns differently when more follow, so the answers "
-        f"cannot be found: {turns} give ...{prefix[place]!r} where the whole conversation gives "
-        f"...{text[place]!r} (character {same + 1}). Use a template that keeps earlier turns as "
-        "they are, or one with {% generation %}"
+def _only_last(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns with the last one alone to be trained."""
+    return (*(replace(turn, train=False) for turn in turns[:-1]), turns[-1])
+
+
+def _without_reasoning(span: Span, text: str, message: Message) -> Span:
+    """The span behind the reasoning of its answer, or as it is where the answer has none."""
+    segment = text[span.start : span.end]
+    tag = next((tag for tag in REASONING_ENDS if tag in segment), None)
+    if tag is None:
+        if message.reasoning.strip():
+            raise ValueError(
+                "cannot find where the reasoning of an answer ends: the chat template writes none "
+                f"of {', '.join(REASONING_ENDS)}"
+            )
+        return span
+    start = span.start + segment.index(tag) + len(tag)
+    while text[start : start + 1].isspace():
+        start += 1
+    return replace(span, start=start)
+
+
+def _is_kept(content: str, text: str) -> bool:
+    """Whether a text holds a content, as it is or as a JSON string."""
+    return content in text or any(
+        json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True)
     )
 
 
 def _check_kept(
     messages: Sequence[Message],
+    answers: Sequence[int],
     tools: Sequence[Mapping[str, Any]],
     spans: Sequence[Span],
     text: str,
 ) -> None:
     """Raises ValueError where the template left out a turn, a tool, a call or an answer."""
     for number, message in enumerate(messages, start=1):
-        kept = message.content.strip() in text
-        if message.role in ("system", "developer", "user") and not kept:
+        if message.role != "assistant" and not _is_kept(message.content.strip(), text):
             raise ValueError(f"the chat template leaves out turn {number} ({message.role})")
     for name in (tool.get("function", tool).get("name", "") for tool in tools):
         if str(name) not in text:
             raise ValueError(f"the chat template leaves out the tool {name!r}; use one with tools")
-    supervised = [message for message in messages if message.supervised]
-    for span, message in zip(spans, supervised, strict=True):
+    for span, message in zip(spans, (messages[number] for number in answers), strict=True):
         answer = text[span.start : span.end].removesuffix(span.end_of_turn or "")
         for call in message.tool_calls:
             if str(call["function"]["name"]) not in answer:
@@ -375,5 +405,10 @@ def _check_kept(
                     f"the chat template leaves out the tool call {call['function']['name']!r}; "
                     "use a template that writes tool calls"
                 )
+        if message.reasoning.strip() not in answer:
+            raise ValueError(
+                "the chat template leaves out the reasoning of an answer; use a template that "
+                "writes it, or remove the field"
+            )
         if not answer.strip():
             raise ValueError("the chat template renders an answer as nothing")

@@ -4,32 +4,40 @@ A store is a directory:
 
     tokens.bin         uint32 [total]        token ids, samples one after another
     supervised.bin     uint8 [total / 8]     1 bit per token, little-endian: the token is a target
+    weights.bin        float16 [total]       factor of each token's loss; only if one is not 1
     offsets.bin        int64 [N + 1]         sample i is tokens[offsets[i]:offsets[i + 1]]
-    lengths.bin        int32 [N]             tokens of each sample
     num_supervised.bin int32 [N]             supervised tokens of each sample, the first one aside
-    origins.bin        int64 [N, 2]          file number and line of each sample
+    lines.bin          uint32 [N]            line of the row of each sample
     rejected.jsonl     the rows that were dropped or truncated: file, line, reason, message
-    meta.json          version, fingerprint and what it was made of, sizes, file names, report
+    meta.json          version, fingerprint and what it was made of, sizes, files, report
+
+That is 4.125 bytes a token and 16 a sample: from 59 tokens a sample on, at most 1.1 times the ids.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 FLUSH_TOKENS = 1 << 20
 """Tokens collected in memory before they are written; a multiple of 8."""
 META_FILE = "meta.json"
@@ -37,11 +45,13 @@ REJECTED_FILE = "rejected.jsonl"
 ARRAYS: dict[str, type[np.generic]] = {
     "tokens": np.uint32,
     "supervised": np.uint8,
+    "weights": np.float16,
     "offsets": np.int64,
-    "lengths": np.int32,
     "num_supervised": np.int32,
-    "origins": np.int64,
+    "lines": np.uint32,
 }
+OLD_BUILD_SECONDS = 24 * 3600
+"""Age at which a build that was left behind by another machine is removed."""
 
 
 @dataclass
@@ -50,7 +60,7 @@ class DataReport:
 
     Attributes:
         source: name of the source and its split.
-        formats: file -> format that it was read in.
+        formats: file -> format that it was read in, and its columns.
         template: which chat template was used.
         rows: rows read.
         samples: samples stored.
@@ -58,6 +68,9 @@ class DataReport:
         supervised_tokens: stored tokens that are targets.
         longest: tokens of the longest sample, before any truncation.
         truncated: samples cut to the capacity.
+        split: rows that gave several samples, because they were too long or their template
+            rewrites earlier answers.
+        trimmed_turns: turns behind the last supervised one of their row; they are not stored.
         boundary_tokens: supervised tokens that also hold characters of a prompt.
         rejected: reason -> rows that are not in the store.
     """
@@ -71,13 +84,15 @@ class DataReport:
     supervised_tokens: int = 0
     longest: int = 0
     truncated: int = 0
+    split: int = 0
+    trimmed_turns: int = 0
     boundary_tokens: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The report in a few lines of text."""
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
-        formats = ", ".join(sorted(set(self.formats.values())))
+        formats = "; ".join(sorted(set(self.formats.values())))
         lines = [
             f"{self.source}: {self.samples} samples of {self.rows} rows, read as {formats}, "
             f"rendered with {self.template} template",
@@ -87,6 +102,10 @@ class DataReport:
         lines += [f"not used: {count} rows, {why}" for why, count in self.rejected.items()]
         if self.truncated:
             lines.append(f"truncated: {self.truncated} samples")
+        if self.split:
+            lines.append(f"split into several samples: {self.split} rows")
+        if self.trimmed_turns:
+            lines.append(f"trimmed: {self.trimmed_turns} turns behind the last supervised one")
         if self.boundary_tokens:
             lines.append(f"{self.boundary_tokens} answers start inside a token of their prompt")
         return "\n".join(lines)
@@ -101,12 +120,15 @@ class TokenStore:
         supervised_bits: uint8 [ceil(total / 8)] memory map; bit t % 8 of byte t // 8, counted from
             the lowest, is 1 if token t is supervised as a target.
         offsets: int64 [num_samples + 1] memory map.
-        lengths: int32 [num_samples] memory map, tokens.
+        lengths: int32 [num_samples], tokens; computed on first use.
         num_supervised: int32 [num_samples] memory map; the first token of a sample has no position
             before it, is never a target and does not count.
+        weights: float16 [total] memory map, factor of each token's loss; None: all 1.
         fingerprint: of everything that the content depends on.
         parts: what the fingerprint was made of, name -> value or digest.
         report: how the store was built.
+        lines: uint32 [num_samples] memory map, line of each sample's row.
+        files: (first sample, name) of every file, in order.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any], arrays: dict[str, np.memmap]) -> None:
@@ -114,22 +136,29 @@ class TokenStore:
         self.tokens = arrays["tokens"]
         self.supervised_bits = arrays["supervised"]
         self.offsets = arrays["offsets"]
-        self.lengths = arrays["lengths"]
         self.num_supervised = arrays["num_supervised"]
+        self.weights = arrays.get("weights")
         self.fingerprint: str = meta["fingerprint"]
         self.parts: dict[str, Any] = meta["parts"]
         self.report = DataReport(**meta["report"])
-        self._origins = arrays["origins"].reshape(-1, 2)
-        self._files: list[str] = meta["files"]
+        self.lines = arrays["lines"]
+        self.files: list[tuple[int, str]] = [(first, name) for first, name in meta["files"]]
 
     @property
     def num_samples(self) -> int:
-        return len(self.lengths)
+        return len(self.lines)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return np.diff(self.offsets).astype(np.int32)
+
+    def file(self, sample: int) -> str:
+        """Name of the file that a sample was made from."""
+        return self.files[bisect_right(self.files, sample, key=lambda entry: entry[0]) - 1][1]
 
     def origin(self, sample: int) -> str:
         """`file:line` of the row that a sample was made from."""
-        file_number, line = self._origins[sample]
-        return f"{self._files[file_number]}:{line}"
+        return f"{self.file(sample)}:{self.lines[sample]}"
 
     def sample(self, sample: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Token ids uint32 [n] and supervised mask bool [n] of one sample."""
@@ -159,7 +188,7 @@ def open_store(path: str | Path) -> TokenStore:
             "delete it and it is built anew"
         )
     arrays = {}
-    for name, dtype in ARRAYS.items():
+    for name in meta["bytes"]:
         file = path / f"{name}.bin"
         found = file.stat().st_size if file.exists() else None
         expected = meta["bytes"][name]
@@ -168,14 +197,15 @@ def open_store(path: str | Path) -> TokenStore:
                 f"{file} has {'no' if found is None else found} bytes, expected {expected}; "
                 f"delete {path} and it is built anew"
             )
-        arrays[name] = np.memmap(file, dtype=dtype, mode="r")
+        arrays[name] = np.memmap(file, dtype=ARRAYS[name], mode="r")
     return TokenStore(path, meta, arrays)
 
 
 class StoreWriter:
     """Writes a store: everything goes to a temporary directory that is renamed when complete.
 
-    As a context manager it removes the temporary directory unless `commit` was reached.
+    As a context manager it removes the temporary directory unless `commit` was reached. What
+    builds that were killed have left behind is removed as well.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -190,7 +220,9 @@ class StoreWriter:
         if self._path.exists():
             raise ValueError(f"{self._path} exists; a token store is written to a new directory")
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=".building-", dir=self._path.parent))
+        _remove_dead_builds(self._path.parent)
+        prefix = f".building-{socket.gethostname()}-{os.getpid()}-"
+        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._path.parent))
         self._open_files = ExitStack()
         enter = self._open_files.enter_context
         self._token_file = enter((self._folder / "tokens.bin").open("wb"))
@@ -199,10 +231,13 @@ class StoreWriter:
         self._pending_tokens: list[npt.NDArray[np.uint32]] = []
         self._pending_bits: list[npt.NDArray[np.bool_]] = []
         self._num_pending = 0
+        self._num_written = 0
+        self._weight_file: BinaryIO | None = None
+        self._pending_weights: list[npt.NDArray[np.float16]] = []
         self._offsets = array("q", [0])
         self._num_supervised = array("i")
-        self._origins = array("q")
-        self._files: dict[str, int] = {}
+        self._lines = array("I")
+        self._files: list[tuple[int, str]] = []
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -222,14 +257,22 @@ class StoreWriter:
         supervised: npt.NDArray[np.bool_],
         file: str,
         line: int,
+        weights: npt.NDArray[np.float16] | None = None,
     ) -> None:
-        """Appends a sample: token ids [n], mask [n], and the row that it comes from."""
+        """Appends a sample: ids [n], mask [n], the row it comes from, weights [n] or all 1."""
+        if weights is not None and self._weight_file is None:
+            self._start_weights()
+        if self._weight_file is not None:
+            ones = np.ones(len(input_ids), np.float16)
+            self._pending_weights.append(ones if weights is None else weights)
         self._pending_tokens.append(input_ids)
         self._pending_bits.append(supervised)
         self._num_pending += len(input_ids)
         self._offsets.append(self._offsets[-1] + len(input_ids))
         self._num_supervised.append(int(np.count_nonzero(supervised[1:])))
-        self._origins.extend((self._files.setdefault(file, len(self._files)), line))
+        if not self._files or self._files[-1][1] != file:
+            self._files.append((len(self._lines), file))
+        self._lines.append(line)
         if self._num_pending >= FLUSH_TOKENS:
             self._flush(last=False)
 
@@ -248,12 +291,10 @@ class StoreWriter:
         """
         assert self._num_supervised, "an empty store cannot be memory-mapped"
         self._flush(last=True)
-        offsets = np.frombuffer(self._offsets, dtype=np.int64)
         arrays: dict[str, npt.NDArray[Any]] = {
-            "offsets": offsets,
-            "lengths": np.diff(offsets).astype(np.int32),
+            "offsets": np.frombuffer(self._offsets, dtype=np.int64),
             "num_supervised": np.frombuffer(self._num_supervised, dtype=np.int32),
-            "origins": np.frombuffer(self._origins, dtype=np.int64),
+            "lines": np.frombuffer(self._lines, dtype=np.uint32),
         }
         for name, values in arrays.items():
             values.tofile(self._folder / f"{name}.bin")
@@ -262,8 +303,12 @@ class StoreWriter:
             "version": STORE_VERSION,
             "fingerprint": fingerprint,
             "parts": dict(parts),
-            "bytes": {name: (self._folder / f"{name}.bin").stat().st_size for name in ARRAYS},
-            "files": list(self._files),
+            "bytes": {
+                name: (self._folder / f"{name}.bin").stat().st_size
+                for name in ARRAYS
+                if name != "weights" or self._weight_file is not None
+            },
+            "files": self._files,
             "report": asdict(report),
         }
         text = json.dumps(meta, indent=1, ensure_ascii=False)
@@ -291,6 +336,39 @@ class StoreWriter:
         np.packbits(bits[:count], bitorder="little").tofile(self._bit_file)
         self._pending_tokens, self._pending_bits = [tokens[count:]], [bits[count:]]
         self._num_pending = len(tokens) - count
+        self._num_written += count
+        if self._weight_file is not None:
+            weights = np.concatenate(self._pending_weights)
+            weights[:count].tofile(self._weight_file)
+            self._pending_weights = [weights[count:]]
+
+    def _start_weights(self) -> None:
+        """Opens the file of weights, with 1 for every token that came before."""
+        self._weight_file = self._open_files.enter_context(
+            (self._folder / "weights.bin").open("wb")
+        )
+        remaining = self._num_written
+        while remaining:
+            count = min(remaining, FLUSH_TOKENS)
+            np.ones(count, np.float16).tofile(self._weight_file)
+            remaining -= count
+        self._pending_weights = [np.ones(self._num_pending, np.float16)]
+
+
+def _remove_dead_builds(folder: Path) -> None:
+    """Removes the temporary directories of builds whose process is gone."""
+    for path in folder.glob(".building-*"):
+        match = re.fullmatch(r"\.building-(.*)-(\d+)-[^-]*", path.name)
+        if match and match[1] == socket.gethostname():
+            is_dead = not psutil.pid_exists(int(match[2]))
+        else:
+            try:
+                is_dead = time.time() - path.stat().st_mtime > OLD_BUILD_SECONDS
+            except FileNotFoundError:
+                # Its own process was faster.
+                continue
+        if is_dead:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

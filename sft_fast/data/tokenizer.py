@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
 
-from sft_fast.data.templates import embedded_template
+from sft_fast.data.templates import chat_template as find_template
+from sft_fast.data.templates import fitted_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,8 @@ def load_tokenizer(
 
     Args:
         path: directory, hub name, or "demo".
-        chat_template: path of a Jinja file that replaces the tokenizer's template.
+        chat_template: path of a Jinja file, or name of one of our templates, that replaces the
+            tokenizer's.
         revision: hub revision.
 
     Raises:
@@ -38,11 +39,9 @@ def load_tokenizer(
             "expected one with a tokenizer.json"
         )
     if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise ValueError(f"tokenizer.chat_template: the file {chat_template} does not exist")
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = find_template(chat_template, tokenizer)
     elif not tokenizer.chat_template:
-        tokenizer.chat_template = embedded_template(tokenizer)
+        tokenizer.chat_template = fitted_template("chatml", tokenizer)
         logger.warning("the tokenizer %s has no chat template: using the embedded ChatML", path)
     return tokenizer
 

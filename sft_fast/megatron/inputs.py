@@ -1,6 +1,7 @@
 """What a run starts from: tokenizer, token stores, architecture and weights."""
 
-import os
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from sft_fast.architecture import (
     read_hf_config,
 )
 from sft_fast.config import Config
-from sft_fast.data.build import BuildOptions, prepare_store
-from sft_fast.data.source import Rows, load_rows
+from sft_fast.data.configured import find_sources, open_configured_store
+from sft_fast.data.mixture import check_eval_is_not_train
+from sft_fast.data.source import Source
 from sft_fast.data.store import TokenStore
 from sft_fast.data.tokenizer import load_tokenizer
 from sft_fast.hub import local_folder
 from sft_fast.megatron.hf import RandomSource, SafetensorsSource, WeightSource
 from sft_fast.megatron.parallel import once_per_node
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Inputs:
     tokenizer: Any
     store: TokenStore
     eval_store: TokenStore | None
-    eval_rows: Rows | None
+    eval_rows: list[Source] | None
     model: Model
 
 
@@ -56,13 +60,11 @@ def read_inputs(config: Config) -> Inputs:
         model_folder = fetch(config.model.path, config.model.revision, "model.path")
     tokenizer = read_tokenizer(config, model_folder)
     model = read_model(config, model_folder, len(tokenizer))
-    data = config.data
-    rows = find_rows("data.train", data.train, data.train_split, evaluation=False)
+    rows, eval_rows = find_rows(config)
     store = read_store("data.train", rows, config, tokenizer)
-    eval_rows, eval_store = None, None
-    if data.eval is not None:
-        eval_rows = find_rows("data.eval", data.eval, data.eval_split, evaluation=True)
-        eval_store = read_store("data.eval", eval_rows, config, tokenizer)
+    eval_store = None
+    if eval_rows is not None:
+        eval_store = read_store("data.eval", eval_rows, config, tokenizer, apart_from=store)
     return Inputs(tokenizer, store, eval_store, eval_rows, model)
 
 
@@ -117,26 +119,42 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
     return Model(architecture, SafetensorsSource(folder, architecture), folder, hf_config)
 
 
-def find_rows(key: str, source: str, split: str | None, evaluation: bool) -> Rows:
-    try:
-        return load_rows(source, split, evaluation=evaluation)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+def find_rows(config: Config) -> tuple[list[Source], list[Source] | None]:
+    """The sources of the training and of the evaluation data."""
+    rows = find_sources(config, "train")
+    assert rows is not None, "data.train is required"
+    return rows, find_sources(config, "eval")
 
 
-def read_store(key: str, rows: Rows, config: Config, tokenizer: Any) -> TokenStore:
-    """Opens the token store of `rows`; one rank per node builds it where it is missing."""
-    options = BuildOptions(
-        capacity=config.packing.capacity,
-        over_length=config.data.over_length,
-        on_bad_row=config.data.on_bad_row,
-        fields=config.data.fields,
-    )
-    cache = config.data.cache_dir or os.path.join(config.output_dir, "data")
-    arguments = (rows, config.data.format, tokenizer, options, cache)
+def read_store(
+    key: str,
+    rows: Sequence[Source],
+    config: Config,
+    tokenizer: Any,
+    apart_from: TokenStore | None = None,
+) -> TokenStore:
+    """Opens the token store of `rows`; one rank per node builds it where it is missing.
+
+    Args:
+        key: the key of the configuration that names the rows.
+        rows: the sources.
+        config: the options.
+        tokenizer: from `read_tokenizer`.
+        apart_from: a store that may not have a sample of this one.
+
+    Raises:
+        ValueError: the rows cannot be used, or are in the other store as well.
+    """
 
     def prepare() -> None:
-        prepare_store(*arguments)
+        store = open_configured_store(config, rows, tokenizer, logger.info)
+        if apart_from is not None and config.data.eval_overlap == "error":
+            check_eval_is_not_train(apart_from, store)
+        if store.weights is not None:
+            raise ValueError(
+                f"{key}: turns of {store.report.source} have a weight that is neither 0 nor 1, "
+                "which this trainer does not support yet; remove these weights"
+            )
 
     once_per_node(key, prepare)
-    return prepare_store(*arguments)
+    return open_configured_store(config, rows, tokenizer)

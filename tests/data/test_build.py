@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from sft_fast.data import format_registry
 from sft_fast.data.build import BuildOptions, build_store, prepare_store, store_fingerprint
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.formats import register_format
-from sft_fast.data.source import load_rows
+from sft_fast.data.render import MaskOptions
+from sft_fast.data.source import Rows, Source, load_rows
 from sft_fast.data.store import REJECTED_FILE, TokenStore
 
 WriteRows = Callable[..., str]
@@ -24,9 +26,9 @@ def long_row(words: int) -> dict[str, str]:
 @pytest.fixture
 def build(make_tokenizer: MakeTokenizer, tmp_path: Path) -> Callable[..., TokenStore]:
     def run(source: str, capacity: int = 64, **options: Any) -> TokenStore:
-        rows = load_rows(source)
         path = tmp_path / "store"
-        return build_store(rows, "auto", make_tokenizer(), BuildOptions(capacity, **options), path)
+        rows = Source(load_rows(source))
+        return build_store(rows, make_tokenizer(), BuildOptions(capacity, **options), path)
 
     return run
 
@@ -49,7 +51,7 @@ def test_rows_become_samples_that_know_their_origin(
     assert (report.rows, report.samples, report.rejected) == (2, 2, {})
     assert report.tokens == len(store.tokens)
     assert report.supervised_tokens == store.num_supervised.sum()
-    assert report.formats == {path: "question_answer"}
+    assert report.formats == {path: "question_answer (columns question, answer)"}
     assert rejected(store) == []
     assert f"{path}: 2 samples of 2 rows, read as question_answer" in report.summary()
 
@@ -89,7 +91,7 @@ def test_bad_rows_can_be_skipped_counted_and_listed(
     build: Callable[..., TokenStore], write_rows: WriteRows
 ) -> None:
     path = write_rows([GOOD, "nonsense", {"question": "q", "answer": ""}, GOOD])
-    store = build(path, on_bad_row="skip")
+    store = build(path, on_bad_row="skip", max_rejected=0.5)
     assert store.num_samples == 2
     assert store.origin(1) == f"{path}:4"
     assert store.report.rejected == {"unreadable": 1, "not in the format": 1}
@@ -134,7 +136,8 @@ def test_truncation_keeps_the_start_and_never_a_sample_without_target(
     build: Callable[..., TokenStore], write_rows: WriteRows
 ) -> None:
     long_prompt = {"question": "world " * 100, "answer": "hello"}
-    store = build(write_rows([long_row(100), long_prompt, GOOD]), over_length="truncate_right")
+    path = write_rows([long_row(100), long_prompt, GOOD])
+    store = build(path, over_length="truncate_right", max_rejected=0.5)
     assert store.lengths[0] == 64
     assert store.num_supervised.min() > 0
     assert store.num_samples == 2
@@ -152,7 +155,8 @@ def test_sample_of_exactly_the_capacity_is_kept_whole(
     path = write_rows([GOOD])
     tokenizer = make_tokenizer()
     options = BuildOptions(1000)
-    length = build_store(load_rows(path), "auto", tokenizer, options, Path(path + ".store")).lengths
+    rows = Source(load_rows(path))
+    length = build_store(rows, tokenizer, options, Path(path + ".store")).lengths
     assert build(path, capacity=int(length[0])).report.truncated == 0
 
 
@@ -172,15 +176,15 @@ def test_unknown_option(options: dict[str, Any], message: str) -> None:
 def test_prepare_builds_once_and_mends_damage(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
 ) -> None:
-    rows = load_rows(write_rows([GOOD]))
+    rows = Source(load_rows(write_rows([GOOD])))
     tokenizer, options, cache = make_tokenizer(), BuildOptions(64), tmp_path / "cache"
-    first = prepare_store(rows, "auto", tokenizer, options, cache)
+    first = prepare_store(rows, tokenizer, options, cache)
     built = (first.path / "tokens.bin").stat().st_mtime_ns
-    second = prepare_store(rows, "auto", tokenizer, options, cache)
+    second = prepare_store(rows, tokenizer, options, cache)
     assert second.path == first.path
     assert (second.path / "tokens.bin").stat().st_mtime_ns == built
     (first.path / "tokens.bin").write_bytes(b"")
-    third = prepare_store(rows, "auto", tokenizer, options, cache)
+    third = prepare_store(rows, tokenizer, options, cache)
     assert third.tokens.tolist() == third.sample(0)[0].tolist()
     assert list(cache.iterdir()) == [third.path]
 
@@ -188,29 +192,57 @@ def test_prepare_builds_once_and_mends_damage(
 def test_fingerprint_changes_with_whatever_decides_the_content(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, tokenizer, options = load_rows(write_rows([GOOD])), make_tokenizer(), BuildOptions(64)
+    rows = load_rows(write_rows([GOOD]))
 
-    def fingerprint(**changes: Any) -> str:
-        inputs: dict[str, Any] = {"rows": rows, "format_name": "auto", "tokenizer": tokenizer}
-        return store_fingerprint(**(inputs | {"options": options} | changes))[0]
+    def fingerprint(
+        rows: Rows = rows,
+        format_name: str = "auto",
+        fields: dict[str, str] | None = None,
+        tokenizer: Any = None,
+        options: BuildOptions | None = None,
+    ) -> str:
+        source = Source(rows, format_name, fields or {})
+        options = options or BuildOptions(64)
+        return store_fingerprint(source, tokenizer or make_tokenizer(), options)[0]
 
-    other_rows = load_rows(write_rows([GOOD, GOOD], "other.jsonl"))
     bigger = make_tokenizer()
     bigger.add_tokens(["hello"])
     changed = [
-        fingerprint(rows=other_rows),
+        fingerprint(rows=load_rows(write_rows([GOOD, GOOD], "other.jsonl"))),
+        fingerprint(rows=rows.hold_out(0.5)[0]),
         fingerprint(format_name="question_answer"),
+        fingerprint(fields={"question": "question"}),
         fingerprint(tokenizer=make_tokenizer("{{ messages }}")),
         fingerprint(tokenizer=make_tokenizer(bos_token="<|im_start|>")),
         fingerprint(tokenizer=bigger),
-        fingerprint(options=BuildOptions(65)),
         fingerprint(options=BuildOptions(64, over_length="drop")),
-        fingerprint(options=BuildOptions(64, fields={"question": "question"})),
+        fingerprint(options=BuildOptions(65, over_length="drop")),
+        fingerprint(options=BuildOptions(64, mask=MaskOptions(trim_tail=False))),
     ]
     monkeypatch.setattr("sft_fast.data.build.CODE_VERSION", -1)
     changed.append(fingerprint())
     monkeypatch.undo()
     assert len({fingerprint(), *changed}) == len(changed) + 1
+    for same in (BuildOptions(65), BuildOptions(64, on_bad_row="skip", max_rejected=1)):
+        assert fingerprint(options=same) == fingerprint()
+
+
+def test_store_is_checked_against_the_options_that_its_fingerprint_leaves_out(
+    write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    source = Source(load_rows(write_rows([GOOD, long_row(100), "nonsense"])))
+
+    def prepare(capacity: int, **options: Any) -> TokenStore:
+        return prepare_store(source, make_tokenizer(), BuildOptions(capacity, **options), tmp_path)
+
+    store = prepare(1000, on_bad_row="skip", max_rejected=0.5)
+    assert prepare(900, on_bad_row="skip", max_rejected=0.5).path == store.path
+    with pytest.raises(ValueError, match=r"1 of 2 samples .*\n  .*rows\.jsonl:2: \d+ tokens"):
+        prepare(64, on_bad_row="skip", max_rejected=0.5)
+    with pytest.raises(ValueError, match=r"1 of 3 rows .* cannot be used; (.*\n)  .*jsonl:3:1: "):
+        prepare(1000)
+    with pytest.raises(ValueError, match=r"\(33\.3%: 1 unreadable\), more than data\.max_reject"):
+        prepare(1000, on_bad_row="skip")
 
 
 def test_fingerprint_ignores_where_things_are_and_what_calls_left_behind(
@@ -219,21 +251,21 @@ def test_fingerprint_ignores_where_things_are_and_what_calls_left_behind(
     from transformers import AutoTokenizer
 
     tokenizer, options = make_tokenizer(), BuildOptions(64)
-    first = store_fingerprint(load_rows(write_rows([GOOD])), "auto", tokenizer, options)
+    first = store_fingerprint(Source(load_rows(write_rows([GOOD]))), tokenizer, options)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer.pad_token = "</s>"
     tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=8)
     tokenizer.pad_token = None
-    rows = load_rows(write_rows([GOOD], "moved.jsonl"))
-    assert store_fingerprint(rows, "auto", tokenizer, options) == first
+    source = Source(load_rows(write_rows([GOOD], "moved.jsonl")))
+    assert store_fingerprint(source, tokenizer, options) == first
     loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert store_fingerprint(rows, "auto", loaded, options) == first
+    assert store_fingerprint(source, loaded, options) == first
 
 
 def test_fingerprint_covers_the_code_of_own_formats(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, tokenizer, options = load_rows(write_rows([GOOD])), make_tokenizer(), BuildOptions(64)
+    source = Source(load_rows(write_rows([GOOD])), "own")
     fingerprints = []
     for shout in (False, True):
         monkeypatch.setattr(format_registry, "_FORMATS", {})
@@ -248,5 +280,67 @@ def test_fingerprint_covers_the_code_of_own_formats(
             def quiet(record: Any) -> Conversation:
                 return Conversation((Message("assistant", record["answer"]),))
 
-        fingerprints.append(store_fingerprint(rows, "own", tokenizer, options)[0])
+        fingerprints.append(store_fingerprint(source, make_tokenizer(), BuildOptions(64))[0])
     assert fingerprints[0] != fingerprints[1]
+
+
+def test_rejected_share_has_a_limit(
+    build: Callable[..., TokenStore], write_rows: WriteRows
+) -> None:
+    path = write_rows([GOOD] * 198 + [{"question": "q", "answer": ""}] * 2)
+    store = build(path, on_bad_row="skip")
+    assert store.num_samples == 198
+    shutil.rmtree(store.path)
+    path = write_rows([GOOD] * 197 + [{"question": "q", "answer": ""}] * 3, "more.jsonl")
+    with pytest.raises(ValueError, match=r"3 of 200 rows .*\(1\.5%: 3 not in the format\)"):
+        build(path, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("policy", ["truncate_left", "truncate_right"])
+def test_truncation_on_either_side(
+    build: Callable[..., TokenStore],
+    write_rows: WriteRows,
+    make_tokenizer: MakeTokenizer,
+    policy: str,
+) -> None:
+    path = write_rows([{"question": " hello" * 100, "answer": "world" * 10}])
+    if policy == "truncate_right":
+        with pytest.raises(ValueError, match="1 nothing to learn"):
+            build(path, over_length=policy, on_bad_row="skip", max_rejected=1)
+        return
+    store = build(path, over_length=policy)
+    tokens, supervised = store.sample(0)
+    text = make_tokenizer().decode(tokens[supervised].tolist())
+    assert (len(tokens), text) == (64, "world" * 10 + "<|im_end|>")
+    assert store.report.truncated == 1
+
+
+def test_long_conversation_is_split_at_its_turns(
+    build: Callable[..., TokenStore], write_rows: WriteRows, make_tokenizer: MakeTokenizer
+) -> None:
+    turns = [{"role": "system", "content": "brief"}]
+    for number in range(12):
+        turns.append({"role": "user", "content": f"how {number}"})
+        turns.append({"role": "assistant", "content": f"world {number}"})
+    path = write_rows([{"messages": turns}, {"messages": turns[:3]}])
+    store = build(path, capacity=80, over_length="split_turns")
+    assert store.num_samples > 2 and store.lengths.max() <= 80
+    assert (store.report.rows, store.report.split, store.report.rejected) == (2, 1, {})
+    decode = make_tokenizer().decode
+    learnt = ""
+    for number in range(store.num_samples):
+        tokens, supervised = store.sample(number)
+        assert decode(tokens.tolist()).startswith(
+            "<|im_start|>system\nbrief<|im_end|>\n<|im_start|>u"
+        )
+        learnt += decode(tokens[supervised].tolist())
+    answers = [f"world {number}<|im_end|>" for number in [*range(12), 0]]
+    assert learnt == "".join(answers)
+    assert [entry["reason"] for entry in rejected(store)] == ["split"]
+
+
+def test_long_turn_cannot_be_split(build: Callable[..., TokenStore], write_rows: WriteRows) -> None:
+    path = write_rows([GOOD, long_row(100)])
+    store = build(path, over_length="split_turns")
+    assert store.report.rejected == {"too long": 1}
+    assert "no turn at which to split it" in rejected(store)[0]["message"]

@@ -10,7 +10,7 @@ from sft_fast.data.build import BuildOptions, build_store
 from sft_fast.data.demo import TASKS, chance_accuracy, demo_tokenizer, write_demo_data
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.json_rows import Row
-from sft_fast.data.source import load_rows
+from sft_fast.data.source import Source, load_rows
 
 ANSWERS = {
     "repeat": lambda words: words[-1],
@@ -105,7 +105,7 @@ def test_tokenizer_is_what_auto_tokenizer_loads(tmp_path: Path) -> None:
 def test_samples_are_short_and_end_with_a_supervised_end_of_turn(tmp_path: Path) -> None:
     tokenizer: Any = demo_tokenizer()
     options = BuildOptions(64)
-    store = build_store(load_rows("demo"), "auto", tokenizer, options, tmp_path / "store")
+    store = build_store(Source(load_rows("demo")), tokenizer, options, tmp_path / "store")
     assert store.num_samples == store.report.rows == 6000
     assert store.report.boundary_tokens == 0
     for number in range(0, store.num_samples, 500):

@@ -216,8 +216,13 @@ MESSAGES_OK = [USER_HI, {"role": "assistant", "content": "ho"}]
         ),
         (
             "messages",
-            {"messages": [USER_HI, {**MESSAGES_OK[1], "weight": 0.5}]},
-            "'weight' of turn 2 is 0.5; expected 0 or 1",
+            {"messages": [USER_HI, {**MESSAGES_OK[1], "weight": -0.5}]},
+            "'weight' of turn 2 is -0.5; expected a number, 0 to 100",
+        ),
+        (
+            "messages",
+            {"messages": [USER_HI, {**MESSAGES_OK[1], "train": "no"}]},
+            "'train' of turn 2 is 'no'; expected true or false",
         ),
         (
             "messages",
@@ -278,7 +283,8 @@ def test_reader_adds_file_and_line(write_rows: Callable[..., str]) -> None:
     with pytest.raises(ValueError) as caught:
         list(read_conversations(load_rows(path)))
     assert str(caught.value) == (
-        f"{path}:3: 'answer' is a list; expected text, written in double quotes \"...\""
+        f"{path}:3: 'answer' is a list; expected text, written in double quotes \"...\" "
+        "('answer' is a list in line 3 but text in line 1)"
     )
 
 
@@ -286,7 +292,8 @@ def test_auto_decides_once_per_file() -> None:
     reader = ConversationReader("auto")
     reader(Row({"question": "q", "answer": "a"}, "a.jsonl", 1))
     reader(Row({"text": CHATML_TEXT}, "b.jsonl", 1))
-    assert reader.formats == {"a.jsonl": "question_answer", "b.jsonl": "chatml"}
+    found = {file: known.name for file, known in reader.files.items()}
+    assert found == {"a.jsonl": "question_answer", "b.jsonl": "chatml"}
     with pytest.raises(ValueError, match=r"a\.jsonl:2: no column for 'question'"):
         reader(Row({"text": CHATML_TEXT}, "a.jsonl", 2))
 

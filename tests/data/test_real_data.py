@@ -6,7 +6,7 @@ import pytest
 from sft_fast.data.build import BuildOptions, build_store
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.formats import read_conversations
-from sft_fast.data.source import load_rows
+from sft_fast.data.source import Source, load_rows
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_public_file_becomes_a_store(
     path = real_data(name)
     rows = load_rows(path, split)
     tokenizer = demo_tokenizer()
-    store = build_store(rows, "auto", tokenizer, BuildOptions(1 << 20), tmp_path / "store")
-    assert store.report.formats == {path: format_name}
+    store = build_store(Source(rows), tokenizer, BuildOptions(1 << 20), tmp_path / "store")
+    assert store.report.formats[path].startswith(f"{format_name} (columns ")
     assert store.num_samples == store.report.rows == num_rows
     assert store.num_supervised.min() > 0
     for number, (row, conversation) in enumerate(read_conversations(rows)):

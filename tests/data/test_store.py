@@ -57,8 +57,8 @@ def test_arrays_are_the_documented_memory_maps(tmp_path: Path) -> None:
         ("tokens", np.uint32),
         ("supervised_bits", np.uint8),
         ("offsets", np.int64),
-        ("lengths", np.int32),
         ("num_supervised", np.int32),
+        ("lines", np.uint32),
     ):
         array = getattr(store, name)
         assert isinstance(array, np.memmap)
@@ -123,10 +123,10 @@ def set_version(store: Path) -> None:
     ("damage", "message"),
     [
         (damage_file("tokens.bin", lambda content: content[:-4]), r"tokens\.bin has 4 bytes.*8"),
-        (damage_file("lengths.bin", lambda content: None), r"lengths\.bin has no bytes"),
+        (damage_file("lines.bin", lambda content: None), r"lines\.bin has no bytes"),
         (damage_file(META_FILE, lambda content: content[:-9]), r"meta\.json is damaged"),
         (damage_file(META_FILE, lambda content: None), "is no token store"),
-        (set_version, "has version 99, expected 1"),
+        (set_version, "has version 99, expected 2"),
     ],
 )
 def test_damaged_store_names_the_file(

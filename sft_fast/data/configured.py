@@ -1,0 +1,115 @@
+"""From the configuration's sections to sources, options and a token store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from sft_fast.data.build import BuildOptions, Progress
+from sft_fast.data.mixture import prepare_mixture
+from sft_fast.data.render import MaskOptions
+from sft_fast.data.source import Source, load_rows
+from sft_fast.data.store import TokenStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft_fast.config import Config, DataSource
+
+Part = Literal["train", "eval"]
+
+
+def find_sources(config: Config, part: Part) -> list[Source] | None:
+    """The sources of `data.train` or `data.eval`; None for an evaluation that is not configured.
+
+    Raises:
+        ValueError: a source or its split does not exist; the message starts with the key.
+    """
+    data = config.data
+    if part == "train":
+        sources = _load(config, "train", "data.train")
+        if data.eval_fraction is None:
+            return sources
+        return [_with_rows(source, 0, data.eval_fraction) for source in sources]
+    if data.eval is not None:
+        return _load(config, "eval", "data.eval")
+    if data.eval_fraction is not None:
+        sources = _load(config, "train", "data.train")
+        return [_with_rows(source, 1, data.eval_fraction) for source in sources]
+    return None
+
+
+def build_options(config: Config) -> BuildOptions:
+    """What decides the content of the stores."""
+    data = config.data
+    return BuildOptions(
+        capacity=config.packing.capacity,
+        over_length=data.over_length,
+        on_bad_row=data.on_bad_row,
+        max_rejected=data.max_rejected,
+        mask=MaskOptions(
+            train_on=data.train_on,
+            train_tool_calls=data.train_tool_calls,
+            train_reasoning=data.train_reasoning,
+            trim_tail=data.trim_tail,
+            changing_history=data.changing_history,
+        ),
+        row_functions=tuple(data.row_functions),
+    )
+
+
+def open_configured_store(
+    config: Config,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """Opens the store of these sources, and builds what is missing.
+
+    Raises:
+        ValueError: as `prepare_mixture`.
+    """
+    return prepare_mixture(
+        sources,
+        tokenizer,
+        build_options(config),
+        config.data.cache_dir or os.path.join(config.output_dir, "data"),
+        processes=config.data.num_processes,
+        progress=progress,
+    )
+
+
+def _load(config: Config, part: Part, key: str) -> list[Source]:
+    data = config.data
+    chosen = data.train if part == "train" else data.eval
+    split = data.train_split if part == "train" else data.eval_split
+    assert chosen is not None, "the caller has looked"
+    sources = []
+    entries: Sequence[str | DataSource] = [chosen] if isinstance(chosen, str) else chosen
+    for number, entry in enumerate(entries):
+        own: DataSource | None = None if isinstance(entry, str) else entry
+        name = entry if isinstance(entry, str) else entry.path
+        try:
+            rows = load_rows(
+                name,
+                (own and own.split) or split,
+                evaluation=part == "eval",
+                streaming=data.streaming,
+            )
+        except ValueError as error:
+            raise ValueError(f"{key}{f'.{number}' if own else ''}: {error}") from None
+        format_name = (own and own.format) or data.format
+        fields = data.fields if own is None or own.fields is None else own.fields
+        weight, repeat = (own.weight, own.repeat) if own else (None, 1)
+        # Held-out questions are never asked twice.
+        repeat = repeat if part == "train" else 1
+        sources.append(Source(rows, format_name, fields, weight, repeat))
+    return sources
+
+
+def _with_rows(source: Source, part: Literal[0, 1], fraction: float) -> Source:
+    rows = source.rows.hold_out(fraction)[part]
+    if part == 0:
+        return Source(rows, source.format_name, source.fields, source.weight, source.repeat)
+    return Source(rows, source.format_name, source.fields)

@@ -1,0 +1,281 @@
+"""From rows to samples, in this process or in several, with the same result.
+
+Batches of rows go out in order and their outcomes come back in order; what a batch becomes depends
+on nothing but its rows, so the number of processes cannot be seen in the store.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from sft_fast.data.conversation import Conversation
+from sft_fast.data.format_registry import apply_row_function
+from sft_fast.data.formats import ConversationReader, FileFormat
+from sft_fast.data.json_rows import Row
+from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
+from sft_fast.data.tokens import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OverLength = Literal["error", "drop", "truncate_right", "truncate_left", "split_turns"]
+BATCHES_PER_PROCESS = 3
+"""Batches that wait for each process: enough to keep it busy, few enough for little memory."""
+SERIAL_BATCHES = 64
+"""A source of no more batches is not worth the start of processes."""
+
+
+@dataclass
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        file, line: the row.
+        samples: its samples; usually one.
+        rejected: (reason, message) if there are none.
+        notes: (reason, message) of what happened to samples that are there.
+        longest: tokens before any truncation.
+        truncated: samples that were cut.
+        trimmed_turns: turns behind the last supervised one.
+    """
+
+    file: str
+    line: int
+    samples: list[Sample] = field(default_factory=list)
+    rejected: tuple[str, str] | None = None
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    longest: int = 0
+    truncated: int = 0
+    trimmed_turns: int = 0
+
+
+@dataclass(frozen=True)
+class MakerOptions:
+    """How rows become samples; see `BuildOptions`."""
+
+    format_name: str
+    fields: Mapping[str, str]
+    row_functions: Sequence[str]
+    mask: MaskOptions
+    capacity: int
+    over_length: OverLength
+
+
+class SampleMaker:
+    """Formats, renders and tokenises rows, and makes them fit."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: MakerOptions) -> None:
+        self._options = options
+        self._reader = ConversationReader(options.format_name, options.fields)
+        self._renderer = ChatRenderer(tokenizer, options.mask)
+        self.template_source = self._renderer.template_source
+
+    def look(self, row: Row) -> FileFormat:
+        """The format of a row's file; ValueError where nothing recognises it."""
+        return self._reader.look(row)
+
+    @property
+    def files(self) -> dict[str, FileFormat]:
+        """What is known of the files so far."""
+        return self._reader.files
+
+    def make(
+        self, rows: Sequence[Row], files: Mapping[str, FileFormat], needs_samples: bool
+    ) -> list[Outcome]:
+        """Makes the samples of a batch.
+
+        Args:
+            rows: the batch.
+            files: what the first rows of their files decided.
+            needs_samples: False: the rows are only checked, without the cost of tokenising.
+        """
+        self._reader.files.update(files)
+        outcomes = [Outcome(row.file, row.line) for row in rows]
+        chats: list[tuple[int, Conversation, RenderedChat]] = []
+        for number, row in enumerate(rows):
+            outcome = outcomes[number]
+            reason = "not in the format"
+            try:
+                conversation = self._reader(row)
+                reason = "not rendered"
+                for name in self._options.row_functions:
+                    conversation = apply_row_function(name, conversation)
+                rendered = self._renderer.render_samples(conversation)
+            except ValueError as error:
+                message = str(error) if reason == "not in the format" else f"{row.origin}: {error}"
+                outcome.rejected = (reason, message)
+                continue
+            outcome.trimmed_turns = rendered[0].trimmed_turns if len(rendered) == 1 else 0
+            chats += [(number, conversation, chat) for chat in rendered]
+        if needs_samples:
+            self._tokenize(chats, outcomes)
+        return outcomes
+
+    def _tokenize(
+        self, chats: Sequence[tuple[int, Conversation, RenderedChat]], outcomes: list[Outcome]
+    ) -> None:
+        samples: list[Sample | ValueError]
+        try:
+            samples = list(self._renderer.tokenize([chat for _, _, chat in chats]))
+        except ValueError:
+            # One chat is at fault: find it, the others are good.
+            samples = [self._tokenize_one(chat) for _, _, chat in chats]
+        for (number, conversation, _), sample in zip(chats, samples, strict=True):
+            outcome = outcomes[number]
+            origin = f"{outcome.file}:{outcome.line}"
+            if isinstance(sample, ValueError):
+                outcome.rejected = ("not tokenized", f"{origin}: {sample}")
+            else:
+                self._fit(outcome, origin, conversation, sample)
+        for outcome in outcomes:
+            if outcome.rejected is not None:
+                # All samples of a row or none.
+                outcome.samples.clear()
+
+    def _tokenize_one(self, chat: RenderedChat) -> Sample | ValueError:
+        try:
+            return self._renderer.tokenize([chat])[0]
+        except ValueError as error:
+            return error
+
+    def _fit(
+        self, outcome: Outcome, origin: str, conversation: Conversation, sample: Sample
+    ) -> None:
+        """Adds a sample, or what the policy makes of one that is too long."""
+        length, capacity = len(sample.input_ids), self._options.capacity
+        policy = self._options.over_length
+        outcome.longest = max(outcome.longest, length)
+        message = f"{origin}: {length} tokens"
+        if length <= capacity or policy == "error":
+            # "error" is decided on the finished store, which is good for a larger capacity.
+            fitting = [sample]
+        elif policy == "drop":
+            outcome.rejected = ("too long", message)
+            return
+        elif policy == "split_turns":
+            fitting = self._split(conversation)
+            if not fitting:
+                outcome.rejected = ("too long", f"{message}, and no turn at which to split it")
+                return
+            outcome.notes.append(("split", f"{message}, now {len(fitting)} samples"))
+        else:
+            start = length - capacity if policy == "truncate_left" else 0
+            fitting = [sample.part(start, start + capacity)]
+            outcome.truncated += 1
+            outcome.notes.append(("truncated", message))
+        for part in fitting:
+            if not part.supervised[1:].any():
+                outcome.rejected = ("nothing to learn", f"{origin}: no supervised token is left")
+                return
+        outcome.samples += fitting
+
+    def _split(self, conversation: Conversation) -> list[Sample]:
+        """Samples that fit, of a conversation cut at its turns; none where that is impossible.
+
+        It is cut in two in front of the user's turn nearest to the middle, and so on. Every part
+        keeps the system turn and the tools, not the turns before it.
+        """
+        turns = conversation.messages
+        first = 1 if turns and turns[0].role == "system" else 0
+        places = [
+            number
+            for number in range(first + 1, len(turns))
+            if turns[number].role == "user" and turns[number - 1].role == "assistant"
+        ]
+        if not places:
+            return []
+        ends = [sum(len(turn.content) for turn in turns[:number]) for number in places]
+        middle = sum(len(turn.content) for turn in turns) / 2
+        place = min(zip(places, ends, strict=True), key=lambda entry: abs(entry[1] - middle))[0]
+        samples: list[Sample] = []
+        for half in (turns[:place], (*turns[:first], *turns[place:])):
+            if not any(turn.supervised for turn in half):
+                continue
+            part = Conversation(half, conversation.tools)
+            for sample in self._renderer.tokenize(self._renderer.render_samples(part)):
+                fits = len(sample.input_ids) <= self._options.capacity
+                fitting = [sample] if fits else self._split(part)
+                if not fitting:
+                    return []
+                samples += fitting
+        return samples
+
+
+Batch = tuple[Sequence[Row], Mapping[str, FileFormat], bool]
+_maker: SampleMaker | None = None
+
+
+def make_all(
+    maker: SampleMaker,
+    tokenizer: PreTrainedTokenizerBase,
+    options: MakerOptions,
+    batches: Iterable[Batch],
+    processes: int | None,
+) -> Iterator[list[Outcome]]:
+    """Yields the outcomes of each batch, in order.
+
+    Args:
+        maker: of this process.
+        tokenizer, options: for the makers of the other processes.
+        batches: arguments of `SampleMaker.make`.
+        processes: how many; 1: this one; None: this one for small sources, else one per core.
+    """
+    batches = iter(batches)
+    if processes is None:
+        for batch in islice(batches, SERIAL_BATCHES):
+            yield maker.make(*batch)
+        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    first = next(batches, None)
+    if first is None:
+        return
+    if processes == 1:
+        yield maker.make(*first)
+        for batch in batches:
+            yield maker.make(*batch)
+        return
+    yield from _make_elsewhere(tokenizer, options, first, batches, processes)
+
+
+def _make_elsewhere(
+    tokenizer: PreTrainedTokenizerBase,
+    options: MakerOptions,
+    first: Batch,
+    batches: Iterator[Batch],
+    processes: int,
+) -> Iterator[list[Outcome]]:
+    # Not forked from this process: it has threads, and a GPU perhaps.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sft_fast.data.sample_maker", "transformers"])
+    pool = ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start, initargs=(tokenizer, options)
+    )
+    waiting: deque[Future[list[Outcome]]] = deque()
+    try:
+        waiting.append(pool.submit(_make, first))
+        for batch in batches:
+            waiting.append(pool.submit(_make, batch))
+            if len(waiting) >= processes * BATCHES_PER_PROCESS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(tokenizer: Any, options: MakerOptions) -> None:
+    global _maker
+    # One thread each: the processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _maker = SampleMaker(tokenizer, options)
+
+
+def _make(batch: Batch) -> list[Outcome]:
+    assert _maker is not None, "the pool's initializer has run"
+    return _maker.make(*batch)

@@ -1,0 +1,214 @@
+"""Where each answer starts and ends in a rendered chat, and the proof of it.
+
+An answer starts where the text of the turns before it, rendered with the generation prompt, ends:
+there the model starts to write. It ends before the text of the next turn. Both texts must be
+prefixes of the whole, or the answer would be trained in a context that the model never sees.
+
+To render every prefix takes time that grows with the square of the number of turns. Instead the
+prefixes are rendered for a skeleton of the chat, with a short placeholder for every content, and
+once for all chats of the same structure. That gives the texts between the contents. The chat
+itself is rendered whole, must be exactly these texts with its own contents in between, and one of
+its prefixes is rendered as well. A chat is proven by all of its own prefixes where a skeleton may
+not stand for it: a content holds a string that the template mentions (`</think>`), or the whole is
+not what the skeleton says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from sft_fast.data.conversation import Message
+
+Apply = Callable[[Sequence[Message], bool], str]
+"""(turns, whether the generation prompt follows) -> text."""
+Bounds = list[tuple[int, int]]
+"""Of each answer: where it starts, and where what follows it starts."""
+
+MOST_LAYOUTS = 4096
+_PLACE_CHARACTERS = 40
+_EXPRESSION = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
+_LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+_SHORTEST_MARK = 3
+
+
+class UnstableTemplateError(ValueError):
+    """A template that renders a turn differently when more turns follow."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a structure of turns looks like.
+
+    Attributes:
+        between: the texts before, between and after the contents.
+        contents: numbers of the turns whose contents stand between them, in the text's order.
+        bounds: start and limit of each answer: (number of a text in `between`, offset in it).
+    """
+
+    between: tuple[str, ...]
+    contents: tuple[int, ...]
+    bounds: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+
+class TurnBounds:
+    """Finds the answers of chats that one template renders."""
+
+    def __init__(self, template: str) -> None:
+        self._layouts: dict[object, _Layout | None] = {}
+        code = " ".join(_EXPRESSION.findall(template))
+        found = (single or double for single, double in _LITERAL.findall(code))
+        marks = {text.replace("\\n", "\n").strip() for text in found}
+        self._marks = tuple(
+            mark for mark in marks if len(mark) >= _SHORTEST_MARK and not mark.isalnum()
+        )
+
+    def find(
+        self, messages: Sequence[Message], answers: Sequence[int], tools: str, apply: Apply
+    ) -> tuple[str, Bounds]:
+        """Renders a chat and finds its answers.
+
+        Args:
+            messages: the turns.
+            answers: numbers of the turns to find, ascending.
+            tools: what tells the tools of this chat from those of another.
+            apply: renders turns.
+
+        Returns: the text, and the bounds of each answer.
+
+        Raises:
+            UnstableTemplateError: a prefix is not one; the message shows the place.
+        """
+        text = apply(messages, False)
+        # With one answer its own prefixes are as cheap.
+        layout = self._layout(messages, answers, tools, apply) if len(answers) > 1 else None
+        bounds = None if layout is None else _fit(layout, messages, text)
+        if bounds is None:
+            return text, _prove(messages, answers, text, apply)
+        last = answers[-1]
+        before = apply(messages[:last], True)
+        check_prefix(before, text, f"turns 1 to {last} with the generation prompt")
+        return text, bounds if len(before) == bounds[-1][0] else _prove(
+            messages, answers, text, apply
+        )
+
+    def _layout(
+        self, messages: Sequence[Message], answers: Sequence[int], tools: str, apply: Apply
+    ) -> _Layout | None:
+        if any(mark in message.content for message in messages for mark in self._marks):
+            return None
+        skeleton = [
+            replace(message, content=_placeholder(number)) if message.content.strip() else message
+            for number, message in enumerate(messages)
+        ]
+        key = (tools, tuple(answers), *(repr(message.as_dict()) for message in skeleton))
+        if key not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = _measure(skeleton, answers, apply)
+        return self._layouts[key]
+
+
+def check_prefix(prefix: str, text: str, turns: str) -> None:
+    """Raises UnstableTemplateError with the place where `text` does not start with `prefix`."""
+    if text.startswith(prefix):
+        return
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text)
+    )
+    place = slice(max(0, same - _PLACE_CHARACTERS), same + _PLACE_CHARACTERS)
+    raise UnstableTemplateError(
+        "the chat template renders the same turns differently when more follow, so the answers "
+        f"cannot be found: {turns} give ...{prefix[place]!r} where the whole conversation gives "
+        f"...{text[place]!r} (character {same + 1}). Train each answer with its own history "
+        "(data.changing_history: expand), or only the last one (data.train_on: last_turn), or use "
+        "a template that keeps earlier turns as they are, or one with {% generation %}"
+    )
+
+
+def _prove(messages: Sequence[Message], answers: Sequence[int], text: str, apply: Apply) -> Bounds:
+    bounds = []
+    for number in answers:
+        before = apply(messages[:number], True)
+        is_last = number + 1 == len(messages)
+        until = text if is_last else apply(messages[: number + 1], False)
+        check_prefix(before, text, f"turns 1 to {number} with the generation prompt")
+        check_prefix(until, text, f"turns 1 to {number + 1}")
+        bounds.append((len(before), len(until)))
+    return bounds
+
+
+def _measure(skeleton: Sequence[Message], answers: Sequence[int], apply: Apply) -> _Layout | None:
+    """The layout of a skeleton; None where the skeleton is no help."""
+    try:
+        text = apply(skeleton, False)
+        bounds = _prove(skeleton, answers, text, apply)
+    except ValueError:
+        return None
+    places = []
+    for number, message in enumerate(skeleton):
+        if message.content != _placeholder(number):
+            continue
+        if text.count(message.content) != 1:
+            return None
+        places.append((text.index(message.content), number))
+    places.sort()
+    between, starts, position = [], [], 0
+    for place, number in places:
+        starts.append(position)
+        between.append(text[position:place])
+        position = place + len(_placeholder(number))
+    starts.append(position)
+    between.append(text[position:])
+    found = []
+    for pair in bounds:
+        located = [_locate(position, starts, between) for position in pair]
+        if located[0] is None or located[1] is None:
+            return None
+        found.append((located[0], located[1]))
+    return _Layout(tuple(between), tuple(number for _, number in places), tuple(found))
+
+
+def _locate(position: int, starts: Sequence[int], between: Sequence[str]) -> tuple[int, int] | None:
+    """Which text between contents a position is in, and where; the later one if it is in two."""
+    found = None
+    for number, (start, text) in enumerate(zip(starts, between, strict=True)):
+        if start <= position <= start + len(text):
+            found = (number, position - start)
+    return found
+
+
+def _fit(layout: _Layout, messages: Sequence[Message], text: str) -> Bounds | None:
+    """The bounds in a text that is the layout with the messages' contents; None if it is not."""
+    if not text.startswith(layout.between[0]):
+        return None
+    starts, position = [0], len(layout.between[0])
+    for number, following in zip(layout.contents, layout.between[1:], strict=True):
+        for content in _variants(messages[number].content):
+            end = position + len(content)
+            if text.startswith(content, position) and text.startswith(following, end):
+                break
+        else:
+            return None
+        starts.append(end)
+        position = end + len(following)
+    if position != len(text):
+        return None
+    return [
+        (starts[first] + start, starts[second] + limit)
+        for (first, start), (second, limit) in layout.bounds
+    ]
+
+
+def _variants(content: str) -> Iterator[str]:
+    """A content as templates write it."""
+    yield content
+    yield content.strip()
+    yield content.lstrip()
+    yield content.rstrip()
+
+
+def _placeholder(number: int) -> str:
+    # Private characters, that no template looks for.
+    return f"\ue000{number}\ue001"
