@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,25 @@ class Backend(Protocol):
         softcap: float,
         /,
     ) -> None: ...
+
+
+@runtime_checkable
+class OnePassBackend(Protocol):
+    """What a backend may offer besides, for a whole vocabulary; see masked_cross_entropy_native."""
+
+    def fits_one_pass(self, logits: Tensor, labels: Tensor, /) -> bool: ...
+
+    def loss_and_gradient(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        num_columns: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        /,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def write_gradient(
     if num_columns == 0:
         return
     logits, gradient = logits[:, :num_columns], gradient[:, :num_columns]
-    merged = merge_statistics(statistics)
+    merged = merge_statistics(statistics[:, :3])
     shift, (grad_loss, grad_logprob) = finite_shift(merged.logits_max), grads
     lse = shift + merged.sum_exp.log()
     scale = grad_loss * (1 + 2 * z_loss * lse) if z_loss > 0 else grad_loss

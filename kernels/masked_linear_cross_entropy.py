@@ -22,6 +22,7 @@ from sft_fast.kernels.head_gradient import GradientSums, weight_gradient
 from sft_fast.kernels.masked_cross_entropy import (
     Backend,
     LossOptions,
+    OnePassBackend,
     VocabShard,
     global_statistics,
     row_losses,
@@ -233,12 +234,13 @@ def loss_and_gradient(
     options: LossOptions,
 ) -> Tensor:
     """Loss of each row [N]; the logits become the gradient of its sum, weighted."""
-    one_pass = getattr(kernels, "loss_and_gradient", None)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if weights is None:
         weights = logits.new_ones(len(logits), dtype=dtype)
-    if one_pass is not None and shard.tp_size == 1:
-        return one_pass(logits, labels, weights, shard.num_columns, *astuple(options))
+    is_whole = shard.tp_size == 1
+    if is_whole and isinstance(kernels, OnePassBackend) and kernels.fits_one_pass(logits, labels):
+        arguments = logits, labels, weights, shard.num_columns
+        return kernels.loss_and_gradient(*arguments, *astuple(options))
     statistics = global_statistics(logits, labels, shard, kernels, options, False)
     grads = stack_grads(weights, None, statistics.dtype)
     write_gradient(logits, logits, labels, statistics, grads, shard, kernels, options)

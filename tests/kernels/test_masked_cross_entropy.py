@@ -1,0 +1,449 @@
+"""Every kernel backend against the oracle, with the inputs that have broken such kernels before.
+
+torch runs as it is, triton in its interpreter, native compiled for the CPU with fibers as threads.
+The interpreter must be on before triton is imported, hence ranks of our own.
+"""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import emulated_gpu
+from closeness import assert_bit_zero, assert_no_worse
+from rank_pool import RankPool
+from sft_fast.constants import IGNORE_INDEX
+from sft_fast.loss import (
+    LossOptions,
+    masked_cross_entropy,
+    masked_linear_cross_entropy,
+    masked_linear_outputs,
+)
+from sft_fast.loss_backends import load_backend
+from sft_fast.reference import cross_entropy as reference
+
+pytest.importorskip("triton")
+
+
+class KernelPool(RankPool):
+    """Ranks in which all backends work, and in which torch.empty returns NaN."""
+
+    def __init__(self, native_module: Path | None) -> None:
+        super().__init__()
+        self.native_module = native_module
+
+    def run(self, world_size: int, function: Callable[..., None], *args: Any) -> list[None]:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            return super().run(world_size, run_poisoned, self.native_module, function, args)
+
+
+def run_poisoned(
+    native_module: Path | None, function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    """Shows what a kernel forgets to write."""
+    if native_module is not None:
+        emulated_gpu.install(native_module)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    function(*args)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    module = None
+    if emulated_gpu.missing() is None:
+        module = emulated_gpu.build(tmp_path_factory.mktemp("emulated"))
+    ranks = KernelPool(module)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(params=["torch", "triton", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and emulated_gpu.missing() is not None:
+        pytest.skip(f"native kernels on the CPU need {emulated_gpu.missing()}")
+    return str(request.param)
+
+
+def gradient(loss: Tensor, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, tensors, upstream.to(loss.dtype))
+
+
+def make_logits(
+    num_rows: int, width: int, vocab_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits with NaN in the masked rows and Inf in the padding, labels, an upstream gradient."""
+    generator = torch.Generator().manual_seed(num_rows + width)
+    logits = (3 * torch.randn(num_rows, width, generator=generator)).to(dtype)
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    labels[-1] = vocab_size - 1
+    labels[1::3] = IGNORE_INDEX
+    logits[:, vocab_size:] = torch.inf
+    logits[1::3] = torch.nan
+    return logits, labels, torch.randn(num_rows, generator=generator)
+
+
+def eager_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    active = (labels != IGNORE_INDEX).unsqueeze(1)
+    logits = torch.where(active, logits, 0)[:, :vocab_size].float()
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+
+
+def round_as(backend: str, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Triton's interpreter cuts bfloat16 off where GPUs round to nearest."""
+    if backend == "triton" and dtype == torch.bfloat16:
+        gradient = (gradient.contiguous().view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return gradient.to(dtype)
+
+
+def run_logits(
+    backend: str, num_rows: int, width: int, vocab_size: int, dtype: torch.dtype
+) -> None:
+    logits, labels, upstream = make_logits(num_rows, width, vocab_size, dtype)
+    before = logits.clone()
+    results = []
+    for function, computed_in in (
+        (functools.partial(masked_cross_entropy, backend=backend), dtype),
+        (eager_cross_entropy, torch.float32),
+        (reference.cross_entropy, torch.float64),
+    ):
+        inputs = logits.to(computed_in).requires_grad_()
+        loss = function(inputs, labels, vocab_size=vocab_size)
+        results.append((loss.detach(), gradient(loss, upstream, inputs)[0]))
+    (loss, grad), (eager, eager_grad), (truth, true_grad) = results
+    assert torch.equal(logits.view(torch.uint8), before.view(torch.uint8)), "logits were written to"
+    assert loss.dtype == torch.float32 and grad.dtype == dtype
+    assert_no_worse(loss, eager, truth)
+    assert_no_worse(grad, round_as(backend, eager_grad, dtype), true_grad)
+    assert_bit_zero(loss[1::3])
+    assert_bit_zero(grad[1::3])
+    assert not grad[:, vocab_size:].any()
+
+
+SHAPES = [
+    # rows, width, vocab_size, dtype; 20000 columns are 3 blocks, which few rows split
+    (4, 1, 1, torch.float32),
+    (7, 13, 13, torch.bfloat16),
+    (7, 128, 100, torch.float32),
+    (3, 8192, 8192, torch.bfloat16),
+    (3, 8200, 8193, torch.float16),
+    (5, 20000, 19999, torch.float32),
+    (5, 20000, 9000, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"N{s[0]}-W{s[1]}-V{s[2]}-{s[3]}")
+def test_logits_no_worse_than_eager(pool: RankPool, backend: str, shape: tuple[Any, ...]) -> None:
+    pool.run(1, run_logits, backend, *shape)
+
+
+def run_infinities(backend: str) -> None:
+    """-inf lanes, shards and rows, +inf, NaN, and offsets that overflow exp."""
+    logits = torch.randn(8, 300)
+    logits[0, :290] = -torch.inf
+    logits[1] = -torch.inf
+    logits[2, 3] = torch.inf
+    logits[3, 4] = torch.nan
+    logits[4] += 1e4
+    logits[5] -= 1e4
+    logits[6, 5:] = -torch.inf
+    labels = torch.tensor([295, 3, 7, 7, 7, 7, 299, 300])
+    inputs = logits.requires_grad_()
+    ours = masked_cross_entropy(inputs, labels, backend=backend)
+    theirs = masked_cross_entropy(inputs, labels, backend="torch")
+    assert ours.isnan().tolist() == [False, True, True, True, False, False, False, True]
+    assert ours[6] == torch.inf
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+    upstream = torch.rand(8)
+    torch.testing.assert_close(
+        gradient(ours, upstream, inputs),
+        gradient(theirs, upstream, inputs),
+        rtol=1e-5,
+        atol=1e-7,
+        equal_nan=True,
+    )
+
+
+def test_infinities_and_nan_as_in_torch(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_infinities, backend)
+
+
+def run_confident_token(backend: str) -> None:
+    logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
+    logits[0, 7] = 14.0
+    true_grad = torch.softmax(logits[0].double(), 0)[7] - 1
+    inputs = logits.requires_grad_()
+    loss = masked_cross_entropy(inputs, torch.tensor([7]), backend=backend)
+    error = gradient(loss, torch.ones(1), inputs)[0][0, 7] / true_grad - 1
+    assert abs(error) < torch.finfo(torch.bfloat16).eps
+
+
+def test_confident_token_keeps_its_gradient(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_confident_token, backend)
+
+
+def run_strides(backend: str) -> None:
+    """Padded rows, transposed logits and labels, an expanded upstream gradient, no rows at all."""
+    plain, labels, _ = make_logits(6, 40, 40, torch.float32)
+    plain[1::3] = 0
+    transposed = plain.t().contiguous().t()
+    padded = torch.full((6, 64), torch.nan)[:, :40].copy_(plain)
+    strided_labels = labels.repeat_interleave(2)[::2]
+    results = []
+    for logits in (plain, transposed, padded):
+        inputs = logits.detach().requires_grad_()
+        loss = masked_cross_entropy(inputs, strided_labels, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, inputs, torch.tensor(0.5).expand(6))))
+    for result in results[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
+    empty = torch.zeros(0, 40, requires_grad=True)
+    loss = masked_cross_entropy(empty, labels[:0], backend=backend)
+    assert gradient(loss, torch.zeros(0), empty)[0].shape == (0, 40)
+
+
+def test_any_stride(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_strides, backend)
+
+
+def run_far_rows(backend: str) -> None:
+    """Row 3 begins 3 * 2**30 elements after row 0; the file between them is a hole."""
+    stride, width = 1 << 30, 40
+    size = 3 * stride + width
+    with tempfile.NamedTemporaryFile() as sparse:
+        storage = torch.from_file(sparse.name, shared=True, size=size, dtype=torch.bfloat16)
+    logits = storage.as_strided((4, width), (stride, 1))
+    near = torch.randn(4, width).to(torch.bfloat16)
+    logits.copy_(near)
+    labels = torch.tensor([0, 39, IGNORE_INDEX, 7])
+    results = []
+    for inputs in (logits.detach().requires_grad_(), near.requires_grad_()):
+        loss = masked_cross_entropy(inputs, labels, backend=backend)
+        results.append((loss, *gradient(loss, torch.full((4,), 0.7), inputs)))
+    assert all(torch.equal(far, close) for far, close in zip(*results, strict=True))
+
+
+def test_row_offsets_beyond_32_bits(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_far_rows, backend)
+
+
+def run_linear(backend: str, sequence_parallel: bool) -> None:
+    """In place on its own logits, per rank; twice, because the first backward uses them up."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(12, 1, 8, generator=generator)
+    weight = torch.randn(200, 8, generator=generator)
+    labels = torch.tensor([[IGNORE_INDEX] * 7 + [0, 99, 100, 189, 5]])
+    upstream = torch.rand(1, 12, generator=generator)
+    parts = size if sequence_parallel else 1
+    results = []
+    for name in (backend, "torch"):
+        own_hidden = hidden.chunk(parts)[rank % parts].clone()
+        own_hidden[labels.t().chunk(parts)[rank % parts] == IGNORE_INDEX] = torch.nan
+        tensors = own_hidden.requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
+        loss = masked_linear_cross_entropy(
+            *tensors,
+            labels,
+            vocab_size=190,
+            tp_group=dist.group.WORLD,
+            sequence_parallel=sequence_parallel,
+            backend=name,
+        )
+        grads = torch.autograd.grad(loss, tensors, upstream, retain_graph=True)
+        again = torch.autograd.grad(loss, tensors, upstream)
+        assert all(torch.equal(ours, other) for ours, other in zip(grads, again, strict=True))
+        results.append((loss, *grads))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size, sequence_parallel", [(1, False), (2, False), (2, True)])
+def test_linear_equals_torch_backend(
+    pool: RankPool, backend: str, size: int, sequence_parallel: bool
+) -> None:
+    pool.run(size, run_linear, backend, sequence_parallel)
+
+
+OPTIONS = {
+    "smoothing": LossOptions(label_smoothing=0.1),
+    "z-loss": LossOptions(z_loss=1e-2),
+    "softcap": LossOptions(logit_softcap=5.0),
+    "all": LossOptions(label_smoothing=0.2, z_loss=1e-3, logit_softcap=20.0),
+}
+
+
+def run_options(backend: str, name: str, dtype: torch.dtype, width: int) -> None:
+    options, vocab_size = OPTIONS[name], width - 8
+    logits, labels, upstream = make_logits(5, width, vocab_size, dtype)
+    results = []
+    for function, computed_in in (
+        (functools.partial(masked_cross_entropy, options=options, backend=backend), dtype),
+        (functools.partial(reference.penalised_cross_entropy, **vars(options)), torch.float32),
+        (functools.partial(reference.penalised_cross_entropy, **vars(options)), torch.float64),
+    ):
+        inputs = logits.to(computed_in).requires_grad_()
+        loss = function(inputs, labels, vocab_size=vocab_size)
+        results.append((loss.detach(), gradient(loss, upstream, inputs)[0]))
+    (loss, grad), (eager, eager_grad), (truth, true_grad) = results
+    assert_no_worse(loss, eager, truth)
+    assert_no_worse(grad, round_as(backend, eager_grad, dtype), true_grad)
+    assert_bit_zero(loss[1::3])
+    assert_bit_zero(grad[1::3])
+    assert not grad[:, vocab_size:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_no_worse_than_eager(
+    pool: RankPool, backend: str, name: str, dtype: torch.dtype
+) -> None:
+    pool.run(1, run_options, backend, name, dtype, 9000 if name == "all" else 208)
+
+
+def run_outputs(backend: str, sequence_parallel: bool) -> None:
+    """Log probability, entropy and argmax per token, over a vocabulary in shards; with ties."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(24, 1, 8, generator=generator)
+    weight = torch.randn(200, 8, generator=generator)
+    weight[150] = weight[60]  # the first of equal maxima counts
+    hidden[20] = 4 * weight[60]
+    labels = torch.randint(190, (1, 24), generator=generator)
+    labels[0, 20] = 150
+    labels[0, :7] = IGNORE_INDEX
+    likely = (hidden[:, 0] @ weight[:190].t()).argmax(1)
+    labels[0, 8:16] = likely[8:16]
+    truth = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    logits = (truth[0] @ truth[1].t()).flatten(0, 1)
+    logprob, entropy, correct = reference.token_outputs(logits, labels[0], 190)
+    parts = size if sequence_parallel else 1
+    own = [
+        hidden.chunk(parts)[rank % parts].clone().requires_grad_(),
+        weight.chunk(size)[rank].clone().requires_grad_(),
+    ]
+    outputs = masked_linear_outputs(
+        *own,
+        labels,
+        vocab_size=190,
+        tp_group=dist.group.WORLD,
+        sequence_parallel=sequence_parallel,
+        options=LossOptions(z_loss=0.1, label_smoothing=0.1),
+        backend=backend,
+    )
+    torch.testing.assert_close(outputs.logprob[0].double(), logprob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs.entropy[0].double(), entropy, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outputs.correct[0], correct)
+    assert outputs.correct[0, 8:16].all() and not outputs.correct[0, 20]
+    assert not outputs.entropy.requires_grad and not outputs.correct.requires_grad
+    upstream = torch.rand(24, generator=generator)
+    options = {"label_smoothing": 0.1, "z_loss": 0.1}
+    loss = reference.penalised_cross_entropy(logits, labels[0], 190, **options)
+    torch.testing.assert_close(outputs.loss[0].double(), loss, rtol=1e-5, atol=1e-5)
+    # One backward through both differentiable outputs.
+    mixed = (outputs.logprob[0] * upstream).sum() + 0.3 * outputs.loss.sum()
+    true_mixed = (logprob * upstream).sum() + 0.3 * loss.sum()
+    grads = torch.autograd.grad(mixed, own)
+    true_grads = torch.autograd.grad(true_mixed, truth)
+    expected = true_grads[0].chunk(parts)[rank % parts], true_grads[1].chunk(size)[rank]
+    for grad, true_grad in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, sequence_parallel", [(1, False), (2, True)])
+def test_outputs_equal_oracle(
+    pool: RankPool, backend: str, size: int, sequence_parallel: bool
+) -> None:
+    pool.run(size, run_outputs, backend, sequence_parallel)
+
+
+def run_infinite_outputs(backend: str) -> None:
+    """Entropy of rows with -inf blocks, and of a row with a single finite logit."""
+    hidden, weight = torch.eye(3).unsqueeze(1), torch.randn(300, 3)
+    weight[:290, 0] = -torch.inf
+    weight[:, 1] = -torch.inf
+    weight[7, 1] = 3.0
+    # 0 * -inf is NaN: select the columns by hand instead of multiplying.
+    logits = weight.t().contiguous()
+    with mock.patch("torch.Tensor.__matmul__", lambda left, right: logits[: len(left)].clone()):
+        labels = torch.tensor([[295, 7, 2]])
+        outputs = masked_linear_outputs(hidden, weight, labels, backend=backend)
+    assert outputs.entropy.isfinite().all()
+    assert outputs.entropy[0, 1].abs() < 1e-6 and outputs.correct[0, 1]
+    truth = torch.distributions.Categorical(logits=logits[0, 290:]).entropy()
+    torch.testing.assert_close(outputs.entropy[0, 0], truth)
+
+
+def test_outputs_with_minus_infinity(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_infinite_outputs, backend)
+
+
+def run_repeats(backend: str) -> None:
+    """Two runs agree to the last bit."""
+    logits, labels, upstream = make_logits(5, 9000, 9000, torch.bfloat16)
+    results = []
+    for _ in range(2):
+        inputs = logits.clone().requires_grad_()
+        loss = masked_cross_entropy(inputs, labels, backend=backend)
+        results.append((loss, *gradient(loss, upstream, inputs)))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_repeats_bit_for_bit(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_repeats, backend)
+
+
+def run_double(backend: str) -> None:
+    with pytest.raises(ValueError, match="float64, expected bfloat16, float16 or float32"):
+        masked_cross_entropy(
+            torch.zeros(1, 4, dtype=torch.float64), torch.tensor([1]), backend=backend
+        )
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
+def test_double_is_refused(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_double, backend)
+
+
+def run_operators(backend: str) -> None:
+    """torch.compile's view of the operators: what they change, and the shapes they promise."""
+    kernels = load_backend(backend, "cpu")
+    logits, labels, upstream = make_logits(3, 20000, 20000, torch.float32)
+    logits, labels = logits.nan_to_num(0.0), labels.clamp(min=0)
+    checks = ("test_schema", "test_faketensor")
+    arguments = (logits, labels, 0, 20000, 5.0, True, True)
+    torch.library.opcheck(kernels.shard_statistics, arguments, test_utils=checks)
+    statistics = kernels.shard_statistics(*arguments)
+    grads = torch.stack([upstream, upstream])
+    arguments = (torch.zeros_like(logits), logits, labels, statistics, grads, 0, 20000)
+    arguments += (20000, 0.1, 0.1, 5.0)
+    torch.library.opcheck(kernels.write_gradient, arguments, test_utils=checks)
+
+    @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def compiled(logits: Tensor) -> tuple[Tensor, Tensor]:
+        statistics = kernels.shard_statistics(logits * 2, labels, 0, 20000, 5.0, True, True)
+        gradient = torch.empty_like(logits)
+        arguments = labels, statistics, grads, 0, 20000, 20000, 0.1, 0.1, 5.0
+        kernels.write_gradient(gradient, logits * 2, *arguments)
+        return statistics + 1, gradient
+
+    plain_statistics = kernels.shard_statistics(logits * 2, labels, 0, 20000, 5.0, True, True)
+    plain = torch.empty_like(logits)
+    kernels.write_gradient(
+        plain, logits * 2, labels, plain_statistics, grads, 0, 20000, 20000, 0.1, 0.1, 5.0
+    )
+    statistics, gradient = compiled(logits)
+    assert torch.equal(statistics, plain_statistics + 1) and torch.equal(gradient, plain)
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
+def test_operators_work_under_torch_compile(pool: RankPool, backend: str) -> None:
+    pool.run(1, run_operators, backend)
