@@ -1,4 +1,4 @@
-"""Planning and filling: nanoseconds per sample and per token, against the oracles and a copy.
+"""Planning and filling: nanoseconds per sample and per token, against others and plain copies.
 
 pytest benchmarks/bench_packing.py -m "not slow"
 """
@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from sft_fast import _C
-from sft_fast.batch import fill_micro_batch
+from sft_fast.batch import MicroBatch, RowBuffers, fill_micro_batch
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.packing import BinPlan, plan_bins
+from sft_fast.packing import BinPlan, StepPlan, plan_bins
+from sft_fast.packing_report import length_correlation
 from sft_fast.reference.packing import best_fit_decreasing, fill_row
 
 # Lognormal lengths: mean, sigma of the logarithm, shortest. Shaped like instruction, chat and code.
@@ -54,23 +56,29 @@ def loads(plan: BinPlan, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.add.reduceat(lengths[plan.sample_ids].astype(np.int64), plan.bin_offsets[:-1])
 
 
+def check_plan(plan: BinPlan, lengths: NDArray[np.int32], capacity: int) -> None:
+    assert loads(plan, lengths).max() <= capacity
+    assert np.array_equal(np.sort(plan.sample_ids), np.arange(len(lengths)))
+
+
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("family", LENGTHS)
+@pytest.mark.parametrize("strategy", ["bfd", "window"])
 @pytest.mark.parametrize("num_samples", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_plan_bfd(
-    benchmark: BenchmarkFixture, num_samples: int, family: str, capacity: int
+def test_plan(
+    benchmark: BenchmarkFixture, num_samples: int, strategy: str, family: str, capacity: int
 ) -> None:
     lengths = draw_lengths(family, num_samples, capacity)
     few = lengths[:NUM_ORACLE_SAMPLES]
     oracle = best_fit_decreasing(few.tolist(), capacity)
-    oracle_loads = sorted(int(few[one].sum()) for one in oracle)
-    assert sorted(loads(plan_bins(few, capacity), few)) == oracle_loads
-    plan = plan_bins(lengths, capacity)
-    assert loads(plan, lengths).max() <= capacity
-    assert np.array_equal(np.sort(plan.sample_ids), np.arange(num_samples))
+    if strategy == "bfd":
+        oracle_loads = sorted(int(few[one].sum()) for one in oracle)
+        assert sorted(loads(plan_bins(few, capacity), few)) == oracle_loads
+    plan = plan_bins(lengths, capacity, strategy)
+    check_plan(plan, lengths, capacity)
 
     benchmark.group = f"plan, {num_samples} samples"
-    benchmark.pedantic(plan_bins, (lengths, capacity), rounds=20, warmup_rounds=2)
+    benchmark.pedantic(plan_bins, (lengths, capacity, strategy), rounds=20, warmup_rounds=2)
     oracle_s = seconds(lambda: best_fit_decreasing(few.tolist(), capacity), rounds=1)
     ns_per_sample = fastest_s(benchmark) / num_samples * 1e9
     bound = -(-int(lengths.sum(dtype=np.int64)) // capacity)
@@ -78,8 +86,75 @@ def test_plan_bfd(
     benchmark.extra_info.update(
         ns_per_sample=round(ns_per_sample, 2),
         bins_over_bound=round(plan.num_bins / bound - 1, 6),
+        length_correlation=round(length_correlation(plan, lengths), 3),
         bytes=lengths.nbytes + sum(array.nbytes for array in outputs),
         times_oracle_per_sample=round(oracle_s / NUM_ORACLE_SAMPLES * 1e9 / ns_per_sample),
+    )
+
+
+def lightbinpack_obfd(lengths: NDArray[np.int32], capacity: int) -> Callable[[], int]:
+    lightbinpack = pytest.importorskip("lightbinpack")
+    as_list = lengths.tolist()
+    return lambda: len(lightbinpack.obfd(as_list, capacity))
+
+
+def trl_bfd(lengths: NDArray[np.int32], capacity: int) -> Callable[[], int]:
+    data_utils = pytest.importorskip("trl.data_utils")
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"input_ids": [np.zeros(n, np.int8) for n in lengths]})
+
+    def pack() -> int:
+        # All rows at once; by default it packs 1000 at a time, which is denser in no case.
+        options = {"batch_size": None, "load_from_cache_file": False}
+        return len(data_utils.pack_dataset(rows, capacity, strategy="bfd", map_kwargs=options))
+
+    return pack
+
+
+PEERS = {"lightbinpack": (lightbinpack_obfd, 1_000_000), "trl": (trl_bfd, 20_000)}
+"""Name -> how to make a function that packs, and the samples it is given."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("family", LENGTHS)
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers(benchmark: BenchmarkFixture, peer: str, family: str, capacity: int) -> None:
+    make, num_samples = PEERS[peer]
+    lengths = draw_lengths(family, num_samples, capacity)
+    pack = make(lengths, capacity)
+    # The same algorithm, so the same number of bins.
+    num_bins = plan_bins(lengths, capacity).num_bins
+    assert abs(pack() - num_bins) <= 0.0005 * num_bins + 1
+    benchmark.group = f"peers, {num_samples} samples"
+    benchmark.pedantic(pack, rounds=3)
+    ours_s = seconds(lambda: plan_bins(lengths, capacity), rounds=20)
+    benchmark.extra_info.update(
+        ns_per_sample=round(fastest_s(benchmark) / num_samples * 1e9, 2),
+        times_ours=round(fastest_s(benchmark) / ours_s, 1),
+    )
+
+
+@pytest.mark.parametrize("num_bins", [64, 512])
+def test_micro_batches(benchmark: BenchmarkFixture, num_bins: int) -> None:
+    lengths = draw_lengths("chat", 100_000, 32768)
+    plan = StepPlan(
+        lengths,
+        lengths,
+        capacity=32768,
+        global_batch_size=num_bins,
+        strategy="window",
+    )
+    shares = [plan.micro_batches(0, rank, 8, 1) for rank in range(8)]
+    ids = np.concatenate([one for share in shares for bins in share for one in bins])
+    assert np.array_equal(np.sort(ids), np.sort(np.concatenate(plan.step_bins(0, 0))))
+    benchmark.group = "one rank's share of a step"
+    benchmark.pedantic(plan.micro_batches, (0, 3, 8, 1), rounds=50, warmup_rounds=2)
+    report = plan.report(dp_size=8)
+    benchmark.extra_info.update(
+        cost_imbalance=round(report.cost_imbalance, 4),
+        cost_imbalance_in_turn=round(report.cost_imbalance_in_turn, 4),
     )
 
 
@@ -102,22 +177,48 @@ def make_store(family: str, capacity: int) -> ArrayStore:
     return ArrayStore(tokens, np.packbits(supervised, bitorder="little"), offsets)
 
 
-def row_buffers(num_rows: int) -> dict[str, NDArray[Any]]:
-    names = ("tokens", "labels", "position_ids", "active_rows")
-    return {name: np.empty(num_rows, np.int64) for name in names}
+def numpy_row(
+    store: ArrayStore, supervised: NDArray[np.bool_], sample_ids: NDArray[np.int64], num_rows: int
+) -> tuple[NDArray[np.int64], ...]:
+    """What is usually written: slices of each sample, concatenated; the mask already unpacked."""
+    spans = [slice(store.offsets[i], store.offsets[i + 1]) for i in sample_ids]
+    tokens = np.concatenate([store.tokens[span] for span in spans]).astype(np.int64)
+    is_target = np.concatenate([supervised[span] for span in spans])
+    labels = np.where(is_target, tokens, IGNORE_INDEX)
+    labels[:-1] = labels[1:]
+    lengths = [span.stop - span.start for span in spans]
+    cu_seqlens = np.cumsum([0, *lengths])
+    labels[cu_seqlens[1:] - 1] = IGNORE_INDEX
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    padding = (0, num_rows - len(tokens))
+    return (
+        np.pad(tokens, padding),
+        np.pad(labels, padding, constant_values=IGNORE_INDEX),
+        np.pad(position_ids, padding),
+    )
 
 
-@pytest.mark.parametrize("target", ["reused buffers", "new tensors"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("target", ["C++ alone", "reused buffers", "new tensors"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("family", LENGTHS)
-def test_fill(benchmark: BenchmarkFixture, family: str, capacity: int, target: str) -> None:
+def test_fill(
+    benchmark: BenchmarkFixture, family: str, capacity: int, target: str, dtype: torch.dtype
+) -> None:
     store = make_store(family, capacity)
-    plan = plan_bins(np.diff(store.offsets), capacity)
+    lengths = np.diff(store.offsets)
+    plan = plan_bins(lengths, capacity)
     num_bins = min(NUM_ROWS_PER_ROUND // capacity, plan.num_bins)
     bins = [plan.bin(index) for index in range(num_bins)]
-    buffers = row_buffers(capacity)
+    buffers = RowBuffers(capacity, max(map(len, bins)), dtype=dtype)
 
-    def fill_reused() -> None:
+    arrays = {
+        name: getattr(buffers, name).numpy()
+        for name in ("tokens", "labels", "position_ids", "active_rows")
+    }
+    cu_seqlens = buffers.cu_seqlens.numpy()
+
+    def fill_alone() -> None:
         for sample_ids in bins:
             _C.fill_micro_batch(
                 store.tokens,
@@ -125,42 +226,60 @@ def test_fill(benchmark: BenchmarkFixture, family: str, capacity: int, target: s
                 store.offsets,
                 sample_ids,
                 ignore_index=IGNORE_INDEX,
-                cu_seqlens=np.empty(len(sample_ids) + 1, np.int32),
-                **buffers,
+                cu_seqlens=cu_seqlens[: len(sample_ids) + 1],
+                **arrays,
             )
 
-    def fill_new() -> None:
+    def fill() -> MicroBatch:
         for sample_ids in bins:
-            fill_micro_batch(store, sample_ids, capacity)
+            batch = fill_micro_batch(
+                store,
+                sample_ids,
+                capacity,
+                dtype=dtype,
+                buffers=buffers if target == "reused buffers" else None,
+            )
+        return batch
 
     # The oracle unpacks the whole mask each time; that is its own cost, so it gets a store of one
     # bin's samples.
     expected = oracle_row(store, bins[-1], capacity)
-    batch = fill_micro_batch(store, bins[-1], capacity)
-    fill_reused()
-    for name in ("tokens", "labels", "position_ids"):
-        wanted = getattr(expected, name)
-        np.testing.assert_array_equal(getattr(batch, name).numpy()[0], wanted)
-        np.testing.assert_array_equal(buffers[name], wanted)
+    batch = fill()
+    supervised = np.unpackbits(store.supervised_bits, bitorder="little").astype(np.bool_)
+    by_numpy = numpy_row(store, supervised, bins[-1], capacity)
+    for name, row in zip(("tokens", "labels", "position_ids"), by_numpy, strict=True):
+        np.testing.assert_array_equal(getattr(batch, name).numpy()[0], getattr(expected, name))
+        np.testing.assert_array_equal(row, getattr(expected, name))
     np.testing.assert_array_equal(batch.active_rows.numpy(), expected.active_rows)
 
-    benchmark.group = f"fill, rows of {capacity}"
-    fill = fill_reused if target == "reused buffers" else fill_new
-    benchmark.pedantic(fill, rounds=10, warmup_rounds=2)
-    num_tokens = int(sum(np.diff(store.offsets)[sample_ids].sum() for sample_ids in bins))
+    benchmark.group = f"fill, rows of {capacity}, {dtype}"
+    run = fill_alone if target == "C++ alone" else fill
+    benchmark.pedantic(run, rounds=20, warmup_rounds=2)
+    num_tokens = int(sum(lengths[sample_ids].sum() for sample_ids in bins))
     num_written = num_bins * capacity
-    # Read: ids of 4 bytes. Written: tokens, labels and positions of 8.
-    num_bytes = 4 * num_tokens + 24 * num_written
-    source, copy = np.ones(capacity * 3, np.int64), np.empty(capacity * 3, np.int64)
-    copy_s = num_bins * seconds(lambda: np.copyto(copy, source), rounds=50)
-    oracle_s = num_bins * seconds(lambda: oracle_row(store, bins[-1], capacity))
+    # Read: ids of 4 bytes. Written: tokens, labels and positions.
+    num_bytes = 4 * num_tokens + 3 * dtype.itemsize * num_written
+    # The least that can be done: ids copied twice, a constant written once, in cache.
+    ids = store.tokens[:capacity].view(np.int32)
+    row = np.empty((3, capacity), np.dtype(str(dtype).removeprefix("torch.")))
+
+    def plain_fill() -> None:
+        for _ in range(num_bins):
+            row[0] = ids
+            row[1] = ids
+            row[2] = 1
+
+    def fill_by_numpy() -> None:
+        for sample_ids in bins:
+            numpy_row(store, supervised, sample_ids, capacity)
+
     elapsed_s = fastest_s(benchmark)
     benchmark.extra_info.update(
         ns_per_token=round(elapsed_s / num_tokens * 1e9, 3),
         bytes=num_bytes,
         gb_per_s=round(num_bytes / elapsed_s / 1e9, 1),
-        times_copy=round(elapsed_s / copy_s, 2),
-        times_oracle=round(oracle_s / elapsed_s, 1),
+        times_plain_fill=round(elapsed_s / seconds(plain_fill, rounds=20), 2),
+        numpy_times_ours=round(seconds(fill_by_numpy) / elapsed_s, 1),
     )
 
 

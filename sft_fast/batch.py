@@ -314,7 +314,7 @@ def fill_micro_batch(
         position_ids=views["position_ids"][None],
         cu_seqlens=views["cu_seqlens"],
         active_rows=views["active_rows"][:num_supervised],
-        seqlens=tuple(views["cu_seqlens"].diff().tolist()),
+        seqlens=tuple(np.diff(views["cu_seqlens"].numpy()).tolist()),
         max_seqlen=max_seqlen,
         num_samples=len(ids),
         num_tokens=num_tokens,

@@ -155,7 +155,9 @@ def plot_plan(plan: "StepPlan", path: Path) -> None:
     )
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, (values, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.hist(values, bins=min(64, max(1, int(np.ptp(values)))))
+        # Few different numbers get a bar each, around them.
+        edges = np.arange(values.min(), values.max() + 2) - 0.5
+        axes.hist(values, bins=edges if len(edges) <= 64 else 64)
         axes.set(xlabel=label, ylabel="count", title=title)
         # A few rows that are not full would not be seen beside all that are.
         axes.set_yscale("log")

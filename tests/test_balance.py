@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_fast.balance import DEFAULT_COST_MODEL, CostModel, balance, imbalance, in_turn
@@ -22,6 +22,7 @@ def steps(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     return np.array(drawn, np.int64), dp_size, micro_batch_size
 
 
+@settings(deadline=None)
 @given(steps())
 def test_every_bin_once_and_never_worse_than_neighbours_can_be(
     step: tuple[np.ndarray, int, int],

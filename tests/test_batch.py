@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_fast.batch import MicroBatch, RowBuffers, RowLayout, fill_micro_batch
@@ -40,6 +40,7 @@ def layouts(draw: st.DrawFn) -> RowLayout:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@settings(deadline=None)
 @given(store=stores(), layout=layouts(), has_weights=st.booleans(), data=st.data())
 def test_filling_equals_the_oracle(
     store: ArrayStore,
@@ -88,6 +89,7 @@ def test_filling_equals_the_oracle(
     batch.check(VOCAB_SIZE)
 
 
+@settings(deadline=None)
 @given(store=stores(), cp_size=st.integers(1, 4), data=st.data())
 def test_context_parallel_ranks_share_the_row(
     store: ArrayStore, cp_size: int, data: st.DataObject

@@ -48,6 +48,7 @@ def packing_problems(draw: st.DrawFn) -> tuple[list[int], int]:
     return draw(st.lists(st.integers(1, longest), max_size=60)), capacity
 
 
+@settings(deadline=None)
 @given(packing_problems(), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_bfd_fills_bins_as_the_textbook_does(
     problem: tuple[list[int], int], seed: int, epoch: int
@@ -106,6 +107,7 @@ def test_bfd_on_many_samples() -> None:
     assert len(bins) == -(-int(lengths.sum()) // 2048)
 
 
+@settings(deadline=None)
 @given(packing_problems(), st.none() | st.integers(1, 9))
 def test_sequential_is_next_fit(
     problem: tuple[list[int], int], max_samples_per_bin: int | None
@@ -178,6 +180,7 @@ def test_window_is_dense_and_mixes_lengths(longest: int) -> None:
 
 
 @all_strategies
+@settings(deadline=None)
 @given(problem=packing_problems(), alignment=st.integers(1, 20), seed=st.integers(0, 9))
 def test_alignment_is_packing_in_larger_units(
     strategy: str, problem: tuple[list[int], int], alignment: int, seed: int
@@ -193,6 +196,7 @@ def test_alignment_is_packing_in_larger_units(
 
 
 @all_strategies
+@settings(deadline=None)
 @given(problem=packing_problems(), max_samples=st.integers(1, 10))
 def test_no_bin_holds_more_samples_than_allowed(
     strategy: str, problem: tuple[list[int], int], max_samples: int

@@ -26,6 +26,7 @@ def counting(log: list[int], stop: int = 10**9) -> Generator[int, None, None]:
         log.append(-1)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 20), st.integers(1, 5))
 def test_all_items_in_order(count: int, depth: int) -> None:
     log: list[int] = []

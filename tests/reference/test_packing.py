@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_fast import _C
@@ -42,6 +42,7 @@ def packing_problems(draw: st.DrawFn, max_size: int = 8) -> tuple[list[int], int
     return draw(st.lists(st.integers(1, capacity), max_size=max_size)), capacity
 
 
+@settings(deadline=None)
 @given(packing_problems())
 def test_best_fit_decreasing_is_within_its_bound_of_the_optimum(
     problem: tuple[list[int], int],
@@ -52,6 +53,7 @@ def test_best_fit_decreasing_is_within_its_bound_of_the_optimum(
     assert optimum <= len(best_fit_decreasing(lengths, capacity)) <= 3 * optimum // 2
 
 
+@settings(deadline=None)
 @given(packing_problems(max_size=40))
 def test_every_sample_once_and_no_bin_over_capacity(problem: tuple[list[int], int]) -> None:
     lengths, capacity = problem
