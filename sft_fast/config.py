@@ -315,6 +315,30 @@ class LossConfig(Section):
 
     backend: Literal["auto", "torch", "triton", "native"] = "auto"
     """Kernel; auto = the fastest that this device has."""
+    custom: Text | None = None
+    """Name given to register_loss by a file of `plugins`; null = cross-entropy. It gets plain log
+    probabilities, so label_smoothing and z_loss must be 0."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of log(sum(exp(logits)))**2, added to the loss."""
+    logit_softcap: Annotated[float, Field(ge=0)] = 0.0
+    """Bound c of the logits c * tanh(logits / c), for models trained with one; 0 = none."""
+    policy: Literal["auto", "stored", "gradient_in_forward", "recompute"] = "auto"
+    """Logits between forward and backward: kept, turned into gradients at once, or computed again;
+    auto = the first that memory_budget_gib allows."""
+    memory_budget_gib: Annotated[float, Field(gt=0)] = 2.0
+    """GiB of logits in memory at a time; never less than 4096 rows of them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LossConfig":
+        if self.custom is not None and (self.label_smoothing or self.z_loss):
+            raise ValueError(
+                "custom does not combine with label_smoothing or z_loss; set them to 0"
+            )
+        if self.custom is not None and self.policy == "gradient_in_forward":
+            raise ValueError("custom needs policy auto, stored or recompute")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -26,10 +26,12 @@ from sft_fast.kernels.masked_linear_cross_entropy import (
     Policy,
 )
 from sft_fast.loss_backends import load_backend
+from sft_fast.loss_registry import get_loss
 
 __all__ = [
     "LossOptions",
     "TokenOutputs",
+    "custom_losses",
     "masked_cross_entropy",
     "masked_linear_cross_entropy",
     "masked_linear_outputs",
@@ -200,6 +202,21 @@ def masked_linear_outputs(
         with_outputs=True,
     )
     return TokenOutputs(*outputs)
+
+
+def custom_losses(name: str, losses: Tensor, labels: Tensor) -> Tensor:
+    """Applies a registered loss to the log probabilities -losses [b, s]; 0 at masked tokens.
+
+    Raises:
+        ValueError: there is no such loss, or its result is not one number per token.
+    """
+    custom = get_loss(name)(-losses, labels)
+    if custom.shape != labels.shape:
+        raise ValueError(
+            f"loss.custom: {name!r} returned shape {list(custom.shape)}, expected one loss per "
+            f"token, {list(labels.shape)}"
+        )
+    return torch.where(labels == IGNORE_INDEX, 0.0, custom.float())
 
 
 def run_head(

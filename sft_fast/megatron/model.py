@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft_fast.architecture import Architecture
-from sft_fast.config import Config
-from sft_fast.loss import masked_linear_cross_entropy
+from sft_fast.config import Config, LossConfig
+from sft_fast.loss import LossOptions, custom_losses, masked_linear_cross_entropy
 from sft_fast.megatron.attention import PackedAttention
 from sft_fast.megatron.attention_backends import (
     Attend,
@@ -47,7 +47,7 @@ class LossOutputLayer(ColumnParallelLinear):
 
     vocab_size: int
     """Columns of the vocabulary; the weight may hold more, which are padding."""
-    loss_backend: str
+    loss_config: LossConfig
 
     def forward(
         self,
@@ -62,7 +62,8 @@ class LossOutputLayer(ColumnParallelLinear):
         """Logits as megatron gives them, or with `labels` [b, s] the per-token loss [b, s] fp32."""
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output, **kwargs)
-        return masked_linear_cross_entropy(
+        config, is_custom = self.loss_config, self.loss_config.custom is not None
+        losses = masked_linear_cross_entropy(
             input_,
             self.weight if weight is None else weight,
             labels,
@@ -70,9 +71,15 @@ class LossOutputLayer(ColumnParallelLinear):
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
-            backend=self.loss_backend,
+            options=LossOptions(config.label_smoothing, config.z_loss, config.logit_softcap),
+            backend=config.backend,
             accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
+            # forward_step's loss_func sums them; a custom loss is free to do anything.
+            summed=not is_custom,
+            policy=config.policy,
+            memory_budget=round(config.memory_budget_gib * 2**30),
         )
+        return custom_losses(config.custom, losses, labels) if config.custom else losses
 
 
 class SFTModel(GPTModel):
@@ -80,12 +87,14 @@ class SFTModel(GPTModel):
 
     attention: AttentionChoice
 
-    def __init__(self, *args: Any, unpadded_vocab_size: int, loss_backend: str, **kwargs: Any):
+    def __init__(
+        self, *args: Any, unpadded_vocab_size: int, loss_config: LossConfig, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         if self.post_process:
             self.output_layer.__class__ = LossOutputLayer
             self.output_layer.vocab_size = unpadded_vocab_size
-            self.output_layer.loss_backend = loss_backend
+            self.output_layer.loss_config = loss_config
 
     def _preprocess(
         self,
@@ -216,7 +225,7 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
         rope_scaling=architecture.rope_scaling_factor is not None,
         rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
         unpadded_vocab_size=architecture.vocab_size,
-        loss_backend=config.loss.backend,
+        loss_config=config.loss,
     )
     model.attention = attention
     mark_sharded_weights(model)

@@ -1,0 +1,247 @@
+"""Memory policies, options, weights and custom losses of the LM head, against the oracle."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from closeness import assert_bit_zero
+from rank_pool import RankPool
+from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels import masked_linear_cross_entropy as head_module
+from sft_fast.kernels.masked_linear_cross_entropy import MemoryPlan
+from sft_fast.loss import LossOptions, custom_losses, masked_linear_cross_entropy
+from sft_fast.loss_registry import get_loss, register_loss
+from sft_fast.reference import cross_entropy as reference
+
+SEQUENCE, BATCH, HIDDEN, VOCAB = 20, 2, 6, 48
+POLICIES = ("stored", "gradient_in_forward", "recompute")
+OPTIONS = LossOptions(label_smoothing=0.1, z_loss=1e-2, logit_softcap=4.0)
+
+
+def make_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [s, b, h], weight [V, h], labels [b, s] and token weights [b, s], some of them 0."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, generator=generator)
+    labels = torch.randint(40, (BATCH, SEQUENCE), generator=generator)
+    labels[:, :9] = IGNORE_INDEX
+    token_weights = torch.randn(BATCH, SEQUENCE, dtype=torch.float64, generator=generator)
+    token_weights[0, 15:17] = 0
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, token_weights
+
+
+def oracle(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
+    logits = (hidden @ weight.t()).transpose(0, 1).flatten(0, 1)
+    loss = reference.penalised_cross_entropy(logits, labels.flatten(), 40, **vars(OPTIONS))
+    return loss.view(labels.shape) * token_weights
+
+
+def run_policy(policy: str, sequence_parallel: bool) -> None:
+    """Chunks of 7 of the 20 active rows; each part of the model frozen in turn; twice backward."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hidden, weight, labels, token_weights = make_inputs()
+    truth = oracle(hidden, weight, labels, token_weights)
+    true_grads = torch.autograd.grad(0.7 * truth.sum(), (hidden, weight))
+    parts = size if sequence_parallel else 1
+    expected = true_grads[0].chunk(parts)[rank % parts], true_grads[1].chunk(size)[rank]
+    for trained in ((0, 1), (0,), (1,)):
+        own = [hidden.detach().chunk(parts)[rank % parts], weight.detach().chunk(size)[rank]]
+        own = [tensor.clone().requires_grad_(i in trained) for i, tensor in enumerate(own)]
+        with mock.patch.object(head_module, "MIN_CHUNK_ROWS", 7):
+            loss = masked_linear_cross_entropy(
+                *own,
+                labels,
+                token_weights=token_weights,
+                vocab_size=40,
+                tp_group=dist.group.WORLD,
+                sequence_parallel=sequence_parallel,
+                options=OPTIONS,
+                summed=True,
+                policy=policy,  # type: ignore[arg-type]
+                memory_budget=1,
+            )
+        torch.testing.assert_close(loss, truth, rtol=1e-12, atol=1e-12)
+        masked = (labels == IGNORE_INDEX) | (token_weights == 0)
+        assert_bit_zero(loss.detach()[masked])
+        tensors = [own[i] for i in trained]
+        for _ in range(2):
+            grads = torch.autograd.grad(0.7 * loss.sum(), tensors, retain_graph=True)
+            for i, grad in zip(trained, grads, strict=True):
+                torch.testing.assert_close(grad, expected[i], rtol=1e-11, atol=1e-12)
+        if 0 in trained:
+            own_masked = masked.t().chunk(parts)[rank % parts]
+            assert_bit_zero(grads[0][own_masked])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("size", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)]
+)
+def test_policy_equals_oracle(
+    rank_pool: RankPool, size: int, sequence_parallel: bool, policy: str
+) -> None:
+    rank_pool.run(size, run_policy, policy, sequence_parallel)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_main_grad_sums_depths_and_micro_batches(policy: str, dtype: torch.dtype) -> None:
+    """One weight used at two depths of three micro-batches, as multi-token prediction does."""
+    hidden, weight, labels, _ = (tensor.detach() for tensor in make_inputs())
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    weight.main_grad = torch.full(weight.shape, 0.5)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    truth = weight.main_grad.double()  # type: ignore[attr-defined]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    for shift in range(3):
+        for depth in range(2):
+            rolled = labels.roll(-depth - shift, 1)
+            with mock.patch.object(head_module, "MIN_CHUNK_ROWS", 7):
+                loss = masked_linear_cross_entropy(
+                    hidden,
+                    weight,
+                    rolled,
+                    accumulate_into_main_grad=True,
+                    summed=True,
+                    policy=policy,  # type: ignore[arg-type]
+                    memory_budget=1,
+                )
+            (0.3 * loss.sum()).backward()
+            plain = 0.3 * reference.linear_cross_entropy(*exact, rolled).sum()
+            truth += torch.autograd.grad(plain, exact[1])[0]
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    error = (weight.main_grad - truth).norm() / truth.norm()  # type: ignore[attr-defined]
+    assert error < tolerance
+
+
+def test_gradient_in_forward_refuses_unequal_upstream_gradients() -> None:
+    hidden, weight, labels, token_weights = make_inputs()
+    options: dict[str, Any] = {"summed": True, "policy": "gradient_in_forward"}
+    loss = masked_linear_cross_entropy(hidden, weight, labels, **options)
+    with pytest.raises(ValueError, match="different upstream gradients; give .* token_weights"):
+        (loss * token_weights).sum().backward()
+    with pytest.raises(ValueError, match="gradient_in_forward needs losses that are only summed"):
+        masked_linear_cross_entropy(hidden, weight, labels, policy="gradient_in_forward")
+
+
+def test_no_active_token_under_every_policy() -> None:
+    hidden, weight, labels, _ = make_inputs()
+    labels.fill_(IGNORE_INDEX)
+    for policy in POLICIES:
+        loss = masked_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            summed=True,
+            policy=policy,  # type: ignore[arg-type]
+        )
+        for grad in (loss, *torch.autograd.grad(loss.sum(), (hidden, weight))):
+            assert_bit_zero(grad.detach())
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "budget", "summed", "weight_grad_bytes", "policy", "num_chunks"),
+    [
+        (1000, 1, True, 1, "stored", 1),  # fewer rows than the smallest chunk
+        (10000, 10000 * 512, True, 1, "stored", 1),
+        (10000, 5000 * 512, True, 1, "gradient_in_forward", 2),
+        (10000, 5000 * 512, True, 1 << 40, "recompute", 2),
+        (10000, 5000 * 512, False, 1, "recompute", 2),
+        (10000, 1, False, 1, "recompute", 3),  # 4096 rows, whatever the budget
+        (0, 1, False, 1, "stored", 1),
+    ],
+)
+def test_policy_follows_the_budget(
+    num_rows: int,
+    budget: int,
+    summed: bool,
+    weight_grad_bytes: int,
+    policy: str,
+    num_chunks: int,
+) -> None:
+    plan = MemoryPlan.choose("auto", budget, num_rows, 512, weight_grad_bytes, summed)
+    assert plan.policy == policy
+    chunks = plan.chunks(num_rows)
+    assert len(chunks) == num_chunks
+    assert [row for chunk in chunks for row in range(num_rows)[chunk]] == list(range(num_rows))
+    assert all(chunk.stop - chunk.start >= 4096 for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing: got 1.0, expected 0 <= it < 1"),
+        ({"z_loss": -1.0}, "z_loss: got -1.0, expected a finite number, 0 or more"),
+        ({"logit_softcap": float("inf")}, "logit_softcap: got inf"),
+    ],
+)
+def test_bad_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossOptions(**options)
+
+
+def test_custom_loss_is_registered_and_differentiated() -> None:
+    @register_loss("test_focal")
+    def focal(logprobs: Tensor, labels: Tensor) -> Tensor:
+        return -((1 - logprobs.exp()) ** 2) * logprobs + 1
+
+    hidden, weight, labels, _ = make_inputs()
+    plain = masked_linear_cross_entropy(hidden, weight, labels)
+    loss = custom_losses("test_focal", plain, labels)
+    truth = -reference.linear_cross_entropy(hidden, weight, labels)
+    truth = focal(truth, labels).masked_fill(labels == IGNORE_INDEX, 0)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-6)
+    for grad, true_grad in zip(
+        torch.autograd.grad(loss.sum(), (hidden, weight)),
+        torch.autograd.grad(truth.sum(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, true_grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'test_focal' is already"):
+        register_loss("test_focal")(lambda logprobs, labels: logprobs)
+    register_loss("test_scalar")(lambda logprobs, labels: logprobs.sum())
+    with pytest.raises(ValueError, match=r"'test_scalar' returned shape \[\], expected"):
+        custom_losses("test_scalar", plain, labels)
+    with pytest.raises(ValueError, match=r"no loss 'no_such'; there are: .*plugins=\[path.py\]"):
+        get_loss("no_such")
+
+
+def test_custom_loss_comes_from_a_plugin(tmp_path: Path) -> None:
+    from sft_fast.config import load_config
+    from sft_fast.registry import load_plugins
+
+    plugin = tmp_path / "my_loss.py"
+    plugin.write_text(
+        "from sft_fast.loss_registry import register_loss\n"
+        "@register_loss('test_plugin')\n"
+        "def mine(logprobs, labels):\n"
+        "    return -2 * logprobs\n"
+    )
+    config = load_config(None, [f"plugins=[{plugin}]", "loss.custom=test_plugin"])
+    load_plugins(config)
+    assert config.loss.custom is not None
+    loss = custom_losses(config.loss.custom, torch.tensor([[1.5, 0.0]]), torch.tensor([[3, -100]]))
+    assert loss.tolist() == [[3.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.custom=a", "loss.z_loss=0.1"],
+        ["loss.custom=a", "loss.policy=gradient_in_forward"],
+        ["loss.label_smoothing=1.0"],
+        ["loss.memory_budget_gib=0.0"],
+    ],
+)
+def test_contradictions_in_the_config(overrides: list[str]) -> None:
+    from sft_fast.config import load_config
+    from sft_fast.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="loss"):
+        load_config(None, overrides)
