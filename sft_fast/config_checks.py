@@ -16,6 +16,7 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     yield from _model_problems(config)
     yield from _shape_problems(config)
     yield from _train_problems(config)
+    yield from _packing_problems(config)
     yield from _optim_problems(config)
     yield from _parallel_problems(config)
     yield from _evaluation_problems(config)
@@ -96,6 +97,16 @@ def _train_problems(config: Config) -> Iterator[Problem]:
             ("train.global_batch_size", "train.micro_batch_size"),
             f"{train.global_batch_size} is not a multiple of {train.micro_batch_size}",
             "train.micro_batch_size divides train.global_batch_size",
+        )
+
+
+def _packing_problems(config: Config) -> Iterator[Problem]:
+    packing = config.packing
+    if packing.capacity % packing.alignment != 0:
+        yield Problem(
+            ("packing.alignment", "packing.capacity"),
+            f"{packing.capacity} is not a multiple of {packing.alignment}",
+            "packing.alignment divides packing.capacity",
         )
 
 

@@ -336,3 +336,9 @@ def test_import_brings_in_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_alignment_divides_the_row():
+    with pytest.raises(ConfigError, match="packing.alignment divides packing.capacity"):
+        load_config(None, ["packing.alignment=24"])
+    assert load_config(None, ["packing.alignment=32"]).packing.alignment == 32

@@ -262,7 +262,7 @@ def train(config: Config) -> int:
     metrics.say(inputs.store.report.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
     packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
-    metrics.write("packing", **asdict(packing), efficiency=packing.efficiency)
+    metrics.write("packing", **packing.record())
     metrics.say(f"packing: {packing}")
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
