@@ -196,7 +196,7 @@ class ChatRenderer:
     ) -> tuple[str, list[Span]]:
         template = self._template(tools)
         if template not in self._bounds:
-            self._bounds[template] = TurnBounds(template)
+            self._bounds[template] = TurnBounds(template, self._tokenizer.eos_token)
         text, bounds = self._bounds[template].find(
             messages, answers, repr(tools), lambda turns, prompt: self._apply(turns, tools, prompt)
         )

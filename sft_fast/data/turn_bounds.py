@@ -55,7 +55,9 @@ class _Layout:
 class TurnBounds:
     """Finds the answers of chats that one template renders."""
 
-    def __init__(self, template: str) -> None:
+    def __init__(self, template: str, eos: str | None) -> None:
+        """`eos`: the EOS token, that a template may put behind the last turn only."""
+        self._eos = eos or ""
         self._layouts: dict[object, _Layout | None] = {}
         code = " ".join(_EXPRESSION.findall(template))
         found = (single or double for single, double in _LITERAL.findall(code))
@@ -85,11 +87,11 @@ class TurnBounds:
         layout = self._layout(messages, answers, tools, apply) if len(answers) > 1 else None
         bounds = None if layout is None else _fit(layout, messages, text)
         if bounds is None:
-            return text, _prove(messages, answers, text, apply)
+            return text, self._prove(messages, answers, text, apply)
         last = answers[-1]
         before = apply(messages[:last], True)
         check_prefix(before, text, f"turns 1 to {last} with the generation prompt")
-        return text, bounds if len(before) == bounds[-1][0] else _prove(
+        return text, bounds if len(before) == bounds[-1][0] else self._prove(
             messages, answers, text, apply
         )
 
@@ -106,8 +108,55 @@ class TurnBounds:
         if key not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[key] = _measure(skeleton, answers, apply)
+            self._layouts[key] = self._measure(skeleton, answers, apply)
         return self._layouts[key]
+
+    def _prove(
+        self, messages: Sequence[Message], answers: Sequence[int], text: str, apply: Apply
+    ) -> Bounds:
+        bounds = []
+        for number in answers:
+            before = apply(messages[:number], True)
+            is_last = number + 1 == len(messages)
+            until = text if is_last else apply(messages[: number + 1], False)
+            if not text.startswith(until):
+                until = until.removesuffix(self._eos)
+            check_prefix(before, text, f"turns 1 to {number} with the generation prompt")
+            check_prefix(until, text, f"turns 1 to {number + 1}")
+            bounds.append((len(before), len(until)))
+        return bounds
+
+    def _measure(
+        self, skeleton: Sequence[Message], answers: Sequence[int], apply: Apply
+    ) -> _Layout | None:
+        """The layout of a skeleton; None where the skeleton is no help."""
+        try:
+            text = apply(skeleton, False)
+            bounds = self._prove(skeleton, answers, text, apply)
+        except ValueError:
+            return None
+        places = []
+        for number, message in enumerate(skeleton):
+            if message.content != _placeholder(number):
+                continue
+            if text.count(message.content) != 1:
+                return None
+            places.append((text.index(message.content), number))
+        places.sort()
+        between, starts, position = [], [], 0
+        for place, number in places:
+            starts.append(position)
+            between.append(text[position:place])
+            position = place + len(_placeholder(number))
+        starts.append(position)
+        between.append(text[position:])
+        found = []
+        for pair in bounds:
+            located = [_locate(position, starts, between) for position in pair]
+            if located[0] is None or located[1] is None:
+                return None
+            found.append((located[0], located[1]))
+        return _Layout(tuple(between), tuple(number for _, number in places), tuple(found))
 
 
 def check_prefix(prefix: str, text: str, turns: str) -> None:
@@ -125,49 +174,6 @@ def check_prefix(prefix: str, text: str, turns: str) -> None:
         "(data.changing_history: expand), or only the last one (data.train_on: last_turn), or use "
         "a template that keeps earlier turns as they are, or one with {% generation %}"
     )
-
-
-def _prove(messages: Sequence[Message], answers: Sequence[int], text: str, apply: Apply) -> Bounds:
-    bounds = []
-    for number in answers:
-        before = apply(messages[:number], True)
-        is_last = number + 1 == len(messages)
-        until = text if is_last else apply(messages[: number + 1], False)
-        check_prefix(before, text, f"turns 1 to {number} with the generation prompt")
-        check_prefix(until, text, f"turns 1 to {number + 1}")
-        bounds.append((len(before), len(until)))
-    return bounds
-
-
-def _measure(skeleton: Sequence[Message], answers: Sequence[int], apply: Apply) -> _Layout | None:
-    """The layout of a skeleton; None where the skeleton is no help."""
-    try:
-        text = apply(skeleton, False)
-        bounds = _prove(skeleton, answers, text, apply)
-    except ValueError:
-        return None
-    places = []
-    for number, message in enumerate(skeleton):
-        if message.content != _placeholder(number):
-            continue
-        if text.count(message.content) != 1:
-            return None
-        places.append((text.index(message.content), number))
-    places.sort()
-    between, starts, position = [], [], 0
-    for place, number in places:
-        starts.append(position)
-        between.append(text[position:place])
-        position = place + len(_placeholder(number))
-    starts.append(position)
-    between.append(text[position:])
-    found = []
-    for pair in bounds:
-        located = [_locate(position, starts, between) for position in pair]
-        if located[0] is None or located[1] is None:
-            return None
-        found.append((located[0], located[1]))
-    return _Layout(tuple(between), tuple(number for _, number in places), tuple(found))
 
 
 def _locate(position: int, starts: Sequence[int], between: Sequence[str]) -> tuple[int, int] | None:

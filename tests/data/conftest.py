@@ -1,6 +1,6 @@
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ CORPUS = ["hello world, the user and the assistant talk.\n\nhow are you\n"] * 4
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Any]:
     """A byte-level BPE with merges (also of newlines and of a leading space) and special tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -39,9 +39,10 @@ def make_tokenizer() -> Callable[..., Any]:
     )
     backend.train_from_iterator(CORPUS, trainer)
 
-    def make(template: str | None = CHATML, **options: Any) -> Any:
+    def make(template: str | None = CHATML, special: Sequence[str] = (), **options: Any) -> Any:
         options = {"bos_token": "<s>", "eos_token": "</s>"} | options
         copy = Tokenizer.from_str(backend.to_str())
+        copy.add_special_tokens([AddedToken(token, special=True) for token in special])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy, **options)
         tokenizer.chat_template = template
         return tokenizer

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from masks import chat, marked, sample_of
 from sft_fast.data.conversation import Conversation, Message
-from sft_fast.data.render import ChatRenderer, Sample
+from sft_fast.data.render import ChatRenderer
 from sft_fast.data.templates import CHATML_TEMPLATE, TEMPLATE_DATE, freeze_clock
 from sft_fast.data.tokenizer import load_tokenizer
 
@@ -36,31 +37,6 @@ FORGETFUL = (
     "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def chat(*contents: str, system: str | None = None) -> Conversation:
-    """User and assistant in turn."""
-    messages = [
-        Message("assistant" if number % 2 else "user", content)
-        for number, content in enumerate(contents)
-    ]
-    return Conversation((*([Message("system", system)] if system else []), *messages))
-
-
-def sample_of(tokenizer: Any, conversation: Conversation) -> Sample:
-    renderer = ChatRenderer(tokenizer)
-    return renderer.tokenize([renderer.render(conversation)])[0]
-
-
-def marked(tokenizer: Any, sample: Sample) -> str:
-    """The tokens as text, with the supervised runs in double brackets."""
-    pieces: list[tuple[bool, list[int]]] = []
-    for token, supervised in zip(sample.input_ids.tolist(), sample.supervised, strict=True):
-        if not pieces or pieces[-1][0] != supervised:
-            pieces.append((bool(supervised), []))
-        pieces[-1][1].append(token)
-    texts = [(supervised, tokenizer.decode(tokens)) for supervised, tokens in pieces]
-    return "".join(f"[[{text}]]" if supervised else text for supervised, text in texts)
 
 
 HAND_WRITTEN = [

@@ -1,0 +1,58 @@
+"""Masks of ten public template families, written by hand: not one token may be wrong."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masks import marked, sample_of, samples_of
+from sft_fast.data.templates import chat_template
+
+spec = importlib.util.spec_from_file_location(
+    "template_families", Path(__file__).with_name("template_families.py")
+)
+assert spec is not None and spec.loader is not None
+families: Any = importlib.util.module_from_spec(spec)
+sys.modules["template_families"] = families
+spec.loader.exec_module(families)
+
+MakeTokenizer = Callable[..., Any]
+
+
+def tokenizer_of(family: Any, make_tokenizer: MakeTokenizer) -> Any:
+    return make_tokenizer(
+        family.template, special=family.special, bos_token=family.bos, eos_token=family.eos
+    )
+
+
+CASES = [(family, case) for family in families.FAMILIES for case in family.cases]
+
+
+@pytest.mark.parametrize(("family", "case"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_mask_is_the_one_written_by_hand(
+    make_tokenizer: MakeTokenizer, family: Any, case: Any
+) -> None:
+    tokenizer = tokenizer_of(family, make_tokenizer)
+    expected = (case.expected,) if isinstance(case.expected, str) else case.expected
+    samples = samples_of(tokenizer, case.conversation, **case.options)
+    assert tuple(marked(tokenizer, sample) for sample in samples) == expected
+    if len(expected) > 1:
+        with pytest.raises(ValueError, match="renders the same turns differently when more follow"):
+            samples_of(tokenizer, case.conversation)
+        last = sample_of(tokenizer, case.conversation, train_on="last_turn")
+        assert marked(tokenizer, last) == expected[-1]
+
+
+@pytest.mark.parametrize("family", [f for f in families.FAMILIES if f.ours], ids=lambda f: f.name)
+def test_our_template_gives_the_same(make_tokenizer: MakeTokenizer, family: Any) -> None:
+    tokenizer = tokenizer_of(family, make_tokenizer)
+    tokenizer.chat_template = chat_template(family.ours, tokenizer)
+    for case in family.cases:
+        assert marked(tokenizer, sample_of(tokenizer, case.conversation)) == case.expected
+
+
+def test_there_are_ten_families() -> None:
+    assert len({family.name.split("_")[0] for family in families.FAMILIES}) >= 10
