@@ -271,6 +271,8 @@ class LoraConfig(Section):
     """The adapters' output is multiplied by alpha / rank."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Also train the length of each row of the adapted weights; not with dropout."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs set to zero in training."""
     targets: Annotated[list[Text], Field(min_length=1)] = [

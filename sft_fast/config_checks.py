@@ -17,6 +17,7 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     yield from _shape_problems(config)
     yield from _train_problems(config)
     yield from _packing_problems(config)
+    yield from _lora_problems(config)
     yield from _optim_problems(config)
     yield from _parallel_problems(config)
     yield from _evaluation_problems(config)
@@ -107,6 +108,17 @@ def _packing_problems(config: Config) -> Iterator[Problem]:
             ("packing.alignment", "packing.capacity"),
             f"{packing.capacity} is not a multiple of {packing.alignment}",
             "packing.alignment divides packing.capacity",
+        )
+
+
+def _lora_problems(config: Config) -> Iterator[Problem]:
+    lora = config.lora
+    if lora.dora and lora.dropout > 0:
+        yield Problem(
+            ("lora.dora", "lora.dropout"),
+            f"DoRA with dropout {lora.dropout}",
+            "one of the two: the dropout would have to reach the frozen weight too",
+            "lora.dropout=0.0, or lora.dora=false",
         )
 
 

@@ -7,8 +7,10 @@ megatron keeps q, k, v and gate, up in one matrix each. What the pairs of one ma
 
 and both the forward pass and the merge use that product. A pair is split over tensor-parallel ranks
 as its matrix is: B by rows with a column-parallel matrix, A by columns with a row-parallel one.
+With DoRA each row of the sum is then scaled to a trained length, m [out].
 
-Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732).
+Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732); DoRA: Liu
+et al. 2024 (arXiv 2402.09353).
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -73,6 +76,8 @@ class LoraLinear(torch.nn.Module):
     """
 
     weight: Tensor
+    bias: Tensor | None
+    skip_bias_add: bool
     tp_group: Any
     sequence_parallel: bool
     projections: tuple[Projection, ...]
@@ -80,15 +85,19 @@ class LoraLinear(torch.nn.Module):
     """Blocks in which the rows of the projections alternate."""
     scale: float
     dropout: float
-    a_split_dim: int | None
-    b_split_dim: int | None
+    dora: bool
+    split_dims: dict[str, int | None]
+    """Dimension over which tensor-parallel ranks split a, b and m; None = each has all of it."""
 
     def pair(self, projection: Projection) -> tuple[Tensor, Tensor]:
         """(A, B) of a projection, this rank's parts."""
-        name = projection.name
-        return getattr(self, f"{ADAPTER_PREFIX}a_{name}"), getattr(
-            self, f"{ADAPTER_PREFIX}b_{name}"
-        )
+        parameters = self.parameters_of(projection)
+        return parameters["a"], parameters["b"]
+
+    def parameters_of(self, projection: Projection) -> dict[str, Tensor]:
+        """a, b and with DoRA m of a projection, this rank's parts."""
+        letters = "abm" if self.dora else "ab"
+        return {letter: getattr(self, parameter_name(letter, projection)) for letter in letters}
 
     def adapted(self) -> list[Projection]:
         return [projection for projection in self.projections if projection.is_adapted]
@@ -110,8 +119,18 @@ class LoraLinear(torch.nn.Module):
                 block = functional.pad(b, (before, width - before - rank))
             else:
                 block = self.weight.new_zeros(projection.num_rows, width)
-            blocks.append(block.view(self.num_groups, -1, width))
-        return torch.cat(blocks, dim=1).flatten(0, 1)
+            blocks.append(block)
+        return self.in_megatron_order(blocks)
+
+    def in_megatron_order(self, blocks: list[Tensor]) -> Tensor:
+        """Puts rows together that are given by projection: per query group its q, k and v."""
+        grouped = [block.view(self.num_groups, -1, *block.shape[1:]) for block in blocks]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def by_projection(self, rows: Tensor) -> list[Tensor]:
+        """The inverse, for one number per row: [out] -> one [num_rows] for each projection."""
+        widths = [projection.num_rows // self.num_groups for projection in self.projections]
+        return [part.flatten() for part in rows.view(self.num_groups, -1).split(widths, dim=1)]
 
     def low_rank(self, hidden: Tensor) -> Tensor:
         """[s, b, n * rank]: A times hidden [s, b, in], with dropout of its own for each A."""
@@ -129,17 +148,46 @@ class LoraLinear(torch.nn.Module):
         return contextlib.nullcontext()
 
     def add_adapters(self, output: Tensor, low_rank: Tensor) -> Tensor:
-        """output [s, b, out] + scale * low_rank [s, b, n * rank] times B."""
+        """output [s, b, out] + scale * low_rank [s, b, n * rank] times B; DoRA scales the sum."""
+        bias = self.bias if self.dora and not self.skip_bias_add else None
+        if bias is not None:
+            output = output - bias
         added = torch.addmm(
             output.flatten(0, 1), low_rank.flatten(0, 1), self.block_b().t(), alpha=self.scale
-        )
-        return added.view_as(output)
+        ).view_as(output)
+        if self.dora:
+            added = added * self.row_factors(self.summed_weight()).to(added.dtype)
+        return added if bias is None else added + bias
+
+    @torch.no_grad()
+    def summed_weight(self) -> Tensor:
+        """This rank's weight + scale * B A, a new fp32 tensor; a constant to DoRA's gradient."""
+        delta = self.block_b().float() @ self.stacked_a().float()
+        return torch.add(self.weight.float(), delta, alpha=self.scale)
+
+    def row_factors(self, summed_weight: Tensor) -> Tensor:
+        """[out] fp32: m / length of the row; 1 for rows without an adapter."""
+        lengths = self.by_projection(self.row_lengths(summed_weight))
+        factors = [
+            self.parameters_of(projection)["m"].float() / length
+            if projection.is_adapted
+            else torch.ones_like(length)
+            for projection, length in zip(self.projections, lengths, strict=True)
+        ]
+        return self.in_megatron_order(factors)
+
+    def row_lengths(self, weight: Tensor) -> Tensor:
+        """[out]: Euclidean length of each row, over all tensor-parallel ranks, of `weight`."""
+        squares = weight.square().sum(dim=1)
+        if self.split_dims["a"] == 1:
+            dist.all_reduce(squares, group=self.tp_group)
+        return squares.sqrt_()
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """This rank's weight with the adapters added, fp32; the weight itself does not change."""
-        delta = self.block_b().float() @ self.stacked_a().float()
-        return torch.add(self.weight.float(), delta, alpha=self.scale)
+        """This rank's weight with the adapters merged, fp32; the weight itself does not change."""
+        weight = self.summed_weight()
+        return weight * self.row_factors(weight)[:, None] if self.dora else weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -151,7 +199,7 @@ class LoraLinear(torch.nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith(ADAPTER_PREFIX):
                 adapters[name] = parameter
-                dim = self.a_split_dim if is_a(name) else self.b_split_dim
+                dim = self.split_dims[name.removeprefix(ADAPTER_PREFIX)[0]]
                 if dim is not None:
                     split_dims[name] = dim
         tensors.update(
@@ -170,7 +218,7 @@ class LoraLinear(torch.nn.Module):
 class LoraColumnParallelLinear(LoraLinear, ColumnParallelLinear):
     """Split by rows: every rank has all of A, and the rows of B for its rows of the weight."""
 
-    a_split_dim, b_split_dim = None, 0
+    split_dims = {"a": None, "b": 0, "m": 0}
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s, b, out/tp] of hidden [s, b, in], or of [s/tp, b, in] with sequence parallel."""
@@ -187,7 +235,7 @@ class LoraColumnParallelLinear(LoraLinear, ColumnParallelLinear):
 class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
     """Split by columns: every rank has all of B, and the columns of A for its part of the input."""
 
-    a_split_dim, b_split_dim = 1, None
+    split_dims = {"a": 1, "b": None, "m": None}
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s, b, out], or [s/tp, b, out] with sequence parallel, of hidden [s, b, in/tp]."""
@@ -206,8 +254,8 @@ class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
         return get_cuda_rng_tracker().fork()
 
 
-def is_a(name: str) -> bool:
-    return name.startswith(f"{ADAPTER_PREFIX}a_")
+def parameter_name(letter: str, projection: Projection) -> str:
+    return f"{ADAPTER_PREFIX}{letter}_{projection.name}"
 
 
 def is_adapter(name: str) -> bool:
@@ -278,6 +326,7 @@ def add_adapters(
         is_row = isinstance(linear, RowParallelLinear)
         linear.__class__ = LoraRowParallelLinear if is_row else LoraColumnParallelLinear
         linear.scale, linear.dropout = scale_of(config.lora), config.lora.dropout
+        linear.dora = config.lora.dora
         is_qkv = rule.split == "qkv"
         groups = architecture.num_key_value_heads // parallel.tp_size
         linear.num_groups = groups if is_qkv else 1
@@ -287,32 +336,36 @@ def add_adapters(
             Projection(hf_name, width * rows_per_width, hf_name in targets)
             for hf_name, width in zip(hf_names, widths, strict=True)
         )
-        for projection in linear.adapted():
-            add_pair(linear, projection, config, parallel)
+        lengths = linear.by_projection(linear.row_lengths(linear.weight.float()))
+        for projection, length in zip(linear.projections, lengths, strict=True):
+            if projection.is_adapted:
+                add_parameters(linear, projection, length, config, parallel)
     if config.model.recompute == "full" and model.pre_process:
         # Recomputed layers get gradients only where their input asks for one.
         model.embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
 
 
-def add_pair(
-    linear: LoraLinear, projection: Projection, config: Config, parallel: Parallel
+def add_parameters(
+    linear: LoraLinear, projection: Projection, length: Tensor, config: Config, parallel: Parallel
 ) -> None:
+    """Adds A, B and with DoRA m, which begins as the `length` of the projection's rows."""
     rank, num_columns = config.lora.rank, linear.weight.shape[1]
-    is_split = linear.a_split_dim is not None
+    is_split = linear.split_dims["a"] is not None
     num_inputs = num_columns * parallel.tp_size if is_split else num_columns
     a = initial_a(projection.hf_name, rank, num_inputs, config.seed)
     if is_split:
         a = a[:, part(num_inputs, parallel)]
     b = torch.zeros(projection.num_rows, rank)
-    split_dims = (linear.a_split_dim, linear.b_split_dim)
-    for letter, value, dim in zip("ab", (a, b), split_dims, strict=True):
+    values = {"a": a, "b": b, "m": length} if linear.dora else {"a": a, "b": b}
+    for letter, value in values.items():
+        dim = linear.split_dims[letter]
         parameter = Parameter(value.to(linear.weight, copy=True).contiguous())
         if dim is not None:
             set_tensor_model_parallel_attributes(parameter, True, dim, stride=1)
         else:
             # Each rank sees its part of the sequence, so megatron must add up the gradients.
             parameter.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
-        linear.register_parameter(f"{ADAPTER_PREFIX}{letter}_{projection.name}", parameter)
+        linear.register_parameter(parameter_name(letter, projection), parameter)
 
 
 def initial_a(hf_name: str, rank: int, num_inputs: int, seed: int) -> Tensor:
@@ -350,4 +403,5 @@ def adapter_fingerprint(config: Config, architecture: Architecture, weights: Wei
     for name in ("model.embed_tokens.weight", f"model.layers.{last}.mlp.down_proj.weight"):
         hasher.update(weights.read(name, rows, slice(None)).float().numpy().tobytes())
     targets = ",".join(sorted(lora.targets))
-    return f"rank {lora.rank} scale {scale_of(lora)} of {targets} on {hasher.hexdigest()}"
+    kind = "dora" if lora.dora else "lora"
+    return f"{kind} rank {lora.rank} scale {scale_of(lora)} of {targets} on {hasher.hexdigest()}"

@@ -17,6 +17,8 @@ from sft_fast.megatron.lora import LoraLinear
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
 
+PEFT_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+
 
 def export_adapter(model: SFTModel, folder: Path, config: Config, parallel: Parallel) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; every rank calls it.
@@ -43,13 +45,12 @@ def whole_adapters(model: SFTModel, dtype: torch.dtype, parallel: Parallel) -> d
     for module in model.modules():
         if not isinstance(module, LoraLinear):
             continue
-        split_dims = (module.a_split_dim, module.b_split_dim)
         for projection in module.adapted():
-            for letter, value, dim in zip("AB", module.pair(projection), split_dims, strict=True):
-                value = value.detach()
+            for letter, parameter in module.parameters_of(projection).items():
+                value, dim = parameter.detach(), module.split_dims[letter]
                 if dim is not None:
                     value = torch.cat(gather_shards(value, parallel), dim)
-                name = f"base_model.model.{projection.hf_name}.lora_{letter}.weight"
+                name = f"base_model.model.{projection.hf_name}.{PEFT_NAMES[letter]}"
                 tensors[name] = value.to("cpu", dtype, copy=True).contiguous()
     return tensors
 
@@ -75,6 +76,7 @@ def peft_config(names: list[str], config: Config) -> dict[str, Any]:
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "target_modules": sorted(modules),
         "fan_in_fan_out": False,
         "bias": "none",
