@@ -2,18 +2,20 @@
 
     pytest benchmarks/bench_masked_cross_entropy.py
 
-The peer is what a plain trainer does: all logits, then F.cross_entropy with ignore_index. Sizes
-are those of a 135M model on a CPU and of an 8B model on a GPU. Run as a script, the file prints
+The first peer is what a plain trainer does: all logits, then F.cross_entropy with ignore_index. The
+others are libraries that are installed here. Sizes are those of a 135M model on a CPU and of an 8B
+model on a GPU. Run as a script, the file prints
 the peak memory in bytes of one method: `bench_masked_cross_entropy.py masked 0.35`.
 """
 
+import functools
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -71,7 +73,112 @@ def full(inputs: Inputs) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def compiled(inputs: Inputs) -> Tensor:
+    return compiled_full(inputs.hidden, inputs.weight, inputs.labels)
+
+
+@functools.cache
+def compile_full() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(lambda *tensors: full(Inputs(*tensors, torch.empty(0))))
+
+
+def compiled_full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return compile_full()(hidden, weight, labels)
+
+
+def torch_linear(inputs: Inputs) -> Tensor:
+    hidden, labels = inputs.hidden.flatten(0, 1), inputs.labels.flatten()
+    function: Any = F.linear_cross_entropy  # type: ignore[attr-defined]
+    return function(hidden, inputs.weight, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def liger(inputs: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    logits = F.linear(inputs.hidden.flatten(0, 1), inputs.weight)
+    loss = LigerCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss(logits, inputs.labels.flatten())
+
+
+def liger_linear(inputs: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss(inputs.weight, inputs.hidden.flatten(0, 1), inputs.labels.flatten())
+
+
+def cut_cross_entropy(inputs: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as cut
+
+    arguments = inputs.hidden.flatten(0, 1), inputs.weight, inputs.labels.flatten()
+    return cut(*arguments, ignore_index=IGNORE_INDEX, reduction="sum", impl="cce_exact")
+
+
+def quack(inputs: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    arguments = inputs.hidden.flatten(0, 1), inputs.weight, inputs.labels.flatten()
+    return chunked_linear_cross_entropy(*arguments, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def transformer_engine(inputs: Inputs) -> Tensor:
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    logits = F.linear(inputs.hidden, inputs.weight).transpose(0, 1)
+    loss = parallel_cross_entropy(logits, inputs.labels, 0.0, False, None, IGNORE_INDEX)
+    return loss.sum()
+
+
+def megatron(inputs: Inputs, is_fused: bool) -> Tensor:
+    """Megatron has no ignored label: every row is computed, and the masked losses are dropped."""
+    group = single_rank_group()
+    logits = F.linear(inputs.hidden, inputs.weight)
+    labels = inputs.labels.t().clamp(min=0).contiguous()
+    if is_fused:
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+        loss = fused_vocab_parallel_cross_entropy(logits, labels, group)
+    else:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        loss = vocab_parallel_cross_entropy(logits, labels)
+    return (loss * (inputs.labels.t() != IGNORE_INDEX)).sum()
+
+
+@functools.cache
+def single_rank_group() -> Any:
+    from megatron.core import parallel_state
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            "nccl" if ON_GPU else "gloo", store=store, rank=0, world_size=1
+        )
+    if not parallel_state.is_initialized():
+        if not ON_GPU:
+            # Megatron asks for the current GPU, even where there is none.
+            torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore
+        parallel_state.initialize_model_parallel()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 METHODS: dict[str, Callable[[Inputs], Tensor]] = {"masked": masked, "full": full}
+# Peers on a GPU; those that need no GPU are measured on a CPU too.
+CPU_PEERS = {
+    "torch.compile": compiled,
+    "torch linear_cross_entropy": torch_linear,
+    "Megatron unfused": functools.partial(megatron, is_fused=False),
+    "Megatron fused": functools.partial(megatron, is_fused=True),
+}
+GPU_PEERS = {
+    "Liger": liger,
+    "Liger fused linear": liger_linear,
+    "CCE exact": cut_cross_entropy,
+    "quack chunked": quack,
+    "Transformer Engine": transformer_engine,
+}
+PEERS = CPU_PEERS | GPU_PEERS
+METHODS |= PEERS
 
 
 def step(method: str, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -80,7 +187,7 @@ def step(method: str, inputs: Inputs) -> tuple[Tensor, ...]:
     grads = torch.autograd.grad(loss, (inputs.hidden, inputs.weight))
     if ON_GPU:
         torch.cuda.synchronize()
-    return loss, *grads
+    return loss.detach(), *grads
 
 
 def check(inputs: Inputs) -> None:
@@ -153,6 +260,37 @@ def test_masked_linear_cross_entropy(benchmark: BenchmarkFixture, active_ratio: 
         peak_bytes=masked_bytes,
         full_peak_bytes=full_bytes,
         times_less_memory_than_full=full_bytes / masked_bytes,
+    )
+
+
+@pytest.mark.parametrize("active_ratio", [0.35, 1.0])
+@pytest.mark.parametrize("peer", PEERS)
+def test_peer(benchmark: BenchmarkFixture, peer: str, active_ratio: float) -> None:
+    if peer in GPU_PEERS and not ON_GPU:
+        pytest.skip("needs a GPU")
+    inputs = make_inputs(active_ratio)
+    ours = step("masked", inputs)
+    try:
+        theirs = step(peer, inputs)
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"{peer}: {error}")
+    masked_durations = []
+
+    def run_masked() -> None:
+        start = time.perf_counter()
+        step("masked", inputs)
+        masked_durations.append(time.perf_counter() - start)
+
+    benchmark.pedantic(step, args=(peer, inputs), setup=run_masked, rounds=5, warmup_rounds=1)
+    assert benchmark.stats is not None
+    benchmark.extra_info.update(
+        peer=peer,
+        masked_times_faster=benchmark.stats.stats.median / statistics.median(masked_durations[1:]),
+        # Not asserted: some peers are less exact than ours, which `check` holds to the oracle.
+        relative_difference={
+            name: float((their - our).norm() / our.norm())
+            for name, our, their in zip(("loss", "hidden", "weight"), ours, theirs, strict=True)
+        },
     )
 
 
