@@ -254,14 +254,16 @@ def load_row_function(reference: str) -> RowFunction:
     return _ROW_FUNCTIONS[name]
 
 
-def apply_row_function(name: str, conversation: Conversation) -> Conversation:
+def apply_row_function(reference: str, conversation: Conversation) -> Conversation:
     """Calls a row function and checks that what is learnt stayed the same.
 
     Raises:
         ValueError: an assistant turn was changed, added, removed or reordered, or a text was.
     """
+    function = load_row_function(reference)
+    name = _resolve(reference, "row function", "data.row_functions")
     seed = xxhash.xxh3_64_intdigest(f"{name}\0{conversation!r}".encode())
-    changed = load_row_function(name)(conversation, random.Random(seed))
+    changed = function(conversation, random.Random(seed))
     if not isinstance(changed, Conversation):
         raise ValueError(f"the row function {name!r} returned no Conversation but {changed!r}")
     changed.check()

@@ -88,6 +88,8 @@ def tokenize(
         ValueError: two BOS tokens, characters without a token, a span without tokens, or an
             end-of-turn token that the tokenizer does not read as one token.
     """
+    if not chats:
+        return []
     encoded = tokenizer(
         [chat.text for chat in chats],
         add_special_tokens=False,

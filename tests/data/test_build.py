@@ -344,3 +344,52 @@ def test_long_turn_cannot_be_split(build: Callable[..., TokenStore], write_rows:
     store = build(path, over_length="split_turns")
     assert store.report.rejected == {"too long": 1}
     assert "no turn at which to split it" in rejected(store)[0]["message"]
+
+
+def test_stores_of_one_and_of_four_processes_are_the_same_files(
+    write_rows: WriteRows,
+    make_tokenizer: MakeTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sft_fast.data.build.BATCH_ROWS", 16)
+    rows: list[Any] = []
+    for number in range(150):
+        rows.append({"question": f"how {number} 🎉", "answer": "world " * (number % 40)})
+        rows.append("nonsense" if number % 10 == 0 else {"question": "q", "answer": [1]})
+    source = Source(load_rows(write_rows(rows)))
+    options = BuildOptions(48, "truncate_right", "skip", max_rejected=1)
+    lines: list[str] = []
+    stores = [
+        build_store(
+            source,
+            make_tokenizer(),
+            options,
+            tmp_path / str(processes),
+            processes=processes,
+            progress=lines.append,
+        )
+        for processes in (1, 4)
+    ]
+    first, second = (
+        {path.name: path.read_bytes() for path in store.path.iterdir()} for store in stores
+    )
+    assert first == second
+    assert stores[0].report.rejected == {"not in the format": 139, "unreadable": 15}
+
+
+def test_progress_is_told_about_once_a_second(
+    write_rows: WriteRows,
+    make_tokenizer: MakeTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sft_fast.data.build.BATCH_ROWS", 10)
+    monkeypatch.setattr("sft_fast.data.build.PROGRESS_SECONDS", 0.0)
+    path = write_rows([GOOD] * 25)
+    lines: list[str] = []
+    source = Source(load_rows(path))
+    build_store(source, make_tokenizer(), BuildOptions(64), tmp_path / "s", progress=lines.append)
+    assert len(lines) == 3
+    assert lines[-1].startswith(f"{path}: 25 rows, ")
+    assert lines[-1].endswith(" tokens")

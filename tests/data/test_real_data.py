@@ -42,3 +42,27 @@ def test_public_file_becomes_a_store(
         learnt = tokenizer.decode(tokens[supervised].tolist())
         assert all(f"{answer}<|im_end|>" in learnt for answer in answers)
         assert conversation.messages[0].content not in learnt
+
+
+def test_tool_calls_are_learnt_and_tool_results_are_not(
+    real_data: Callable[[str], str], tmp_path: Path
+) -> None:
+    rows = load_rows(real_data("glaive_toolcall_en_demo.json"))
+    tokenizer = demo_tokenizer()
+    store = build_store(Source(rows), tokenizer, BuildOptions(1 << 20), tmp_path / "store")
+    calls = results = 0
+    for number, (_, conversation) in enumerate(read_conversations(rows)):
+        tokens, supervised = store.sample(number)
+        learnt = tokenizer.decode(tokens[supervised].tolist())
+        read = tokenizer.decode(tokens[~supervised].tolist())
+        last = max(i for i, turn in enumerate(conversation.messages) if turn.supervised)
+        turns = conversation.messages[: last + 1]
+        asked = [call["function"]["name"] for turn in turns for call in turn.tool_calls]
+        assert learnt.count("<tool_call>") == len(asked)
+        assert all(f'"name": "{name}"' in learnt for name in asked)
+        assert "<tool_call>" not in read
+        answered = [turn.content for turn in turns if turn.role == "tool"]
+        assert all(f"tool\n{content}<|im_end|>" in read for content in answered)
+        assert learnt.count("<|im_end|>") == sum(turn.supervised for turn in turns)
+        calls, results = calls + len(asked), results + len(answered)
+    assert calls > 100 and results > 100

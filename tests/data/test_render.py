@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from masks import chat, marked, sample_of
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.render import ChatRenderer
-from sft_fast.data.templates import CHATML_TEMPLATE, TEMPLATE_DATE, freeze_clock
+from sft_fast.data.templates import CHATML_TEMPLATE, TEMPLATE_DATE, TEMPLATES, freeze_clock
 from sft_fast.data.tokenizer import load_tokenizer
+from sft_fast.data.turn_bounds import TurnBounds
 
 MakeTokenizer = Callable[..., Any]
 
@@ -302,3 +303,178 @@ def test_template_file_replaces_the_tokenizers(
         load_tokenizer(str(tmp_path), str(tmp_path / "none.jinja"))
     with pytest.raises(ValueError, match=r"tokenizer\.path: cannot load a tokenizer"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def turn(role: str, content: str, **options: Any) -> Message:
+    return Message(role, content, **options)
+
+
+WEIGHTED = (
+    turn("user", "a"),
+    turn("assistant", "b", weight=0.5),
+    turn("user", "c"),
+    turn("assistant", "d", weight=2.0),
+    turn("user", "tail"),
+)
+
+
+def test_weights_of_turns_become_weights_of_tokens(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    sample = sample_of(tokenizer, Conversation(WEIGHTED))
+    assert sample.weights is not None and sample.weights.dtype == "float16"
+    texts = {
+        weight: tokenizer.decode(sample.input_ids[sample.weights == weight].tolist())
+        for weight in (0.5, 2.0)
+    }
+    assert texts == {0.5: "b<|im_end|>", 2.0: "d<|im_end|>"}
+    assert ((sample.weights > 0) == sample.supervised).all()
+    assert sample_of(tokenizer, chat("a", "b")).weights is None
+
+
+def test_tail_can_be_kept_and_is_counted(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    conversation = Conversation(WEIGHTED)
+    cut = sample_of(tokenizer, conversation)
+    whole = sample_of(tokenizer, conversation, trim_tail=False)
+    rest = tokenizer.decode(whole.input_ids[len(cut.input_ids) :].tolist())
+    assert rest == "\n<|im_start|>user\ntail<|im_end|>\n"
+    assert whole.input_ids[: len(cut.input_ids)].tolist() == cut.input_ids.tolist()
+    assert not whole.supervised[len(cut.input_ids) :].any()
+    assert ChatRenderer(tokenizer).render(conversation).trimmed_turns == 1
+
+
+def test_only_the_last_trained_turn(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    turns = (*chat("a", "b", "c", "d").messages, turn("user", "e"))
+    turns = (*turns, turn("assistant", "f", train=False))
+    sample = sample_of(tokenizer, Conversation(turns), train_on="last_turn")
+    assert marked(tokenizer, sample).endswith("[[d<|im_end|>]]")
+    assert marked(tokenizer, sample).count("[[") == 1
+
+
+def test_tool_calls_can_be_context_only(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(CHATML_TEMPLATE)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = (turn("user", "a"), turn("assistant", "b", tool_calls=(call,)), turn("tool", "c"))
+    answered = Conversation((*turns, turn("assistant", "d")))
+    sample = sample_of(tokenizer, answered, train_tool_calls=False)
+    assert "[[b" not in marked(tokenizer, sample)
+    assert marked(tokenizer, sample).endswith("[[d<|im_end|>]]")
+    with pytest.raises(
+        ValueError, match="every assistant turn is a tool call, and data.train_tool"
+    ):
+        sample_of(tokenizer, Conversation(turns), train_tool_calls=False)
+
+
+def test_reasoning_that_the_template_drops_or_does_not_end_is_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    turns = (turn("user", "a"), turn("assistant", "b", extra={"reasoning_content": "hm"}))
+    with pytest.raises(ValueError, match="leaves out the reasoning of an answer"):
+        sample_of(make_tokenizer(), Conversation(turns))
+    template = CHATML_TEMPLATE.replace(
+        "message.content }}", "(message.reasoning_content or '') + message.content }}"
+    )
+    tokenizer = make_tokenizer(template)
+    assert marked(tokenizer, sample_of(tokenizer, Conversation(turns))).endswith(
+        "[[hmb<|im_end|>]]"
+    )
+    with pytest.raises(ValueError, match="cannot find where the reasoning of an answer ends"):
+        sample_of(tokenizer, Conversation(turns), train_reasoning=False)
+
+
+@pytest.mark.parametrize("text", ["plain\n\ntext 🎉", "plain</s>", "a <|im_start|> b"])
+def test_plain_text_is_trained_whole_up_to_one_eos(
+    make_tokenizer: MakeTokenizer, text: str
+) -> None:
+    tokenizer = make_tokenizer()
+    expected = text.removesuffix("</s>") + "</s>"
+    assert marked(tokenizer, sample_of(tokenizer, Conversation((), text=text))) == f"[[{expected}]]"
+
+
+def count_turns(renderer: ChatRenderer, conversation: Conversation) -> int:
+    """Turns that the template is run on to render a conversation."""
+    runs = []
+    original = renderer._run
+
+    def run(messages: Any, *rest: Any, **options: Any) -> Any:
+        runs.append(len(messages))
+        return original(messages, *rest, **options)
+
+    renderer._run = run  # type: ignore[method-assign]
+    renderer.render(conversation)
+    renderer._run = original  # type: ignore[method-assign]
+    return sum(runs)
+
+
+def test_rendering_is_linear_in_the_length_of_a_conversation(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    renderer = ChatRenderer(make_tokenizer(LLAMA3))
+    for number in (40, 80, 160):
+        contents = [f" turn {i}\n" for i in range(number)]
+        first = count_turns(renderer, chat(*contents))
+        again = count_turns(renderer, chat(*(f"{content} again" for content in contents)))
+        # Once for the whole structure, then each conversation whole and up to its last answer.
+        assert first > number**2 / 2
+        assert again <= 2 * number
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    contents=st.lists(
+        st.text(alphabet=st.sampled_from("ab \n\t🎉你</think>"), min_size=1).filter(str.strip),
+        min_size=4,
+        max_size=8,
+    ),
+    template=st.sampled_from([CHATML_TEMPLATE, LLAMA3, TEMPLATES["llama2"], TEMPLATES["zephyr"]]),
+)
+def test_shortcut_finds_what_the_prefixes_of_the_chat_prove(
+    make_tokenizer: MakeTokenizer, contents: list[str], template: str
+) -> None:
+    conversation = chat(*contents[: len(contents) // 2 * 2])
+    renderer = ChatRenderer(make_tokenizer(template))
+    exact = ChatRenderer(make_tokenizer(template))
+    exact._bounds = ExactBounds(exact._tokenizer.eos_token)  # type: ignore[assignment]
+    assert renderer.render(conversation) == exact.render(conversation)
+
+
+class ExactBounds(dict[str, TurnBounds]):
+    """Gives every template a TurnBounds that renders all prefixes."""
+
+    def __init__(self, eos: str) -> None:
+        self._eos = eos
+
+    def __contains__(self, template: object) -> bool:
+        return True
+
+    def __missing__(self, template: str) -> TurnBounds:
+        bounds = TurnBounds(template, self._eos)
+        bounds._layout = lambda *_: None  # type: ignore[method-assign]
+        return bounds
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6))
+def test_tokens_decode_to_the_rendered_text(
+    make_tokenizer: MakeTokenizer, contents: list[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    renderer = ChatRenderer(tokenizer)
+    rendered = renderer.render(chat(*contents[: len(contents) // 2 * 2]))
+    (sample,) = renderer.tokenize([rendered])
+    assert tokenizer.decode(sample.input_ids.tolist()) == rendered.text
+    batch = renderer.tokenize([rendered, renderer.render(chat("a", "b")), rendered])
+    for other in (batch[0], batch[2]):
+        assert other.input_ids.tolist() == sample.input_ids.tolist()
+        assert other.supervised.tolist() == sample.supervised.tolist()
+
+
+def test_characters_that_no_token_covers_are_noticed() -> None:
+    from sft_fast.data.tokens import RenderedChat, Span, _sample
+
+    chat_text = RenderedChat("ab cd", (Span(0, 5, None),))
+    covered = _sample(chat_text, [1, 2], [(0, 2), (3, 5)], None, {})
+    assert covered.supervised.tolist() == [True, True]
+    with pytest.raises(ValueError, match="the tokenizer drops 'b ' of an answer"):
+        _sample(chat_text, [1, 2], [(0, 1), (3, 5)], None, {})

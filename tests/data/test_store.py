@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ import pytest
 
 from sft_fast.data.store import META_FILE, DataReport, StoreWriter, TokenStore, open_store
 
+ROOT = Path(__file__).parents[2]
 Samples = list[tuple[list[int], list[bool]]]
 
 
@@ -145,3 +149,57 @@ def test_store_fills_micro_batches(tmp_path: Path) -> None:
     filled = batch.fill_micro_batch(store, np.array([1, 0]), 8)
     assert filled.tokens[0].tolist() == [8, 9, 5, 6, 7, 0, 0, 0]
     assert filled.labels[0].tolist() == [9, -100, -100, 7, -100, -100, -100, -100]
+
+
+def test_weights_are_kept_only_where_one_is_not_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft_fast.data.store.FLUSH_TOKENS", 8)
+    weights = [None, None, np.array([0, 0.5], np.float16), None]
+    with StoreWriter(tmp_path / "store") as writer:
+        for number, some in enumerate(weights):
+            count = 2 if some is not None else 5
+            mask = np.ones(count, bool)
+            writer.add(np.full(count, number, np.uint32), mask, "a", number + 1, some)
+        store = writer.commit("f", {}, DataReport())
+    assert store.weights is not None
+    assert store.weights.tolist() == [1] * 10 + [0, 0.5] + [1] * 5
+    assert write(tmp_path / "plain", [([1, 2], [False, True])]).weights is None
+
+
+def test_store_is_at_most_a_tenth_larger_than_its_ids(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 120, 500)
+    store = write(tmp_path / "s", [(rng.integers(0, 9, n).tolist(), [True] * n) for n in lengths])
+    arrays = sum(path.stat().st_size for path in store.path.glob("*.bin"))
+    assert arrays <= 1.1 * store.tokens.nbytes
+
+
+def test_opening_reads_no_array(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", random_samples(10, seed=1))
+    for path in store.path.glob("*.bin"):
+        size = path.stat().st_size
+        path.unlink()
+        with path.open("wb") as file:
+            # A hole of the right size: only a reader would notice.
+            file.truncate(size)
+    assert open_store(store.path).tokens.tolist() == [0] * len(store.tokens)
+
+
+def test_what_a_killed_build_left_behind_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import sys, os, signal; from sft_fast.data.store import StoreWriter;"
+        "StoreWriter(sys.argv[1]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], cwd=ROOT, check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".building-")
+    elsewhere = tmp_path / ".building-otherhost-1-abc"
+    elsewhere.mkdir()
+    with StoreWriter(tmp_path / "other") as mine:
+        assert not left.exists()
+        assert elsewhere.exists(), "it may still be at work"
+        os.utime(elsewhere, (0, 0))
+        with StoreWriter(tmp_path / "third"):
+            assert not elsewhere.exists()
+        assert mine._folder.exists(), "the build of a living process stays"
