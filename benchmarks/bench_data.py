@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sft_fast.constants import IGNORE_INDEX
 from sft_fast.data.build import BuildOptions, build_store, prepare_store
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.render import ChatRenderer
@@ -174,7 +175,8 @@ def test_bench_build_store_beside_trl(
         row = prepared[number]
         # TRL keeps the line break behind the last end-of-turn token.
         assert row["input_ids"][: len(tokens)] == tokens.tolist()
-        assert row["assistant_masks"][: len(tokens)] == supervised.astype(int).tolist()
+        labels = row["labels"][: len(tokens)]
+        assert [label != IGNORE_INDEX for label in labels] == supervised.tolist()
     trl_seconds = []
     for _ in range(3):
         start = time.perf_counter()

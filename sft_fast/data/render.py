@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.templates import fitted_template, freeze_clock
-from sft_fast.data.tokens import RenderedChat, Sample, Span, tokenize
+from sft_fast.data.tokens import RenderedChat, Sample, Span, TextTokenizer
 from sft_fast.data.turn_bounds import TurnBounds, UnstableTemplateError
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class ChatRenderer:
         self._templates: dict[bool, str] = {}
         self._bounds: dict[str, TurnBounds] = {}
         self._special = _special_tokens(tokenizer)
+        self._text_tokenizer = TextTokenizer(tokenizer, self._special)
         names = sorted(self._special, key=len, reverse=True)
         any_special = "|".join(map(re.escape, names)) or r"(?!)"
         self._special_pattern = re.compile(any_special)
@@ -159,7 +160,7 @@ class ChatRenderer:
             ValueError: two BOS tokens, a span without tokens, or an end-of-turn token that the
                 tokenizer does not read as one token.
         """
-        return tokenize(self._tokenizer, self._special, chats)
+        return self._text_tokenizer(chats)
 
     def _answers(self, messages: Sequence[Message]) -> list[int]:
         """Numbers of the turns to supervise."""

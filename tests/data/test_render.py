@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.render import ChatRenderer
 from sft_fast.data.templates import CHATML_TEMPLATE, TEMPLATE_DATE, TEMPLATES, freeze_clock
 from sft_fast.data.tokenizer import load_tokenizer
+from sft_fast.data.tokens import Span, _check_covered
 from sft_fast.data.turn_bounds import TurnBounds
 
 MakeTokenizer = Callable[..., Any]
@@ -471,10 +473,40 @@ def test_tokens_decode_to_the_rendered_text(
 
 
 def test_characters_that_no_token_covers_are_noticed() -> None:
-    from sft_fast.data.tokens import RenderedChat, Span, _sample
-
-    chat_text = RenderedChat("ab cd", (Span(0, 5, None),))
-    covered = _sample(chat_text, [1, 2], [(0, 2), (3, 5)], None, {})
-    assert covered.supervised.tolist() == [True, True]
+    span = Span(0, 5, None)
+    _check_covered(span, "ab cd", np.array([(0, 2), (3, 5)]))
     with pytest.raises(ValueError, match="the tokenizer drops 'b ' of an answer"):
-        _sample(chat_text, [1, 2], [(0, 1), (3, 5)], None, {})
+        _check_covered(span, "ab cd", np.array([(0, 1), (3, 5)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=4))
+def test_places_by_bytes_and_by_characters_give_the_same_masks(
+    make_tokenizer: MakeTokenizer, contents: list[str]
+) -> None:
+    renderer = ChatRenderer(make_tokenizer(LLAMA3))
+    rendered = renderer.render(chat(*contents[: len(contents) // 2 * 2]))
+    by_bytes = renderer._text_tokenizer
+    assert by_bytes._lengths is not None
+    (first,), (second,) = by_bytes([rendered]), by_bytes._by_characters([rendered])
+    assert first.input_ids.tolist() == second.input_ids.tolist()
+    assert first.supervised.tolist() == second.supervised.tolist()
+    assert first.boundary_tokens == second.boundary_tokens
+
+
+def test_tokenizer_that_is_not_of_plain_bytes_goes_by_characters(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = make_tokenizer(LLAMA3)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert ChatRenderer(tokenizer)._text_tokenizer._lengths is None
+    assert marked(tokenizer, sample_of(tokenizer, chat("a", "HELLO"))).endswith(
+        "[[hello<|eot_id|>]]"
+    )
+    greedy = make_tokenizer(LLAMA3)
+    greedy.add_tokens([AddedToken("EAT", lstrip=True, special=False)])
+    expected = "[[aEAT z<|eot_id|>]]"
+    sample = sample_of(greedy, chat("a", "a   EAT z"))
+    assert marked(greedy, sample).endswith(expected)
