@@ -13,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TIMEOUT_S = 300
+MAX_THREADS = 400
 
 
 def load_function(file: str, name: str) -> Callable[..., Any]:
@@ -71,6 +74,9 @@ class RankPool:
         Returns each rank's result (anything picklable). The function finds its rank through
         torch.distributed; the process group is new for each call.
         """
+        # gloo groups outlive their job, each with threads that wake up; new ranks have none.
+        if any(psutil.Process(rank.pid).num_threads() > MAX_THREADS for rank, _ in self.ranks):
+            self.close()
         context = multiprocessing.get_context("spawn")
         while len(self.ranks) < world_size:
             ours, theirs = context.Pipe()
