@@ -412,7 +412,8 @@ def test_bad_logits_shape_says_what_was_expected() -> None:
 def test_missing_backend_is_an_error_if_named_and_one_line_if_automatic(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(loss_backends.BACKENDS, "triton", "sft_fast.kernels.no_such_module")
+    for name in loss_backends.GPU_ORDER:
+        monkeypatch.setitem(loss_backends.BACKENDS, name, "sft_fast.kernels.no_such_module")
     load_backend.cache_clear()
     with caplog.at_level(logging.WARNING):
         automatic = {load_backend("auto", "cuda") for _ in range(2)}
