@@ -31,6 +31,29 @@ def cap(logits, softcap):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def load_block(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    columns,
+    num_columns,
+    width,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+):
+    """Logits of a block as fp32; -inf in columns that do not count."""
+    if IS_WHOLE:
+        logits = tl.load(logits_ptr + columns).to(tl.float32)
+    else:
+        # Bounded by the width, which unlike num_columns is even: odd bounds make narrow loads.
+        logits = tl.load(logits_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        logits = cap(logits, softcap)
+    if not IS_WHOLE:
+        logits = tl.where(columns < num_columns, logits, MINUS_INF)
+    return logits
+
+
+@triton.jit
 def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [N, width]
     row_stride,
@@ -44,6 +67,7 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     WITH_LOGIT_SUM: tl.constexpr,
     WITH_OUTPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -51,39 +75,45 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     if label == MASKED:
         return
     logits_ptr += row * row_stride
+    # A lane is a group of neighbouring columns that one thread loads at once.
+    LANES: tl.constexpr = BLOCK_COLUMNS // GROUP_COLUMNS
     # The lowest finite number instead of -inf: subtracting it from -inf does not give NaN.
-    lane_max = tl.full([BLOCK_COLUMNS], LOWEST, tl.float32)
-    lane_sum = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    if WITH_LOGIT_SUM:
-        lane_logits = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    if WITH_OUTPUTS:
-        lane_weighted = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        lane_argmax = split * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    for first in range(split * BLOCK_COLUMNS, width, tl.num_programs(1) * BLOCK_COLUMNS):
+    lane_max = tl.full([LANES], LOWEST, tl.float32)
+    lane_sum = tl.zeros([LANES], tl.float32)
+    lane_logits = tl.zeros([LANES], tl.float32)
+    lane_weighted = tl.zeros([LANES], tl.float32)
+    lane_argmax = tl.full([LANES], split * BLOCK_COLUMNS, tl.int32)
+    step = tl.num_programs(1) * BLOCK_COLUMNS
+    for first in range(split * BLOCK_COLUMNS, width, step):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
-        # Bounded by the width, which unlike num_columns is even: odd bounds make narrow loads.
-        logits = tl.load(logits_ptr + columns, mask=columns < width, other=MINUS_INF)
-        logits = logits.to(tl.float32)
-        if HAS_SOFTCAP:
-            logits = cap(logits, softcap)
+        if first + BLOCK_COLUMNS <= num_columns:
+            logits = load_block(
+                logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, True
+            )
+        else:
+            logits = load_block(
+                logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, False
+            )
+        logits = tl.reshape(logits, [LANES, GROUP_COLUMNS])
+        group_max = tl.max(logits, 1)
+        new_max = tl.maximum(lane_max, group_max)
+        distance = lane_max - new_max
+        ratio = tl.exp2(distance * LOG2E)
+        shifted = logits - new_max[:, None]
+        exponentials = tl.exp2(shifted * LOG2E)
         if WITH_LOGIT_SUM:
-            lane_logits += tl.where(columns < num_columns, logits, 0.0)
-        logits = tl.where(columns < num_columns, logits, MINUS_INF)
-        difference = logits - lane_max
-        # One exponential serves both cases: the other factor is exp(0).
-        ratio = tl.exp2(-tl.abs(difference) * LOG2E)
-        is_larger = difference > 0
+            finite = tl.reshape(columns, [LANES, GROUP_COLUMNS]) < num_columns
+            lane_logits += tl.sum(tl.where(finite, logits, 0.0), 1)
         if WITH_OUTPUTS:
             # Clamped, because exp(-inf) * -inf is NaN where it should add nothing.
-            distance = tl.where(difference < LOWEST, LOWEST, difference)
-            lane_weighted = tl.where(
-                is_larger,
-                (lane_weighted - distance * lane_sum) * ratio,
-                lane_weighted + distance * ratio,
-            )
-            lane_argmax = tl.where(is_larger, columns, lane_argmax)
-        lane_sum = tl.where(is_larger, lane_sum * ratio + 1.0, lane_sum + ratio)
-        lane_max = tl.where(is_larger, logits, lane_max)
+            clamped = tl.where(shifted < LOWEST, LOWEST, shifted)
+            lane_weighted = (lane_weighted + lane_sum * distance) * ratio
+            lane_weighted += tl.sum(exponentials * clamped, 1)
+            is_largest = logits == group_max[:, None]
+            candidates = tl.where(is_largest, tl.reshape(columns, logits.shape), 1 << 30)
+            lane_argmax = tl.where(group_max > lane_max, tl.min(candidates, 1), lane_argmax)
+        lane_sum = lane_sum * ratio + tl.sum(exponentials, 1)
+        lane_max = new_max
 
     row_max = tl.max(lane_max, 0)
     lane_weight = tl.exp2((lane_max - row_max) * LOG2E)
@@ -102,8 +132,8 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(statistics_ptr + 3 * num_rows, tl.sum(lane_logits, 0))
     if WITH_OUTPUTS:
         statistics_ptr += (3 + WITH_LOGIT_SUM) * num_rows
-        shifted = (lane_weighted + lane_sum * (lane_max - row_max)) * lane_weight
-        tl.store(statistics_ptr, tl.sum(shifted, 0))
+        shifted_sum = (lane_weighted + lane_sum * (lane_max - row_max)) * lane_weight
+        tl.store(statistics_ptr, tl.sum(shifted_sum, 0))
         candidates = tl.where(lane_max == row_max, lane_argmax, 1 << 30)
         argmax = vocab_start_index + tl.min(candidates, 0)
         tl.store(statistics_ptr + num_rows, argmax.to(tl.float32))
@@ -163,17 +193,25 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
     target = (label - vocab_start_index).to(tl.int32)
     for first in range(first_column, width, step):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
-        logits = tl.load(logits_ptr + columns, mask=columns < width, other=MINUS_INF)
-        logits = logits.to(tl.float32)
-        if HAS_SOFTCAP:
-            logits = cap(logits, softcap)
+        is_whole = first + BLOCK_COLUMNS <= num_columns
+        if is_whole:
+            logits = load_block(
+                logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, True
+            )
+        else:
+            logits = load_block(
+                logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, False
+            )
         gradient = tl.exp2((logits - row_max) * LOG2E) * scale - uniform_grad
         # Before the rounding to 16 bits: after it, probability - 1 would be mostly rounding error.
         gradient = tl.where(columns == target, gradient + target_grad, gradient)
         if HAS_SOFTCAP:
             gradient *= 1.0 - (logits / softcap) * (logits / softcap)
-        gradient = tl.where(columns < num_columns, gradient, 0.0)
-        tl.store(gradient_ptr + columns, gradient.to(dtype), mask=columns < width)
+        if is_whole:
+            tl.store(gradient_ptr + columns, gradient.to(dtype))
+        else:
+            gradient = tl.where(columns < num_columns, gradient, 0.0)
+            tl.store(gradient_ptr + columns, gradient.to(dtype), mask=columns < width)
 
 
 @dataclass(frozen=True)
@@ -197,6 +235,10 @@ class LaunchConfig:
         num_blocks = triton.cdiv(width, block_columns)
         num_splits = max(1, min(num_blocks, 16, triton.cdiv(1024, max(1, num_rows))))
         return cls(block_columns, num_splits, num_warps)
+
+    def group_columns(self, dtype: torch.dtype) -> int:
+        """Columns in a 16-byte load, whose maximum one thread finds by itself."""
+        return min(self.block_columns, 16 // dtype.itemsize)
 
 
 def launch_config(logits: Tensor) -> LaunchConfig:
@@ -255,6 +297,7 @@ def shard_statistics(
                 WITH_LOGIT_SUM=with_logit_sum,
                 WITH_OUTPUTS=with_outputs,
                 BLOCK_COLUMNS=config.block_columns,
+                GROUP_COLUMNS=config.group_columns(logits.dtype),
                 num_warps=config.num_warps,
             )
     return statistics

@@ -1,4 +1,7 @@
-"""A pool of gloo ranks that stay alive between tests, so that the heavy imports are paid once."""
+"""A pool of gloo ranks that stay alive between tests, so that the heavy imports are paid once.
+
+On a machine with a GPU for each rank, collectives of GPU tensors go through NCCL.
+"""
 
 import atexit
 import importlib.util
@@ -46,8 +49,12 @@ def serve(rank: int, connection: Any) -> None:
         file, name, args, world_size, store = job
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         try:
+            backend = "gloo"
+            if torch.cuda.device_count() >= world_size:
+                torch.cuda.set_device(rank)
+                backend = "cpu:gloo,cuda:nccl"
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+                backend, init_method=f"file://{store}", rank=rank, world_size=world_size
             )
             result = load_function(file, name)(*args)
             connection.send(("ok", result))

@@ -53,4 +53,20 @@ __device__ inline uint32_t from_float(float value) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// Two 16-bit numbers in one word, the first in its low half.
+template <int kDtype>
+__device__ inline uint32_t from_pair(float low, float high) {
+#if defined(SFT_FAST_CUDA)
+  uint32_t word;
+  if (kDtype == SFT_FAST_BF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return from_float<kDtype>(low) | (from_float<kDtype>(high) << 16);
+#endif
+}
+
 }  // namespace sft_fast

@@ -9,6 +9,7 @@ namespace sft_fast {
 
 constexpr int kThreads = 512;
 constexpr int kOnePassThreads = 1024;
+constexpr int kPacksInFlight = 4;
 constexpr float kLog2e = 1.4426950408889634f;
 // In place of -inf as a maximum: subtracting it from -inf does not give NaN.
 constexpr float kLowest = -3.4028234663852886e38f;
@@ -31,14 +32,39 @@ struct Pack {
   }
 
   __device__ static Raw encode(const float (&values)[kSize]) {
-    Bits bits[kSize];
-    SFT_FAST_UNROLL
-    for (int i = 0; i < kSize; ++i) bits[i] = static_cast<Bits>(from_float<kDtype>(values[i]));
     Raw raw;
-    __builtin_memcpy(&raw, bits, sizeof(raw));
+    if constexpr (kAligned && kDtype != SFT_FAST_FP32) {
+      uint32_t words[kSize / 2];
+      SFT_FAST_UNROLL
+      for (int i = 0; i < kSize / 2; ++i) {
+        words[i] = from_pair<kDtype>(values[2 * i], values[2 * i + 1]);
+      }
+      __builtin_memcpy(&raw, words, sizeof(raw));
+    } else {
+      Bits bits[kSize];
+      SFT_FAST_UNROLL
+      for (int i = 0; i < kSize; ++i) bits[i] = static_cast<Bits>(from_float<kDtype>(values[i]));
+      __builtin_memcpy(&raw, bits, sizeof(raw));
+    }
     return raw;
   }
 };
+
+// Calls use(raw, first column) for packs first, first + step, ...; loads several before it uses
+// the first, because a store that follows may not be moved behind a load.
+template <typename P, typename Raw, typename Use>
+__device__ inline void for_each_pack(const Raw* packs, int first, int step, int num_packs,
+                                     Use use) {
+  int pack = first;
+  for (; pack < num_packs - (kPacksInFlight - 1) * step; pack += kPacksInFlight * step) {
+    Raw raw[kPacksInFlight];
+    SFT_FAST_UNROLL
+    for (int i = 0; i < kPacksInFlight; ++i) raw[i] = packs[pack + i * step];
+    SFT_FAST_UNROLL
+    for (int i = 0; i < kPacksInFlight; ++i) use(raw[i], pack + i * step);
+  }
+  for (; pack < num_packs; pack += step) use(packs[pack], pack);
+}
 
 // softcap * tanh(value / softcap), from an exponential that cannot overflow.
 __device__ inline float cap(float value, float softcap) {
@@ -55,13 +81,13 @@ struct RowState {
   float argmax = 0.0f;
 };
 
-// kFull: collects more than max and sum, and caps logits if asked to.
-template <bool kFull, int kSize>
-__device__ inline void add(RowState& state, float (&values)[kSize], int64_t first,
-                           const SftFastLogits& logits) {
+// kFull: collects more than max and sum, and caps logits if asked to. kWhole: all columns count.
+template <bool kFull, bool kWhole, int kSize>
+__device__ inline void add_columns(RowState& state, float (&values)[kSize], int first,
+                                   const SftFastLogits& logits) {
   SFT_FAST_UNROLL
   for (int i = 0; i < kSize; ++i) {
-    const bool counts = first + i < logits.num_columns;
+    const bool counts = kWhole || first + i < logits.num_columns;
     if (kFull && logits.softcap > 0.0f) values[i] = cap(values[i], logits.softcap);
     if (kFull && counts) state.logits += values[i];
     if (!counts) values[i] = kMinusInfinity;
@@ -84,6 +110,16 @@ __device__ inline void add(RowState& state, float (&values)[kSize], int64_t firs
     state.sum += exponential;
     // Clamped, because exp(-inf) * -inf is NaN where it should add nothing.
     if (kFull) state.weighted += exponential * __builtin_fmaxf(values[i] - max, kLowest);
+  }
+}
+
+template <bool kFull, int kSize>
+__device__ inline void add(RowState& state, float (&values)[kSize], int first,
+                           const SftFastLogits& logits) {
+  if (first + kSize <= logits.num_columns) {
+    add_columns<kFull, true>(state, values, first, logits);
+  } else {
+    add_columns<kFull, false>(state, values, first, logits);
   }
 }
 
@@ -149,10 +185,16 @@ __device__ inline RowState merge_block(RowState state) {
   return merge_threads<kFull, kWaves>(state);
 }
 
+// A label's column in this shard, or -1.
+__device__ inline int target_column(const SftFastLogits& logits, int64_t label) {
+  const int64_t target = label - logits.vocab_start_index;
+  return target >= 0 && target < logits.num_columns ? static_cast<int>(target) : -1;
+}
+
 // The logit at the label, 0 where another shard holds it.
 template <int kDtype, bool kFull>
-__device__ inline float target_logit(const SftFastLogits& logits, int64_t row, int64_t target) {
-  if (target < 0 || target >= logits.num_columns) return 0.0f;
+__device__ inline float target_logit(const SftFastLogits& logits, int64_t row, int target) {
+  if (target < 0) return 0.0f;
   using Bits = typename Pack<kDtype, false>::Bits;
   const Bits bits = static_cast<const Bits*>(logits.data)[row * logits.row_stride + target];
   const float value = to_float<kDtype>(bits);
@@ -178,16 +220,18 @@ __global__ void __launch_bounds__(kThreads)
   const auto* packs = row_packs<kDtype, kAligned>(logits, row);
   const int num_packs = static_cast<int>(logits.width / P::kSize);
   RowState state;
-  for (int pack = split * kThreads + thread_x(); pack < num_packs; pack += num_splits * kThreads) {
+  const int first_pack = static_cast<int>(split) * kThreads + static_cast<int>(thread_x());
+  const auto read = [&](const typename P::Raw& raw, int pack) {
     float values[P::kSize];
-    P::decode(packs[pack], values);
-    add<kFull>(state, values, static_cast<int64_t>(pack) * P::kSize, logits);
-  }
+    P::decode(raw, values);
+    add<kFull>(state, values, pack * P::kSize, logits);
+  };
+  for_each_pack<P>(packs, first_pack, num_splits * kThreads, num_packs, read);
   state = merge_block<kFull, kThreads>(state);
   if (thread_x() != 0) return;
   const int64_t num_statistics = 3 + with_logit_sum + 2 * with_outputs;
   float* out = statistics + split * num_statistics * logits.num_rows + row;
-  const int64_t target = split == 0 ? label - logits.vocab_start_index : -1;
+  const int target = split == 0 ? target_column(logits, label) : -1;
   out[0] = state.max;
   out[logits.num_rows] = state.sum;
   out[2 * logits.num_rows] = target_logit<kDtype, kFull>(logits, row, target);
@@ -212,9 +256,9 @@ __device__ inline RowGradient row_gradient(const RowState& state, float grad_los
           grad_logprob - (1.0f - options.label_smoothing) * grad_loss};
 }
 
-template <bool kFull, int kSize>
-__device__ inline void differentiate(float (&values)[kSize], int64_t first, int64_t target,
-                                     const RowGradient& row, const SftFastLogits& logits) {
+template <bool kFull, bool kWhole, int kSize>
+__device__ inline void differentiate_columns(float (&values)[kSize], int first, int target,
+                                             const RowGradient& row, const SftFastLogits& logits) {
   SFT_FAST_UNROLL
   for (int i = 0; i < kSize; ++i) {
     float value = values[i];
@@ -225,7 +269,17 @@ __device__ inline void differentiate(float (&values)[kSize], int64_t first, int6
     if (kFull && logits.softcap > 0.0f) {
       gradient *= 1.0f - (value / logits.softcap) * (value / logits.softcap);
     }
-    values[i] = first + i < logits.num_columns ? gradient : 0.0f;
+    values[i] = kWhole || first + i < logits.num_columns ? gradient : 0.0f;
+  }
+}
+
+template <bool kFull, int kSize>
+__device__ inline void differentiate(float (&values)[kSize], int first, int target,
+                                     const RowGradient& row, const SftFastLogits& logits) {
+  if (first + kSize <= logits.num_columns) {
+    differentiate_columns<kFull, true>(values, first, target, row, logits);
+  } else {
+    differentiate_columns<kFull, false>(values, first, target, row, logits);
   }
 }
 
@@ -242,7 +296,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto* packs = row_packs<kDtype, kAligned>(logits, row);
   auto* out = const_cast<typename P::Raw*>(row_packs<kDtype, kAligned>(output, row));
   const int num_packs = static_cast<int>(logits.width / P::kSize);
-  const int first_pack = block_y() * kThreads + thread_x(), step = num_splits * kThreads;
+  const int first_pack = static_cast<int>(block_y() * kThreads + thread_x());
+  const int step = num_splits * kThreads;
   const int64_t label = logits.labels[row];
   if (label == logits.ignore_index) {
     for (int pack = first_pack; pack < num_packs; pack += step) out[pack] = typename P::Raw{};
@@ -256,13 +311,14 @@ __global__ void __launch_bounds__(kThreads)
   state = merge_threads<false, kWaveSize>(state);
   const RowGradient row_grad =
       row_gradient(state, grads[row], grads[logits.num_rows + row], options);
-  const int64_t target = label - logits.vocab_start_index;
-  for (int pack = first_pack; pack < num_packs; pack += step) {
+  const int target = target_column(logits, label);
+  const auto write = [&](const typename P::Raw& raw, int pack) {
     float values[P::kSize];
-    P::decode(packs[pack], values);
-    differentiate<kFull>(values, static_cast<int64_t>(pack) * P::kSize, target, row_grad, logits);
+    P::decode(raw, values);
+    differentiate<kFull>(values, pack * P::kSize, target, row_grad, logits);
     out[pack] = P::encode(values);
-  }
+  };
+  for_each_pack<P>(packs, first_pack, step, num_packs, write);
 }
 
 __device__ inline float row_loss(const RowState& state, float target_logit, float columns,
@@ -310,13 +366,14 @@ __global__ void __launch_bounds__(kOnePassThreads)
     shared[pack - kInRegisters] = packs[pack];
   }
   // Read by everybody before the barrier that comes before the first write.
-  const float at_target = target_logit<kDtype, kFull>(logits, row, label);
+  const int target = target_column(logits, label);
+  const float at_target = target_logit<kDtype, kFull>(logits, row, target);
 
   RowState state;
   const auto read = [&](const uint4& raw, int pack) {
     float values[P::kSize];
     P::decode(raw, values);
-    add<kFull>(state, values, static_cast<int64_t>(pack) * P::kSize, logits);
+    add<kFull>(state, values, pack * P::kSize, logits);
   };
   SFT_FAST_UNROLL
   for (int i = 0; i < kRegisterPacks; ++i) {
@@ -333,16 +390,15 @@ __global__ void __launch_bounds__(kOnePassThreads)
   }
   state = merge_block<kFull, kOnePassThreads>(state);
 
-  const bool is_known = label >= 0 && label < logits.num_columns;
   if (thread == 0) {
     const float columns = static_cast<float>(logits.num_columns);
-    loss[row] = is_known ? row_loss(state, at_target, columns, options) : __builtin_nanf("");
+    loss[row] = target >= 0 ? row_loss(state, at_target, columns, options) : __builtin_nanf("");
   }
   const RowGradient row_grad = row_gradient(state, weights[row], 0.0f, options);
   const auto write = [&](const uint4& raw, int pack) {
     float values[P::kSize];
     P::decode(raw, values);
-    differentiate<kFull>(values, static_cast<int64_t>(pack) * P::kSize, label, row_grad, logits);
+    differentiate<kFull>(values, pack * P::kSize, target, row_grad, logits);
     out[pack] = P::encode(values);
   };
   SFT_FAST_UNROLL

@@ -13,6 +13,7 @@
 #define SFT_FAST_HIP 1
 #else
 #include <cuda_fp16.h>
+#define SFT_FAST_CUDA 1
 #endif
 
 #if defined(SFT_FAST_HOST_EMULATION)

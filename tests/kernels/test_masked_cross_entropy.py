@@ -1,14 +1,11 @@
 """Every kernel backend against the oracle, with the inputs that have broken such kernels before.
 
-torch runs as it is, triton in its interpreter, native compiled for the CPU with fibers as threads.
-The interpreter must be on before triton is imported, hence ranks of our own.
+kernel_pool.py says where the kernels run.
 """
 
 import functools
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import emulated_gpu
 from closeness import assert_bit_zero, assert_no_worse
+from kernel_pool import ON_GPU, KernelPool, build_native, missing_native, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.loss import (
@@ -34,44 +31,17 @@ from sft_fast.reference import cross_entropy as reference
 pytest.importorskip("triton")
 
 
-class KernelPool(RankPool):
-    """Ranks in which all backends work, and in which torch.empty returns NaN."""
-
-    def __init__(self, native_module: Path | None) -> None:
-        super().__init__()
-        self.native_module = native_module
-
-    def run(self, world_size: int, function: Callable[..., None], *args: Any) -> list[None]:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            return super().run(world_size, run_poisoned, self.native_module, function, args)
-
-
-def run_poisoned(
-    native_module: Path | None, function: Callable[..., None], args: tuple[Any, ...]
-) -> None:
-    """Shows what a kernel forgets to write."""
-    if native_module is not None:
-        emulated_gpu.install(native_module)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    function(*args)
-
-
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    module = None
-    if emulated_gpu.missing() is None:
-        module = emulated_gpu.build(tmp_path_factory.mktemp("emulated"))
-    ranks = KernelPool(module)
+    ranks = KernelPool(build_native(tmp_path_factory.mktemp("emulated")))
     yield ranks
     ranks.close()
 
 
 @pytest.fixture(params=["torch", "triton", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and emulated_gpu.missing() is not None:
-        pytest.skip(f"native kernels on the CPU need {emulated_gpu.missing()}")
+    if request.param == "native" and missing_native() is not None:
+        pytest.skip(f"native kernels need {missing_native()}")
     return str(request.param)
 
 
@@ -83,7 +53,7 @@ def make_logits(
     num_rows: int, width: int, vocab_size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits with NaN in the masked rows and Inf in the padding, labels, an upstream gradient."""
-    generator = torch.Generator().manual_seed(num_rows + width)
+    generator = seeded(num_rows + width)
     logits = (3 * torch.randn(num_rows, width, generator=generator)).to(dtype)
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[-1] = vocab_size - 1
@@ -101,7 +71,7 @@ def eager_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int) -> Tens
 
 def round_as(backend: str, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """Triton's interpreter cuts bfloat16 off where GPUs round to nearest."""
-    if backend == "triton" and dtype == torch.bfloat16:
+    if backend == "triton" and not ON_GPU and dtype == torch.bfloat16:
         gradient = (gradient.contiguous().view(torch.int32) & ~0xFFFF).view(torch.float32)
     return gradient.to(dtype)
 
@@ -216,11 +186,15 @@ def test_any_stride(pool: RankPool, backend: str) -> None:
 
 
 def run_far_rows(backend: str) -> None:
-    """Row 3 begins 3 * 2**30 elements after row 0; the file between them is a hole."""
+    """Row 3 begins 3 * 2**30 elements after row 0; on a CPU the file between them is a hole."""
     stride, width = 1 << 30, 40
     size = 3 * stride + width
     with tempfile.NamedTemporaryFile() as sparse:
-        storage = torch.from_file(sparse.name, shared=True, size=size, dtype=torch.bfloat16)
+        storage = torch.from_file(
+            sparse.name, shared=True, size=size, dtype=torch.bfloat16, device="cpu"
+        )
+    if ON_GPU:
+        storage = torch.zeros(size, dtype=torch.bfloat16)
     logits = storage.as_strided((4, width), (stride, 1))
     near = torch.randn(4, width).to(torch.bfloat16)
     logits.copy_(near)
@@ -236,10 +210,40 @@ def test_row_offsets_beyond_32_bits(pool: RankPool, backend: str) -> None:
     pool.run(1, run_far_rows, backend)
 
 
+def run_many_elements(backend: str, num_rows: int, width: int) -> None:
+    """The last rows lie beyond 2**31 elements; rows of every 512 are compared with eager's."""
+    generator = seeded(5)
+    logits = torch.randn(num_rows, width, generator=generator, dtype=torch.bfloat16)
+    labels = torch.randint(width, (num_rows,), generator=generator)
+    labels[1::2] = IGNORE_INDEX
+    some = torch.arange(num_rows - 1, 0, -512).flip(0)
+    some_logits = logits[some].requires_grad_()
+    inputs = logits.requires_grad_()
+    loss = masked_cross_entropy(inputs, labels, backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), inputs)
+    assert grad.numel() > 1 << 31
+    eager = eager_cross_entropy(some_logits, labels[some], width)
+    (eager_grad,) = torch.autograd.grad(eager.sum(), some_logits)
+    exact = some_logits.detach().double().requires_grad_()
+    truth = reference.cross_entropy(exact, labels[some], width)
+    (true_grad,) = torch.autograd.grad(truth.sum(), exact)
+    assert_no_worse(loss[some], eager, truth)
+    assert_no_worse(grad[some], eager_grad, true_grad)
+    for part in grad[1::2].split(1024):
+        assert not part.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(16385, 131072), (32771, 131072)])
+def test_more_than_2_31_elements(pool: RankPool, backend: str, shape: tuple[int, int]) -> None:
+    pool.run(1, run_many_elements, backend, *shape)
+
+
 def run_linear(backend: str, sequence_parallel: bool) -> None:
     """In place on its own logits, per rank; twice, because the first backward uses them up."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     hidden = torch.randn(12, 1, 8, generator=generator)
     weight = torch.randn(200, 8, generator=generator)
     labels = torch.tensor([[IGNORE_INDEX] * 7 + [0, 99, 100, 189, 5]])
@@ -312,7 +316,7 @@ def test_options_no_worse_than_eager(
 def run_outputs(backend: str, sequence_parallel: bool) -> None:
     """Log probability, entropy and argmax per token, over a vocabulary in shards; with ties."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     hidden = torch.randn(24, 1, 8, generator=generator)
     weight = torch.randn(200, 8, generator=generator)
     weight[150] = weight[60]  # the first of equal maxima counts
@@ -415,7 +419,7 @@ def test_double_is_refused(pool: RankPool, backend: str) -> None:
 
 def run_operators(backend: str) -> None:
     """torch.compile's view of the operators: what they change, and the shapes they promise."""
-    kernels = load_backend(backend, "cpu")
+    kernels = load_backend(backend, torch.get_default_device().type)
     logits, labels, upstream = make_logits(3, 20000, 20000, torch.float32)
     logits, labels = logits.nan_to_num(0.0), labels.clamp(min=0)
     checks = ("test_schema", "test_faketensor")

@@ -3,10 +3,9 @@
 tests/kernels/test_masked_cross_entropy.py compares their results with the oracle.
 """
 
-import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_bit_zero, assert_no_worse
+from kernel_pool import KernelPool, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.loss import masked_cross_entropy, masked_linear_cross_entropy
@@ -25,34 +25,18 @@ from sft_fast.reference import cross_entropy as reference
 triton = pytest.importorskip("triton")
 
 
-class InterpreterPool(RankPool):
-    """Ranks in which Triton interprets, and in which torch.empty returns NaN."""
-
-    def run(self, world_size: int, function: Callable[..., None], *args: Any) -> list[None]:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            return super().run(world_size, run_poisoned, function, args)
-
-
-def run_poisoned(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Shows what a kernel forgets to write."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    function(*args)
-
-
 @pytest.fixture(scope="module")
-def interpreter() -> Iterator[RankPool]:
-    pool = InterpreterPool()
-    yield pool
-    pool.close()
+def pool() -> Iterator[RankPool]:
+    ranks = KernelPool()
+    yield ranks
+    ranks.close()
 
 
 def run_every_split() -> None:
     """The same row cut into 1, 2 and 3 splits gives one loss and one gradient."""
     from sft_fast.kernels import masked_cross_entropy_triton as kernels
 
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     logits, upstream = torch.randn(2, 20000, generator=generator), torch.tensor([0.3, -2.0])
     labels = torch.tensor([15000, 19999])
     config = kernels.LaunchConfig.for_shape(2, 20000, 32)
@@ -69,8 +53,8 @@ def run_every_split() -> None:
             torch.testing.assert_close(ours, first, rtol=1e-6, atol=1e-9)
 
 
-def test_splits_do_not_change_the_result(interpreter: RankPool) -> None:
-    interpreter.run(1, run_every_split)
+def test_splits_do_not_change_the_result(pool: RankPool) -> None:
+    pool.run(1, run_every_split)
 
 
 def run_masked_rows() -> None:
@@ -83,8 +67,8 @@ def run_masked_rows() -> None:
     torch.testing.assert_close(statistics[0, :, 0], torch.tensor([0.0, 50.0, 0.0]))
 
 
-def test_masked_rows_are_skipped(interpreter: RankPool) -> None:
-    interpreter.run(1, run_masked_rows)
+def test_masked_rows_are_skipped(pool: RankPool) -> None:
+    pool.run(1, run_masked_rows)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])
@@ -139,6 +123,7 @@ def compile_kernel(
     num_statistics = 6 if variant == "full" else 3
     constants = {"BLOCK_COLUMNS": config.block_columns, "BLOCK_PARTS": 8, **VARIANTS[variant]}
     constants["NUM_STATISTICS"] = num_statistics
+    constants["GROUP_COLUMNS"] = 4 if dtype == "fp32" else 8
     types = {"labels_ptr": "*i64", "logits_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}"}
     types |= {"statistics_ptr": "*fp32", "grads_ptr": "*fp32"}
     types |= dict.fromkeys(("smoothing", "uniform", "z_loss", "softcap"), "fp32")
