@@ -15,13 +15,14 @@ from pydantic import (
     Field,
     PlainValidator,
     TypeAdapter,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from sft_fast import primus
 from sft_fast.config_checks import cross_field_problems
-from sft_fast.config_source import Tree, apply_overrides, validate
+from sft_fast.config_source import FIELDS_ONLY, Tree, apply_overrides, inspect, validate
 from sft_fast.errors import ConfigError, Problem
 from sft_fast.primus_arguments import TARGETS
 from sft_fast.yaml_source import dump_yaml, read_yaml
@@ -160,7 +161,10 @@ def _sources(value: object) -> object:
 
 _PATH: TypeAdapter[str] = TypeAdapter(PathText)
 _SOURCE_LIST: TypeAdapter[list[DataSource]] = TypeAdapter(list[DataSource])
-Sources = Annotated[str | list[DataSource], PlainValidator(_sources)]
+Sources = Annotated[
+    str | list[DataSource],
+    PlainValidator(_sources, json_schema_input_type=str | list[str | DataSource]),
+]
 
 
 class DataConfig(Section):
@@ -412,7 +416,9 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Config":
+    def _fits_together(self, info: ValidationInfo) -> "Config":
+        if info.context == FIELDS_ONLY:
+            return self
         problems = list(cross_field_problems(self))
         if problems:
             raise ConfigError(problems)
@@ -431,13 +437,30 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     Raises:
         ConfigError: Names everything that is wrong, each with its file and line.
     """
+    return validate(Config, read_tree(path, overrides), OTHER_NAMES)
+
+
+def inspect_config(path: Path, overrides: list[str]) -> tuple[Config | None, list[Problem], Tree]:
+    """Returns what can be made of a file with every problem found, and the file itself.
+
+    Keys with a problem of their own have their defaults; None: that makes no configuration.
+
+    Raises:
+        ConfigError: The file cannot be read at all.
+    """
+    tree = read_tree(path, overrides)
+    return *inspect(Config, tree, OTHER_NAMES), tree
+
+
+def read_tree(path: Path | None, overrides: list[str]) -> Tree:
+    """Returns the unchecked values of a file with overrides applied, under our own keys."""
     document = read_yaml(DEFAULT_CONFIG if path is None else Path(path))
     is_primus = "modules" in document.data
     tree = primus.translate(document) if is_primus else Tree.from_document(document)
     apply_overrides(tree, overrides)
     if is_primus:
         primus.drop_idle_evaluation(tree)
-    return validate(Config, tree, OTHER_NAMES)
+    return tree
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -448,6 +471,11 @@ def save_config(config: Config, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def model_parallel_size(config: Config) -> int:
+    """Returns the ranks that share one copy of the model."""
+    return config.parallel.tensor * config.parallel.pipeline
+
+
 def check_world_size(config: Config, world_size: int) -> int:
     """Returns the data-parallel size of a run on `world_size` ranks.
 
@@ -455,7 +483,7 @@ def check_world_size(config: Config, world_size: int) -> int:
         ConfigError: The ranks or the batch cannot be split as configured.
     """
     parallel, train = config.parallel, config.train
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = model_parallel_size(config)
     if world_size < 1 or world_size % model_ranks != 0:
         multiples = f"{model_ranks}, {2 * model_ranks}, {4 * model_ranks}, ..."
         raise ConfigError(

@@ -3,6 +3,7 @@
 Knows nothing of the schema itself: `config.py` holds that.
 """
 
+import contextlib
 import copy
 import types
 import typing
@@ -22,9 +23,12 @@ from sft_fast.errors import (
     nearest_key,
     show,
 )
-from sft_fast.yaml_source import Document, KeyPath, dotted, parse_value
+from sft_fast.yaml_source import Document, KeyPath, dotted, key_path, parse_value
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+FIELDS_ONLY = {"fields_only": True}
+"""Validation context in which a model leaves its cross-field checks out."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +132,38 @@ def validate(model: type[ModelT], tree: Tree, aliases: Mapping[str, str]) -> Mod
     Raises:
         ConfigError: With every problem of the tree, of the fields and of the cross-field checks.
     """
+    config, problems = inspect(model, tree, aliases)
+    if config is None or problems:
+        raise ConfigError(problems, tree.source)
+    return config
+
+
+def inspect(
+    model: type[ModelT], tree: Tree, aliases: Mapping[str, str]
+) -> tuple[ModelT | None, list[Problem]]:
+    """Returns what can be made of the tree, and every problem.
+
+    Keys with a problem of their own have their defaults in the returned model; it is None where
+    that makes none either. The arguments are those of `validate`.
+    """
     data = _with_sections(model, tree.data)
     problems = [*tree.problems, *_secret_values(tree, data, ())]
+    config = None
     try:
         config = model.model_validate(data)
     except ValidationError as error:
         problems += _translate(model, tree, error, aliases)
+        rest, failed = _without_faults(data, error)
         if all(detail["loc"] for detail in error.errors()):
-            problems += _located(tree, _cross_field_problems(model, data, error))
-    if problems:
-        raise ConfigError(problems, tree.source)
-    return config
+            problems += _located(tree, _cross_field_problems(model, rest, failed))
+        with contextlib.suppress(ValidationError):
+            config = model.model_validate(rest, context=FIELDS_ONLY)
+    return config, problems
+
+
+def located(tree: Tree, problems: Iterable[Problem]) -> list[Problem]:
+    """Returns the problems with the places of their keys."""
+    return list(_located(tree, problems))
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -200,7 +225,7 @@ def _translate(
 
 def _located(tree: Tree, problems: Iterable[Problem]) -> Iterator[Problem]:
     for problem in problems:
-        paths = [tuple(key.split(".")) for key in problem.keys]
+        paths = [key_path(key) for key in problem.keys]
         places = dict.fromkeys(tree.origins[path].where for path in paths if path in tree.origins)
         where = "; ".join(place for place in places if place)
         where = where or next((o for p in paths if (o := tree.origin(p).where)), "")
@@ -282,23 +307,32 @@ def _secret_values(tree: Tree, value: Any, path: KeyPath) -> Iterator[Problem]:
         )
 
 
-def _cross_field_problems(
-    model: type[BaseModel], data: dict[str, Any], error: ValidationError
-) -> list[Problem]:
-    """Returns what the cross-field checks say of the keys that are right by themselves."""
+def _without_faults(
+    data: dict[str, Any], error: ValidationError
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """Returns the data without the keys that are wrong by themselves, and these keys."""
     data = copy.deepcopy(data)
     failed = []
     for detail in error.errors():
         path = tuple(str(part) for part in detail["loc"][:2])
+        if not path:
+            continue
         failed.append(path)
         section = data if len(path) == 1 else data[path[0]]
         section.pop(path[-1], None)
         if detail["type"] == "missing" and len(detail["loc"]) == 2:
             section[path[-1]] = "-"
+    return data, failed
+
+
+def _cross_field_problems(
+    model: type[BaseModel], data: dict[str, Any], failed: list[tuple[str, ...]]
+) -> list[Problem]:
+    """Returns what the cross-field checks say of the keys that are right by themselves."""
     try:
         model.model_validate(data)
-    except ValidationError as second:
-        details = second.errors()
+    except ValidationError as error:
+        details = error.errors()
         found = details[0]["ctx"]["error"].problems if not details[0]["loc"] else ()
         return [p for p in found if not any(tuple(k.split("."))[:2] in failed for k in p.keys)]
     return []

@@ -108,6 +108,11 @@ def dotted(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
+def key_path(text: str) -> KeyPath:
+    """Returns "plugins[0]" as ("plugins", 0); the inverse of `dotted`."""
+    return tuple(int(p) if p.isdecimal() else p for p in re.findall(r"[^.\[\]]+", text))
+
+
 def read_yaml(path: Path) -> Document:
     """Reads a YAML file whose top level is a mapping.
 

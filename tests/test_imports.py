@@ -1,6 +1,9 @@
 """Who may import what: each heavy library has one place in the package."""
 
 import ast
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,8 @@ HOMES = {
     "triton": ("kernels",),
 }
 # Imported before torch could be needed: a config error must not wait for it.
-LIGHT = ("config", "config_checks", "config_source", "errors", "registry", "primus", "train")
+LIGHT = ("cli", "config", "config_checks", "config_source", "errors", "registry", "primus", "train")
+HEAVY = {"torch", "megatron", "transformers", "datasets", "triton", "matplotlib", "wandb"}
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -53,5 +57,33 @@ def test_light_modules_import_no_torch_at_the_top(module: str) -> None:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {getattr(node, "module", None) or node.names[0].name for node in top}
-    heavy = {"torch", "megatron", "transformers", "datasets", "triton"}
-    assert not {name.split(".")[0] for name in names} & heavy
+    assert not {name.split(".")[0] for name in names} & HEAVY
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules that a fresh process has loaded after running `code`."""
+    show = "import sys, json; print('\\n' + json.dumps([m for m in sys.modules if sys.modules[m]]))"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{show}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return {name.split(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    assert not loaded_by("import sft_fast") & (HEAVY | {"pydantic", "numpy", "yaml", "rich"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["train", "--help"]])
+def test_help_imports_the_standard_library_only(arguments: list[str]) -> None:
+    code = f"from sft_fast.cli import main\ntry: main({arguments})\nexcept SystemExit: pass"
+    assert not loaded_by(code) & (HEAVY | {"pydantic", "numpy", "yaml", "rich"})
+
+
+def test_check_imports_no_heavy_library() -> None:
+    loaded = loaded_by("from sft_fast.cli import main\nassert main(['check', 'demo']) == 0")
+    assert "pydantic" in loaded
+    assert not loaded & HEAVY

@@ -201,7 +201,7 @@ def load_rows(
         if not found:
             raise ValueError(f"no file matches the data source {source!r}")
         return _load_files(source, found, split)
-    if _looks_local(path):
+    if looks_local(path):
         raise ValueError(_missing_file_message(path))
     return _load_hub(source, split, evaluation, streaming)
 
@@ -342,7 +342,8 @@ def _slice_bounds(selection: str, total: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
+    """True for what is meant as a path, whether it exists or not."""
     is_file_name = path.endswith((*SUFFIXES, *COMPRESSIONS, ".txt"))
     first = path.split("/")[0]
     return is_file_name or path.startswith((".", "/")) or ("/" in path and os.path.isdir(first))

@@ -1,0 +1,45 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sft_fast.config import Config
+
+Commands = argparse._SubParsersAction
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds a configuration file and overrides."""
+    parser.add_argument(
+        "config", type=Path, help="configuration file, or the name of a recipe (sft_fast ls)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds a run directory."""
+    parser.add_argument("run_dir", type=Path, metavar="OUT", help="output_dir of a run")
+
+
+def config_path(parsed: argparse.Namespace) -> Path:
+    """The file that the user means: a path, or a recipe's name."""
+    from sft_fast.commands.recipes import find_recipe
+
+    path: Path = parsed.config
+    is_name = not path.suffix and path.parent == Path(".")
+    return find_recipe(str(path)) if is_name and not path.exists() else path
+
+
+def read_config(parsed: argparse.Namespace) -> Config:
+    """Loads what `add_config` parsed.
+
+    Raises:
+        ValueError: the configuration is wrong, or there is no such recipe.
+    """
+    from sft_fast.config import load_config
+
+    return load_config(config_path(parsed), parsed.overrides)

@@ -1,0 +1,57 @@
+"""`sft_fast check`: everything that is wrong with a configuration, before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sft_fast.commands.arguments import Commands, add_config, config_path
+
+
+def add(commands: Commands) -> None:
+    check = commands.add_parser(
+        "check",
+        help="find what is wrong with a configuration, at once",
+        description="Checks keys, paths, the heads of the data, layout and disk without torch. "
+        "Exit status 1: there are problems.",
+    )
+    add_config(check)
+    check.add_argument("--ranks", type=int, metavar="N", help="also check the layout of N ranks")
+    check.set_defaults(run=run)
+    schema = commands.add_parser("schema", help="print the JSON schema of configurations")
+    schema.set_defaults(run=run_schema)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from sft_fast.config import check_world_size, inspect_config
+    from sft_fast.config_source import located
+    from sft_fast.errors import ConfigError
+    from sft_fast.machine_checks import check_machine
+
+    path = config_path(parsed)
+    config, problems, tree = inspect_config(path, parsed.overrides)
+    notes: list[str] = []
+    if config is not None:
+        failed = {key for problem in problems for key in problem.keys}
+        findings = check_machine(config)
+        found, notes = findings.problems, findings.notes
+        if parsed.ranks is not None:
+            try:
+                size = check_world_size(config, parsed.ranks)
+                notes.append(f"layout: {parsed.ranks} ranks give data parallel size {size}")
+            except ConfigError as error:
+                found += error.problems
+        problems += located(tree, [p for p in found if not failed.intersection(p.keys)])
+    if problems:
+        print(ConfigError(problems, str(path)), file=sys.stderr)
+        return 1
+    print("\n".join([f"{path} is good", *notes]))
+    return 0
+
+
+def run_schema(parsed: argparse.Namespace) -> None:
+    import json
+
+    from sft_fast.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=1))

@@ -1,0 +1,87 @@
+"""`sft_fast convert` and `data-report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sft_fast.commands.arguments import Commands, add_config, read_config
+
+
+def add(commands: Commands) -> None:
+    convert = commands.add_parser(
+        "convert", help="write any data source as a JSON Lines file of messages"
+    )
+    convert.add_argument("source", help="file, directory, glob, hub name or demo; as data.train")
+    convert.add_argument("output", type=Path, help="the .jsonl file to write; must not exist")
+    convert.add_argument("--split", help="as data.train_split; the default is train")
+    convert.add_argument("--format", default="auto", help="as data.format; the default is auto")
+    convert.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="as an entry of data.fields; may be repeated",
+    )
+    convert.add_argument("--streaming", action="store_true", help="as data.streaming")
+    convert.add_argument(
+        "--skip-bad-rows", action="store_true", help="list them in OUTPUT.rejected and go on"
+    )
+    convert.set_defaults(run=run_convert)
+    report = commands.add_parser(
+        "data-report", help="tokenise the data of a configuration and say what is in it"
+    )
+    add_config(report)
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+    report.set_defaults(run=run_report)
+
+
+def run_convert(parsed: argparse.Namespace) -> None:
+    from sft_fast.data.convert import convert
+    from sft_fast.data.source import Source, load_rows
+
+    fields = {}
+    for text in parsed.field:
+        name, equals, column = text.partition("=")
+        if not name or not equals or not column:
+            raise ValueError(f"--field {text}: expected FIELD=COLUMN, as in instruction=question")
+        fields[name] = column
+    rows = load_rows(parsed.source, parsed.split, streaming=parsed.streaming)
+    written, rejected = convert(
+        Source(rows, parsed.format, fields), parsed.output, parsed.skip_bad_rows
+    )
+    print(f"{parsed.output}: {written} rows" + (f", {rejected} rejected" if rejected else ""))
+
+
+def run_report(parsed: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from sft_fast.data.configured import find_sources, open_configured_store
+    from sft_fast.data.mixture import check_eval_is_not_train
+    from sft_fast.data.statistics import store_statistics
+    from sft_fast.data.tokenizer import load_tokenizer
+
+    config = read_config(parsed)
+    path = config.tokenizer.path or config.model.path
+    assert path is not None, "the configuration demands one of the two"
+    tokenizer = load_tokenizer(path, config.tokenizer.chat_template)
+    stores, found = {}, {}
+    for part in ("train", "eval"):
+        sources = find_sources(config, part)
+        if sources is None:
+            continue
+        store = stores[part] = open_configured_store(config, sources, tokenizer, print_progress)
+        statistics = store_statistics(store, tokenizer)
+        found[part] = {"build": asdict(store.report), "store": asdict(statistics)}
+        if not parsed.json:
+            print(f"data.{part}\n{store.report.summary()}\n{statistics.summary()}\n")
+    if parsed.json:
+        print(json.dumps(found, ensure_ascii=False))
+    if "eval" in stores and config.data.eval_overlap == "error":
+        check_eval_is_not_train(stores["train"], stores["eval"])
+
+
+def print_progress(text: str) -> None:
+    print(text, file=sys.stderr)

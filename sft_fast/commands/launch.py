@@ -1,0 +1,77 @@
+"""`sft_fast train`: starts torchrun with the right number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft_fast.commands.arguments import Commands, add_config, config_path
+
+if TYPE_CHECKING:
+    from sft_fast.config import Config
+
+ENGINE = Path(__file__).parents[1] / "train.py"
+# Handed to torchrun as they are.
+TORCHRUN_FLAGS = {
+    "--nnodes": "machines; for more than one run the same command on each",
+    "--node-rank": "number of this machine, from 0",
+    "--master-addr": "address of machine 0",
+    "--master-port": "free port of machine 0",
+    "--rdzv-backend": "rendezvous backend, e.g. c10d",
+    "--rdzv-endpoint": "rendezvous host:port",
+    "--rdzv-id": "name of the job",
+    "--max-restarts": "how often all ranks are started again after one died",
+}
+
+
+def add(commands: Commands) -> None:
+    train = commands.add_parser("train", help="train, evaluate, export")
+    add_config(train)
+    train.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="processes on this machine; default: one per GPU, without GPUs as few as fit",
+    )
+    for flag, meaning in TORCHRUN_FLAGS.items():
+        train.add_argument(flag, metavar="X", help=meaning)
+    train.add_argument("--dry-run", action="store_true", help="print the torchrun command")
+    train.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    from sft_fast.config import check_world_size, load_config
+
+    path = config_path(parsed)
+    config = load_config(path, parsed.overrides)
+    processes = parsed.nproc_per_node or default_processes(config)
+    given = {flag: getattr(parsed, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
+    nodes = given["--nnodes"] or "1"
+    # A range such as 1:4 is elastic: the ranks check the layout themselves.
+    if nodes.isdecimal():
+        check_world_size(config, int(nodes) * processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += [] if nodes != "1" or given["--rdzv-endpoint"] else ["--standalone"]
+    command += [part for flag, value in given.items() if value for part in (flag, value)]
+    command += [str(ENGINE), "--config", str(path)]
+    command += ["--debug"] if parsed.debug else []
+    command += parsed.overrides
+    if parsed.dry_run:
+        print(shlex.join(command))
+        return
+    sys.stdout.flush()
+    # In place of this process, so that signals reach torchrun.
+    os.execv(sys.executable, command)
+
+
+def default_processes(config: Config) -> int:
+    """GPUs of this machine; without any, the ranks of one copy of the model."""
+    import torch
+
+    from sft_fast.config import model_parallel_size
+
+    return torch.cuda.device_count() or model_parallel_size(config)

@@ -1,0 +1,164 @@
+"""`sft_fast init`, `ls` and `cp`: a configuration to start from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sft_fast.commands.arguments import Commands
+
+RECIPES = Path(__file__).parents[1] / "configs"
+LONGEST_ROW = 8192
+TEMPLATE = """\
+# Written by `sft_fast init`. Every key, its unit and its limits: `sft_fast schema`.
+output_dir: {output_dir}
+
+model:
+  path: {model}{model_note}
+  # dtype: fp32               # on a CPU
+  # recompute: full           # less memory for one more forward pass
+
+data:
+  train: {data}{data_note}
+{evaluation}
+  # format: messages          # default: told by the columns of the first row
+  # fields: {{instruction: question}}   # our field: the name of your column
+  over_length: error          # or drop, truncate_right, truncate_left, split_turns
+
+packing:
+  capacity: {capacity:<14} # tokens per row; samples share rows and never see each other
+
+train:
+  epochs: 2
+  global_batch_size: 16       # rows per optimizer step, over all ranks
+  micro_batch_size: 1         # rows per forward pass
+
+parallel:
+  tensor: 1                   # ranks that share one layer; `sft_fast plan` says what fits
+  # sequence: true            # with tensor > 1
+  # overlap_grad_reduce: true
+
+optim:
+  lr: 1e-5
+  warmup_steps: 10
+
+# lora: {{rank: 16, alpha: 32}}         # train adapters instead, with optim.lr about 2e-4
+
+evaluation:
+  every_steps: 50
+
+checkpoint:
+  every_steps: 200
+"""
+
+
+def add(commands: Commands) -> None:
+    init = commands.add_parser("init", help="write a commented configuration for model and data")
+    init.add_argument("model", help="directory or hub id of the weights to start from")
+    init.add_argument("data", help="file, directory, glob or hub id of the training data")
+    init.add_argument("-o", "--output", type=Path, default=Path("sft.yaml"), metavar="FILE")
+    init.add_argument("--eval", help="evaluation data; default: 2 %% of the training data")
+    init.set_defaults(run=run_init)
+    listing = commands.add_parser("ls", help="list the recipes")
+    listing.set_defaults(run=run_list)
+    copy = commands.add_parser("cp", help="copy a recipe, to change it")
+    copy.add_argument("recipe", help="its name, as `sft_fast ls` shows it")
+    copy.add_argument("target", type=Path, nargs="?", help="default: ./NAME.yaml")
+    copy.set_defaults(run=run_copy)
+
+
+def run_init(parsed: argparse.Namespace) -> None:
+    name = Path(parsed.model.rstrip("/")).name.lower()
+    limit = model_limit(Path(parsed.model))
+    holding_out = "  eval_fraction: 0.02         # held out of train; equal rows stay together"
+    text = TEMPLATE.format(
+        output_dir=f"outputs/{name}",
+        model=parsed.model,
+        model_note="" if os.path.isdir(parsed.model) else "   # a hub id; a directory works too",
+        data=parsed.data,
+        data_note=data_note(parsed.data),
+        evaluation=f"  eval: {parsed.eval}" if parsed.eval else holding_out,
+        capacity=min(limit or LONGEST_ROW, LONGEST_ROW),
+    )
+    write_new(parsed.output, text)
+    print(f"{parsed.output} is written. Next:")
+    for command, meaning in (
+        ("check", "finds what is wrong, at once"),
+        ("preview", "shows what is trained"),
+        ("plan", "says what fits and how long it takes"),
+        ("train", "trains, and exports to outputs/"),
+    ):
+        print(f"  sft_fast {command + ' ' + str(parsed.output):<24} # {meaning}")
+
+
+def model_limit(folder: Path) -> int | None:
+    """Positions of a model that lies in a directory."""
+    import json
+
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def data_note(source: str) -> str:
+    """A comment with the columns of a local JSON Lines file."""
+    if not source.endswith((".jsonl", ".json")) or not os.path.isfile(source):
+        return ""
+    from sft_fast.data.source import load_rows
+
+    row = next(iter(load_rows(source)))
+    return f"   # columns: {', '.join(row.values)}"
+
+
+def run_list(parsed: argparse.Namespace) -> None:
+    paths = sorted(RECIPES.rglob("*.yaml"))
+    names = [recipe_name(path) for path in paths]
+    width = max(map(len, names))
+    for name, path in zip(names, paths, strict=True):
+        print(f"{name:<{width}}  {first_comment(path)}")
+
+
+def recipe_name(path: Path) -> str:
+    return path.relative_to(RECIPES).with_suffix("").as_posix()
+
+
+def first_comment(path: Path) -> str:
+    line = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return line.removeprefix("#").strip() if line.startswith("#") else ""
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe.
+
+    Raises:
+        ValueError: there is none of that name; the message names the nearest.
+    """
+    from sft_fast.errors import nearest
+
+    path = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if path.is_file() and RECIPES in path.resolve().parents:
+        return path
+    near = nearest(name, [recipe_name(path) for path in RECIPES.rglob("*.yaml")])
+    hint = f"did you mean {near}?" if near else "`sft_fast ls` lists them"
+    raise ValueError(f"there is no file and no recipe {name}; {hint}")
+
+
+def run_copy(parsed: argparse.Namespace) -> None:
+    source = find_recipe(parsed.recipe)
+    target = parsed.target or Path(source.name)
+    if target.is_dir():
+        target /= source.name
+    write_new(target, source.read_text(encoding="utf-8"))
+    print(target)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a file that must not exist yet."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(f"{path} exists; name another file, or remove it first") from None

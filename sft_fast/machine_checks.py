@@ -1,0 +1,267 @@
+"""Checks of a configuration against this machine: models, data, disk. Reads heads, not contents.
+
+Nothing is downloaded and torch is not imported: hub ids are taken on trust.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft_fast.errors import Problem
+
+if TYPE_CHECKING:
+    from sft_fast.architecture import Architecture
+    from sft_fast.config import Config
+    from sft_fast.data.source import Source
+
+HEAD_ROWS = 50
+LARGEST_LIST_BYTES = 32 << 20
+"""A JSON list has to be read whole; larger ones are left to the run."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass
+class Findings:
+    """What the checks saw.
+
+    Attributes:
+        problems: what would stop a run.
+        notes: what is good, and what was not looked at, in words.
+        architecture: of the model, where its config.json is on this machine.
+    """
+
+    problems: list[Problem]
+    notes: list[str]
+    architecture: Architecture | None = None
+
+
+def check_machine(config: Config) -> Findings:
+    """Looks at everything that `config` names."""
+    findings = Findings([], [])
+    for check in (_check_plugins, _check_model, _check_tokenizer, _check_data, _check_disk):
+        findings.problems += check(config, findings)
+    return findings
+
+
+def _check_plugins(config: Config, findings: Findings) -> Iterator[Problem]:
+    for number, path in enumerate(config.plugins):
+        if not Path(path).is_file():
+            yield Problem((f"plugins[{number}]",), f"{path} does not exist", "a Python file")
+
+
+def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+
+    path = config.model.path
+    if path is None:
+        return
+    folder = Path(path)
+    if not folder.is_dir():
+        yield from _missing(path, "model.path", "config.json and *.safetensors", findings)
+        return
+    try:
+        architecture = architecture_from_hf(read_hf_config(folder))
+    except ValueError as error:
+        yield Problem(("model.path",), str(error).removeprefix("model.path: "), "a supported model")
+        return
+    findings.architecture = architecture
+    findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
+    yield from _check_weights(folder, config)
+    yield from _check_layout(architecture, config, folder)
+
+
+def _check_weights(folder: Path, config: Config) -> Iterator[Problem]:
+    import json
+
+    if config.model.random_init:
+        return
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    elif not (folder / "model.safetensors").is_file():
+        files = {path.name for path in folder.glob("*.safetensors")} or files
+    missing = sorted(name for name in files if not (folder / name).is_file())
+    if missing:
+        found = f"{folder} lacks {', '.join(missing[:3])}"
+        yield Problem(("model.path",), found, "the weights as *.safetensors")
+
+
+def _check_layout(architecture: Architecture, config: Config, folder: Path) -> Iterator[Problem]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for key, size, name, value in (
+        ("parallel.tensor", tensor, "num_attention_heads", architecture.num_attention_heads),
+        ("parallel.tensor", tensor, "num_key_value_heads", architecture.num_key_value_heads),
+        ("parallel.tensor", tensor, "intermediate_size", architecture.ffn_hidden_size),
+        ("parallel.pipeline", pipeline, "num_hidden_layers", architecture.num_layers),
+    ):
+        if value % size != 0:
+            fits = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0 and n <= 64)
+            found = f"{size}, and {name} of {folder / 'config.json'} is {value}"
+            yield Problem((key,), found, f"a divisor of {value}", f"one of {fits}")
+    positions, capacity = architecture.max_position_embeddings, config.packing.capacity
+    window = architecture.sliding_window or positions
+    if capacity > min(positions, window):
+        name = "max_position_embeddings" if positions <= window else "sliding_window"
+        yield Problem(
+            ("packing.capacity",),
+            f"{capacity}, but {name} of {folder / 'config.json'} is {min(positions, window)}",
+            f"packing.capacity <= {min(positions, window)}",
+        )
+
+
+def _check_tokenizer(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.data.templates import TEMPLATES
+
+    path, template = config.tokenizer.path, config.tokenizer.chat_template
+    key = "model.path" if path is None else "tokenizer.path"
+    folder = Path(path or config.model.path or "demo")
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        yield Problem(
+            (key,),
+            f"{folder} has no tokenizer.json",
+            "a fast tokenizer",
+            "tokenizer.path=<directory or hub id of one>",
+        )
+    elif path is not None and path != "demo" and not folder.is_dir():
+        yield from _missing(path, key, "tokenizer.json", findings)
+    if template is not None and template not in TEMPLATES and not Path(template).is_file():
+        from sft_fast.errors import nearest
+
+        near = nearest(template, TEMPLATES)
+        yield Problem(
+            ("tokenizer.chat_template",),
+            f"{template} is no file and no template",
+            f"a Jinja file, or one of {', '.join(TEMPLATES)}",
+            f"did you mean {near}?" if near else "",
+        )
+
+
+def _check_data(config: Config, findings: Findings) -> Iterator[Problem]:
+    for part in ("train", "eval"):
+        chosen = getattr(config.data, part)
+        if chosen is None:
+            continue
+        entries = [chosen] if isinstance(chosen, str) else chosen
+        for number, entry in enumerate(entries):
+            name = entry if isinstance(entry, str) else entry.path
+            key = f"data.{part}" if isinstance(chosen, str) else f"data.{part}[{number}]"
+            own_format = None if isinstance(entry, str) else entry.format
+            own_fields = None if isinstance(entry, str) else entry.fields
+            yield from _check_source(
+                key,
+                name,
+                own_format or config.data.format,
+                config.data.fields if own_fields is None else own_fields,
+                findings,
+            )
+
+
+def _check_source(
+    key: str, name: str, format_name: str, fields: dict[str, str], findings: Findings
+) -> Iterator[Problem]:
+    from sft_fast.data.source import KINDS, Source, load_rows, looks_local
+
+    path = Path(name).expanduser()
+    if name != "demo" and not path.exists() and not looks_local(str(path)) and "*" not in name:
+        findings.notes.append(f"{key}: {name} is taken for a hub id and was not looked at")
+        return
+    is_table = KINDS.get(path.suffix) in ("parquet", "arrow")
+    is_large_list = path.is_file() and path.stat().st_size > LARGEST_LIST_BYTES
+    if is_table or (is_large_list and path.suffix == ".json"):
+        findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
+        return
+    try:
+        # The split decides which rows are used; the head of the file shows what a row looks like.
+        rows = load_rows(name, evaluation=path.suffix == "" and key.startswith("data.eval"))
+        if any(KINDS.get(Path(file).suffix) in ("parquet", "arrow") for file in rows.files):
+            findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
+            return
+        bad = list(_bad_rows(Source(rows, format_name, fields), findings, key))
+    except ValueError as error:
+        yield Problem((key,), str(error), "rows that a format knows")
+        return
+    for message in bad:
+        yield Problem((key,), message, "rows that a format knows")
+
+
+def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
+    """Messages of the first rows that cannot be used, at most three."""
+    from sft_fast.data.formats import ConversationReader
+    from sft_fast.data.json_rows import BadRow
+
+    reader = ConversationReader(source.format_name, source.fields)
+    messages, count = [], 0
+    for row in islice(source.rows.scan(), HEAD_ROWS):
+        count += 1
+        try:
+            if isinstance(row, BadRow):
+                raise ValueError(row.message)
+            reader(row)
+        except ValueError as error:
+            messages.append(str(error))
+            if len(messages) == 3:
+                break
+    kinds = ", ".join(sorted({known.name for known in reader.files.values()}))
+    if not messages:
+        findings.notes.append(f"{key}: the first {count} rows of {source.rows.name} are {kinds}")
+    yield from messages
+
+
+def _check_disk(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.flops import num_parameters
+
+    if findings.architecture is None:
+        return
+    weights = num_parameters(findings.architecture)
+    # fp32 copies and two moments beside the weights; with LoRA only the adapters are written.
+    state = BYTES[config.model.dtype] + 12 if config.lora.rank == 0 else 0
+    export = BYTES[config.export.dtype or config.model.dtype] if config.export.enabled else 0
+    # One more checkpoint than is kept lies there while it is written.
+    needed = weights * (state * (config.checkpoint.keep_last + 1) + export)
+    folder = Path(config.output_dir)
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        yield Problem(
+            ("output_dir", "checkpoint.keep_last"),
+            f"{free / 2**30:.1f} GiB free at {_existing(folder)}",
+            f"{needed / 2**30:.1f} GiB for {config.checkpoint.keep_last} checkpoints, the one "
+            "being written, and the export",
+            "another output_dir, or a smaller checkpoint.keep_last",
+        )
+    else:
+        findings.notes.append(
+            f"output_dir: checkpoints and export need {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _missing(path: str, key: str, content: str, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.errors import nearest
+    from sft_fast.hub import HUB_ID
+
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not is_local and HUB_ID.fullmatch(path) and not Path(path).exists():
+        findings.notes.append(f"{key}: {path} is taken for a hub id and was not looked at")
+        return
+    parent = _existing(Path(path).expanduser())
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = nearest(Path(path).name, names)
+    yield Problem(
+        (key,),
+        f"{path} is not a directory",
+        f"a directory with {content}, or a hub id",
+        f"did you mean {parent / near}?" if near else f"the path is right up to {parent}",
+    )
