@@ -254,6 +254,8 @@ class ParallelConfig(Section):
     """Tensor-parallel size, in ranks."""
     pipeline: Positive = 1
     """Pipeline-parallel size, in ranks."""
+    virtual_pipeline: Positive = 1
+    """Interleaved stages of each pipeline rank; more = smaller bubble, more communication."""
     sequence: bool = False
     """Also split norms and dropout along the sequence; needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -511,6 +513,21 @@ def check_world_size(config: Config, world_size: int) -> int:
                     f"data-parallel ranks with micro_batch_size {train.micro_batch_size}",
                     f"a multiple of {data_parallel_size} x {train.micro_batch_size} = {rows}",
                     f"train.global_batch_size={up}, or another --nproc-per-node",
+                )
+            ],
+            f"the layout of {world_size} ranks",
+        )
+    num_micro_batches = train.global_batch_size // rows
+    if parallel.virtual_pipeline > 1 and num_micro_batches % parallel.pipeline != 0:
+        raise ConfigError(
+            [
+                Problem(
+                    ("parallel.virtual_pipeline", "train.global_batch_size"),
+                    f"{num_micro_batches} micro-batches per step and data-parallel rank on "
+                    f"{parallel.pipeline} interleaved pipeline ranks",
+                    f"a multiple of {parallel.pipeline}",
+                    f"train.global_batch_size={rows * parallel.pipeline}, or "
+                    "parallel.virtual_pipeline=1",
                 )
             ],
             f"the layout of {world_size} ranks",

@@ -53,7 +53,11 @@ def _shape_problems(config: Config) -> Iterator[Problem]:
     if shape is None:
         return
     values = {f"model.shape.{name}": value for name, value in shape.model_dump().items()}
-    values |= {"parallel.tensor": parallel.tensor, "parallel.pipeline": parallel.pipeline}
+    stages = "parallel.pipeline"
+    if parallel.virtual_pipeline > 1:
+        stages = "parallel.pipeline x parallel.virtual_pipeline"
+    values |= {"parallel.tensor": parallel.tensor}
+    values |= {stages: parallel.pipeline * parallel.virtual_pipeline}
     heads, groups = "model.shape.num_attention_heads", "model.shape.num_key_value_heads"
     for divisor, key in (
         (heads, "model.shape.hidden_size"),
@@ -61,11 +65,11 @@ def _shape_problems(config: Config) -> Iterator[Problem]:
         ("parallel.tensor", heads),
         ("parallel.tensor", groups),
         ("parallel.tensor", "model.shape.ffn_hidden_size"),
-        ("parallel.pipeline", "model.shape.num_layers"),
+        (stages, "model.shape.num_layers"),
     ):
         if values[key] % values[divisor] != 0:
             yield Problem(
-                (key, divisor),
+                (key, *divisor.split(" x ")),
                 f"{values[key]} is not a multiple of {values[divisor]}",
                 f"{divisor} divides {key}",
             )
@@ -145,6 +149,13 @@ def _parallel_problems(config: Config) -> Iterator[Problem]:
             "sequence parallel with parallel.tensor 1",
             "parallel.tensor > 1",
             "parallel.sequence=false, or parallel.tensor=2",
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield Problem(
+            ("parallel.virtual_pipeline", "parallel.pipeline"),
+            f"{parallel.virtual_pipeline} interleaved stages with parallel.pipeline 1",
+            "parallel.pipeline > 1",
+            "parallel.virtual_pipeline=1, or parallel.pipeline=2",
         )
     capacity = config.packing.capacity
     if parallel.sequence and capacity % parallel.tensor != 0:

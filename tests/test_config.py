@@ -255,6 +255,18 @@ def test_batch_size_that_the_message_names_works(load):
     assert check_world_size(load(SHAPE, better), 4) == 4
 
 
+@pytest.mark.parametrize("batch, fits", [(8, True), (12, False), (4, False)])
+def test_interleaved_stages_need_a_multiple_of_micro_batches(load, batch, fits):
+    layout = ("parallel.pipeline=4", "parallel.virtual_pipeline=2", "train.micro_batch_size=2")
+    config = load(BASE, *layout, f"train.global_batch_size={batch}")
+    if fits:
+        assert check_world_size(config, 4) == 1
+        return
+    fix = only_problem(check_world_size, config, 4).fix
+    better = re.search(r"train\.global_batch_size=\d+", fix).group()
+    assert check_world_size(load(BASE, *layout, better), 4) == 1
+
+
 TOKEN = "hf_" + "aB3dE5gH7jK9" * 3
 
 

@@ -80,12 +80,19 @@ def read_weights(run: Path) -> dict[str, Any]:
     return weights
 
 
+def assert_same_weights(run: Path, other: Path) -> None:
+    import torch
+
+    weights, expected = read_weights(run), read_weights(other)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_resume_gives_the_weights_of_the_unbroken_run(
     rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
 ) -> None:
     import shutil
-
-    import torch
 
     unbroken = write_config(tmp_path, rows, "unbroken")
     train(rank_pool, 2, "--config", str(unbroken))
@@ -99,9 +106,7 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
     )
     said = train(rank_pool, 2, "--config", str(broken))
     assert "at step 2 of 4" in said
-    expected = read_weights(tmp_path / "unbroken")
-    for name, tensor in read_weights(tmp_path / "broken").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_weights(tmp_path / "broken", tmp_path / "unbroken")
 
     again = train(rank_pool, 2, "--config", str(broken))
     assert "at step 4 of 4" in again
@@ -114,31 +119,39 @@ def test_a_run_resumes_in_another_layout(
     import shutil
 
     config = write_config(tmp_path, rows)
-    train(rank_pool, 1, "--config", str(config))
+    layers = "model.shape.num_layers=4"
+    train(rank_pool, 1, "--config", str(config), layers)
     losses = step_losses(tmp_path / "run")
-    for layout, world_size in (("parallel.tensor=2", 2), ("parallel.pipeline=2", 4)):
-        other = tmp_path / layout.replace(".", "_")
+    for layout, world_size in (
+        (["parallel.tensor=2"], 2),
+        (["parallel.pipeline=2"], 4),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 2),
+    ):
+        other = tmp_path / layout[-1].replace(".", "_")
         shutil.copytree(
             tmp_path / "run/checkpoints/step_00000002", other / "checkpoints/step_00000002"
         )
-        arguments = ["--config", str(config), f"output_dir={other}", layout]
+        arguments = ["--config", str(config), f"output_dir={other}", layers, *layout]
         train(rank_pool, world_size, *arguments)
         assert step_losses(other) == pytest.approx(losses[2:], rel=1e-5)
+
+    # With nothing left to train, the export is what was loaded.
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run/checkpoints", again / "checkpoints")
+    arguments = ["--config", str(config), f"output_dir={again}", layers]
+    train(rank_pool, 2, *arguments, "parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    assert_same_weights(again, tmp_path / "run")
 
 
 def test_overlapped_communication_exports_the_same_weights(
     rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
 ) -> None:
-    import torch
-
     config = write_config(tmp_path, rows)
     overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
     for name, extra in (("plain", []), ("overlap", overlap)):
         arguments = ["--config", str(config), f"output_dir={tmp_path / name}", "data.eval=null"]
         train(rank_pool, 2, *arguments, *extra)
-    expected = read_weights(tmp_path / "plain")
-    for name, tensor in read_weights(tmp_path / "overlap").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_weights(tmp_path / "overlap", tmp_path / "plain")
 
 
 def step_losses(run: Path) -> list[float]:

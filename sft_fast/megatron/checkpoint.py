@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.nn import ModuleList
 
 from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
@@ -48,7 +48,7 @@ class TrainState:
 
 
 def sharded_state(
-    model: DistributedDataParallel,
+    model: ModuleList,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     is_loading: bool,
@@ -57,9 +57,12 @@ def sharded_state(
 
     With LoRA it holds the adapters and their optimizer state, no base weights.
     """
-    weights = unwrap(model).sharded_state_dict(metadata=dict(SHARDING))
-    if has_adapters(model):
-        weights = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
+    weights: Any = {}
+    for number, chunk in enumerate(model):
+        tensors = unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING))
+        if has_adapters(model):
+            tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+        weights[f"chunk{number}"] = tensors
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(
@@ -72,7 +75,7 @@ def sharded_state(
 def save_checkpoint(
     folder: Path,
     state: TrainState,
-    model: DistributedDataParallel,
+    model: ModuleList,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     parallel: Parallel,
@@ -117,14 +120,16 @@ def read_train_state(checkpoint: Path) -> TrainState:
 
 def load_checkpoint(
     checkpoint: Path,
-    model: DistributedDataParallel,
+    model: ModuleList,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
 ) -> None:
     """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
     request = sharded_state(model, optimizer, schedule, is_loading=True)
     loaded = dist_checkpointing.load(request, str(checkpoint))
-    unwrap(model).load_state_dict(loaded["model"], strict=not has_adapters(model))
+    for number, chunk in enumerate(model):
+        weights = loaded["model"][f"chunk{number}"]
+        unwrap(chunk).load_state_dict(weights, strict=not has_adapters(model))
     with torch_adam_loads():
         optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counts(optimizer)

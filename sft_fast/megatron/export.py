@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ NUM_SAMPLES_READ = 1000
 
 
 def export_model(
-    model: SFTModel, folder: Path, inputs: Inputs, config: Config, parallel: Parallel
+    models: Sequence[SFTModel], folder: Path, inputs: Inputs, config: Config, parallel: Parallel
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
 
@@ -32,7 +33,7 @@ def export_model(
         temporary.mkdir(parents=True)
     dist.barrier()
     if parallel.dp_rank == 0:
-        export_weights(model, temporary, inputs.model.architecture, parallel, DTYPES[dtype])
+        export_weights(models, temporary, inputs.model.architecture, parallel, DTYPES[dtype])
     dist.barrier()
     if parallel.is_main:
         inputs.tokenizer.save_pretrained(temporary)

@@ -7,7 +7,7 @@ its own files.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -281,7 +281,7 @@ def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -
 
 
 def export_weights(
-    model: SFTModel,
+    models: Sequence[SFTModel],
     folder: Path,
     architecture: Architecture,
     parallel: Parallel,
@@ -289,13 +289,16 @@ def export_weights(
 ) -> None:
     """Writes *.safetensors and their index to `folder`; every rank of one replica must call it.
 
+    Args:
+        models: what `build_model` returned.
+
     The first tensor-parallel rank of each pipeline stage writes that stage's files, so `folder`
     must be on a file system that all stages share.
     """
     writer = ShardWriter(folder, f"stage{parallel.pp_rank + 1:02d}")
-    parameters = dict(model.named_parameters())
-    for name, rule in named_rules(model, architecture):
-        shards = gather_shards(merged_parameter(model, name, parameters[name]), parallel)
+    owned = [(model, *named) for model in models for named in named_rules(model, architecture)]
+    for model, name, rule in owned:
+        shards = gather_shards(merged_parameter(model, name), parallel)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
         if parallel.tp_rank != 0 or is_tied_copy:
             continue
@@ -307,13 +310,13 @@ def export_weights(
     write_index(writer, folder, parallel)
 
 
-def merged_parameter(model: SFTModel, name: str, parameter: Tensor) -> Tensor:
+def merged_parameter(model: SFTModel, name: str) -> Tensor:
     """The parameter; the weight of a matrix with LoRA adapters has them added, in fp32."""
     module_name, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(module_name)
     if attribute == "weight" and hasattr(module, "merged_weight"):
         return module.merged_weight()
-    return parameter.detach()
+    return model.get_parameter(name).detach()
 
 
 def gather_shards(shard: Tensor, parallel: Parallel) -> list[Tensor]:

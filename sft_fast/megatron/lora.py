@@ -317,7 +317,8 @@ def add_adapters(
         ValueError: `lora.targets` does not fit the model.
     """
     model.requires_grad_(False)
-    targets = set(target_names(architecture, config.lora, parallel.pp_size))
+    num_stages = parallel.pp_size * parallel.vp_size
+    targets = set(target_names(architecture, config.lora, num_stages))
     for name, rule in list(named_rules(model, architecture)):
         hf_names = [source.removesuffix(".weight") for source in rule.sources]
         if targets.isdisjoint(hf_names):

@@ -9,18 +9,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import ModuleList
 
 from sft_fast.config import Config
 from sft_fast.megatron.export import write_json
 from sft_fast.megatron.hf import gather_shards
 from sft_fast.megatron.lora import LoraLinear
-from sft_fast.megatron.model import DTYPES, SFTModel
+from sft_fast.megatron.model import DTYPES
 from sft_fast.megatron.parallel import Parallel
 
 PEFT_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
-def export_adapter(model: SFTModel, folder: Path, config: Config, parallel: Parallel) -> None:
+def export_adapter(model: ModuleList, folder: Path, config: Config, parallel: Parallel) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; every rank calls it.
 
     `folder` is replaced when it exists, in one rename after everything is written.
@@ -39,7 +40,7 @@ def export_adapter(model: SFTModel, folder: Path, config: Config, parallel: Para
     dist.barrier()
 
 
-def whole_adapters(model: SFTModel, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:
+def whole_adapters(model: ModuleList, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:
     """PEFT's name -> tensor on the CPU, of this pipeline stage."""
     tensors = {}
     for module in model.modules():

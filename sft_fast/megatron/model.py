@@ -135,7 +135,9 @@ class SFTModel(GPTModel):
         )
 
 
-def block_spec(config: TransformerConfig, attend: Attend) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, attend: Attend, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """megatron's local layers of this pipeline stage, with our attention core and our norm."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     layer = spec.submodules
@@ -144,7 +146,7 @@ def block_spec(config: TransformerConfig, attend: Attend) -> TransformerBlockSub
     attention.core_attention = ModuleSpec(module=PackedAttention, params={"attend": attend})
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, None, None)
+    num_layers = get_num_layers_to_build(config, vp_stage, None)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
@@ -173,13 +175,18 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
+        # Interleaved stages of two ranks have the same neighbour on both sides.
+        overlap_p2p_comm=parallel.vp_size > 1,
+        batch_p2p_comm=parallel.vp_size == 1,
         sequence_parallel=config.parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.model.dtype == "bf16",
         fp16=config.model.dtype == "fp16",
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # gloo still sends an interleaved stage's output when megatron would free it.
+        deallocate_pipeline_outputs=on_gpu or parallel.vp_size == 1,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu,
@@ -196,8 +203,10 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def build_model(architecture: Architecture, config: Config, parallel: Parallel) -> SFTModel:
+def build_model(architecture: Architecture, config: Config, parallel: Parallel) -> list[SFTModel]:
     """Allocates this rank's part of the model; weights are undefined until they are loaded.
+
+    Returns: one module, with interleaved pipeline stages one for each of them, in their order.
 
     Raises:
         ValueError: the layout does not divide the architecture (see check_layout).
@@ -212,13 +221,29 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
         architecture.num_key_value_heads // parallel.tp_size,
         architecture.head_dim,
     )
+    return [
+        build_chunk(architecture, config, parallel, megatron_config, attention, vp_stage)
+        for vp_stage in range(parallel.vp_size)
+    ]
+
+
+def build_chunk(
+    architecture: Architecture,
+    config: Config,
+    parallel: Parallel,
+    megatron_config: TransformerConfig,
+    attention: AttentionChoice,
+    number: int,
+) -> SFTModel:
+    """Allocates chunk `number` of this rank's `parallel.vp_size`."""
+    vp_stage = number if parallel.vp_size > 1 else None
     model = SFTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(megatron_config, attention.attend),
+        transformer_layer_spec=block_spec(megatron_config, attention.attend, vp_stage),
         vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
+        pre_process=parallel.is_first_stage and number == 0,
+        post_process=parallel.is_last_stage and number == parallel.vp_size - 1,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
@@ -226,6 +251,7 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
         rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
         unpadded_vocab_size=architecture.vocab_size,
         loss_config=config.loss,
+        vp_stage=vp_stage,
     )
     model.attention = attention
     mark_sharded_weights(model)
@@ -254,10 +280,11 @@ def check_layout(architecture: Architecture, parallel: Parallel) -> None:
                 f"parallel.tensor is {parallel.tp_size}, which does not divide the model's {key} "
                 f"({count}); choose a divisor"
             )
-    if architecture.num_layers % parallel.pp_size:
+    if architecture.num_layers % (parallel.pp_size * parallel.vp_size):
         raise ValueError(
-            f"parallel.pipeline is {parallel.pp_size}, which does not divide the model's "
-            f"num_layers ({architecture.num_layers}); choose a divisor"
+            f"parallel.pipeline x parallel.virtual_pipeline is {parallel.pp_size} x "
+            f"{parallel.vp_size}, which does not divide the model's num_layers "
+            f"({architecture.num_layers}); choose divisors"
         )
 
 

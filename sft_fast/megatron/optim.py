@@ -1,5 +1,6 @@
 """DDP, optimizer and learning-rate schedule, all megatron-core's."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from torch.nn import ModuleList
 
 from sft_fast.config import Config
 from sft_fast.megatron.model import DTYPES, SFTModel
@@ -20,9 +22,14 @@ from sft_fast.megatron.model import DTYPES, SFTModel
 INITIAL_LOSS_SCALE = 2.0**16
 
 
-def wrap_model(model: SFTModel, config: Config) -> DistributedDataParallel:
-    """Adds mixed precision and data parallelism; gradients accumulate and reduce in fp32."""
-    module = model if config.model.dtype == "fp32" else Float16Module(model.config, model)
+def wrap_model(modules: Sequence[SFTModel], config: Config) -> ModuleList:
+    """Adds mixed precision and data parallelism; gradients accumulate and reduce in fp32.
+
+    Args:
+        modules: the parts of the model that this rank holds, first layers first.
+
+    Returns: a DistributedDataParallel for each.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
@@ -30,10 +37,18 @@ def wrap_model(model: SFTModel, config: Config) -> DistributedDataParallel:
         overlap_param_gather=config.parallel.overlap_param_gather,
         average_in_collective=False,
     )
-    return DistributedDataParallel(model.config, ddp_config, module)
+    chunks = ModuleList()
+    for module in modules:
+        typed = module if config.model.dtype == "fp32" else Float16Module(module.config, module)
+        # The gradients of later chunks come first, so that only the first chunk's are in buckets.
+        ddp = DistributedDataParallel(
+            module.config, ddp_config, typed, disable_bucketing=len(chunks) > 0
+        )
+        chunks.append(ddp)
+    return chunks
 
 
-def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+def build_optimizer(model: ModuleList, config: Config) -> MegatronOptimizer:
     """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on."""
     optim, dtype = config.optim, DTYPES[config.model.dtype]
     optimizer_config = OptimizerConfig(
@@ -51,7 +66,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
         initial_loss_scale=INITIAL_LOSS_SCALE,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(optimizer_config, list(model), use_gloo_process_groups=False)
     allocate_adam_state(optimizer)
     return optimizer
 
@@ -98,28 +113,40 @@ def build_lr_schedule(
     )
 
 
-def connect_schedule(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def connect_schedule(model: ModuleList, optimizer: MegatronOptimizer) -> None:
     """Gives megatron's pipeline schedule the hooks it looks for on the model's config."""
-    config: Any = model.config
+    chunks = parts_of(model)
+    config = chunks[0].config
     config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = model.no_sync
-    if model.ddp_config.overlap_param_gather:
-        config.param_sync_func = model.start_param_sync
+    # A list only where there are several chunks: the schedules without interleaving call it.
+    config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+    if chunks[0].ddp_config.overlap_param_gather:
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
 
 
-def gather_parameters(model: DistributedDataParallel) -> None:
+def parts_of(model: ModuleList) -> list[Any]:
+    """The DistributedDataParallel parts of `wrap_model`."""
+    return list(model)
+
+
+def one_or_all(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
+
+
+def gather_parameters(model: ModuleList) -> None:
     """Makes every rank's parameters whole, which overlap leaves to the next forward."""
-    if model.ddp_config.overlap_param_gather:
-        model.start_param_sync(force_sync=True)
+    for chunk in parts_of(model):
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
-def normalise_by(model: DistributedDataParallel, num_supervised: int) -> None:
+def normalise_by(model: ModuleList, num_supervised: int) -> None:
     """Makes this step's gradient the mean over the global batch's supervised tokens.
 
     The count comes from the packing plan, so no device has to be asked for it and no collective
     carries it; megatron's own way would do both.
     """
-    model.config.finalize_model_grads_func = partial(finalize_with, num_supervised)
+    parts_of(model)[0].config.finalize_model_grads_func = partial(finalize_with, num_supervised)
 
 
 def finalize_with(num_supervised: int, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:

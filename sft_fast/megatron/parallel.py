@@ -28,6 +28,7 @@ class Parallel:
     pp_size: int
     pp_rank: int
     pp_group: dist.ProcessGroup
+    vp_size: int
     dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
@@ -84,9 +85,11 @@ def init_parallel(config: Config) -> Parallel:
     device = init_device()
     init_distributed(config.parallel.timeout_minutes)
     check_world_size(config, dist.get_world_size())
+    virtual = config.parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         distributed_timeout_minutes=int(config.parallel.timeout_minutes),
         create_gloo_process_groups=False,
     )
@@ -107,6 +110,7 @@ def current_parallel(device: torch.device) -> Parallel:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        vp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=parallel_state.get_data_parallel_group(),

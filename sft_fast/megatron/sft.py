@@ -3,17 +3,17 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.nn import ModuleList
 
 from sft_fast.architecture import Architecture
 from sft_fast.balance import DEFAULT_COST_MODEL, CostModel
@@ -44,6 +44,8 @@ from sft_fast.megatron.optim import (
     connect_schedule,
     gather_parameters,
     normalise_by,
+    one_or_all,
+    parts_of,
     wrap_model,
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
@@ -56,7 +58,8 @@ from sft_fast.prefetch import BatchLoader, Row
 class Run:
     """What an optimizer step changes."""
 
-    model: DistributedDataParallel
+    model: ModuleList
+    """DistributedDataParallel parts: one, or one for each interleaved pipeline stage."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
 
@@ -93,7 +96,7 @@ def open_batches(
 
 
 def run_schedule(
-    model: DistributedDataParallel,
+    model: ModuleList,
     batches: Iterator[MicroBatch],
     config: Config,
     parallel: Parallel,
@@ -106,8 +109,8 @@ def run_schedule(
     train = config.train
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
-        model=[model],
+        data_iterator=one_or_all(list(tee(batches, len(model)))),
+        model=list(model),
         num_microbatches=train.global_batch_size // (train.micro_batch_size * parallel.dp_size),
         seq_length=config.packing.capacity * train.micro_batch_size,
         micro_batch_size=1,  # a micro-batch is one row that holds all its bins
@@ -131,7 +134,8 @@ def train_step(
     parallel: Parallel,
 ) -> StepResult:
     """One optimizer step; the only place where gradients happen."""
-    run.model.zero_grad_buffer()
+    for chunk in parts_of(run.model):
+        chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     normalise_by(run.model, num_supervised)
     total = run_schedule(run.model, batches, config, parallel, forward_only=False)
@@ -145,9 +149,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(
-    model: DistributedDataParallel, store: TokenStore, config: Config, parallel: Parallel
-) -> float:
+def evaluate(model: ModuleList, store: TokenStore, config: Config, parallel: Parallel) -> float:
     """Mean loss per supervised token over the whole evaluation set, nats."""
     plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
     steps = range(plan.num_steps_per_epoch)
@@ -196,11 +198,12 @@ def build_run(
     parallel: Parallel,
 ) -> Run:
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
-    module = build_model(architecture, config, parallel)
-    load_weights(module, weights, architecture, parallel)
-    if config.lora.rank > 0:
-        add_adapters(module, architecture, config, parallel)
-    model = wrap_model(module, config)
+    modules = build_model(architecture, config, parallel)
+    for module in modules:
+        load_weights(module, weights, architecture, parallel)
+        if config.lora.rank > 0:
+            add_adapters(module, architecture, config, parallel)
+    model = wrap_model(modules, config)
     optimizer = build_optimizer(model, config)
     connect_schedule(model, optimizer)
     return Run(model, optimizer, build_lr_schedule(optimizer, config, num_steps))
@@ -266,7 +269,7 @@ def train(config: Config) -> int:
     metrics.say(f"packing: {packing}")
     num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
-    metrics.say(f"attention: {unwrap(run.model).attention}")
+    metrics.say(f"attention: {unwrap(run.model[0]).attention}")
     adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
     state = TrainState(0, inputs.store.fingerprint, plan.fingerprint, adapters)
     start = resume(config, run, state, num_steps, metrics)
@@ -291,9 +294,11 @@ def train(config: Config) -> int:
 
     if config.export.enabled:
         gather_parameters(run.model)
-        export_model(unwrap(run.model), output / "export", inputs, config, parallel)
+        export_model(
+            [unwrap(chunk) for chunk in run.model], output / "export", inputs, config, parallel
+        )
         if config.lora.rank > 0:
-            export_adapter(unwrap(run.model), output / "adapter", config, parallel)
+            export_adapter(run.model, output / "adapter", config, parallel)
         metrics.say(f"exported to {output / 'export'}")
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)

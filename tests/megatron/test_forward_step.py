@@ -33,9 +33,9 @@ def gradients_with(megatron_normalises: bool) -> list[Any]:
     config, parallel, run = build({"pipeline": 2, "distributed_optimizer": False})
     store = make_store(random_samples(7, seed=1))
     plan = sft.make_plan(store, config)
-    run.model.zero_grad_buffer()
+    run.model[0].zero_grad_buffer()
     if megatron_normalises:
-        run.model.config.finalize_model_grads_func = finalize_model_grads
+        run.model[0].config.finalize_model_grads_func = finalize_model_grads
     else:
         normalise_by(run.model, plan.counts(0).num_supervised)
     with sft.open_batches(store, plan, range(1), config, parallel) as batches:
@@ -70,10 +70,10 @@ def outcomes_of_forward_step() -> dict[str, Any]:
     }
     for name, wrong in broken.items():
         try:
-            forward_step(iter([wrong]), run.model)
+            forward_step(iter([wrong]), run.model[0])
         except ValueError as error:
             outcomes[name] = str(error)
-    losses, loss_func = forward_step(iter([batch]), run.model)
+    losses, loss_func = forward_step(iter([batch]), run.model[0])
     loss_sum, num_tokens, report = loss_func(losses)
     outcomes["shape"] = tuple(losses.shape)
     outcomes["masked"] = float(losses[batch.labels == -100].abs().max())
@@ -81,8 +81,10 @@ def outcomes_of_forward_step() -> dict[str, Any]:
     outcomes["tokens_counted"] = (int(num_tokens), int(batch.loss_mask.sum()))
     outcomes["report"] = report["lm loss"].tolist()
     empty = fill_micro_batch(store, [], 8)
-    loss_sum, num_tokens, _ = (lambda out: out[1](out[0]))(forward_step(iter([empty]), run.model))
-    run.model.zero_grad_buffer()
+    loss_sum, num_tokens, _ = (lambda out: out[1](out[0]))(
+        forward_step(iter([empty]), run.model[0])
+    )
+    run.model[0].zero_grad_buffer()
     loss_sum.backward()
     grads = [parameter.main_grad.abs().max() for parameter in run.model.parameters()]
     outcomes["empty"] = (float(loss_sum.detach()), int(num_tokens), float(max(grads)))

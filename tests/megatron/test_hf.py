@@ -59,7 +59,7 @@ def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) 
         merge_shards,
         named_rules,
     )
-    from sft_fast.megatron.model import build_model, unwrap
+    from sft_fast.megatron.model import build_model
     from sft_fast.megatron.optim import (
         build_optimizer,
         connect_schedule,
@@ -72,14 +72,14 @@ def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) 
     config = make_config(parallel=parallel_section)
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
-    model = build_model(architecture, config, parallel)
+    (model,) = build_model(architecture, config, parallel)
     load_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
-    ddp = wrap_model(model, config)
-    connect_schedule(ddp, build_optimizer(ddp, config))
+    chunks = wrap_model([model], config)
+    connect_schedule(chunks, build_optimizer(chunks, config))
     batch = make_batch()
     run = partial(
         get_forward_backward_func(),
-        model=[ddp],
+        model=list(chunks),
         num_microbatches=1,
         seq_length=batch.tokens.shape[1],
         micro_batch_size=1,
@@ -97,20 +97,20 @@ def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) 
         shards = gather_shards(reports[0]["logits"], parallel)
         logits = torch.cat(shards, dim=-1)[0, :, :VOCAB_SIZE].numpy()
 
-    ddp.zero_grad_buffer()
-    normalise_by(ddp, 1)
+    chunks[0].zero_grad_buffer()
+    normalise_by(chunks, 1)
     reports = run(forward_step_func=forward_step, data_iterator=iter([batch]), forward_only=False)
     loss = float(reports[0]["lm loss"][0]) if parallel.is_last_stage else None
     gradients = {}
-    parameters = dict(unwrap(ddp).named_parameters())
-    for name, rule in named_rules(unwrap(ddp), architecture):
+    parameters = dict(model.named_parameters())
+    for name, rule in named_rules(model, architecture):
         merged = merge_shards(
             rule, gather_shards(parameters[name].main_grad, parallel), architecture
         )
         gradients.update(
             {name: tensor.numpy() for name, tensor in zip(rule.sources, merged, strict=True)}
         )
-    export_weights(unwrap(ddp), Path(export_to), architecture, parallel, torch.float32)
+    export_weights([model], Path(export_to), architecture, parallel, torch.float32)
     return logits, loss, gradients
 
 

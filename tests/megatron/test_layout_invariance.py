@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "tp2-sequence": (2, BFD, 2, {"tensor": 2, "sequence": True}, {}),
     "pp2": (2, BFD, 1, {"pipeline": 2}, {}),
     "pp2-unpacked": (2, NONE, 4, {"pipeline": 2}, {}),
+    "pp2-vpp2": (2, BFD, 2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "dp4": (4, BFD, 1, {}, {}),
     "dp4-unpacked": (4, NONE, 2, {}, {}),
     "dp2-tp2-sequence": (4, BFD, 1, {"tensor": 2, "sequence": True}, {}),
@@ -123,7 +124,7 @@ def packed_minus_alone(folder: str) -> list[float]:
     config = make_config()
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
-    model = build_model(architecture, config, parallel)
+    (model,) = build_model(architecture, config, parallel)
     load_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
     store = make_store(random_samples(5, seed=8))
 

@@ -114,7 +114,7 @@ LAYOUTS: dict[str, tuple[int, Any, Any]] = {
     "tp2": (2, {"tensor": 2}, {}),
     "tp2-sequence": (2, SEQUENCE, {}),
     "tp2-sequence-recompute": (2, SEQUENCE, {"recompute": "full"}),
-    "pp2": (2, {"pipeline": 2}, {}),
+    "pp2-vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "tp2-pp2-sequence": (4, {"pipeline": 2, **SEQUENCE}, {}),
 }
 EXPECTED: dict[str, list[Any]] = {}
@@ -167,12 +167,14 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
             assert dim is not None or all(torch.equal(shard, whole) for shard in shards)
             name = f"base_model.model.{projection.hf_name}.{PEFT_NAMES[letter]}"
             found[name] = whole.clone().numpy()
-    export_adapter(unwrap(run.model), Path(output) / "adapter", config, parallel)
+    export_adapter(run.model, Path(output) / "adapter", config, parallel)
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     merged = Path(output) / "merged"
     merged.mkdir(exist_ok=True)
-    export_weights(unwrap(run.model), merged, architecture, parallel, torch.float32)
+    export_weights(
+        [unwrap(chunk) for chunk in run.model], merged, architecture, parallel, torch.float32
+    )
     for name, value in run.model.named_parameters():
         assert torch.equal(value, before[name]), name
     return found
@@ -304,7 +306,7 @@ def what_is_frozen(folder: str) -> dict[str, Any]:
 
     config = lora_config(folder)
     run, *rest = build(config)
-    model = unwrap(run.model)
+    model = unwrap(run.model[0])
     before = {name: value.clone() for name, value in model.named_parameters()}
     asks: list[bool] = []
     for layer in model.decoder.layers:
