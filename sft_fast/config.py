@@ -34,6 +34,9 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Dtype = Literal["bf16", "fp16", "fp32"]
+ChangeableField = Literal[
+    "data", "tokenizer", "template", "seed", "packing", "batch", "model", "adapter"
+]
 
 # What other trainers call our keys, for the "did you mean" of an unknown key.
 OTHER_NAMES = {
@@ -367,10 +370,19 @@ class CheckpointConfig(Section):
 
     every_steps: Positive | None = None
     """Steps between checkpoints; null = only at the end."""
-    keep_last: Positive = 2
-    """Newest checkpoints that are kept."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest whole checkpoints that are kept; two, because the newest may turn out damaged."""
     resume: PathText = "auto"
     """auto = from the newest whole checkpoint of output_dir; never; or a checkpoint's path."""
+    allow_change: list[ChangeableField] = []
+    """What may differ from the run that made the checkpoint; --allow-change sets it. With other
+    data or another order of it the run goes on with a new epoch."""
+    asynchronous: bool = False
+    """Training waits for a copy to host memory only, not for the disk."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """Time limit of a save, for each of its phases."""
+    max_failures: NotNegative = 3
+    """Saves in a row that may fail (disk full) before the run stops; the last one must succeed."""
 
 
 class MetricsConfig(Section):

@@ -193,9 +193,9 @@ def test_resume_refuses_other_data_and_another_order(
     config = write_config(tmp_path, rows)
     train(rank_pool, 1, "--config", str(config), "train.steps=2")
     for override, reason in (
-        ("data.train_split=train[:100]", "data_fingerprint"),
-        ("seed=8", "plan_fingerprint"),
-        ("packing.strategy=none", "plan_fingerprint"),
+        ("data.train_split=train[:100]", "data: was"),
+        ("seed=8", "seed: was 7, is 8"),
+        ("packing.strategy=none", "packing: was"),
         ("checkpoint.resume=never", "choose another output_dir"),
     ):
         (result,) = rank_pool.run(1, call_main, ["--config", str(config), override])

@@ -1,31 +1,47 @@
 """Checkpoints that resume exactly: weights, optimizer, schedule and the position in the data.
 
-A checkpoint is a directory `step_<number>`. It is written under a temporary name and renamed when
-every rank is done, so a directory of that name is always whole. Sharding and resharding are
-megatron-core's dist_checkpointing: a run may resume with other parallel sizes.
+A checkpoint is a directory `step_<number>`, written as manifest.py says: it appears whole, and what
+later damages it is found before it is loaded. What is in it: shards.py. A run may resume with other
+parallel sizes.
 """
 
 import contextlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
 
+from sft_fast.config import CheckpointConfig
+from sft_fast.manifest import (
+    REPLACED_PREFIX,
+    TEMPORARY_PREFIX,
+    Damage,
+    find_damage,
+    staged_directory,
+)
+from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.optim import torch_adam_parts
-from sft_fast.megatron.parallel import Parallel
+from sft_fast.megatron.shards import (
+    Snapshot,
+    check_complete,
+    load_state,
+    take_snapshot,
+    write_snapshot,
+)
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "train_state.json"
 # The one optimizer layout that loads at any data-parallel size. megatron adds process groups to the
@@ -38,13 +54,13 @@ class TrainState:
     """Where a run stands; the data position follows from `step` alone."""
 
     step: int
-    """Optimizer steps done."""
-    data_fingerprint: str
-    """Identifies the training token store; see TokenStore.fingerprint."""
-    plan_fingerprint: str
-    """Identifies what else decides the order of the data; see StepPlan.fingerprint."""
-    adapter_fingerprint: str = ""
-    """Identifies LoRA adapters and what they are added to; see lora.adapter_fingerprint."""
+    """Optimizer steps done, skipped ones included."""
+    fields: dict[str, str]
+    """What the weights and the order of the data depend on; see fingerprint.run_fields."""
+    first_data_step: int = 0
+    """Step at which the present data began; later than 0 after a change that was allowed."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the numerical guard remembers; see guard.Guard."""
 
 
 def sharded_state(
@@ -72,50 +88,137 @@ def sharded_state(
     }
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    model: ModuleList,
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
-    parallel: Parallel,
-    keep_last: int,
-) -> Path:
-    """Writes `folder/step_<n>`, then deletes all but the newest `keep_last` checkpoints.
+class CheckpointWriter:
+    """Saves a run's checkpoints and deletes old ones; every rank has one.
 
-    Raises:
-        OSError: the disk is full or not writable; older checkpoints are untouched.
+    A save that fails is reported and training goes on, until `max_failures` in a row or the last.
     """
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f".incomplete_{final.name}"
-    if parallel.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    tensors = sharded_state(model, optimizer, schedule, is_loading=False)
-    dist_checkpointing.save(tensors, str(temporary), content_metadata=dict(SHARDING))
-    dist.barrier()
-    if parallel.is_main:
-        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in list_checkpoints(folder)[:-keep_last]:
+
+    def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]):
+        self.folder, self.config, self.say = folder, config, say
+        self.num_failures = 0
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+        self.saving: Path | None = None
+        self.saved_step: int | None = None
+
+    def save(self, state: TrainState, sharded: dict[str, Any], is_last: bool = False) -> None:
+        """Writes `folder/step_<n>`; with `asynchronous` returns after a copy to host memory.
+
+        Raises:
+            OSError: the disk is full or not writable, and it was the last save or one failure too
+                many; older checkpoints are untouched.
+            TimeoutError: this or another rank hangs.
+        """
+        self.finish()
+        in_background = self.config.asynchronous and not is_last
+        snapshot = take_snapshot(sharded, keep=in_background)
+        exchange = StoreExchange("save", self.config.timeout_minutes * 60)
+        self.saving = self.folder / f"step_{state.step:08d}"
+        # A thread, so that a write which never returns does not take the time limit with it.
+        self.thread = threading.Thread(
+            target=self.write, args=(self.saving, state, snapshot, exchange), daemon=True
+        )
+        self.thread.start()
+        if not in_background:
+            self.finish(is_last)
+
+    def write(
+        self, final: Path, state: TrainState, snapshot: Snapshot, exchange: StoreExchange
+    ) -> None:
+        """Runs in the thread."""
+        try:
+            needed = snapshot.num_bytes
+            with staged_directory(final, exchange, needed, check_complete) as stage:
+                write_snapshot(snapshot, stage, exchange.rank)
+                if exchange.rank == 0:
+                    stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
+            self.saved_step = state.step
+            if exchange.rank == 0:
+                self.prune()
+        except OSError as error:
+            self.error = error
+
+    def finish(self, is_last: bool = False) -> None:
+        """Waits for a save that is under way; raises as `save` does."""
+        if self.thread is None:
+            return
+        limit_s = self.config.timeout_minutes * 60
+        self.thread.join(2 * limit_s)
+        if self.thread.is_alive():
+            raise TimeoutError(
+                f"saving {self.saving} has not ended in {2 * limit_s} s: the file system does not "
+                "answer, or checkpoint.timeout_minutes is too short"
+            )
+        self.thread, error, self.error = None, self.error, None
+        if error is None:
+            self.num_failures = 0
+            return
+        self.num_failures += 1
+        most = self.config.max_failures
+        if is_last or self.num_failures > most or isinstance(error, TimeoutError):
+            raise error
+        self.say(
+            f"warning: {self.saving} could not be saved ({self.num_failures} of {most} such "
+            f"failures in a row allowed): {error.strerror}; training goes on"
+        )
+
+    def prune(self) -> None:
+        """Deletes all but the newest `keep_last` whole checkpoints, and what broken saves left."""
+        whole = [path for path in list_checkpoints(self.folder) if not quick_damage(path)]
+        for old in whole[: -self.config.keep_last]:
             shutil.rmtree(old)
-    dist.barrier()
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}"))
+    """The checkpoints of a run, whole or damaged, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdecimal())
+
+
+def quick_damage(checkpoint: Path) -> list[Damage]:
+    """Files of another size than they should have."""
+    return find_damage(checkpoint, hash_content=False)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what saves left that did not end; only for the one rank that holds the run's lock."""
+    for prefix in (TEMPORARY_PREFIX, REPLACED_PREFIX):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_whole_checkpoint(
+    checkpoints: list[Path], say: Callable[[str], None], timeout_s: float
+) -> Path | None:
+    """The newest of `checkpoints` (oldest first) without damage; the ranks share the reading.
+
+    Raises:
+        ValueError: there are checkpoints, but all are damaged; names every damaged file.
+    """
+    everything: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        exchange = StoreExchange(f"verify/{checkpoint}", timeout_s)
+        found = find_damage(checkpoint, exchange.rank, exchange.world_size)
+        shares = exchange.all_gather("damage", [str(damage) for damage in found])
+        damages = sorted({text for share in shares for text in share})
+        if not damages:
+            return checkpoint
+        everything += damages
+        say(f"warning: {checkpoint} is damaged and not used:\n  " + "\n  ".join(damages))
+    if everything:
+        raise ValueError(
+            "no checkpoint is whole; delete them to start anew:\n  " + "\n  ".join(everything)
+        )
+    return None
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
-    """Raises ValueError when `checkpoint` is not a complete checkpoint."""
+    """Raises ValueError when `checkpoint` is not a checkpoint of this version."""
     path = checkpoint / STATE_FILE
-    if not path.is_file():
-        raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint (no {STATE_FILE})")
-    return TrainState(**json.loads(path.read_text()))
+    try:
+        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint: {error}") from None
 
 
 def load_checkpoint(
@@ -126,7 +229,7 @@ def load_checkpoint(
 ) -> None:
     """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
     request = sharded_state(model, optimizer, schedule, is_loading=True)
-    loaded = dist_checkpointing.load(request, str(checkpoint))
+    loaded = load_state(checkpoint, request)
     for number, chunk in enumerate(model):
         weights = loaded["model"][f"chunk{number}"]
         unwrap(chunk).load_state_dict(weights, strict=not has_adapters(model))

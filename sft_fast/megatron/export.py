@@ -1,15 +1,13 @@
 """The trained model as a Hugging Face directory: weights, configs, tokenizer, chat template."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from sft_fast.config import Config
+from sft_fast.manifest import staged_directory
+from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.hf import export_weights
 from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.model import DTYPES, SFTModel
@@ -17,6 +15,7 @@ from sft_fast.megatron.parallel import Parallel
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NUM_SAMPLES_READ = 1000
+EXPORT_TIMEOUT_S = 3600
 
 
 def export_model(
@@ -24,24 +23,17 @@ def export_model(
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
 
-    `folder` is replaced when it exists, in one rename after everything is written.
+    `folder` is replaced when it exists, after everything is written; see manifest.py.
     """
     dtype = config.export.dtype or config.model.dtype
-    temporary = folder.with_name(f".incomplete_{folder.name}")
-    if parallel.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    if parallel.dp_rank == 0:
-        export_weights(models, temporary, inputs.model.architecture, parallel, DTYPES[dtype])
-    dist.barrier()
-    if parallel.is_main:
-        inputs.tokenizer.save_pretrained(temporary)
-        write_json(temporary / "config.json", hf_config(inputs, dtype))
-        write_json(temporary / "generation_config.json", generation_config(inputs))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    dist.barrier()
+    exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
+    with staged_directory(folder, exchange) as stage:
+        if parallel.dp_rank == 0:
+            export_weights(models, stage.path, inputs.model.architecture, parallel, DTYPES[dtype])
+        if parallel.is_main:
+            inputs.tokenizer.save_pretrained(stage.path)
+            write_json(stage.path / "config.json", hf_config(inputs, dtype))
+            write_json(stage.path / "generation_config.json", generation_config(inputs))
 
 
 def hf_config(inputs: Inputs, dtype: str) -> dict[str, Any]:

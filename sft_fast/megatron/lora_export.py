@@ -1,7 +1,5 @@
 """LoRA adapters as the directory that PEFT loads."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from sft_fast.config import Config
-from sft_fast.megatron.export import write_json
+from sft_fast.manifest import staged_directory
+from sft_fast.megatron.exchange import StoreExchange
+from sft_fast.megatron.export import EXPORT_TIMEOUT_S, write_json
 from sft_fast.megatron.hf import gather_shards
 from sft_fast.megatron.lora import LoraLinear
 from sft_fast.megatron.model import DTYPES
@@ -24,20 +24,17 @@ PEFT_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_v
 def export_adapter(model: ModuleList, folder: Path, config: Config, parallel: Parallel) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; every rank calls it.
 
-    `folder` is replaced when it exists, in one rename after everything is written.
+    `folder` is replaced when it exists, after everything is written; see manifest.py.
     """
     dtype = DTYPES[config.export.dtype or config.model.dtype]
-    if parallel.dp_rank == 0:
-        tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
-        if parallel.is_main:
-            temporary = folder.with_name(f".incomplete_{folder.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            write_json(temporary / "adapter_config.json", peft_config(list(tensors), config))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-    dist.barrier()
+    with staged_directory(folder, StoreExchange("export/adapter", EXPORT_TIMEOUT_S)) as stage:
+        if parallel.dp_rank == 0:
+            tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
+            if parallel.is_main:
+                save_file(
+                    tensors, stage.path / "adapter_model.safetensors", metadata={"format": "pt"}
+                )
+                write_json(stage.path / "adapter_config.json", peft_config(list(tensors), config))
 
 
 def whole_adapters(model: ModuleList, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The `("megatron", "sft")` trainer: what happens to a token, from store to optimizer step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, tee
 from pathlib import Path
@@ -24,12 +24,17 @@ from sft_fast.data.demo import chance_accuracy
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluate import exact_match
+from sft_fast.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
+from sft_fast.manifest import MANIFEST_FILE
 from sft_fast.megatron.checkpoint import (
+    CheckpointWriter,
     TrainState,
     list_checkpoints,
     load_checkpoint,
+    newest_whole_checkpoint,
     read_train_state,
-    save_checkpoint,
+    remove_leftovers,
+    sharded_state,
 )
 from sft_fast.megatron.export import export_model
 from sft_fast.megatron.forward_step import forward_step
@@ -209,43 +214,53 @@ def build_run(
     return Run(model, optimizer, build_lr_schedule(optimizer, config, num_steps))
 
 
-def resume(
-    config: Config, run: Run, state: TrainState, num_steps: int, metrics: MetricsWriter
-) -> int:
-    """Loads the checkpoint that `checkpoint.resume` names; returns the optimizer steps done.
-
-    Args:
-        state: this run at step 0; its fingerprints must be the checkpoint's.
+def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `checkpoint.resume` names; None = begin at step 0.
 
     Raises:
-        ValueError: the checkpoint belongs to other data or another data order.
+        ValueError: it is damaged, or the run may not begin anew beside others.
     """
-    choice = config.checkpoint.resume
-    existing = list_checkpoints(Path(config.output_dir) / "checkpoints")
-    if choice == "never" and existing:
+    options = config.checkpoint
+    folder = Path(config.output_dir) / "checkpoints"
+    existing = list_checkpoints(folder)
+    if options.resume == "never" and existing:
         raise ValueError(
             f"checkpoint.resume is never, but {config.output_dir} holds {existing[-1].name}; "
             "choose another output_dir, or checkpoint.resume=auto"
         )
-    if choice in ("auto", "never") and not existing:
-        return 0
-    checkpoint = existing[-1] if choice == "auto" else Path(choice)
+    if options.resume not in ("auto", "never"):
+        existing = [Path(options.resume)]
+    dist.barrier()  # every rank has seen the same folder before rank 0 tidies it up
+    if parallel.is_main:
+        remove_leftovers(folder)
+    return newest_whole_checkpoint(existing, say, options.timeout_minutes * 60)
+
+
+def continued_state(
+    config: Config, checkpoint: Path, fields: dict[str, str], say: Callable[[str], None]
+) -> TrainState:
+    """Where `checkpoint` stands, and where the data begins anew if other data is allowed.
+
+    Args:
+        fields: of this run; see fingerprint.run_fields.
+
+    Raises:
+        ValueError: the checkpoint belongs to other data, another order of it or another model.
+    """
     found = read_train_state(checkpoint)
-    for field in ("data_fingerprint", "plan_fingerprint", "adapter_fingerprint"):
-        if getattr(found, field) != getattr(state, field):
-            raise ValueError(
-                f"checkpoint.resume: {checkpoint} was made with {field} {getattr(found, field)!r}, "
-                f"this run has {getattr(state, field)!r}; restore the old data and options, or "
-                "choose another output_dir"
-            )
-    if found.step > num_steps:
-        raise ValueError(
-            f"checkpoint.resume: {checkpoint} has {found.step} steps, more than the {num_steps} "
-            "of train.steps or train.epochs; raise them, or choose another output_dir"
-        )
-    load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
-    metrics.say(f"resumed from {checkpoint} at step {found.step} of {num_steps}")
-    return found.step
+    changed = changed_fields(found.fields, fields, config.checkpoint.allow_change, checkpoint)
+    if not changed & DECIDE_DATA_ORDER:
+        return replace(found, fields=fields)
+    say(f"changed: {', '.join(sorted(changed))}; the data begins anew")
+    return replace(found, fields=fields, first_data_step=found.step)
+
+
+def is_exported(checkpoint: Path, config: Config) -> bool:
+    """Whether the export was made after `checkpoint`."""
+    if not config.export.enabled:
+        return True
+    made = Path(config.output_dir) / "export" / MANIFEST_FILE
+    return made.is_file() and made.stat().st_mtime >= (checkpoint / MANIFEST_FILE).stat().st_mtime
 
 
 def train(config: Config) -> int:
@@ -267,28 +282,46 @@ def train(config: Config) -> int:
     packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
     metrics.write("packing", **packing.record())
     metrics.say(f"packing: {packing}")
-    num_steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
+    adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
+    fields = run_fields(
+        config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
+    )
+    state = TrainState(0, fields)
+    checkpoint = find_checkpoint(config, parallel, metrics.say)
+    if checkpoint is not None:
+        state = continued_state(config, checkpoint, fields, metrics.say)
+    first, start = state.first_data_step, state.step
+    num_steps = config.train.steps or first + (config.train.epochs or 0) * plan.num_steps_per_epoch
+    if start > num_steps:
+        raise ValueError(
+            f"checkpoint.resume: {checkpoint} has {start} steps, more than the {num_steps} of "
+            "train.steps or train.epochs; raise them, or choose another output_dir"
+        )
+    if checkpoint is not None and start == num_steps and is_exported(checkpoint, config):
+        metrics.say(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
+        return finish(metrics)
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
     metrics.say(f"attention: {unwrap(run.model[0]).attention}")
-    adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
-    state = TrainState(0, inputs.store.fingerprint, plan.fingerprint, adapters)
-    start = resume(config, run, state, num_steps, metrics)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
+        metrics.say(f"resumed from {checkpoint} at step {start} of {num_steps}")
     if parallel.is_main:
         save_config(config, output / "config.yaml")
+    checkpoints = CheckpointWriter(output / "checkpoints", config.checkpoint, metrics.say)
 
     report_evaluation(start, run, inputs.eval_store, config, parallel, metrics)
-    steps = range(start, num_steps)
-    with open_batches(inputs.store, plan, steps, config, parallel) as batches:
-        for step in steps:
+    plan_steps = range(start - first, num_steps - first)
+    with open_batches(inputs.store, plan, plan_steps, config, parallel) as batches:
+        for step in range(start, num_steps):
             began = time.perf_counter()
-            counts = plan.counts(step)
+            counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
             result = train_step(run, batches, counts.num_supervised, config, parallel)
             done = step + 1
             if done == num_steps or is_due(config.metrics.log_every_steps, done):
                 metrics.step(done, num_steps, result, counts, time.perf_counter() - began)
             if done == num_steps or is_due(config.checkpoint.every_steps, done):
-                save_run(replace(state, step=done), run, config, parallel)
+                save_run(checkpoints, replace(state, step=done), run, is_last=done == num_steps)
             if done == num_steps or is_due(config.evaluation.every_steps, done):
                 report_evaluation(done, run, inputs.eval_store, config, parallel, metrics)
 
@@ -302,6 +335,10 @@ def train(config: Config) -> int:
         metrics.say(f"exported to {output / 'export'}")
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)
+    return finish(metrics)
+
+
+def finish(metrics: MetricsWriter) -> int:
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()
@@ -319,11 +356,10 @@ def is_due(every_steps: int | None, done: int) -> bool:
     return every_steps is not None and done % every_steps == 0
 
 
-def save_run(state: TrainState, run: Run, config: Config, parallel: Parallel) -> None:
-    folder = Path(config.output_dir) / "checkpoints"
+def save_run(checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool) -> None:
     gather_parameters(run.model)
-    parts = (run.model, run.optimizer, run.schedule)
-    save_checkpoint(folder, state, *parts, parallel, config.checkpoint.keep_last)
+    parts = sharded_state(run.model, run.optimizer, run.schedule, is_loading=False)
+    checkpoints.save(state, parts, is_last)
 
 
 def report_evaluation(

@@ -435,9 +435,10 @@ def step_losses(run: Path) -> list[float]:
 
 
 def saved_names(checkpoint: Path) -> set[str]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from sft_fast.megatron.shards import ShardReader
 
-    return set(FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+    with ShardReader(checkpoint) as reader:
+        return set(reader.pieces)
 
 
 @pytest.mark.parametrize(("dtype", "dropout"), [("fp32", 0.2), ("bf16", 0.0)])

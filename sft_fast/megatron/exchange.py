@@ -1,0 +1,53 @@
+"""Ranks tell each other small facts through the store of the process group.
+
+Unlike a collective this works from a thread, has a time limit that names who is late, and moves
+JSON, not pickles.
+"""
+
+import json
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+LONGEST_PAUSE_S = 0.1
+
+
+class StoreExchange:
+    """One conversation among all ranks; see manifest.Exchange."""
+
+    def __init__(self, topic: str, timeout_s: float):
+        """
+        Args:
+            topic: what it is about, the same on every rank; may be used again later.
+            timeout_s: how long a rank waits for the others.
+        """
+        self.store = dist.distributed_c10d._get_default_store()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        serial = self.store.add(f"sft_fast/{topic}/{self.rank}", 1)
+        self.topic, self.timeout_s = f"sft_fast/{topic}/{serial}", timeout_s
+
+    def all_gather(self, name: str, value: Any) -> list[Any]:
+        topic = f"{self.topic}/{name}"
+        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
+        keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
+        if self.rank == 0:
+            values = [json.loads(self.wait_for(key)) for key in keys]
+            self.store.set(f"{topic}/all", json.dumps(values))
+            for key in keys:
+                self.store.delete_key(key)
+            return values
+        return json.loads(self.wait_for(f"{topic}/all"))
+
+    def wait_for(self, key: str) -> bytes:
+        """Polls, because a waiting store client would block the other threads of this process."""
+        deadline, pause = time.monotonic() + self.timeout_s, 0.001
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"rank {self.rank} waited {self.timeout_s:.0f} s for {key} (topic, attempt, "
+                    "phase, rank): that rank hangs or is gone"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+        return self.store.get(key)
