@@ -87,9 +87,7 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     for first in range(split * BLOCK_COLUMNS, width, step):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         if first + BLOCK_COLUMNS <= num_columns:
-            logits = load_block(
-                logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, True
-            )
+            logits = load_block(logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, True)
         else:
             logits = load_block(
                 logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, False
@@ -195,9 +193,7 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         is_whole = first + BLOCK_COLUMNS <= num_columns
         if is_whole:
-            logits = load_block(
-                logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, True
-            )
+            logits = load_block(logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, True)
         else:
             logits = load_block(
                 logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, False
