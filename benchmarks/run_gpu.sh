@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Checks and measures everything that needs one GPU. Results go to a folder, one log per stage.
+#   bash benchmarks/run_gpu.sh OUT [stage...]      stages: tests sanitizer demo tune loss head packing step
+# A stage that fails or takes too long does not stop the others; the last lines are a summary.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out="${1:?usage: run_gpu.sh OUT [stage...]}"
+shift
+mkdir -p "$out"
+[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head packing step
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+run() { "${PYTHON:-python3}" -m "$@"; }
+check() { run pytest -q -rs -p no:cacheprovider "$@"; }
+bench() { check --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"; }
+
+stage() {
+  case "$1" in
+    tests) check tests/kernels tests/test_loss.py tests/test_loss_policies.py \
+      tests/test_prefetch.py tests/megatron/test_device.py -m "not slow" -k "not compiles" ;;
+    sanitizer) check tests/csrc/test_gpu_sanitizer.py ;;
+    demo) run torch.distributed.run sft_fast/train.py "output_dir=$(mktemp -d)" model.dtype=bf16 ;;
+    tune) "${PYTHON:-python3}" benchmarks/tune_launch.py ;;
+    loss) bench loss benchmarks/bench_masked_cross_entropy.py ;;
+    head) bench head benchmarks/bench_masked_linear_cross_entropy.py ;;
+    packing) bench packing benchmarks/bench_packing.py -k fill ;;
+    step) bench step benchmarks/bench_training_step.py ;;
+    *) echo "unknown stage $1" && return 2 ;;
+  esac
+}
+
+export -f run check bench stage
+export out
+summary=()
+for name in "$@"; do
+  SECONDS=0
+  timeout -k 10 "${STAGE_TIMEOUT:-200}" bash -c "stage $name" >"$out/$name.log" 2>&1
+  summary+=("$name: exit $? after ${SECONDS}s: $(tail -n 1 "$out/$name.log")")
+done
+printf '%s\n' "${summary[@]}"
