@@ -363,6 +363,15 @@ class EvaluationConfig(Section):
     """Held-out questions that the exported model answers (greedy) at the end; 0 = off."""
     max_new_tokens: Positive = 64
     """Longest answer to such a question, in tokens."""
+    metrics: list[Text] = []
+    """Names given to register_metric by a file of `plugins`; loss, perplexity and accuracy are
+    always there."""
+    best_by: Text = "loss"
+    """Metric that early stopping and the best checkpoint go by."""
+    patience: Positive | None = None
+    """Evaluations in a row without an improvement after which training stops; null = never."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """A change of best_by counts as an improvement if it is larger."""
 
 
 class CheckpointConfig(Section):
@@ -372,6 +381,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null = only at the end."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Newest whole checkpoints that are kept; two, because the newest may turn out damaged."""
+    keep_best: bool = False
+    """Also save and keep the checkpoint of the best evaluation so far; see evaluation.best_by."""
     resume: PathText = "auto"
     """auto = from the newest whole checkpoint of output_dir; never; or a checkpoint's path."""
     allow_change: list[ChangeableField] = []
@@ -400,6 +411,8 @@ class ExportConfig(Section):
     """Write it."""
     dtype: Dtype | None = None
     """Type of the exported weights; null = model.dtype."""
+    best: bool = False
+    """Write the best checkpoint in place of the last weights; needs checkpoint.keep_best."""
 
 
 class Config(Section):

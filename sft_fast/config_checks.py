@@ -189,6 +189,9 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
         "evaluation.every_steps": evaluation.every_steps,
         "evaluation.max_samples": evaluation.max_samples,
         "evaluation.exact_match_samples": evaluation.exact_match_samples,
+        "evaluation.metrics": evaluation.metrics,
+        "evaluation.patience": evaluation.patience,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
     }
     for key, value in wanted.items():
         if value and config.data.eval is None and config.data.eval_fraction is None:
@@ -198,6 +201,28 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
                 "data.eval",
                 "data.eval=<file or hub id>",
             )
+    for key in ("evaluation.patience", "checkpoint.keep_best"):
+        if wanted[key] and evaluation.every_steps is None:
+            yield Problem(
+                (key, "evaluation.every_steps"),
+                f"{wanted[key]}, but nothing is evaluated before the last step",
+                "evaluation.every_steps",
+                "evaluation.every_steps=100",
+            )
+    names = ("loss", "perplexity", "accuracy", *evaluation.metrics)
+    if evaluation.best_by not in names:
+        yield Problem(
+            ("evaluation.best_by", "evaluation.metrics"),
+            evaluation.best_by,
+            f"one of {', '.join(names)}; others are named in evaluation.metrics first",
+        )
+    if config.export.best and not config.checkpoint.keep_best:
+        yield Problem(
+            ("export.best", "checkpoint.keep_best"),
+            "the best weights are to be exported, but they are not kept",
+            "checkpoint.keep_best true, or export.best false",
+            "checkpoint.keep_best=true",
+        )
     if evaluation.exact_match_samples and not config.export.enabled:
         yield Problem(
             ("evaluation.exact_match_samples", "export.enabled"),

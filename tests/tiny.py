@@ -18,6 +18,7 @@ class ListStore:
     tokens: NDArray[np.uint32]
     supervised_bits: NDArray[np.uint8]
     offsets: NDArray[np.int64]
+    files: tuple[tuple[int, str], ...] = ((0, "rows"),)
 
     @property
     def lengths(self) -> NDArray[np.int32]:

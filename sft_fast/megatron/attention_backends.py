@@ -31,6 +31,8 @@ class PackedSamples(PackedSeqParams):
     """Tokens of each sample, in row order; their sum may be shorter than the row."""
     active_rows: Tensor | None = None
     """int64 [num_supervised]: rows that have a label."""
+    wants_outputs: bool = False
+    """The model returns log probabilities, entropies and correctness in place of losses."""
 
     @cached_property
     def groups(self) -> tuple[list[Tensor], Tensor]:

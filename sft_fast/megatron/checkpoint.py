@@ -61,6 +61,8 @@ class TrainState:
     """Step at which the present data began; later than 0 after a change that was allowed."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What the numerical guard remembers; see guard.Guard."""
+    standing: dict[str, Any] = field(default_factory=dict)
+    """How the evaluations so far compare; see standing.Standing."""
 
 
 def sharded_state(
@@ -114,7 +116,7 @@ class CheckpointWriter:
         in_background = self.config.asynchronous and not is_last
         snapshot = take_snapshot(sharded, keep=in_background)
         exchange = StoreExchange("save", self.config.timeout_minutes * 60)
-        self.saving = self.folder / f"step_{state.step:08d}"
+        self.saving = checkpoint_path(self.folder, state.step)
         # A thread, so that a write which never returns does not take the time limit with it.
         self.thread = threading.Thread(
             target=self.write, args=(self.saving, state, snapshot, exchange), daemon=True
@@ -135,7 +137,7 @@ class CheckpointWriter:
                     stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
             self.saved_step = state.step
             if exchange.rank == 0:
-                self.prune()
+                self.prune(state.standing.get("best_step", 0))
         except OSError as error:
             self.error = error
 
@@ -163,11 +165,18 @@ class CheckpointWriter:
             f"failures in a row allowed): {error.strerror}; training goes on"
         )
 
-    def prune(self) -> None:
-        """Deletes all but the newest `keep_last` whole checkpoints, and what broken saves left."""
+    def prune(self, best_step: int) -> None:
+        """Deletes all whole checkpoints but the newest `keep_last` and, if wanted, the best."""
         whole = [path for path in list_checkpoints(self.folder) if not quick_damage(path)]
+        best = checkpoint_path(self.folder, best_step) if self.config.keep_best else None
         for old in whole[: -self.config.keep_last]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step_{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

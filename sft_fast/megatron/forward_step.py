@@ -62,6 +62,8 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
     return loss_sum, num_tokens, {"lm loss": report}
 
 
-def packed_samples(batch: MicroBatch) -> PackedSamples:
+def packed_samples(batch: MicroBatch, wants_outputs: bool = False) -> PackedSamples:
     """What the layers need to know of a micro-batch."""
-    return pack_samples(batch.seqlens, batch.cu_seqlens, batch.active_rows)
+    samples = pack_samples(batch.seqlens, batch.cu_seqlens, batch.active_rows)
+    samples.wants_outputs = wants_outputs
+    return samples

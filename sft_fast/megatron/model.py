@@ -23,7 +23,12 @@ from torch.nn import functional
 
 from sft_fast.architecture import Architecture
 from sft_fast.config import Config, LossConfig
-from sft_fast.loss import LossOptions, custom_losses, masked_linear_cross_entropy
+from sft_fast.loss import (
+    LossOptions,
+    custom_losses,
+    masked_linear_cross_entropy,
+    masked_linear_outputs,
+)
 from sft_fast.megatron.attention import PackedAttention
 from sft_fast.megatron.attention_backends import (
     Attend,
@@ -57,12 +62,31 @@ class LossOutputLayer(ColumnParallelLinear):
         *,
         labels: Tensor | None = None,
         active_rows: Tensor | None = None,
+        wants_outputs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Logits as megatron gives them, or with `labels` [b, s] the per-token loss [b, s] fp32."""
+        """Logits as megatron gives them, or with `labels` [b, s] the per-token loss [b, s] fp32.
+
+        With `wants_outputs`: [3, b, s] fp32, log probability of the label without label smoothing
+        and z-loss, entropy, correctness.
+        """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output, **kwargs)
         config, is_custom = self.loss_config, self.loss_config.custom is not None
+        if wants_outputs:
+            outputs = masked_linear_outputs(
+                input_,
+                self.weight if weight is None else weight,
+                labels,
+                active_rows=active_rows,
+                vocab_size=self.vocab_size,
+                tp_group=self.tp_group,
+                sequence_parallel=self.sequence_parallel,
+                options=LossOptions(logit_softcap=config.logit_softcap),
+                backend=config.backend,
+                memory_budget=round(config.memory_budget_gib * 2**30),
+            )
+            return torch.stack([outputs.logprob, outputs.entropy, outputs.correct.float()])
         losses = masked_linear_cross_entropy(
             input_,
             self.weight if weight is None else weight,
@@ -127,11 +151,16 @@ class SFTModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        active_rows = None
+        active_rows, wants_outputs = None, False
         if isinstance(packed_seq_params, PackedSamples):
             active_rows = packed_seq_params.active_rows
+            wants_outputs = packed_seq_params.wants_outputs
         return self.output_layer(
-            hidden_states, weight=weight, labels=labels, active_rows=active_rows
+            hidden_states,
+            weight=weight,
+            labels=labels,
+            active_rows=active_rows,
+            wants_outputs=wants_outputs,
         )
 
 

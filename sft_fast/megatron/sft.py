@@ -3,32 +3,23 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, tee
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn import ModuleList
 
 from sft_fast.architecture import Architecture
-from sft_fast.balance import DEFAULT_COST_MODEL, CostModel
-from sft_fast.batch import MicroBatch, RowLayout
+from sft_fast.batch import MicroBatch
 from sft_fast.config import Config, save_config
-from sft_fast.data.conversation import Conversation
-from sft_fast.data.demo import chance_accuracy
-from sft_fast.data.formats import read_conversations
-from sft_fast.data.store import TokenStore
-from sft_fast.evaluate import exact_match
 from sft_fast.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
 from sft_fast.manifest import MANIFEST_FILE
+from sft_fast.megatron.batches import make_plan, open_batches
 from sft_fast.megatron.checkpoint import (
     CheckpointWriter,
     TrainState,
+    checkpoint_path,
     list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -36,10 +27,10 @@ from sft_fast.megatron.checkpoint import (
     remove_leftovers,
     sharded_state,
 )
+from sft_fast.megatron.evaluation import Evaluator, report_exact_match
 from sft_fast.megatron.export import export_model
-from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import WeightSource, load_weights
-from sft_fast.megatron.inputs import Inputs, read_inputs
+from sft_fast.megatron.inputs import read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
 from sft_fast.megatron.lora_export import export_adapter
 from sft_fast.megatron.model import build_model, unwrap
@@ -49,14 +40,13 @@ from sft_fast.megatron.optim import (
     connect_schedule,
     gather_parameters,
     normalise_by,
-    one_or_all,
     parts_of,
     wrap_model,
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
+from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics import MetricsWriter, StepResult
-from sft_fast.packing import PackingOptions, StepPlan
-from sft_fast.prefetch import BatchLoader, Row
+from sft_fast.standing import Standing
 
 
 @dataclass(frozen=True)
@@ -67,68 +57,6 @@ class Run:
     """DistributedDataParallel parts: one, or one for each interleaved pipeline stage."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
-
-
-def packed_rows(
-    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
-) -> Iterator[Row]:
-    """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
-    size, alignment = config.train.micro_batch_size, config.packing.alignment
-    for step in steps:
-        for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
-            sample_ids = np.concatenate(bins)
-            num_rows = config.packing.capacity * len(bins)
-            if parallel.pp_size == 1:
-                # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
-                used = -(-store.lengths[sample_ids] // alignment) * alignment
-                num_rows = -(-max(int(used.sum()), 1) // parallel.tp_size) * parallel.tp_size
-            yield sample_ids, num_rows
-
-
-def open_batches(
-    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
-) -> BatchLoader:
-    """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
-    max_rows = config.packing.capacity * config.train.micro_batch_size + parallel.tp_size
-    return BatchLoader(
-        store,
-        packed_rows(store, plan, steps, config, parallel),
-        parallel.device,
-        max_rows=max_rows,
-        max_samples=max_rows,
-        layout=RowLayout(alignment=config.packing.alignment),
-    )
-
-
-def run_schedule(
-    model: ModuleList,
-    batches: Iterator[MicroBatch],
-    config: Config,
-    parallel: Parallel,
-    forward_only: bool,
-) -> torch.Tensor:
-    """Runs megatron's schedule over one global batch.
-
-    Returns: [loss_sum, num_supervised] fp64 over all data-parallel ranks, on every rank.
-    """
-    train = config.train
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=one_or_all(list(tee(batches, len(model)))),
-        model=list(model),
-        num_microbatches=train.global_batch_size // (train.micro_batch_size * parallel.dp_size),
-        seq_length=config.packing.capacity * train.micro_batch_size,
-        micro_batch_size=1,  # a micro-batch is one row that holds all its bins
-        forward_only=forward_only,
-    )
-    total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
-    for report in reports:
-        total += report["lm loss"]
-    if parallel.pp_size > 1:
-        last_rank = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
-        dist.broadcast(total, src=last_rank, group=parallel.pp_group)
-    dist.all_reduce(total, group=parallel.dp_group)
-    return total
 
 
 def train_step(
@@ -143,7 +71,8 @@ def train_step(
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     normalise_by(run.model, num_supervised)
-    total = run_schedule(run.model, batches, config, parallel, forward_only=False)
+    reports = run_schedule(run.model, batches, config, parallel)
+    total = sum_over_ranks(reports, "lm loss", (2,), parallel)
     lr = run.optimizer.param_groups[0]["lr"]
     was_updated, grad_norm, _ = run.optimizer.step()
     if was_updated:
@@ -151,48 +80,6 @@ def train_step(
     loss_sum, counted = total.tolist()
     assert counted == num_supervised, (counted, num_supervised)
     return StepResult(loss_sum / max(counted, 1), grad_norm or 0.0, lr, not was_updated)
-
-
-@torch.no_grad()
-def evaluate(model: ModuleList, store: TokenStore, config: Config, parallel: Parallel) -> float:
-    """Mean loss per supervised token over the whole evaluation set, nats."""
-    plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
-    steps = range(plan.num_steps_per_epoch)
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
-    with open_batches(store, plan, steps, config, parallel) as batches:
-        for _ in steps:
-            total += run_schedule(model, batches, config, parallel, forward_only=True)
-    model.train()
-    return float(total[0] / total[1].clamp(min=1))
-
-
-def make_plan(
-    store: TokenStore,
-    config: Config,
-    architecture: Architecture | None = None,
-    max_samples: int | None = None,
-) -> StepPlan:
-    """The order of the (first) samples: a function of lengths, packing options and seed.
-
-    The architecture only decides which rank computes what, so that ranks finish together.
-    """
-    packing = config.packing
-    cost_model = DEFAULT_COST_MODEL
-    if architecture is not None:
-        cost_model = CostModel.of_shape(
-            architecture.hidden_size, architecture.num_layers, architecture.vocab_size
-        )
-    return StepPlan(
-        lengths=store.lengths[:max_samples],
-        num_supervised=store.num_supervised[:max_samples],
-        capacity=packing.capacity,
-        strategy=packing.strategy,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        options=PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size),
-        cost_model=cost_model,
-    )
 
 
 def build_run(
@@ -297,6 +184,9 @@ def train(config: Config) -> int:
             f"checkpoint.resume: {checkpoint} has {start} steps, more than the {num_steps} of "
             "train.steps or train.epochs; raise them, or choose another output_dir"
         )
+    standing = Standing(**state.standing)
+    if standing.is_over(config.evaluation.patience):
+        num_steps = start
     if checkpoint is not None and start == num_steps and is_exported(checkpoint, config):
         metrics.say(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
         return finish(metrics)
@@ -309,7 +199,8 @@ def train(config: Config) -> int:
         save_config(config, output / "config.yaml")
     checkpoints = CheckpointWriter(output / "checkpoints", config.checkpoint, metrics.say)
 
-    report_evaluation(start, run, inputs.eval_store, config, parallel, metrics)
+    evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, standing)
+    evaluator.before_training(run.model, start)
     plan_steps = range(start - first, num_steps - first)
     with open_batches(inputs.store, plan, plan_steps, config, parallel) as batches:
         for step in range(start, num_steps):
@@ -320,11 +211,19 @@ def train(config: Config) -> int:
             done = step + 1
             if done == num_steps or is_due(config.metrics.log_every_steps, done):
                 metrics.step(done, num_steps, result, counts, time.perf_counter() - began)
-            if done == num_steps or is_due(config.checkpoint.every_steps, done):
-                save_run(checkpoints, replace(state, step=done), run, is_last=done == num_steps)
-            if done == num_steps or is_due(config.evaluation.every_steps, done):
-                report_evaluation(done, run, inputs.eval_store, config, parallel, metrics)
+            if done == num_steps or evaluator.is_due(done):
+                evaluator.after_step(run.model, done)
+            state = replace(state, step=done, standing=asdict(evaluator.standing))
+            is_last = done == num_steps or evaluator.should_stop()
+            is_wanted = is_due(config.checkpoint.every_steps, done) or evaluator.should_save(done)
+            if is_last or is_wanted:
+                save_run(checkpoints, state, run, is_last)
+            if is_last:
+                break
 
+    evaluator.report_best()
+    if config.export.best:
+        load_best(run, state, config, metrics)
     if config.export.enabled:
         gather_parameters(run.model)
         export_model(
@@ -356,49 +255,20 @@ def is_due(every_steps: int | None, done: int) -> bool:
     return every_steps is not None and done % every_steps == 0
 
 
+def load_best(run: Run, state: TrainState, config: Config, metrics: MetricsWriter) -> None:
+    """Goes back to the checkpoint of the best evaluation."""
+    best = Standing(**state.standing).best_step
+    if best in (0, state.step):
+        return
+    checkpoint = checkpoint_path(Path(config.output_dir) / "checkpoints", best)
+    if not checkpoint.is_dir():
+        metrics.say(f"warning: {checkpoint}, the best one, was not saved; the last weights stay")
+        return
+    load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
+    metrics.say(f"loaded the best weights from {checkpoint}")
+
+
 def save_run(checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool) -> None:
     gather_parameters(run.model)
     parts = sharded_state(run.model, run.optimizer, run.schedule, is_loading=False)
     checkpoints.save(state, parts, is_last)
-
-
-def report_evaluation(
-    step: int,
-    run: Run,
-    store: TokenStore | None,
-    config: Config,
-    parallel: Parallel,
-    metrics: MetricsWriter,
-) -> None:
-    """Evaluates and reports, when there is an evaluation set."""
-    if store is None:
-        return
-    loss = evaluate(run.model, store, config, parallel)
-    metrics.write("eval", step=step, loss=loss)
-    metrics.say(f"eval at step {step}: loss {loss:.4f}")
-
-
-def up_to_last_answer(chat: Conversation) -> list[dict[str, Any]]:
-    turns = [turn.as_dict() for turn in chat.messages]
-    while turns[-1]["role"] != "assistant":
-        turns.pop()
-    return turns
-
-
-def report_exact_match(
-    folder: Path, inputs: Inputs, config: Config, metrics: MetricsWriter
-) -> None:
-    """Lets transformers answer held-out questions with the exported model."""
-    assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
-    chats = read_conversations(inputs.eval_rows, config.data.format, config.data.fields)
-    questions = list(islice(chats, config.evaluation.exact_match_samples))
-    messages = [up_to_last_answer(chat) for _, chat in questions]
-    matches = exact_match(folder, messages, config.evaluation.max_new_tokens)
-    accuracy = sum(matches) / len(matches)
-    text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
-    values = {"exact_match": accuracy, "num_questions": len(matches)}
-    if config.data.eval == "demo":
-        values["chance"] = chance_accuracy([row for row, _ in questions])
-        text += f" (chance {values['chance']:.1%})"
-    metrics.write("exact_match", **values)
-    metrics.say(text)

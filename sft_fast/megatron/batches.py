@@ -1,0 +1,73 @@
+"""Which samples this rank computes: from the packing plan to micro-batches on the device."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sft_fast.architecture import Architecture
+from sft_fast.balance import DEFAULT_COST_MODEL, CostModel
+from sft_fast.batch import RowLayout
+from sft_fast.config import Config
+from sft_fast.data.store import TokenStore
+from sft_fast.megatron.parallel import Parallel
+from sft_fast.packing import PackingOptions, StepPlan
+from sft_fast.prefetch import BatchLoader, Row
+
+
+def make_plan(
+    store: TokenStore,
+    config: Config,
+    architecture: Architecture | None = None,
+    max_samples: int | None = None,
+) -> StepPlan:
+    """The order of the (first) samples: a function of lengths, packing options and seed.
+
+    The architecture only decides which rank computes what, so that ranks finish together.
+    """
+    packing = config.packing
+    cost_model = DEFAULT_COST_MODEL
+    if architecture is not None:
+        cost_model = CostModel.of_shape(
+            architecture.hidden_size, architecture.num_layers, architecture.vocab_size
+        )
+    return StepPlan(
+        lengths=store.lengths[:max_samples],
+        num_supervised=store.num_supervised[:max_samples],
+        capacity=packing.capacity,
+        strategy=packing.strategy,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        options=PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size),
+        cost_model=cost_model,
+    )
+
+
+def packed_rows(
+    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
+) -> Iterator[Row]:
+    """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
+    size, alignment = config.train.micro_batch_size, config.packing.alignment
+    for step in steps:
+        for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
+            sample_ids = np.concatenate(bins)
+            num_rows = config.packing.capacity * len(bins)
+            if parallel.pp_size == 1:
+                # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
+                used = -(-store.lengths[sample_ids] // alignment) * alignment
+                num_rows = -(-max(int(used.sum()), 1) // parallel.tp_size) * parallel.tp_size
+            yield sample_ids, num_rows
+
+
+def open_batches(
+    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
+) -> BatchLoader:
+    """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
+    max_rows = config.packing.capacity * config.train.micro_batch_size + parallel.tp_size
+    return BatchLoader(
+        store,
+        packed_rows(store, plan, steps, config, parallel),
+        parallel.device,
+        max_rows=max_rows,
+        max_samples=max_rows,
+        layout=RowLayout(alignment=config.packing.alignment),
+    )

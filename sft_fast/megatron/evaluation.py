@@ -1,0 +1,290 @@
+"""Evaluation during training: loss, accuracy, perplexity and metrics of your own, per source.
+
+The loss is the cross-entropy of the supervised tokens, without label smoothing, z-loss or custom
+loss, so that runs with other training losses can be compared.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import ModuleList
+
+from sft_fast.batch import MicroBatch
+from sft_fast.config import Config
+from sft_fast.data.conversation import Conversation
+from sft_fast.data.demo import chance_accuracy
+from sft_fast.data.formats import read_conversations
+from sft_fast.data.store import TokenStore
+from sft_fast.evaluate import exact_match
+from sft_fast.megatron.batches import make_plan, open_batches, packed_rows
+from sft_fast.megatron.forward_step import check_once, packed_samples
+from sft_fast.megatron.inputs import Inputs
+from sft_fast.megatron.parallel import Parallel
+from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
+from sft_fast.metric_registry import Metric, SampleOutputs, get_metric, is_greater_better
+from sft_fast.metrics import MetricsWriter
+from sft_fast.standing import Standing
+
+Values = dict[str, float]
+LOSS, NUM_TOKENS, NUM_CORRECT, NUM_BUILT_IN = range(4)
+
+
+class Evaluator:
+    """Evaluates a run at the steps that the config names, and remembers how it went."""
+
+    def __init__(
+        self,
+        store: TokenStore | None,
+        config: Config,
+        parallel: Parallel,
+        metrics: MetricsWriter,
+        standing: Standing,
+    ):
+        """
+        Args:
+            store: the evaluation set; None = there is nothing to do.
+            standing: after the evaluations of the checkpoint that the run resumes from.
+
+        Raises:
+            ValueError: a metric that the config names is not registered.
+        """
+        self.store, self.config, self.parallel, self.metrics = store, config, parallel, metrics
+        self.standing = standing
+        self.custom = [get_metric(name) for name in config.evaluation.metrics]
+        self.greater_is_better = is_greater_better(config.evaluation.best_by)
+
+    def before_training(self, model: ModuleList, step: int) -> None:
+        """Evaluates where the run begins; it does not count, unless the checkpoint missed it."""
+        if step == 0:
+            self.measure(model, 0)
+        elif self.is_due(step) and self.standing.last_step < step:
+            self.after_step(model, step)
+
+    def after_step(self, model: ModuleList, step: int) -> None:
+        """Evaluates, and compares with the evaluations before."""
+        values = self.measure(model, step)
+        if values is not None:
+            evaluation = self.config.evaluation
+            value = values[evaluation.best_by]
+            self.standing = self.standing.after(
+                step, value, self.greater_is_better, evaluation.min_delta
+            )
+
+    def is_due(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        return every is not None and step % every == 0
+
+    def should_save(self, step: int) -> bool:
+        """Whether the weights of `step` are the best so far and are to be kept."""
+        return self.config.checkpoint.keep_best and self.standing.best_step == step > 0
+
+    def should_stop(self) -> bool:
+        return self.standing.is_over(self.config.evaluation.patience)
+
+    def report_best(self) -> None:
+        best = self.standing
+        if best.best is not None:
+            name = self.config.evaluation.best_by
+            self.metrics.write("best", step=best.best_step, metric=name, value=best.best)
+            stopped = ", training stopped early" if self.should_stop() else ""
+            self.metrics.say(f"best {name} {best.best:.4f} at step {best.best_step}{stopped}")
+
+    def measure(self, model: ModuleList, step: int) -> Values | None:
+        """Evaluates and reports; None without an evaluation set."""
+        if self.store is None:
+            return None
+        overall, by_source = evaluate(model, self.store, self.config, self.parallel, self.custom)
+        self.metrics.write("eval", step=step, **clean(overall), **listed(by_source))
+        shown = ("loss", "accuracy", *(metric.name for metric in self.custom))
+        text = "  ".join(f"{name} {overall[name]:.4f}" for name in shown)
+        self.metrics.say(f"eval at step {step}: {text}")
+        return overall
+
+
+def listed(by_source: dict[str, Values]) -> dict[str, Any]:
+    """Sources for the log; a lone one would only say everything twice."""
+    if len(by_source) < 2:
+        return {}
+    return {"by_source": {source: clean(values) for source, values in by_source.items()}}
+
+
+def clean(values: Values) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: ModuleList,
+    store: TokenStore,
+    config: Config,
+    parallel: Parallel,
+    custom: list[Metric],
+) -> tuple[Values, dict[str, Values]]:
+    """Runs the whole evaluation set through the model.
+
+    Returns: loss (nats per supervised token), perplexity, accuracy, num_supervised and the custom
+        metrics, over everything and for each source; equal on every rank. NaN where a source has
+        no supervised token.
+    """
+    plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
+    steps = range(plan.num_steps_per_epoch)
+    names, source_of = sources_of(store)
+    tally = partial(tally_micro_batch, source_of, len(names), custom)
+    shape = (len(names), NUM_BUILT_IN + 2 * len(custom))
+    total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
+    model.eval()
+    with open_batches(store, plan, steps, config, parallel) as loader:
+        ids = (sample_ids for sample_ids, _ in packed_rows(store, plan, steps, config, parallel))
+        batches = zip(loader, ids, strict=True)
+        for _ in steps:
+            reports = run_schedule(
+                model, batches, config, parallel, partial(eval_step, tally), forward_only=True
+            )
+            total += sum_over_ranks(reports, "tally", shape, parallel)
+    model.train()
+    sums = total.cpu().numpy()
+    by_source = {name: values_of(row, custom) for name, row in zip(names, sums, strict=True)}
+    return values_of(sums.sum(axis=0), custom), by_source
+
+
+def sources_of(store: TokenStore) -> tuple[list[str], np.ndarray]:
+    """Names of the files that samples come from, and the number of each sample's, int64 [N]."""
+    firsts = [first for first, _ in store.files]
+    names = list(dict.fromkeys(name for _, name in store.files))
+    numbers = np.array([names.index(name) for _, name in store.files], dtype=np.int64)
+    samples = np.arange(len(store.offsets) - 1)
+    return names, numbers[np.searchsorted(firsts, samples, side="right") - 1]
+
+
+def eval_step(tally: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+    """megatron's forward_step; on the last stage the token outputs [3, 1, T] fp32."""
+    batch, sample_ids = next(data_iterator)
+    check_once(batch, model)
+    outputs = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=packed_samples(batch, wants_outputs=True),
+    )
+    return outputs, partial(eval_loss_func, tally, batch, sample_ids)
+
+
+def eval_loss_func(
+    tally: Any, batch: MicroBatch, sample_ids: np.ndarray, outputs: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    num_tokens = torch.tensor(batch.num_supervised, dtype=torch.int32, device=outputs.device)
+    return outputs.sum(), num_tokens, {"tally": tally(batch, sample_ids, outputs)}
+
+
+def tally_micro_batch(
+    source_of: np.ndarray,
+    num_sources: int,
+    custom: list[Metric],
+    batch: MicroBatch,
+    sample_ids: np.ndarray,
+    outputs: Tensor,
+) -> Tensor:
+    """Sums of a micro-batch for each source.
+
+    Args:
+        source_of: int64 [N], number of each sample's source.
+        sample_ids: the samples of the row, in order.
+        outputs: [3, 1, T]: log probability of the label, entropy, correctness.
+
+    Returns: fp64 [num_sources, LOSS, NUM_TOKENS, NUM_CORRECT, then two for each custom metric].
+    """
+    device = outputs.device
+    edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0)
+    rows = batch.active_rows.cpu()
+    slots = torch.searchsorted(edges, rows, right=True)
+    sources = torch.from_numpy(source_of[sample_ids])
+    active = outputs[:, 0].index_select(1, rows.to(device)).double()
+    columns = torch.stack([-active[0], torch.ones_like(active[0]), active[2]], dim=1)
+    sums = torch.zeros(
+        num_sources, NUM_BUILT_IN + 2 * len(custom), dtype=torch.float64, device=device
+    )
+    sums[:, :NUM_BUILT_IN].index_add_(0, sources[slots].to(device), columns)
+    if custom:
+        labels = batch.labels[0].index_select(0, rows.to(device))
+        by_sample = custom_sums(custom, active.float().cpu(), labels.cpu(), slots, len(sample_ids))
+        added = torch.zeros(num_sources, 2 * len(custom), dtype=torch.float64)
+        added.index_add_(0, sources, by_sample)
+        sums[:, NUM_BUILT_IN:] += added.to(device)
+    return sums
+
+
+def custom_sums(
+    custom: list[Metric], active: Tensor, labels: Tensor, slots: Tensor, num_samples: int
+) -> Tensor:
+    """fp64 [num_samples, 2 * metrics]: numerator and denominator of each metric for each sample.
+
+    Args:
+        active: [3, A], as the outputs of `eval_step`, of the supervised rows.
+        labels: int64 [A].
+        slots: int64 [A], ascending: which sample of the row.
+    """
+    sums = torch.zeros(num_samples, 2 * len(custom), dtype=torch.float64)
+    counts = torch.bincount(slots, minlength=num_samples).tolist()
+    parts = zip(active.split(counts, dim=1), labels.split(counts), strict=True)
+    for number, (outputs, sample_labels) in enumerate(parts):
+        if len(sample_labels) == 0:
+            continue
+        sample = SampleOutputs(sample_labels, outputs[0], outputs[1], outputs[2].bool())
+        for place, metric in enumerate(custom):
+            numerator, denominator = metric.function(sample)
+            sums[number, 2 * place] = numerator
+            sums[number, 2 * place + 1] = denominator
+    return sums
+
+
+def values_of(sums: np.ndarray, custom: list[Metric]) -> Values:
+    """From the sums of one source, or of all, to what is reported."""
+    loss = divide(sums[LOSS], sums[NUM_TOKENS])
+    values = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+        "accuracy": divide(sums[NUM_CORRECT], sums[NUM_TOKENS]),
+        "num_supervised": int(sums[NUM_TOKENS]),
+    }
+    pairs = sums[NUM_BUILT_IN:].reshape(-1, 2)
+    for metric, (numerator, denominator) in zip(custom, pairs, strict=True):
+        values[metric.name] = divide(numerator, denominator)
+    return values
+
+
+def divide(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else math.nan
+
+
+def up_to_last_answer(chat: Conversation) -> list[dict[str, Any]]:
+    turns = [turn.as_dict() for turn in chat.messages]
+    while turns[-1]["role"] != "assistant":
+        turns.pop()
+    return turns
+
+
+def report_exact_match(
+    folder: Path, inputs: Inputs, config: Config, metrics: MetricsWriter
+) -> None:
+    """Lets transformers answer held-out questions with the exported model."""
+    assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
+    chats = read_conversations(inputs.eval_rows, config.data.format, config.data.fields)
+    questions = list(islice(chats, config.evaluation.exact_match_samples))
+    messages = [up_to_last_answer(chat) for _, chat in questions]
+    matches = exact_match(folder, messages, config.evaluation.max_new_tokens)
+    accuracy = sum(matches) / len(matches)
+    text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
+    values = {"exact_match": accuracy, "num_questions": len(matches)}
+    if config.data.eval == "demo":
+        values["chance"] = chance_accuracy([row for row, _ in questions])
+        text += f" (chance {values['chance']:.1%})"
+    metrics.write("exact_match", **values)
+    metrics.say(text)

@@ -1,0 +1,68 @@
+"""megatron's pipeline schedule over one global batch."""
+
+from collections.abc import Iterator
+from itertools import tee
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from torch.nn import ModuleList
+
+from sft_fast.config import Config
+from sft_fast.megatron.forward_step import forward_step
+from sft_fast.megatron.optim import one_or_all
+from sft_fast.megatron.parallel import Parallel
+
+
+class ForwardStep(Protocol):
+    """megatron's contract; see forward_step.forward_step."""
+
+    def __call__(self, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]: ...
+
+
+def run_schedule(
+    model: ModuleList,
+    batches: Iterator[Any],
+    config: Config,
+    parallel: Parallel,
+    step: ForwardStep = forward_step,
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Runs all of this rank's micro-batches of one global batch.
+
+    Returns: the reports of `step`'s loss_func; none but on the last pipeline stage.
+    """
+    train = config.train
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        # Every interleaved stage reads the same micro-batches.
+        data_iterator=one_or_all(list(tee(batches, len(model)))),
+        model=list(model),
+        num_microbatches=train.global_batch_size // (train.micro_batch_size * parallel.dp_size),
+        seq_length=config.packing.capacity * train.micro_batch_size,
+        micro_batch_size=1,  # a micro-batch is one row that holds all its bins
+        forward_only=forward_only,
+    )
+
+
+def sum_over_ranks(
+    reports: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], parallel: Parallel
+) -> Tensor:
+    """Adds up the micro-batches of all data-parallel ranks.
+
+    Args:
+        reports: from `run_schedule`.
+        name: of a value of `shape` in each report.
+
+    Returns: fp64 of `shape`, the same on every rank.
+    """
+    total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
+    for report in reports:
+        total += report[name]
+    if parallel.pp_size > 1:
+        last_rank = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
+        dist.broadcast(total, src=last_rank, group=parallel.pp_group)
+    dist.all_reduce(total, group=parallel.dp_group)
+    return total
