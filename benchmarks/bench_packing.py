@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from sft_fast import _C
 from sft_fast.batch import MicroBatch, RowBuffers, fill_micro_batch
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.packing import BinPlan, StepPlan, plan_bins
+from sft_fast.packing import BinPlan, StepPlan, count_targets, plan_bins
 from sft_fast.packing_report import length_correlation
 from sft_fast.reference.packing import best_fit_decreasing, fill_row
 
@@ -165,6 +165,7 @@ class ArrayStore:
     tokens: NDArray[np.uint32]
     supervised_bits: NDArray[np.uint8]
     offsets: NDArray[np.int64]
+    weights: NDArray[np.float16] | None = None
 
 
 def make_store(family: str, capacity: int) -> ArrayStore:
@@ -212,11 +213,8 @@ def test_fill(
     bins = [plan.bin(index) for index in range(num_bins)]
     buffers = RowBuffers(capacity, max(map(len, bins)), dtype=dtype)
 
-    arrays = {
-        name: getattr(buffers, name).numpy()
-        for name in ("tokens", "labels", "position_ids", "active_rows")
-    }
-    cu_seqlens = buffers.cu_seqlens.numpy()
+    arrays = {name: getattr(buffers, name).numpy() for name in ("tokens", "labels", "position_ids")}
+    cu_seqlens, active_rows = buffers.cu_seqlens.numpy(), buffers.active_rows.numpy()
 
     def fill_alone() -> None:
         for sample_ids in bins:
@@ -225,9 +223,10 @@ def test_fill(
                 store.supervised_bits,
                 store.offsets,
                 sample_ids,
-                ignore_index=IGNORE_INDEX,
-                cu_seqlens=cu_seqlens[: len(sample_ids) + 1],
-                **arrays,
+                IGNORE_INDEX,
+                *arrays.values(),
+                cu_seqlens[: len(sample_ids) + 1],
+                active_rows,
             )
 
     def fill() -> MicroBatch:
@@ -257,17 +256,20 @@ def test_fill(
     benchmark.pedantic(run, rounds=20, warmup_rounds=2)
     num_tokens = int(sum(lengths[sample_ids].sum() for sample_ids in bins))
     num_written = num_bins * capacity
-    # Read: ids of 4 bytes. Written: tokens, labels and positions.
-    num_bytes = 4 * num_tokens + 3 * dtype.itemsize * num_written
-    # The least that can be done: ids copied twice, a constant written once, in cache.
+    num_active = int(count_targets(store)[0][np.concatenate(bins)].sum())
+    # Read: ids of 4 bytes. Written: tokens, labels and positions, and the active rows.
+    num_bytes = 4 * num_tokens + 3 * dtype.itemsize * num_written + 8 * num_active
+    # The least that can be done: ids copied twice, constants written, in cache.
     ids = store.tokens[:capacity].view(np.int32)
     row = np.empty((3, capacity), np.dtype(str(dtype).removeprefix("torch.")))
+    active = np.empty(num_active // num_bins, np.int64)
 
     def plain_fill() -> None:
         for _ in range(num_bins):
             row[0] = ids
             row[1] = ids
             row[2] = 1
+            active[:] = 1
 
     def fill_by_numpy() -> None:
         for sample_ids in bins:

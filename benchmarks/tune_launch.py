@@ -39,9 +39,7 @@ def main() -> None:
                     statistics = kernels.shard_statistics(logits, labels, *options)
                     gradient = torch.empty_like(logits)
                     rest = (labels, statistics, grads, 0, width, width, 0.0, 0.0, 0.0)
-                    forward = median_s(
-                        partial(kernels.shard_statistics, logits, labels, *options)
-                    )
+                    forward = median_s(partial(kernels.shard_statistics, logits, labels, *options))
                     backward = median_s(partial(kernels.write_gradient, gradient, logits, *rest))
                 size = logits.numel() * 2
                 results.append((size / forward / ceiling, 2 * size / backward / ceiling, config))

@@ -20,8 +20,9 @@ namespace {
 
 // Nothing is converted: a silent copy would hide a wrong dtype, and lose what is written to it.
 void check_vector(const py::array& array, const py::dtype& dtype, const char* name) {
-  const bool usable = array.ndim() == 1 && array.dtype().equal(dtype) &&
-                      (array.flags() & py::array::c_style) != 0 &&
+  // One type has one object, as a rule; to compare two takes longer than all else here.
+  const bool has_dtype = array.dtype().is(dtype) || array.dtype().equal(dtype);
+  const bool usable = array.ndim() == 1 && has_dtype && (array.flags() & py::array::c_style) != 0 &&
                       (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
   if (!usable) {
     throw std::invalid_argument(std::string(name) + " is a " + std::to_string(array.ndim()) +
@@ -143,7 +144,6 @@ sft_fast::MicroBatchCounts fill(const sft_fast::TokenStoreView& store, const py:
                                 int64_t ignore_index, const sft_fast::RowLayout& layout,
                                 py::array tokens, py::array labels, py::array position_ids,
                                 py::array cu_seqlens, py::array active_rows,
-                                const std::optional<py::array>& sample_weights,
                                 std::optional<py::array> weights) {
   const std::span<const int64_t> ids = input<int64_t>(sample_ids, "sample_ids");
   sft_fast::MicroBatchView<Id> out{output<Id>(tokens, "tokens"),
@@ -151,31 +151,54 @@ sft_fast::MicroBatchCounts fill(const sft_fast::TokenStoreView& store, const py:
                                    output<Id>(position_ids, "position_ids"),
                                    output<int32_t>(cu_seqlens, "cu_seqlens"),
                                    output<int64_t>(active_rows, "active_rows"),
-                                   {},
                                    {}};
-  if (sample_weights) out.sample_weights = input<float>(*sample_weights, "sample_weights");
   if (weights) out.weights = output<float>(*weights, "weights");
   py::gil_scoped_release release;
   return sft_fast::fill_micro_batch(store, ids, ignore_index, layout, out);
+}
+
+sft_fast::TokenStoreView store_view(const py::array& tokens, const py::array& supervised_bits,
+                                    const py::array& offsets,
+                                    const std::optional<py::array>& token_weights) {
+  sft_fast::TokenStoreView store{input<uint32_t>(tokens, "store_tokens"),
+                                 input<uint8_t>(supervised_bits, "supervised_bits"),
+                                 input<int64_t>(offsets, "offsets"),
+                                 {}};
+  if (token_weights) store.weights = input<uint16_t>(*token_weights, "token_weights");
+  return store;
 }
 
 py::tuple fill_micro_batch(const py::array& store_tokens, const py::array& supervised_bits,
                            const py::array& offsets, const py::array& sample_ids,
                            int64_t ignore_index, py::array tokens, py::array labels,
                            py::array position_ids, py::array cu_seqlens, py::array active_rows,
-                           const std::optional<py::array>& sample_weights,
+                           const std::optional<py::array>& token_weights,
                            std::optional<py::array> weights, int64_t alignment, int64_t cp_size,
                            int64_t cp_rank) {
-  const sft_fast::TokenStoreView store{input<uint32_t>(store_tokens, "store_tokens"),
-                                       input<uint8_t>(supervised_bits, "supervised_bits"),
-                                       input<int64_t>(offsets, "offsets")};
-  const bool is_int32 = tokens.dtype().equal(py::dtype::of<int32_t>());
+  const auto store = store_view(store_tokens, supervised_bits, offsets, token_weights);
+  const bool is_int32 = tokens.itemsize() == 4;
   const auto fill_rows = is_int32 ? fill<int32_t> : fill<int64_t>;
   const sft_fast::MicroBatchCounts counts =
       fill_rows(store, sample_ids, ignore_index, {alignment, cp_size, cp_rank}, std::move(tokens),
                 std::move(labels), std::move(position_ids), std::move(cu_seqlens),
-                std::move(active_rows), sample_weights, std::move(weights));
+                std::move(active_rows), std::move(weights));
   return py::make_tuple(counts.num_tokens, counts.num_supervised, counts.max_seqlen);
+}
+
+py::tuple count_targets(const py::array& store_tokens, const py::array& supervised_bits,
+                        const py::array& offsets, const std::optional<py::array>& token_weights) {
+  const auto store = store_view(store_tokens, supervised_bits, offsets, token_weights);
+  const size_t num_samples = store.offsets.empty() ? 0 : store.offsets.size() - 1;
+  sft_fast::Array<int32_t> counts(num_samples);
+  sft_fast::Array<double> weights(token_weights ? num_samples : 0);
+  {
+    py::gil_scoped_release release;
+    sft_fast::count_targets(store, {counts.data.get(), counts.size},
+                            {weights.data.get(), weights.size});
+  }
+  py::object sums = py::none();
+  if (token_weights) sums = to_numpy(std::move(weights));
+  return py::make_tuple(to_numpy(std::move(counts)), sums);
 }
 
 }  // namespace
@@ -216,20 +239,27 @@ Arguments and results are those of plan_best_fit_decreasing.)");
       .def("ids", &StreamPacker::ids, "Ids in the pool, oldest first, int64[n].")
       .def_property_readonly("num_draws", &StreamPacker::num_draws, "Random numbers drawn so far.");
   module.def("fill_micro_batch", &fill_micro_batch, py::arg("store_tokens"),
-             py::arg("supervised_bits"), py::arg("offsets"), py::arg("sample_ids"), py::kw_only(),
+             py::arg("supervised_bits"), py::arg("offsets"), py::arg("sample_ids"),
              py::arg("ignore_index"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(),
              py::arg("position_ids").noconvert(), py::arg("cu_seqlens").noconvert(),
-             py::arg("active_rows").noconvert(), py::arg("sample_weights") = py::none(),
-             py::arg("weights") = py::none(), py::arg("alignment") = 1, py::arg("cp_size") = 1,
-             py::arg("cp_rank") = 0,
+             py::arg("active_rows").noconvert(), py::kw_only(),
+             py::arg("token_weights") = py::none(), py::arg("weights") = py::none(),
+             py::arg("alignment") = 1, py::arg("cp_size") = 1, py::arg("cp_rank") = 0,
              R"(Writes the samples, one after another and then padding, into caller-owned arrays.
 
 Shapes, with n sample_ids and T rows: store_tokens uint32[total], supervised_bits
 uint8[ceil(total / 8)], offsets int64[num_samples + 1]; tokens, labels, position_ids int32[T] or
-int64[T]; active_rows int64[T]; cu_seqlens int32[n + 1]; sample_weights float32[n] and weights
-float32[T], both or neither. A sample takes up a slot, its length rounded up to `alignment`. With
+int64[T]; active_rows int64[T]; cu_seqlens int32[n + 1]; token_weights uint16[total], the bits of
+fp16, and weights float32[T], both or neither. A sample takes up a slot, its length rounded up to `alignment`. With
 cp_size > 1, T is the share of one context-parallel rank: chunks cp_rank and
 2 * cp_size - 1 - cp_rank of the 2 * cp_size chunks of each slot; cu_seqlens is that of all ranks.
 Returns (num_tokens, num_supervised, max_seqlen); the first num_supervised elements of active_rows
-are valid. Nothing is written if an argument is wrong, but for an id that int32 cannot hold.)");
+are valid. Nothing is written if an argument is wrong, but for an id that int32 cannot hold and for a
+target's weight that is not positive.)");
+  module.def("count_targets", &count_targets, py::arg("store_tokens"), py::arg("supervised_bits"),
+             py::arg("offsets"), py::arg("token_weights") = py::none(),
+             R"(Counts the targets of every sample, whose first token is none.
+
+Arguments as for fill_micro_batch. Returns (targets int32[N], sum of their weights float64[N] or
+None).)");
 }

@@ -28,6 +28,10 @@ class TokenStore(Protocol):
     def offsets(self) -> NDArray[np.int64]:
         """int64 [num_samples + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
 
+    @property
+    def weights(self) -> NDArray[np.float16] | None:
+        """float16 [total], factor of each token's loss as a target, above 0; None = all 1."""
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -69,7 +73,7 @@ class MicroBatch:
         num_samples: samples in the row.
         num_tokens: tokens without padding.
         num_supervised: rows with a label.
-        weights: float32 [1, T], the sample's weight on rows with a label, else 0; None = all 1.
+        weights: float32 [1, T], factor of the loss on rows with a label, else 0; None = all 1.
         layout: how the samples lie in the row.
     """
 
@@ -150,6 +154,8 @@ class MicroBatch:
         if self.weights is not None:
             is_masked = not self.weights[0, ~labelled].any()
             require("weights", is_masked, "not 0 on a row without a label")
+            is_positive = bool((self.weights[0, labelled] > 0).all())
+            require("weights", is_positive, "not above 0 on a row with a label")
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Returns what cu_seqlens and the layout say of each row: position and slot.
@@ -252,7 +258,6 @@ def fill_micro_batch(
     num_rows: int,
     *,
     layout: RowLayout = PLAIN_LAYOUT,
-    sample_weights: NDArray[np.float32] | None = None,
     dtype: torch.dtype = torch.int64,
     buffers: RowBuffers | None = None,
     pin_memory: bool = False,
@@ -265,7 +270,6 @@ def fill_micro_batch(
         num_rows: rows over all context-parallel ranks, at least the slots' total and a multiple
             of cp_size; the rest is padding.
         layout: alignment, and the share of the row to fill.
-        sample_weights: float32 [n]; None = no weights.
         dtype: of tokens, labels and position_ids: torch.int64 or torch.int32.
         buffers: filled and returned as views, in place of new tensors; its dtype and memory count.
         pin_memory: new tensors are page-locked, so that `MicroBatch.to` a GPU does not wait.
@@ -279,7 +283,8 @@ def fill_micro_batch(
             f"size ({layout.cp_size})"
         )
     ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
-    rows, has_weights = num_rows // layout.cp_size, sample_weights is not None
+    rows, token_weights = num_rows // layout.cp_size, store.weights
+    has_weights = token_weights is not None
     if buffers is None:
         buffers = RowBuffers(
             rows, len(ids), dtype=dtype, has_weights=has_weights, pin_memory=pin_memory
@@ -290,23 +295,27 @@ def fill_micro_batch(
             f"expected at least {rows} and {len(ids)}"
         )
     if has_weights != (buffers.weights is not None):
-        raise ValueError("expected sample_weights exactly where the buffers have weights")
-    names = ("tokens", "labels", "position_ids", "active_rows")
+        raise ValueError(
+            "buffers have weights and the store has none, or the reverse; see RowBuffers"
+        )
+    names = ("tokens", "labels", "position_ids")
     views = {name: getattr(buffers, name)[:rows] for name in names}
     views["cu_seqlens"] = buffers.cu_seqlens[: len(ids) + 1]
-    if buffers.weights is not None:
-        views["weights"] = buffers.weights[:rows]
+    views["active_rows"] = buffers.active_rows[:rows]
+    weights = None if buffers.weights is None else buffers.weights[:rows]
+    # By place: looking up names takes longer than a short row.
     num_tokens, num_supervised, max_seqlen = _C.fill_micro_batch(
         store.tokens,
         store.supervised_bits,
         store.offsets,
         ids,
-        ignore_index=IGNORE_INDEX,
-        sample_weights=sample_weights,
+        IGNORE_INDEX,
+        *(view.numpy() for view in views.values()),
+        token_weights=None if token_weights is None else token_weights.view(np.uint16),
+        weights=None if weights is None else weights.numpy(),
         alignment=layout.alignment,
         cp_size=layout.cp_size,
         cp_rank=layout.cp_rank,
-        **{name: view.numpy() for name, view in views.items()},
     )
     return MicroBatch(
         tokens=views["tokens"][None],
@@ -319,6 +328,6 @@ def fill_micro_batch(
         num_samples=len(ids),
         num_tokens=num_tokens,
         num_supervised=num_supervised,
-        weights=views["weights"][None] if has_weights else None,
+        weights=None if weights is None else weights[None],
         layout=layout,
     )

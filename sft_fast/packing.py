@@ -35,6 +35,19 @@ class Planner(Protocol):
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]: ...
 
 
+class StoredTargets(Protocol):
+    """The part of a token store that `count_targets` reads; see `sft_fast.batch.TokenStore`."""
+
+    @property
+    def tokens(self) -> NDArray[np.uint32]: ...
+    @property
+    def supervised_bits(self) -> NDArray[np.uint8]: ...
+    @property
+    def offsets(self) -> NDArray[np.int64]: ...
+    @property
+    def weights(self) -> NDArray[np.float16] | None: ...
+
+
 PLANNERS: dict[str, Planner] = {
     "bfd": _C.plan_best_fit_decreasing,
     "window": _C.plan_window,
@@ -183,6 +196,18 @@ def choose_strategy(
     return ("window" if is_dense else "bfd"), reason
 
 
+def count_targets(
+    store: StoredTargets,
+) -> tuple[NDArray[np.int32], NDArray[np.float64] | None]:
+    """Returns the targets of each sample, int32 [N], and the sum of their weights, float64 [N].
+
+    The first token of a sample is no target: there is no row before it. The sums are None where
+    all weights are 1.
+    """
+    weights = None if store.weights is None else store.weights.view(np.uint16)
+    return _C.count_targets(store.tokens, store.supervised_bits, store.offsets, weights)
+
+
 def as_int32(lengths: NDArray[np.integer]) -> NDArray[np.int32]:
     """Returns lengths as contiguous int32 [N]; a value that does not survive raises ValueError."""
     array = np.asarray(lengths)
@@ -206,7 +231,10 @@ class StepCounts:
     num_tokens: int
     """Prompt and answer, without padding."""
     num_supervised: int
-    """Tokens that train: the denominator of the step's loss."""
+    """Tokens that train."""
+    loss_weight: float
+    """Sum of the weights of these tokens, num_supervised where all are 1: the denominator of the
+    step's loss."""
     num_slots: int
     """Tokens that the packed rows have room for."""
 
@@ -219,6 +247,7 @@ class Step:
         bins: int64 ids of samples, one array per bin.
         lengths: int32 [N], tokens of every sample that an id may name.
         supervised: int32 [N], their tokens that are a target.
+        loss_weights: float64 [N], the sum of these targets' weights; None = all weights are 1.
         capacity: tokens per bin.
         alignment: a sample takes up a multiple of this many tokens.
         cost_model: decides which rank computes which bins.
@@ -227,6 +256,7 @@ class Step:
     bins: list[Bin]
     lengths: NDArray[np.int32]
     supervised: NDArray[np.int32]
+    loss_weights: NDArray[np.float64] | None
     capacity: int
     alignment: int
     cost_model: CostModel
@@ -248,10 +278,13 @@ class Step:
     def counts(self) -> StepCounts:
         """Returns what the step holds."""
         sample_ids = np.concatenate(self.bins)
+        num_supervised = int(self.supervised[sample_ids].sum(dtype=np.int64))
+        weights = self.loss_weights
         return StepCounts(
             num_samples=len(sample_ids),
             num_tokens=int(self.lengths[sample_ids].sum(dtype=np.int64)),
-            num_supervised=int(self.supervised[sample_ids].sum(dtype=np.int64)),
+            num_supervised=num_supervised,
+            loss_weight=float(num_supervised if weights is None else weights[sample_ids].sum()),
             num_slots=self.capacity * len(self.bins),
         )
 
@@ -278,6 +311,7 @@ class StepPlan:
         seed: int = 0,
         options: PackingOptions = DEFAULT_OPTIONS,
         cost_model: CostModel = DEFAULT_COST_MODEL,
+        loss_weights: NDArray[np.float64] | None = None,
     ) -> None:
         """Plans epoch 0.
 
@@ -289,6 +323,8 @@ class StepPlan:
             strategy: see `plan_bins`.
             seed: see `plan_bins`.
             cost_model: decides which rank computes which bins of a step, and nothing else.
+            loss_weights: float64 [N], the sum of each sample's target weights; None = all weights
+                are 1. Decides what `counts` says, and nothing else.
 
         Raises:
             ValueError: there is nothing to train on, or an argument is out of range.
@@ -298,6 +334,11 @@ class StepPlan:
         if len(self.lengths) != len(self.supervised):
             raise ValueError(
                 f"lengths has {len(self.lengths)} samples, num_supervised {len(self.supervised)}"
+            )
+        self.loss_weights = loss_weights
+        if loss_weights is not None and len(loss_weights) != len(self.lengths):
+            raise ValueError(
+                f"lengths has {len(self.lengths)} samples, loss_weights {len(loss_weights)}"
             )
         if not self.supervised.any():
             raise ValueError(
@@ -394,6 +435,7 @@ class StepPlan:
             self.step_bins(*self.locate(global_step)),
             self.lengths,
             self.supervised,
+            self.loss_weights,
             self.capacity,
             self.options.alignment,
             self.cost_model,

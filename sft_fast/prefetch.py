@@ -159,6 +159,7 @@ class BatchLoader(Iterator[MicroBatch]):
                     -(-max_rows // layout.cp_size),
                     max_samples,
                     dtype=dtype,
+                    has_weights=store.weights is not None,
                     pin_memory=self.is_cuda,
                 )
                 for _ in range(depth + 2)

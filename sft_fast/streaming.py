@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from sft_fast import _C
 from sft_fast.balance import DEFAULT_COST_MODEL, CostModel
-from sft_fast.packing import DEFAULT_OPTIONS, MAX_CAPACITY, VERSION, Bin, PackingOptions, Step
+from sft_fast.packing import (
+    DEFAULT_OPTIONS,
+    MAX_CAPACITY,
+    VERSION,
+    Bin,
+    PackingOptions,
+    Step,
+    count_targets,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class StreamSample:
     """uint32 [n]."""
     supervised: NDArray[np.bool_]
     """bool [n]; True = the token is a target."""
+    weights: NDArray[np.float16] | None = None
+    """float16 [n], factor of each token's loss as a target, above 0; None = all 1."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +48,37 @@ class SampleStore:
     """uint8 [ceil(total / 8)], little-endian bits."""
     offsets: NDArray[np.int64]
     """int64 [num_samples + 1]."""
+    weights: NDArray[np.float16] | None = None
+    """float16 [total]; None = all 1."""
 
     @classmethod
     def of(cls, samples: list[StreamSample]) -> "SampleStore":
-        """Returns a store of `samples`."""
+        """Returns a store of `samples`; it has weights if one of them has."""
+        weights = None
+        if any(sample.weights is not None for sample in samples):
+            weights = np.concatenate(
+                [
+                    np.ones(len(one.tokens), np.float16) if one.weights is None else one.weights
+                    for one in samples
+                ]
+            )
         supervised = [np.zeros(0, np.bool_), *(sample.supervised for sample in samples)]
         return cls(
             np.concatenate([np.zeros(0, np.uint32), *(sample.tokens for sample in samples)]),
             np.packbits(np.concatenate(supervised), bitorder="little"),
             np.cumsum([0, *(len(sample.tokens) for sample in samples)], dtype=np.int64),
+            weights,
         )
 
     def samples(self) -> list[StreamSample]:
         """Returns the samples, as views."""
         supervised = np.unpackbits(self.supervised_bits, bitorder="little").astype(np.bool_)
         return [
-            StreamSample(self.tokens[begin:end], supervised[begin:end])
+            StreamSample(
+                self.tokens[begin:end],
+                supervised[begin:end],
+                None if self.weights is None else self.weights[begin:end],
+            )
             for begin, end in pairwise(self.offsets.tolist())
         ]
 
@@ -84,6 +109,8 @@ class StreamState:
     """uint8 [ceil(total / 8)], little-endian bits."""
     offsets: NDArray[np.int64]
     """int64 [n + 1], into tokens."""
+    weights: NDArray[np.float16]
+    """float16 [total], or empty: all 1."""
     rest_offsets: NDArray[np.int64]
     """int64 [num_bins + 1], into ids, once the stream has ended: the bins that are left. Else
     empty."""
@@ -175,7 +202,8 @@ class StreamPlan(Iterator[StreamStep]):
 
     def restore(self, state: StreamState) -> None:
         """Takes in the samples that were held."""
-        store = SampleStore(state.tokens, state.supervised_bits, state.offsets)
+        weights = state.weights if state.weights.size else None
+        store = SampleStore(state.tokens, state.supervised_bits, state.offsets, weights)
         self.held = dict(zip(state.ids.tolist(), store.samples(), strict=True))
         self.num_read = state.num_read
         if state.rest_offsets.size:
@@ -199,6 +227,7 @@ class StreamPlan(Iterator[StreamStep]):
             store.tokens,
             store.supervised_bits,
             store.offsets,
+            np.zeros(0, np.float16) if store.weights is None else store.weights,
             rest_offsets,
         )
 
@@ -219,18 +248,20 @@ class StreamPlan(Iterator[StreamStep]):
             raise StopIteration
         samples = [self.held.pop(sample_id) for sample_id in np.concatenate(bins).tolist()]
         lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
-        supervised = [np.count_nonzero(sample.supervised[1:]) for sample in samples]
+        store = SampleStore.of(samples)
+        supervised, loss_weights = count_targets(store)
         ends = np.cumsum([len(ids) for ids in bins])
         places = np.split(np.arange(len(samples), dtype=np.int64), ends[:-1])
         empty = [np.empty(0, np.int64)] * (self.global_batch_size - len(bins))
         return StreamStep(
             bins=places + empty,
             lengths=lengths,
-            supervised=np.array(supervised, np.int32),
+            supervised=supervised,
+            loss_weights=loss_weights,
             capacity=self.capacity,
             alignment=self.options.alignment,
             cost_model=self.cost_model,
-            store=SampleStore.of(samples),
+            store=store,
         )
 
     def next_bin(self) -> Bin | None:
@@ -257,6 +288,12 @@ class StreamPlan(Iterator[StreamStep]):
             raise ValueError(
                 f"sample {self.num_read} of the stream has tokens {tokens.shape} and a mask "
                 f"{supervised.shape}; expected equal shapes"
+            )
+        weights = sample.weights
+        if weights is not None and (weights.dtype, weights.shape) != (np.float16, tokens.shape):
+            raise ValueError(
+                f"sample {self.num_read} of the stream has {weights.dtype} weights "
+                f"{weights.shape}; expected float16 {tokens.shape}"
             )
         self.packer.add(self.num_read, len(tokens))
         self.held[self.num_read] = sample

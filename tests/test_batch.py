@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sft_fast.batch import MicroBatch, RowBuffers, RowLayout, fill_micro_batch
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.packing import count_targets
 from sft_fast.reference.packing import fill_row
 from token_stores import VOCAB_SIZE, ArrayStore, make_store
 
@@ -23,13 +24,19 @@ def chat_store() -> ArrayStore:
     return make_store([3, 9, 1, 12], supervised)
 
 
+def weighted(store: ArrayStore) -> ArrayStore:
+    """The store with weights 0.5, 1, 1.5, ... of its tokens."""
+    return replace(store, weights=np.arange(1, len(store.tokens) + 1).astype(np.float16) / 2)
+
+
 @st.composite
-def stores(draw: st.DrawFn) -> ArrayStore:
+def stores(draw: st.DrawFn, has_weights: bool = False) -> ArrayStore:
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
     # Runs, as chats have them, and noise, which they do not.
     runs = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=40))
     pattern = [value for value, count in runs for _ in range(count)]
-    return make_store(lengths, [pattern[t % len(pattern)] for t in range(sum(lengths))])
+    supervised = [pattern[t % len(pattern)] for t in range(sum(lengths))]
+    return make_store(lengths, supervised, has_weights=has_weights)
 
 
 @st.composite
@@ -41,13 +48,13 @@ def layouts(draw: st.DrawFn) -> RowLayout:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @settings(deadline=None)
-@given(store=stores(), layout=layouts(), has_weights=st.booleans(), data=st.data())
+@given(
+    store=st.booleans().flatmap(lambda has_weights: stores(has_weights)),
+    layout=layouts(),
+    data=st.data(),
+)
 def test_filling_equals_the_oracle(
-    store: ArrayStore,
-    layout: RowLayout,
-    has_weights: bool,
-    data: st.DataObject,
-    dtype: torch.dtype,
+    store: ArrayStore, layout: RowLayout, data: st.DataObject, dtype: torch.dtype
 ) -> None:
     if dtype == torch.int32:
         store = replace(store, tokens=store.tokens >> np.uint32(1))
@@ -56,10 +63,7 @@ def test_filling_equals_the_oracle(
     slots = -(-lengths[sample_ids] // layout.alignment) * layout.alignment
     num_local = max(1, int(slots.sum()) // layout.cp_size + data.draw(st.integers(0, 20)))
     num_rows = num_local * layout.cp_size
-    weights = np.random.default_rng(0).random(len(sample_ids), np.float32) if has_weights else None
-    batch = fill_micro_batch(
-        store, sample_ids, num_rows, layout=layout, sample_weights=weights, dtype=dtype
-    )
+    batch = fill_micro_batch(store, sample_ids, num_rows, layout=layout, dtype=dtype)
     expected = fill_row(
         store.tokens,
         store.supervised_bits,
@@ -69,9 +73,9 @@ def test_filling_equals_the_oracle(
         alignment=layout.alignment,
         cp_size=layout.cp_size,
         cp_rank=layout.cp_rank,
-        sample_weights=None if weights is None else weights.tolist(),
+        token_weights=store.weights,
     )._asdict()
-    if not has_weights:
+    if store.weights is None:
         assert expected.pop("weights").sum() == batch.num_supervised
         assert batch.weights is None
     ids = {torch.int64: np.int64, torch.int32: np.int32}[dtype]
@@ -110,6 +114,43 @@ def test_context_parallel_ranks_share_the_row(
     assert all(share.seqlens == whole.seqlens for share in shares)
 
 
+def test_weights_are_those_of_the_labels() -> None:
+    batch = fill_micro_batch(
+        weighted(make_store([3, 2], [False, True, True, False, True])), [1, 0], 6
+    )
+    assert batch.weights is not None
+    # Token 1 is the label of row 0 of its sample, and so on.
+    assert batch.weights.tolist() == [[2.5, 0, 1.0, 1.5, 0, 0]]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, np.inf, np.nan])
+def test_a_target_needs_a_positive_weight(weight: float) -> None:
+    store = weighted(make_store([3], [False, True, False]))
+    assert store.weights is not None
+    # Where nothing is supervised it does not matter.
+    store.weights[2] = weight
+    assert fill_micro_batch(store, [0], 3).num_supervised == 1
+    store.weights[1] = weight
+    problem = "damaged: token 1 is supervised with the weight .*; expected a positive number"
+    with pytest.raises(ValueError, match=problem):
+        fill_micro_batch(store, [0], 3)
+    with pytest.raises(ValueError, match=problem):
+        count_targets(store)
+
+
+@settings(deadline=None)
+@given(st.booleans().flatmap(lambda has_weights: stores(has_weights)))
+def test_targets_are_counted_as_they_are_filled(store: ArrayStore) -> None:
+    counts, sums = count_targets(store)
+    assert counts.dtype == np.int32 and (sums is None or sums.dtype == np.float64)
+    for sample in range(len(counts)):
+        batch = fill_micro_batch(store, [sample], 40)
+        assert counts[sample] == batch.num_supervised
+        if sums is not None:
+            assert batch.weights is not None
+            assert sums[sample] == batch.weights.double().sum()
+
+
 def test_int32_rows_cannot_hold_every_id() -> None:
     store = make_store([3], [True] * 3)
     store.tokens[:] = [1, 2**31, 2]
@@ -119,16 +160,15 @@ def test_int32_rows_cannot_hold_every_id() -> None:
 
 
 def test_buffers_are_reused() -> None:
-    store = chat_store()
+    store = weighted(chat_store())
     buffers = RowBuffers(40, 4, has_weights=True)
-    weights = np.array([2.0, 0.5, 1.0, 1.0], np.float32)
-    full = fill_micro_batch(store, [3, 1, 0, 2], 40, buffers=buffers, sample_weights=weights)
+    full = fill_micro_batch(store, [3, 1, 0, 2], 40, buffers=buffers)
     kept = full.to("cpu", copy=True)
-    again = fill_micro_batch(store, [1], 12, buffers=buffers, sample_weights=weights[:1])
+    again = fill_micro_batch(store, [1], 12, buffers=buffers)
     again.check(VOCAB_SIZE)
     assert again.tokens.data_ptr() == full.tokens.data_ptr() == buffers.tokens.data_ptr()
     # What was copied did not change, the view did.
-    expected = fill_micro_batch(store, [3, 1, 0, 2], 40, sample_weights=weights)
+    expected = fill_micro_batch(store, [3, 1, 0, 2], 40)
     for field in fields(MicroBatch):
         value = getattr(kept, field.name)
         if isinstance(value, torch.Tensor):
@@ -137,13 +177,13 @@ def test_buffers_are_reused() -> None:
 
 
 def test_buffers_that_do_not_fit() -> None:
-    store, weights = chat_store(), np.ones(2, np.float32)
+    store = chat_store()
     for buffers in (RowBuffers(11, 9), RowBuffers(99, 1)):
         with pytest.raises(ValueError, match="expected at least 12 and 2"):
             fill_micro_batch(store, [0, 1], 12, buffers=buffers)
-    with pytest.raises(ValueError, match="exactly where the buffers have weights"):
-        fill_micro_batch(store, [0, 1], 12, buffers=RowBuffers(12, 2), sample_weights=weights)
-    with pytest.raises(ValueError, match="exactly where the buffers have weights"):
+    with pytest.raises(ValueError, match="buffers have weights and the store has none, or the"):
+        fill_micro_batch(weighted(store), [0, 1], 12, buffers=RowBuffers(12, 2))
+    with pytest.raises(ValueError, match="buffers have weights and the store has none, or the"):
         fill_micro_batch(store, [0, 1], 12, buffers=RowBuffers(12, 2, has_weights=True))
     with pytest.raises(ValueError, match="dtype is torch.int16"):
         RowBuffers(12, 2, dtype=torch.int16)
@@ -194,7 +234,7 @@ def test_loss_mask_marks_the_labels() -> None:
 
 
 def test_reads_memory_maps(tmp_path: Path) -> None:
-    store = chat_store()
+    store = weighted(chat_store())
     mapped = {}
     for field in fields(store):
         array = getattr(store, field.name)
@@ -283,8 +323,7 @@ def test_check_names_wrong_dtypes_and_shapes(name: str) -> None:
 
 def test_check_knows_layouts_and_weights() -> None:
     layout = RowLayout(4, 2, 1)
-    weights = np.array([0.5, 2.0], np.float32)
-    batch = fill_micro_batch(chat_store(), [0, 1], 24, layout=layout, sample_weights=weights)
+    batch = fill_micro_batch(weighted(chat_store()), [0, 1], 24, layout=layout)
     batch.check(VOCAB_SIZE)
     assert batch.weights is not None
     padding_weighed = changed(batch.weights, (0, 11), 1)
@@ -294,6 +333,7 @@ def test_check_knows_layouts_and_weights() -> None:
         (replace(batch, layout=RowLayout(4)), "cu_seqlens"),
         (replace(batch, weights=batch.weights.double()), "weights"),
         (replace(batch, weights=padding_weighed), "weights"),
+        (replace(batch, weights=-batch.weights), "weights"),
     ]
     for one, name in wrong:
         with pytest.raises(ValueError, match=f"MicroBatch.{name}: "):

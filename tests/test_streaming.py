@@ -18,10 +18,14 @@ from sft_fast.streaming import StreamPlan, StreamSample, StreamState, StreamStep
 
 
 def stream(lengths: list[int] | np.ndarray) -> Iterator[StreamSample]:
-    """Sample i consists of tokens i; its last tokens are supervised, i % 3 of them."""
+    """Sample i consists of tokens i; its last tokens are supervised, i % 3 of them.
+
+    Every fifth sample has the weight 1 + i / 8.
+    """
     for number, length in enumerate(lengths):
         supervised = np.arange(length) >= length - number % 3
-        yield StreamSample(np.full(length, number, np.uint32), supervised)
+        weights = np.full(length, 1 + number / 8, np.float16) if number % 5 == 0 else None
+        yield StreamSample(np.full(length, number, np.uint32), supervised, weights)
 
 
 def make_plan(samples: Iterator[StreamSample], **changes: Any) -> StreamPlan:
@@ -38,6 +42,12 @@ def numbers_of(step: StreamStep) -> list[list[int]]:
     """The samples of each bin, by their number in the stream."""
     first = step.store.tokens[step.store.offsets[:-1]]
     return [first[one].tolist() for one in step.bins]
+
+
+def weights_of(step: StreamStep) -> np.ndarray:
+    """The weight of each token."""
+    weights = step.store.weights
+    return np.ones(len(step.store.tokens)) if weights is None else weights
 
 
 def random_lengths(count: int, longest: int = 60, seed: int = 0) -> np.ndarray:
@@ -115,10 +125,12 @@ def test_a_saved_stream_continues_exactly(tmp_path: Path, stop: int) -> None:
     continued = list(first)
     assert len(resumed) == len(continued) == len(straight) - stop
     for ours, theirs, expected_step in zip(resumed, continued, straight[stop:], strict=True):
-        for name in ("tokens", "supervised_bits", "offsets"):
-            expected = getattr(expected_step.store, name)
-            np.testing.assert_array_equal(getattr(ours.store, name), expected)
-            np.testing.assert_array_equal(getattr(theirs.store, name), expected)
+        assert ours.counts() == expected_step.counts()
+        for step in (ours, theirs):
+            for name in ("tokens", "supervised_bits", "offsets"):
+                expected = getattr(expected_step.store, name)
+                np.testing.assert_array_equal(getattr(step.store, name), expected)
+            np.testing.assert_array_equal(weights_of(step), weights_of(expected_step))
         assert numbers_of(ours) == numbers_of(expected_step)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def write_config(folder: Path, rows: dict[str, Path], name: str = "run") -> Path:
+def write_config(folder: Path, rows: Mapping[str, Path | str], name: str = "run") -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(SMALL.format(output=folder / name, **rows))
     return path
@@ -157,6 +158,31 @@ def test_overlapped_communication_exports_the_same_weights(
 def step_losses(run: Path) -> list[float]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "step"]
+
+
+def test_a_turn_of_weight_2_counts_as_the_turn_twice(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Weights go all the way from a row to loss and gradient; evaluation does not weigh."""
+    found = []
+    options = ("train.steps=1", "optim.warmup_steps=0", "export.enabled=false")
+    for name in ("weighted", "repeated"):
+        lines = []
+        for number in range(6):
+            answer: dict[str, Any] = {"role": "assistant", "content": str(number)}
+            times = 1 + number % 2
+            if name == "weighted":
+                answer["weight"], times = times / 2, 1
+            messages = [{"role": "user", "content": f"is it {number}"}, answer]
+            lines += [json.dumps({"messages": messages}) + "\n"] * times
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(lines))
+        path = write_config(tmp_path, {"train": file, "eval": "null"}, name)
+        train(rank_pool, 2, "--config", str(path), *options)
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        records = [json.loads(line) for line in text.splitlines()]
+        (step,) = (record for record in records if record["kind"] == "step")
+        assert step["num_samples"] == (6 if name == "weighted" else 9)
+        found.append([step["loss"], step["grad_norm"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_run_leaves_a_loadable_config_metrics_and_a_model(

@@ -19,6 +19,7 @@ class ListStore:
     supervised_bits: NDArray[np.uint8]
     offsets: NDArray[np.int64]
     files: tuple[tuple[int, str], ...] = ((0, "rows"),)
+    weights: NDArray[np.float16] | None = None
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -30,13 +31,23 @@ class ListStore:
         samples = np.split(mask, self.offsets[1:-1])
         return np.array([sample[1:].sum() for sample in samples], dtype=np.int32)
 
+    @property
+    def loss_weights(self) -> NDArray[np.float64] | None:
+        if self.weights is None:
+            return None
+        mask = np.unpackbits(self.supervised_bits, bitorder="little")[: len(self.tokens)]
+        mask[self.offsets[:-1]] = 0
+        return np.add.reduceat(mask * self.weights.astype(np.float64), self.offsets[:-1])
 
-def make_store(samples: list[tuple[list[int], list[int]]]) -> ListStore:
-    """samples: (tokens, supervised 0/1) each."""
+
+def make_store(
+    samples: list[tuple[list[int], list[int]]], weights: NDArray[np.float16] | None = None
+) -> ListStore:
+    """samples: (tokens, supervised 0/1) each; weights: float16 [total]."""
     tokens = np.concatenate([np.array(ids, dtype=np.uint32) for ids, _ in samples])
     mask = np.concatenate([np.array(bits, dtype=np.uint8) for _, bits in samples])
     offsets = np.cumsum([0, *(len(ids) for ids, _ in samples)]).astype(np.int64)
-    return ListStore(tokens, np.packbits(mask, bitorder="little"), offsets)
+    return ListStore(tokens, np.packbits(mask, bitorder="little"), offsets, weights=weights)
 
 
 def random_samples(count: int, seed: int, longest: int = 40) -> list[tuple[list[int], list[int]]]:

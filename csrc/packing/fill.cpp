@@ -4,7 +4,6 @@
 #include <bit>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -40,11 +39,30 @@ void check_layout(const RowLayout& layout) {
   }
 }
 
+void check_store(const TokenStoreView& store) {
+  if (store.offsets.empty()) fail("offsets is empty, expected num_samples + 1 elements");
+  check_size("supervised_bits", store.supervised_bits.size(), (store.tokens.size() + 7) / 8);
+  if (!store.weights.empty()) {
+    check_size("token_weights", store.weights.size(), store.tokens.size());
+  }
+}
+
+// The tokens [begin, end) of a sample that exists.
+std::pair<int64_t, int64_t> checked_span(const TokenStoreView& store, size_t id) {
+  const int64_t begin = store.offsets[id];
+  const int64_t end = store.offsets[id + 1];
+  const auto total = static_cast<int64_t>(store.tokens.size());
+  if (begin < 0 || end <= begin || end > total) {
+    fail("the token store is damaged: sample " + std::to_string(id) + " spans tokens " +
+         std::to_string(begin) + " to " + std::to_string(end) + " of " + std::to_string(total));
+  }
+  return {begin, end};
+}
+
 template <typename Id>
 void check_buffers(const TokenStoreView& store, size_t num_samples, const RowLayout& layout,
                    const MicroBatchView<Id>& out) {
-  if (store.offsets.empty()) fail("offsets is empty, expected num_samples + 1 elements");
-  check_size("supervised_bits", store.supervised_bits.size(), (store.tokens.size() + 7) / 8);
+  check_store(store);
   const size_t num_rows = out.tokens.size();
   constexpr auto kMaxRows = static_cast<size_t>(std::numeric_limits<int32_t>::max());
   if (num_rows > kMaxRows / static_cast<size_t>(layout.cp_size)) {
@@ -56,9 +74,7 @@ void check_buffers(const TokenStoreView& store, size_t num_samples, const RowLay
   check_size("position_ids", out.position_ids.size(), num_rows);
   check_size("active_rows", out.active_rows.size(), num_rows);
   check_size("cu_seqlens", out.cu_seqlens.size(), num_samples + 1);
-  const bool has_weights = !out.sample_weights.empty() || !out.weights.empty();
-  check_size("sample_weights", out.sample_weights.size(), has_weights ? num_samples : 0);
-  check_size("weights", out.weights.size(), has_weights ? num_rows : 0);
+  check_size("weights", out.weights.size(), store.weights.empty() ? 0 : num_rows);
 }
 
 int64_t round_up(int64_t length, int64_t alignment) {
@@ -69,7 +85,6 @@ int64_t round_up(int64_t length, int64_t alignment) {
 int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> sample_ids,
                       const RowLayout& layout, size_t num_rows) {
   const auto num_samples = static_cast<int64_t>(store.offsets.size()) - 1;
-  const auto total = static_cast<int64_t>(store.tokens.size());
   const int64_t end_of_row = static_cast<int64_t>(num_rows) * layout.cp_size;
   int64_t row = 0;
   int64_t longest = 0;
@@ -78,12 +93,7 @@ int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> samp
       fail("sample " + std::to_string(id) + " was asked for, but the token store holds " +
            std::to_string(num_samples) + " samples");
     }
-    const int64_t begin = store.offsets[static_cast<size_t>(id)];
-    const int64_t end = store.offsets[static_cast<size_t>(id) + 1];
-    if (begin < 0 || end <= begin || end > total) {
-      fail("the token store is damaged: sample " + std::to_string(id) + " spans tokens " +
-           std::to_string(begin) + " to " + std::to_string(end) + " of " + std::to_string(total));
-    }
+    const auto [begin, end] = checked_span(store, static_cast<size_t>(id));
     const int64_t slot = round_up(end - begin, layout.alignment);
     longest = std::max(longest, slot);
     row += slot;
@@ -98,25 +108,91 @@ int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> samp
 }
 
 // Returns the first t in [begin, end) whose bit differs from `value`, or end.
-int64_t run_end(const uint8_t* bits, int64_t begin, int64_t end, bool value) {
-  const unsigned flip = value ? 0xffu : 0u;
-  const uint64_t unbroken = value ? ~uint64_t{0} : 0;
+int64_t run_end(std::span<const uint8_t> bits, int64_t begin, int64_t end, bool value) {
+  static_assert(std::endian::native == std::endian::little);
+  const uint64_t flip = value ? ~uint64_t{0} : 0;
   int64_t t = begin;
   while (t < end) {
-    if (t % 8 == 0 && t + 64 <= end) {
-      uint64_t word;
-      std::memcpy(&word, bits + t / 8, sizeof(word));
-      if (word == unbroken) {
-        t += 64;
-        continue;
-      }
+    const auto place = static_cast<size_t>(t / 8);
+    uint64_t word = 0;
+    if (place + sizeof(word) <= bits.size()) {
+      std::memcpy(&word, bits.data() + place, sizeof(word));
+    } else {
+      std::memcpy(&word, bits.data() + place, bits.size() - place);
     }
-    // Bits that differ, with t's own in the lowest place.
-    const unsigned differing = (bits[t / 8] ^ flip) >> (t % 8);
+    // Bits that differ, with t's own in the lowest place; 0 from above the word is no difference.
+    const uint64_t differing = (word ^ flip) >> (t % 8);
     if (differing != 0) return std::min(end, t + std::countr_zero(differing));
-    t += 8 - t % 8;
+    t += 64 - t % 8;
   }
   return end;
+}
+
+// The loops that take the time, compiled for several instruction sets; the loader takes the best.
+// Sanitizers are not ready yet when it chooses.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(SFT_FAST_SANITIZE) && \
+    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#define SFT_FAST_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SFT_FAST_CLONES
+#endif
+
+// Returns all ids or-ed.
+SFT_FAST_CLONES uint32_t copy_ids(const uint32_t* __restrict from, int64_t count,
+                                  int32_t* __restrict to) {
+  uint32_t any = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    any |= from[i];
+    to[i] = static_cast<int32_t>(from[i]);
+  }
+  return any;
+}
+
+SFT_FAST_CLONES uint32_t copy_ids(const uint32_t* __restrict from, int64_t count,
+                                  int64_t* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  return 0;
+}
+
+SFT_FAST_CLONES void count_up(int32_t first, int64_t count, int32_t* __restrict to) {
+  const auto last = static_cast<int32_t>(count);
+  for (int32_t i = 0; i < last; ++i) to[i] = first + i;
+}
+
+SFT_FAST_CLONES void count_up(int64_t first, int64_t count, int64_t* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = first + i;
+}
+
+SFT_FAST_CLONES void repeat(int32_t value, int64_t count, int32_t* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+SFT_FAST_CLONES void repeat(int64_t value, int64_t count, int64_t* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// IEEE 754 binary16; C++20 has no type for it.
+float from_half(uint16_t bits) {
+  const uint32_t exponent = (bits >> 10) & 31u;
+  const uint32_t fraction = bits & 1023u;
+  const uint32_t sign = static_cast<uint32_t>(bits >> 15) << 31;
+  if (exponent == 0) {
+    const float value = static_cast<float>(fraction) * 0x1p-24f;
+    return sign == 0 ? value : -value;
+  }
+  const uint32_t wide = exponent == 31 ? 255u : exponent + 112;
+  return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
+}
+
+float checked_weight(const TokenStoreView& store, int64_t t) {
+  const float weight = from_half(store.weights[static_cast<size_t>(t)]);
+  if (!(weight > 0.0f) || weight > std::numeric_limits<float>::max()) {
+    fail("the token store is damaged: token " + std::to_string(t) +
+         " is supervised with the weight " + std::to_string(weight) +
+         "; expected a positive number");
+  }
+  return weight;
 }
 
 // Writes a row from left to right.
@@ -127,27 +203,27 @@ class RowWriter {
       : store_(store), ignore_index_(static_cast<Id>(ignore_index)), out_(out) {}
 
   // Appends positions [begin, end) of the slot of the sample that is store[first, last).
-  void append(int64_t first, int64_t last, int64_t begin, int64_t end, float weight) {
+  void append(int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t length = last - first;
     const int64_t num_real = std::clamp(length - begin, int64_t{0}, end - begin);
     copy_tokens(first + begin, num_real);
-    std::iota(out_.position_ids.data() + row_, out_.position_ids.data() + row_ + (end - begin),
-              static_cast<Id>(begin));
+    count_up(static_cast<Id>(begin), end - begin, out_.position_ids.data() + row_);
     // The row of token t is labelled with token t + 1, so the first token is never a label.
     const int64_t num_labels = std::clamp(length - 1 - begin, int64_t{0}, end - begin);
-    label(first + begin + 1, num_labels, weight);
+    label(first + begin + 1, num_labels);
     ignore(row_ + num_labels, row_ + (end - begin));
     num_tokens_ += num_real;
     row_ += num_real;
     const int64_t num_padding = end - begin - num_real;
-    std::fill_n(out_.tokens.data() + row_, num_padding, Id{0});
+    repeat(Id{0}, num_padding, out_.tokens.data() + row_);
     row_ += num_padding;
   }
 
   void pad() {
-    std::fill(out_.tokens.begin() + row_, out_.tokens.end(), Id{0});
-    std::fill(out_.position_ids.begin() + row_, out_.position_ids.end(), Id{0});
-    ignore(row_, static_cast<int64_t>(out_.labels.size()));
+    const auto num_rows = static_cast<int64_t>(out_.tokens.size());
+    repeat(Id{0}, num_rows - row_, out_.tokens.data() + row_);
+    repeat(Id{0}, num_rows - row_, out_.position_ids.data() + row_);
+    ignore(row_, num_rows);
   }
 
   int64_t num_tokens() const { return num_tokens_; }
@@ -155,38 +231,33 @@ class RowWriter {
 
  private:
   void copy_tokens(int64_t t, int64_t count) {
-    const uint32_t* from = store_.tokens.data() + t;
-    std::copy(from, from + count, out_.tokens.data() + row_);
-    if constexpr (sizeof(Id) == sizeof(uint32_t)) {
-      uint32_t any = 0;
-      for (int64_t i = 0; i < count; ++i) any |= from[i];
-      if (any > static_cast<uint32_t>(std::numeric_limits<Id>::max())) {
-        fail("the token store holds an id of 2^31 or more; int32 rows cannot");
-      }
+    const uint32_t any = copy_ids(store_.tokens.data() + t, count, out_.tokens.data() + row_);
+    if (any > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
+      fail("the token store holds an id of 2^31 or more; int32 rows cannot");
     }
   }
 
   // Labels `count` rows from row_ on with the tokens from t on.
-  void label(int64_t t, int64_t count, float weight) {
-    const uint8_t* bits = store_.supervised_bits.data();
+  void label(int64_t t, int64_t count) {
+    const std::span<const uint8_t> bits = store_.supervised_bits;
     const int64_t to_row = row_ - t;
     const int64_t end = t + count;
     while (t < end) {
       const int64_t first = run_end(bits, t, end, false);
       ignore(t + to_row, first + to_row);
       t = run_end(bits, first, end, true);
-      std::copy(store_.tokens.data() + first, store_.tokens.data() + t,
-                out_.labels.data() + (first + to_row));
-      int64_t* active_rows = out_.active_rows.data() + num_supervised_;
-      std::iota(active_rows, active_rows + (t - first), first + to_row);
-      if (!out_.weights.empty())
-        std::fill_n(out_.weights.data() + first + to_row, t - first, weight);
+      copy_ids(store_.tokens.data() + first, t - first, out_.labels.data() + (first + to_row));
+      count_up(first + to_row, t - first, out_.active_rows.data() + num_supervised_);
+      if (!out_.weights.empty()) {
+        float* weights = out_.weights.data() + to_row;
+        for (int64_t i = first; i < t; ++i) weights[i] = checked_weight(store_, i);
+      }
       num_supervised_ += t - first;
     }
   }
 
   void ignore(int64_t begin, int64_t end) {
-    std::fill(out_.labels.begin() + begin, out_.labels.begin() + end, ignore_index_);
+    repeat(ignore_index_, end - begin, out_.labels.data() + begin);
     if (!out_.weights.empty()) {
       std::fill(out_.weights.begin() + begin, out_.weights.begin() + end, 0.0f);
     }
@@ -229,20 +300,46 @@ MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const i
     const int64_t first = store.offsets[static_cast<size_t>(sample_ids[i])];
     const int64_t last = store.offsets[static_cast<size_t>(sample_ids[i]) + 1];
     const int64_t slot = round_up(last - first, layout.alignment);
-    const float weight = out.weights.empty() ? 0.0f : out.sample_weights[i];
     if (layout.cp_size == 1) {
-      writer.append(first, last, 0, slot, weight);
+      writer.append(first, last, 0, slot);
     } else {
       const int64_t chunk = slot / (2 * layout.cp_size);
       const int64_t early = layout.cp_rank * chunk;
       const int64_t late = (2 * layout.cp_size - 1 - layout.cp_rank) * chunk;
-      writer.append(first, last, early, early + chunk, weight);
-      writer.append(first, last, late, late + chunk, weight);
+      writer.append(first, last, early, early + chunk);
+      writer.append(first, last, late, late + chunk);
     }
     out.cu_seqlens[i + 1] = out.cu_seqlens[i] + static_cast<int32_t>(slot);
   }
   writer.pad();
   return {writer.num_tokens(), writer.num_supervised(), max_seqlen};
+}
+
+void count_targets(const TokenStoreView& store, std::span<int32_t> counts,
+                   std::span<double> weights) {
+  check_store(store);
+  const size_t num_samples = store.offsets.size() - 1;
+  check_size("counts", counts.size(), num_samples);
+  check_size("weights", weights.size(), store.weights.empty() ? 0 : num_samples);
+  const std::span<const uint8_t> bits = store.supervised_bits;
+  for (size_t id = 0; id < num_samples; ++id) {
+    const auto [begin, end] = checked_span(store, id);
+    int64_t count = 0;
+    double weight = 0.0;
+    for (int64_t t = begin + 1; t < end;) {
+      const int64_t first = run_end(bits, t, end, false);
+      t = run_end(bits, first, end, true);
+      count += t - first;
+      if (weights.empty()) continue;
+      for (int64_t i = first; i < t; ++i) weight += checked_weight(store, i);
+    }
+    if (count > std::numeric_limits<int32_t>::max()) {
+      fail("sample " + std::to_string(id) + " has " + std::to_string(count) +
+           " targets; expected fewer than 2^31");
+    }
+    counts[id] = static_cast<int32_t>(count);
+    if (!weights.empty()) weights[id] = weight;
+  }
 }
 
 template MicroBatchCounts fill_micro_batch(const TokenStoreView&, std::span<const int64_t>, int64_t,

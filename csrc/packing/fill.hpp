@@ -12,6 +12,8 @@ struct TokenStoreView {
   std::span<const uint8_t> supervised_bits;  // [ceil(total / 8)]: bit t % 8 of byte t / 8 is set
                                              // if token t is to be predicted
   std::span<const int64_t> offsets;          // [num_samples + 1], ascending from 0 to total
+  std::span<const uint16_t> weights;         // [total], bits of the fp16 factor of a token's loss;
+                                             // empty: all 1
 };
 
 // How samples lie in a row. Each takes up a slot, its length rounded up to the alignment. Under
@@ -33,9 +35,8 @@ struct MicroBatchView {
   std::span<int32_t> cu_seqlens;   // [num samples taken + 1]: where slots begin, over all ranks
   std::span<int64_t> active_rows;  // [num_rows]; the first num_supervised are written: the rows
                                    // with a label, ascending
-  std::span<const float> sample_weights;  // [num samples taken], or empty
-  std::span<float> weights;               // [num_rows]: the sample's on rows with a label, else 0;
-                                          // empty where sample_weights is
+  std::span<float> weights;        // [num_rows]: the label's on rows with a label, else 0; empty
+                                   // where the store's are
 };
 
 struct MicroBatchCounts {
@@ -46,10 +47,16 @@ struct MicroBatchCounts {
 
 // Throws std::invalid_argument, before anything is written, if the samples do not exist, are empty,
 // do not fit, or the store, the layout or the buffers are inconsistent. A token that Id cannot hold
-// is found on the way.
+// and a target's weight that is not positive and finite are found on the way.
 template <typename Id>
 MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const int64_t> sample_ids,
                                   int64_t ignore_index, const RowLayout& layout,
                                   const MicroBatchView<Id>& out);
+
+// Counts the targets of every sample, the first token of each aside: it has no row before it.
+// counts is [num_samples]; weights, the sum of the targets' weights, is too, or empty. Throws
+// std::invalid_argument if the store is inconsistent or a target's weight is not positive.
+void count_targets(const TokenStoreView& store, std::span<int32_t> counts,
+                   std::span<double> weights);
 
 }  // namespace sft_fast

@@ -234,14 +234,28 @@ void fuzz_fill(Dice& dice) {
   std::vector<Id> row_tokens(num_rows), labels(num_rows), position_ids(num_rows);
   std::vector<int32_t> cu_seqlens(ids.size() + 1);
   std::vector<int64_t> active_rows(num_rows);
-  const bool has_weights = !ids.empty() && num_rows > 0 && dice.one_in(2);
-  std::vector<float> sample_weights(has_weights ? ids.size() : 0, 1.0f);
+  // The bits of 1, or any: a weight may then be negative or no number.
+  const bool has_weights = !tokens.empty() && num_rows > 0 && dice.one_in(2);
+  std::vector<uint16_t> token_weights(has_weights ? tokens.size() : 0, 0x3c00);
+  if (has_weights && dice.one_in(4)) {
+    for (auto& weight : token_weights) weight = static_cast<uint16_t>(dice.bits());
+    if (fate == Fate::kWorks) fate = Fate::kUnknown;
+  }
   std::vector<float> weights(has_weights ? num_rows : 0);
-  const MicroBatchView<Id> out{row_tokens,  labels,         position_ids, cu_seqlens,
-                               active_rows, sample_weights, weights};
+  const MicroBatchView<Id> out{row_tokens, labels, position_ids, cu_seqlens, active_rows, weights};
+  const TokenStoreView store{tokens, bits, offsets, token_weights};
+  std::vector<int32_t> targets(offsets.size() - 1);
+  std::vector<double> sums(has_weights ? targets.size() : 0);
   try {
-    const MicroBatchCounts counts =
-        fill_micro_batch<Id>({tokens, bits, offsets}, ids, -100, layout, out);
+    count_targets(store, targets, sums);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      require(targets[i] >= 0 && targets[i] < offsets[i + 1] - offsets[i], "targets of a sample");
+    }
+  } catch (const std::invalid_argument&) {
+    require(fate != Fate::kWorks, "good stores are counted");
+  }
+  try {
+    const MicroBatchCounts counts = fill_micro_batch<Id>(store, ids, -100, layout, out);
     require(fate != Fate::kFails, "bad input is refused");
     int64_t num_labels = 0;
     for (const Id label : labels) num_labels += label != -100;

@@ -337,8 +337,11 @@ def _openai_message(turn: Any, number: int) -> Message:
         raise ValueError(f"turn {number} ({role}) has no content and no tool_calls")
     weight, train = keys.pop("weight", None), keys.pop("train", None)
     weight = 1 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 100:
-        raise ValueError(f"'weight' of turn {number} is {weight!r}; expected a number, 0 to 100")
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not (weight == 0 or 1e-4 <= weight <= 100):
+        raise ValueError(
+            f"'weight' of turn {number} is {weight!r}; expected 0, or a number from 0.0001 to 100"
+        )
     if train not in (None, True, False):
         raise ValueError(f"'train' of turn {number} is {train!r}; expected true or false")
     name = keys.pop("name", None)

@@ -133,8 +133,7 @@ def check_eval_is_not_train(store: TokenStore, eval_store: TokenStore) -> None:
 
 
 def _hash(store: TokenStore, number: int) -> int:
-    start, stop = int(store.offsets[number]), int(store.offsets[number + 1])
-    return xxhash.xxh3_64_intdigest(store.tokens[start:stop].data)
+    return xxhash.xxh3_64_intdigest(store.tokens[slice(*store.span(number))].data)
 
 
 def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport) -> None:
@@ -146,10 +145,9 @@ def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport
     for numbers in (*[np.arange(store.num_samples)] * whole, np.sort(thinned[:rest])):
         for number in numbers.tolist():
             tokens, supervised = store.sample(number)
-            start = int(store.offsets[number])
             weights = store.weights
-            chosen = None if weights is None else weights[start : start + len(tokens)]
-            writer.add(tokens, supervised, store.file(number), int(store.lines[number]), chosen)
+            chosen = None if weights is None else weights[slice(*store.span(number))]
+            writer.add(tokens, supervised, store.file(number), store.line(number), chosen)
             report.samples += 1
             report.tokens += len(tokens)
             report.supervised_tokens += int(np.count_nonzero(supervised[1:]))

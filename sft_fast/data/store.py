@@ -5,13 +5,13 @@ A store is a directory:
     tokens.bin         uint32 [total]        token ids, samples one after another
     supervised.bin     uint8 [total / 8]     1 bit per token, little-endian: the token is a target
     weights.bin        float16 [total]       factor of each token's loss; only if one is not 1
-    offsets.bin        int64 [N + 1]         sample i is tokens[offsets[i]:offsets[i + 1]]
-    num_supervised.bin int32 [N]             supervised tokens of each sample, the first one aside
-    lines.bin          uint32 [N]            line of the row of each sample
+    lengths.*.bin      column [N]            tokens of each sample
+    lines.*.bin        column [N]            line of each sample's row, as the step from the last
     rejected.jsonl     the rows that were dropped or truncated: file, line, reason, message
     meta.json          version, fingerprint and what it was made of, sizes, files, report
 
-That is 4.125 bytes a token and 16 a sample: from 59 tokens a sample on, at most 1.1 times the ids.
+That is 4.125 bytes a token and, for the two columns (columns.py), 0.25 to 3.25 bytes a sample as a
+rule: at most 1.1 times the ids from 12 tokens a sample on, weights aside.
 """
 
 from __future__ import annotations
@@ -37,19 +37,25 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-STORE_VERSION = 2
+from sft_fast.data.columns import BLOCK_DTYPE, Column
+from sft_fast.packing import count_targets
+
+STORE_VERSION = 3
 FLUSH_TOKENS = 1 << 20
 """Tokens collected in memory before they are written; a multiple of 8."""
 META_FILE = "meta.json"
 REJECTED_FILE = "rejected.jsonl"
-ARRAYS: dict[str, type[np.generic]] = {
-    "tokens": np.uint32,
-    "supervised": np.uint8,
-    "weights": np.float16,
-    "offsets": np.int64,
-    "num_supervised": np.int32,
-    "lines": np.uint32,
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "tokens": np.dtype(np.uint32),
+    "supervised": np.dtype(np.uint8),
+    "weights": np.dtype(np.float16),
+    "lengths.blocks": BLOCK_DTYPE,
+    "lengths.data": np.dtype(np.uint8),
+    "lines.blocks": BLOCK_DTYPE,
+    "lines.data": np.dtype(np.uint8),
 }
+STEP_BIAS = 1 << 31
+"""Added to the steps of line numbers: another file starts again at line 1."""
 OLD_BUILD_SECONDS = 24 * 3600
 """Age at which a build that was left behind by another machine is removed."""
 
@@ -119,50 +125,78 @@ class TokenStore:
         tokens: uint32 [total] memory map.
         supervised_bits: uint8 [ceil(total / 8)] memory map; bit t % 8 of byte t // 8, counted from
             the lowest, is 1 if token t is supervised as a target.
-        offsets: int64 [num_samples + 1] memory map.
-        lengths: int32 [num_samples], tokens; computed on first use.
-        num_supervised: int32 [num_samples] memory map; the first token of a sample has no position
-            before it, is never a target and does not count.
-        weights: float16 [total] memory map, factor of each token's loss; None: all 1.
+        offsets: int64 [num_samples + 1]; computed on first use, as the next three are.
+        lengths: int32 [num_samples], tokens.
+        num_supervised: int32 [num_samples]; the first token of a sample has no position before it,
+            is never a target and does not count.
+        loss_weights: float64 [num_samples], sum of the weights of these targets; None: all 1.
+        weights: float16 [total] memory map, factor of each target's loss, above 0; None: all 1.
         fingerprint: of everything that the content depends on.
         parts: what the fingerprint was made of, name -> value or digest.
         report: how the store was built.
-        lines: uint32 [num_samples] memory map, line of each sample's row.
         files: (first sample, name) of every file, in order.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], arrays: dict[str, np.memmap]) -> None:
+    def __init__(
+        self, path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]
+    ) -> None:
         self.path = path
         self.tokens = arrays["tokens"]
         self.supervised_bits = arrays["supervised"]
-        self.offsets = arrays["offsets"]
-        self.num_supervised = arrays["num_supervised"]
         self.weights = arrays.get("weights")
         self.fingerprint: str = meta["fingerprint"]
         self.parts: dict[str, Any] = meta["parts"]
         self.report = DataReport(**meta["report"])
-        self.lines = arrays["lines"]
+        columns = (
+            Column(meta["samples"], arrays[f"{name}.blocks"], arrays[f"{name}.data"])
+            for name in ("lengths", "lines")
+        )
+        self._lengths, self._line_steps = columns
         self.files: list[tuple[int, str]] = [(first, name) for first, name in meta["files"]]
 
     @property
     def num_samples(self) -> int:
-        return len(self.lines)
+        return self._lengths.size
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
-        return np.diff(self.offsets).astype(np.int32)
+        return self._lengths.values().astype(np.int32)
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    @cached_property
+    def _targets(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64] | None]:
+        return count_targets(self)
+
+    @property
+    def num_supervised(self) -> npt.NDArray[np.int32]:
+        return self._targets[0]
+
+    @property
+    def loss_weights(self) -> npt.NDArray[np.float64] | None:
+        return self._targets[1]
 
     def file(self, sample: int) -> str:
         """Name of the file that a sample was made from."""
         return self.files[bisect_right(self.files, sample, key=lambda entry: entry[0]) - 1][1]
 
+    def line(self, sample: int) -> int:
+        """Line of the row that a sample was made from."""
+        return self._line_steps.sum(sample + 1) - (sample + 1) * STEP_BIAS
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """The sample is tokens[start:stop]; found without computing the offsets of all."""
+        return self._lengths.sum(sample), self._lengths.sum(sample + 1)
+
     def origin(self, sample: int) -> str:
         """`file:line` of the row that a sample was made from."""
-        return f"{self.file(sample)}:{self.lines[sample]}"
+        return f"{self.file(sample)}:{self.line(sample)}"
 
     def sample(self, sample: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Token ids uint32 [n] and supervised mask bool [n] of one sample."""
-        start, stop = int(self.offsets[sample]), int(self.offsets[sample + 1])
+        start, stop = self.span(sample)
         first = start // 8
         bits = np.unpackbits(self.supervised_bits[first : (stop + 7) // 8], bitorder="little")
         mask = bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
@@ -187,7 +221,7 @@ def open_store(path: str | Path) -> TokenStore:
             f"the token store {path} has version {meta.get('version')}, expected {STORE_VERSION}; "
             "delete it and it is built anew"
         )
-    arrays = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
     for name in meta["bytes"]:
         file = path / f"{name}.bin"
         found = file.stat().st_size if file.exists() else None
@@ -197,7 +231,9 @@ def open_store(path: str | Path) -> TokenStore:
                 f"{file} has {'no' if found is None else found} bytes, expected {expected}; "
                 f"delete {path} and it is built anew"
             )
-        arrays[name] = np.memmap(file, dtype=ARRAYS[name], mode="r")
+        dtype = ARRAYS[name]
+        # An empty file cannot be mapped.
+        arrays[name] = np.memmap(file, dtype, "r") if expected else np.zeros(0, dtype)
     return TokenStore(path, meta, arrays)
 
 
@@ -234,8 +270,7 @@ class StoreWriter:
         self._num_written = 0
         self._weight_file: BinaryIO | None = None
         self._pending_weights: list[npt.NDArray[np.float16]] = []
-        self._offsets = array("q", [0])
-        self._num_supervised = array("i")
+        self._lengths = array("I")
         self._lines = array("I")
         self._files: list[tuple[int, str]] = []
 
@@ -259,7 +294,13 @@ class StoreWriter:
         line: int,
         weights: npt.NDArray[np.float16] | None = None,
     ) -> None:
-        """Appends a sample: ids [n], mask [n], the row it comes from, weights [n] or all 1."""
+        """Appends a sample.
+
+        Args:
+            input_ids, supervised: uint32 and bool [n].
+            file, line: the row it comes from; line is below 2^31.
+            weights: float16 [n], above 0 where supervised; None: all 1.
+        """
         if weights is not None and self._weight_file is None:
             self._start_weights()
         if self._weight_file is not None:
@@ -268,8 +309,7 @@ class StoreWriter:
         self._pending_tokens.append(input_ids)
         self._pending_bits.append(supervised)
         self._num_pending += len(input_ids)
-        self._offsets.append(self._offsets[-1] + len(input_ids))
-        self._num_supervised.append(int(np.count_nonzero(supervised[1:])))
+        self._lengths.append(len(input_ids))
         if not self._files or self._files[-1][1] != file:
             self._files.append((len(self._lines), file))
         self._lines.append(line)
@@ -289,20 +329,23 @@ class StoreWriter:
             parts: what the fingerprint was made of.
             report: what became of the rows.
         """
-        assert self._num_supervised, "an empty store cannot be memory-mapped"
+        assert self._lengths, "an empty store cannot be memory-mapped"
         self._flush(last=True)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "offsets": np.frombuffer(self._offsets, dtype=np.int64),
-            "num_supervised": np.frombuffer(self._num_supervised, dtype=np.int32),
-            "lines": np.frombuffer(self._lines, dtype=np.uint32),
+        steps = np.diff(np.frombuffer(self._lines, np.uint32).astype(np.int64), prepend=0)
+        columns = {
+            "lengths": np.frombuffer(self._lengths, np.uint32),
+            "lines": (steps + STEP_BIAS).astype(np.uint32),
         }
-        for name, values in arrays.items():
-            values.tofile(self._folder / f"{name}.bin")
+        for name, values in columns.items():
+            column = Column.of(values)
+            column.blocks.tofile(self._folder / f"{name}.blocks.bin")
+            column.data.tofile(self._folder / f"{name}.data.bin")
         self._open_files.close()
         meta = {
             "version": STORE_VERSION,
             "fingerprint": fingerprint,
             "parts": dict(parts),
+            "samples": len(self._lengths),
             "bytes": {
                 name: (self._folder / f"{name}.bin").stat().st_size
                 for name in ARRAYS

@@ -33,6 +33,8 @@ class PackedSamples(PackedSeqParams):
     """int64 [num_supervised]: rows that have a label."""
     wants_outputs: bool = False
     """The model returns log probabilities, entropies and correctness in place of losses."""
+    token_weights: Tensor | None = None
+    """float32 [1, T]: factor of each row's loss; None = 1."""
 
     @cached_property
     def groups(self) -> tuple[list[Tensor], Tensor]:
@@ -61,7 +63,10 @@ class PackedSamples(PackedSeqParams):
 
 
 def pack_samples(
-    seqlens: tuple[int, ...], cu_seqlens: Tensor, active_rows: Tensor | None = None
+    seqlens: tuple[int, ...],
+    cu_seqlens: Tensor,
+    active_rows: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> PackedSamples:
     """Describes the samples of a row.
 
@@ -82,6 +87,7 @@ def pack_samples(
         max_seqlen_kv=longest,
         seqlens=seqlens,
         active_rows=active_rows,
+        token_weights=token_weights,
     )
 
 

@@ -39,6 +39,7 @@ def make_plan(
         global_batch_size=config.train.global_batch_size,
         options=PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size),
         cost_model=cost_model,
+        loss_weights=None if store.loss_weights is None else store.loss_weights[:max_samples],
     )
 
 

@@ -1,7 +1,7 @@
 """Evaluation during training: loss, accuracy, perplexity and metrics of your own, per source.
 
-The loss is the cross-entropy of the supervised tokens, without label smoothing, z-loss or custom
-loss, so that runs with other training losses can be compared.
+The loss is the cross-entropy of the supervised tokens, without weights, label smoothing, z-loss or
+custom loss, so that runs with other training losses can be compared.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Megatron's training contract: forward_step(data_iterator, model) and its loss_func.
 
 Both fit megatron-core's schedules and Megatron-LM's `pretrain()`. The returned loss is a sum over
-supervised tokens; with `calculate_per_token_loss` the schedule divides the gradient by the
-supervised tokens of the global batch.
+supervised tokens, each times its weight; with `calculate_per_token_loss` the schedule divides the
+gradient by the supervised tokens of the global batch, and our own trainer by their weights.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
 
     Args:
         num_supervised: supervised tokens of the micro-batch, known on the CPU.
-        losses: [b, s] fp32, zero where unsupervised.
+        losses: [b, s] fp32, weighted, zero where unsupervised.
 
     Returns: (loss_sum, num_tokens int32, report); the report's "lm loss" is [loss_sum, num_tokens].
     """
@@ -64,6 +64,6 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
 
 def packed_samples(batch: MicroBatch, wants_outputs: bool = False) -> PackedSamples:
     """What the layers need to know of a micro-batch."""
-    samples = pack_samples(batch.seqlens, batch.cu_seqlens, batch.active_rows)
+    samples = pack_samples(batch.seqlens, batch.cu_seqlens, batch.active_rows, batch.weights)
     samples.wants_outputs = wants_outputs
     return samples

@@ -150,11 +150,6 @@ def read_store(
         store = open_configured_store(config, rows, tokenizer, logger.info)
         if apart_from is not None and config.data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
-        if store.weights is not None:
-            raise ValueError(
-                f"{key}: turns of {store.report.source} have a weight that is neither 0 nor 1, "
-                "which this trainer does not support yet; remove these weights"
-            )
 
     once_per_node(key, prepare)
     return open_configured_store(config, rows, tokenizer)

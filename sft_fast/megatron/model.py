@@ -63,12 +63,15 @@ class LossOutputLayer(ColumnParallelLinear):
         labels: Tensor | None = None,
         active_rows: Tensor | None = None,
         wants_outputs: bool = False,
+        token_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits as megatron gives them, or with `labels` [b, s] the per-token loss [b, s] fp32.
 
         With `wants_outputs`: [3, b, s] fp32, log probability of the label without label smoothing
         and z-loss, entropy, correctness.
+
+        token_weights [b, s] multiplies the loss, a custom one too.
         """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output, **kwargs)
@@ -92,6 +95,7 @@ class LossOutputLayer(ColumnParallelLinear):
             self.weight if weight is None else weight,
             labels,
             active_rows=active_rows,
+            token_weights=None if is_custom else token_weights,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
@@ -103,7 +107,10 @@ class LossOutputLayer(ColumnParallelLinear):
             policy=config.policy,
             memory_budget=round(config.memory_budget_gib * 2**30),
         )
-        return custom_losses(config.custom, losses, labels) if config.custom else losses
+        if config.custom is None:
+            return losses
+        losses = custom_losses(config.custom, losses, labels)
+        return losses if token_weights is None else losses * token_weights
 
 
 class SFTModel(GPTModel):
@@ -151,9 +158,11 @@ class SFTModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        active_rows, wants_outputs = None, False
+        active_rows = token_weights = None
+        wants_outputs = False
         if isinstance(packed_seq_params, PackedSamples):
             active_rows = packed_seq_params.active_rows
+            token_weights = packed_seq_params.token_weights
             wants_outputs = packed_seq_params.wants_outputs
         return self.output_layer(
             hidden_states,
@@ -161,6 +170,7 @@ class SFTModel(GPTModel):
             labels=labels,
             active_rows=active_rows,
             wants_outputs=wants_outputs,
+            token_weights=token_weights,
         )
 
 

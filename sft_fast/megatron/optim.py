@@ -140,16 +140,16 @@ def gather_parameters(model: ModuleList) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def normalise_by(model: ModuleList, num_supervised: int) -> None:
-    """Makes this step's gradient the mean over the global batch's supervised tokens.
+def normalise_by(model: ModuleList, loss_weight: float) -> None:
+    """Makes this step's gradient the weighted mean over the global batch's supervised tokens.
 
-    The count comes from the packing plan, so no device has to be asked for it and no collective
-    carries it; megatron's own way would do both.
+    The sum of their weights comes from the packing plan, so no device has to be asked for it and
+    no collective carries it; megatron's own way would do both.
     """
-    parts_of(model)[0].config.finalize_model_grads_func = partial(finalize_with, num_supervised)
+    parts_of(model)[0].config.finalize_model_grads_func = partial(finalize_with, loss_weight)
 
 
-def finalize_with(num_supervised: int, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
+def finalize_with(loss_weight: float, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
     finalize_model_grads(model, None, **kwargs)
     for chunk in model:
-        chunk.scale_gradients(1.0 / max(num_supervised, 1))
+        chunk.scale_gradients(1.0 / (loss_weight or 1.0))

@@ -46,6 +46,7 @@ from sft_fast.megatron.optim import (
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics import MetricsWriter, StepResult
+from sft_fast.packing import StepCounts
 from sft_fast.standing import Standing
 
 
@@ -62,15 +63,20 @@ class Run:
 def train_step(
     run: Run,
     batches: Iterator[MicroBatch],
-    num_supervised: int,
+    counts: StepCounts,
     config: Config,
     parallel: Parallel,
 ) -> StepResult:
-    """One optimizer step; the only place where gradients happen."""
+    """One optimizer step; the only place where gradients happen.
+
+    The objective is the weighted mean over the supervised tokens of the global batch: the sum of
+    weight * loss over the sum of weights. Weights of the data are relative, then, and a token whose
+    weight goes to 0 becomes one without a loss.
+    """
     for chunk in parts_of(run.model):
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    normalise_by(run.model, num_supervised)
+    normalise_by(run.model, counts.loss_weight)
     reports = run_schedule(run.model, batches, config, parallel)
     total = sum_over_ranks(reports, "lm loss", (2,), parallel)
     lr = run.optimizer.param_groups[0]["lr"]
@@ -78,8 +84,9 @@ def train_step(
     if was_updated:
         run.schedule.step(increment=1)
     loss_sum, counted = total.tolist()
-    assert counted == num_supervised, (counted, num_supervised)
-    return StepResult(loss_sum / max(counted, 1), grad_norm or 0.0, lr, not was_updated)
+    assert counted == counts.num_supervised, (counted, counts)
+    loss = loss_sum / (counts.loss_weight or 1.0)
+    return StepResult(loss, grad_norm or 0.0, lr, not was_updated)
 
 
 def build_run(
@@ -207,7 +214,7 @@ def train(config: Config) -> int:
             began = time.perf_counter()
             counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
-            result = train_step(run, batches, counts.num_supervised, config, parallel)
+            result = train_step(run, batches, counts, config, parallel)
             done = step + 1
             if done == num_steps or is_due(config.metrics.log_every_steps, done):
                 metrics.step(done, num_steps, result, counts, time.perf_counter() - began)

@@ -178,7 +178,7 @@ def fill_row(
     alignment: int = 1,
     cp_size: int = 1,
     cp_rank: int = 0,
-    sample_weights: Sequence[float] | None = None,
+    token_weights: NDArray[np.float16] | None = None,
 ) -> FilledRow:
     """Concatenates the slots of samples, pads, and takes one context-parallel rank's share.
 
@@ -191,12 +191,12 @@ def fill_row(
         alignment: a slot is a sample padded to a multiple of this.
         cp_size: ranks that share the row; a rank has two of the 2 * cp_size chunks of each slot.
         cp_rank: the rank whose share is returned.
-        sample_weights: weight of each sample; None = 1.
+        token_weights: float16 [total], of each token as a target; None = 1.
     """
     supervised = np.unpackbits(supervised_bits, bitorder="little").astype(bool)
     # Columns: token, label, position, weight; a block of rows per slot, and one for the padding.
     blocks = []
-    for i, sample in enumerate(sample_ids):
+    for sample in sample_ids:
         span = slice(offsets[sample], offsets[sample + 1])
         length = span.stop - span.start
         slot = -(-length // alignment) * alignment
@@ -205,7 +205,7 @@ def fill_row(
         block[:, 1] = IGNORE_INDEX
         block[: length - 1, 1] = np.where(supervised[span], block[:length, 0], IGNORE_INDEX)[1:]
         block[:, 2] = np.arange(slot)
-        block[:, 3] = 1 if sample_weights is None else sample_weights[i]
+        block[: length - 1, 3] = 1 if token_weights is None else token_weights[span][1:]
         blocks.append(block)
     slots = [len(block) for block in blocks]
     padding = np.tile([0.0, IGNORE_INDEX, 0.0, 0.0], (num_rows - sum(slots), 1))

@@ -217,7 +217,7 @@ MESSAGES_OK = [USER_HI, {"role": "assistant", "content": "ho"}]
         (
             "messages",
             {"messages": [USER_HI, {**MESSAGES_OK[1], "weight": -0.5}]},
-            "'weight' of turn 2 is -0.5; expected a number, 0 to 100",
+            "'weight' of turn 2 is -0.5; expected 0, or a number from 0.0001 to 100",
         ),
         (
             "messages",

@@ -66,7 +66,7 @@ def test_mixture_holds_whole_samples_of_known_origin(
     origins = Counter(mixed.origin(number) for number in range(mixed.num_samples))
     assert sorted(origins.values()) == [1] * 8 + [2] * 4
     for number in range(mixed.num_samples):
-        source, line = mixed.file(number)[-7], int(mixed.lines[number])
+        source, line = mixed.file(number)[-7], mixed.line(number)
         text = tokenizer.decode(mixed.sample(number)[0].tolist())
         assert f"user\n{source} {line - 1}<|im_end|>" in text
     assert mixed.num_supervised.tolist() == [2] * 16

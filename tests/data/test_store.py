@@ -39,7 +39,7 @@ def test_roundtrip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_tokens
     samples = random_samples(101, seed=flush_tokens)
     store = write(tmp_path / "store", samples)
     assert store.num_samples == 101
-    for number, (tokens, mask) in enumerate(samples):
+    for number, (tokens, mask) in list(enumerate(samples))[::-7] + list(enumerate(samples)):
         found_tokens, found_mask = store.sample(number)
         assert found_tokens.tolist() == tokens
         assert found_mask.tolist() == mask
@@ -60,9 +60,6 @@ def test_arrays_are_the_documented_memory_maps(tmp_path: Path) -> None:
     for name, dtype in (
         ("tokens", np.uint32),
         ("supervised_bits", np.uint8),
-        ("offsets", np.int64),
-        ("num_supervised", np.int32),
-        ("lines", np.uint32),
     ):
         array = getattr(store, name)
         assert isinstance(array, np.memmap)
@@ -70,6 +67,8 @@ def test_arrays_are_the_documented_memory_maps(tmp_path: Path) -> None:
         assert not array.flags.writeable
     assert store.tokens.tolist() == [5, 6, 7, 8]
     assert store.offsets.tolist() == [0, 3, 4]
+    assert store.offsets.dtype == np.int64
+    assert store.lengths.dtype == store.num_supervised.dtype == np.int32
     assert store.supervised_bits.tolist() == [0b1110]
     assert store.num_supervised.tolist() == [2, 0]
 
@@ -127,10 +126,10 @@ def set_version(store: Path) -> None:
     ("damage", "message"),
     [
         (damage_file("tokens.bin", lambda content: content[:-4]), r"tokens\.bin has 4 bytes.*8"),
-        (damage_file("lines.bin", lambda content: None), r"lines\.bin has no bytes"),
+        (damage_file("lines.data.bin", lambda content: None), r"lines\.data\.bin has no bytes"),
         (damage_file(META_FILE, lambda content: content[:-9]), r"meta\.json is damaged"),
         (damage_file(META_FILE, lambda content: None), "is no token store"),
-        (set_version, "has version 99, expected 2"),
+        (set_version, "has version 99, expected 3"),
     ],
 )
 def test_damaged_store_names_the_file(
@@ -164,15 +163,45 @@ def test_weights_are_kept_only_where_one_is_not_1(
         store = writer.commit("f", {}, DataReport())
     assert store.weights is not None
     assert store.weights.tolist() == [1] * 10 + [0, 0.5] + [1] * 5
-    assert write(tmp_path / "plain", [([1, 2], [False, True])]).weights is None
+    assert store.loss_weights is not None and store.loss_weights.dtype == np.float64
+    assert store.loss_weights.tolist() == [4, 4, 0.5, 4]
+    plain = write(tmp_path / "plain", [([1, 2], [False, True])])
+    assert plain.weights is None and plain.loss_weights is None
 
 
-def test_store_is_at_most_a_tenth_larger_than_its_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "share_left_out"),
+    [
+        # Two lines of chat, of the least that a template makes of them.
+        (lambda rng: rng.integers(8, 17, 3000), 0.05),
+        (lambda rng: rng.integers(5, 7, 3000), 0.0),
+        # A long sample in every block of short ones.
+        (lambda rng: np.where(np.arange(3000) % 100 == 0, 2000, rng.integers(8, 17, 3000)), 0.5),
+        (lambda rng: rng.lognormal(3.5, 1, 3000).astype(int) + 6, 0.3),
+    ],
+    ids=["short", "very-short", "some-long", "lognormal"],
+)
+def test_store_is_at_most_a_tenth_larger_than_its_ids(
+    tmp_path: Path, lengths: Callable[[np.random.Generator], Any], share_left_out: float
+) -> None:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(20, 120, 500)
-    store = write(tmp_path / "s", [(rng.integers(0, 9, n).tolist(), [True] * n) for n in lengths])
+    line = 0
+    with StoreWriter(tmp_path / "store") as writer:
+        for n in lengths(rng):
+            line += 1 + int(rng.random() < share_left_out)
+            writer.add(np.ones(n, np.uint32), np.ones(n, bool), "a", line)
+        store = writer.commit("f", {}, DataReport())
     arrays = sum(path.stat().st_size for path in store.path.glob("*.bin"))
     assert arrays <= 1.1 * store.tokens.nbytes
+    assert store.line(2999) == line
+
+
+def test_a_sample_is_found_without_reading_the_others(tmp_path: Path) -> None:
+    samples = random_samples(1000, seed=2)
+    store = write(tmp_path / "store", samples)
+    assert store.sample(777)[0].tolist() == samples[777][0]
+    assert store.origin(777) == "b.jsonl:778"
+    assert not {"lengths", "offsets", "_targets"} & set(vars(store)), "nothing over all samples"
 
 
 def test_opening_reads_no_array(tmp_path: Path) -> None:
@@ -183,7 +212,9 @@ def test_opening_reads_no_array(tmp_path: Path) -> None:
         with path.open("wb") as file:
             # A hole of the right size: only a reader would notice.
             file.truncate(size)
-    assert open_store(store.path).tokens.tolist() == [0] * len(store.tokens)
+    opened = open_store(store.path)
+    assert opened.num_samples == 10
+    assert opened.tokens.tolist() == [0] * len(store.tokens)
 
 
 def test_what_a_killed_build_left_behind_is_removed(tmp_path: Path) -> None:

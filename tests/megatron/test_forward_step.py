@@ -37,7 +37,7 @@ def gradients_with(megatron_normalises: bool) -> list[Any]:
     if megatron_normalises:
         run.model[0].config.finalize_model_grads_func = finalize_model_grads
     else:
-        normalise_by(run.model, plan.counts(0).num_supervised)
+        normalise_by(run.model, plan.counts(0).loss_weight)
     with sft.open_batches(store, plan, range(1), config, parallel) as batches:
         sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
     return [parameter.main_grad.numpy().copy() for parameter in run.model.parameters()]

@@ -47,8 +47,14 @@ def run_steps(
     micro_batch_size: int,
     parallel_section: Section,
     model_section: Section,
+    weights_of_tokens: list[float] | None = None,
 ) -> list[tuple[float, float]]:
-    """(loss, grad_norm) of two optimizer steps over the same global batch."""
+    """(loss, grad_norm) of two optimizer steps over the same global batch.
+
+    The weights are repeated over all tokens.
+    """
+    import numpy as np
+
     from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import sft
     from sft_fast.megatron.hf import SafetensorsSource
@@ -67,15 +73,19 @@ def run_steps(
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
-    store = make_store(random_samples(NUM_SAMPLES, seed=3))
+    samples = random_samples(NUM_SAMPLES, seed=3)
+    token_weights = None
+    if weights_of_tokens is not None:
+        num_tokens = sum(len(ids) for ids, _ in samples)
+        token_weights = np.resize(weights_of_tokens, num_tokens).astype(np.float16)
+    store = make_store(samples, token_weights)
     run = sft.build_run(config, architecture, weights, 2, parallel)
     plan = sft.make_plan(store, config)
     assert plan.num_steps_per_epoch == 1
     results = []
-    num_supervised = plan.counts(0).num_supervised
     with sft.open_batches(store, plan, range(2), config, parallel) as batches:
         for _ in range(2):
-            result = sft.train_step(run, batches, num_supervised, config, parallel)
+            result = sft.train_step(run, batches, plan.counts(0), config, parallel)
             results.append((result.loss, result.grad_norm))
     return results
 
@@ -103,6 +113,43 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(
         for got, expected in zip(steps, truth, strict=True):
             assert got == pytest.approx(expected, rel=1e-5), f"rank {rank}"
     assert truth[1][0] < truth[0][0]
+
+
+WEIGHTS = [0.25, 1.0, 3.0, 0.5, 0.5, 2.0, 1.5]
+
+
+@pytest.fixture(scope="module")
+def weighted_truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
+    (result,) = rank_pool.run(1, run_steps, llama, BFD, 1, {}, {}, WEIGHTS)
+    return result
+
+
+@pytest.mark.parametrize(
+    "layout", ["micro-batch-8", "aligned", "dp2", "tp2-sequence", "pp2-unpacked"]
+)
+def test_weighted_loss_does_not_depend_on_the_layout(
+    rank_pool: RankPool, llama: str, weighted_truth: list[tuple[float, float]], layout: str
+) -> None:
+    world_size, *arguments = LAYOUTS[layout]
+    for steps in rank_pool.run(world_size, run_steps, llama, *arguments, WEIGHTS):
+        for got, expected in zip(steps, weighted_truth, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_ratios_of_weights_count(
+    rank_pool: RankPool,
+    llama: str,
+    truth: list[tuple[float, float]],
+    weighted_truth: list[tuple[float, float]],
+) -> None:
+    for weights, expected in (
+        ([0.125], truth),
+        ([4 * weight for weight in WEIGHTS], weighted_truth),
+    ):
+        (steps,) = rank_pool.run(1, run_steps, llama, BFD, 1, {}, {}, weights)
+        for got, wanted in zip(steps, expected, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-5)
+    assert weighted_truth[0] != pytest.approx(truth[0], rel=1e-4)
 
 
 def test_a_packed_sample_has_the_loss_it_has_alone(rank_pool: RankPool, llama: str) -> None:

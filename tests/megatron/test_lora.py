@@ -86,8 +86,7 @@ def take_steps(config: Any, count: int, run: Any, plan: Any, store: Any, paralle
     with sft.open_batches(store, plan, [0] * count, config, parallel) as batches:
         for step in range(count):
             seed_dropout(config, step, parallel)
-            num_supervised = plan.counts(0).num_supervised
-            result = sft.train_step(run, batches, num_supervised, config, parallel)
+            result = sft.train_step(run, batches, plan.counts(0), config, parallel)
             results.append((result.loss, result.grad_norm))
     return results
 
@@ -155,7 +154,7 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
 
     config = lora_config(folder, output, lora, parallel_section)
     run, plan, store, parallel = build(config)
-    normalise_by(run.model, plan.counts(0).num_supervised)
+    normalise_by(run.model, plan.counts(0).loss_weight)
     with sft.open_batches(store, plan, [0], config, parallel) as batches:
         sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
     found = {}

@@ -124,7 +124,7 @@ def test_context_parallel_shares_by_hand() -> None:
             alignment=4,
             cp_size=2,
             cp_rank=rank,
-            sample_weights=[0.5, 2.0],
+            token_weights=np.array([9, 0.5, 1, 2, 3, 9, 4, 5], np.float16),
         )
 
     first, second, ignored = share(0), share(1), IGNORE_INDEX
@@ -137,7 +137,7 @@ def test_context_parallel_shares_by_hand() -> None:
     assert second.position_ids.tolist() == [2, 3, 4, 5, 1, 2, 0, 0]
     assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 8, 12]
     assert first.active_rows.tolist() == second.active_rows.tolist() == [0, 1, 4]
-    assert first.weights.tolist() == [0.5, 0.5, 0, 0, 2, 0, 0, 0]
+    assert first.weights.tolist() == [0.5, 1, 0, 0, 4, 0, 0, 0]
 
 
 def test_next_fit_by_hand() -> None:
