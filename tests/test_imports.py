@@ -87,3 +87,10 @@ def test_check_imports_no_heavy_library() -> None:
     loaded = loaded_by("from sft_fast.cli import main\nassert main(['check', 'demo']) == 0")
     assert "pydantic" in loaded
     assert not loaded & HEAVY
+
+
+def test_preview_needs_no_torch() -> None:
+    code = "import sys\nfrom sft_fast.cli import main\nsys.argv[1:] = ['preview', 'demo']\n"
+    loaded = loaded_by(code + "assert main() == 0")
+    assert "transformers" in loaded
+    assert not loaded & (HEAVY - {"transformers"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sft_fast.config import Config
@@ -43,3 +43,23 @@ def read_config(parsed: argparse.Namespace) -> Config:
     from sft_fast.config import load_config
 
     return load_config(config_path(parsed), parsed.overrides)
+
+
+def config_tokenizer(config: Config) -> Any:
+    """The tokenizer that a run would use.
+
+    Raises:
+        ValueError: it is neither here nor on the hub.
+    """
+    from sft_fast.data.tokenizer import load_tokenizer
+    from sft_fast.hub import local_folder
+
+    path = config.tokenizer.path
+    if path == "demo":
+        return load_tokenizer("demo", config.tokenizer.chat_template)
+    if path is None:
+        assert config.model.path is not None, "the configuration demands one of the two"
+        folder = local_folder(config.model.path, config.model.revision, "model.path")
+    else:
+        folder = local_folder(path, None, "tokenizer.path")
+    return load_tokenizer(str(folder), config.tokenizer.chat_template)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sft_fast.commands.arguments import Commands, add_config, read_config
+from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, read_config
 
 
 def add(commands: Commands) -> None:
@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     )
     add_config(report)
     report.add_argument("--json", action="store_true", help="print one JSON object")
-    report.set_defaults(run=run_report)
+    report.set_defaults(run=run_report, hides_torch=True)
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
@@ -61,12 +61,9 @@ def run_report(parsed: argparse.Namespace) -> None:
     from sft_fast.data.configured import find_sources, open_configured_store
     from sft_fast.data.mixture import check_eval_is_not_train
     from sft_fast.data.statistics import store_statistics
-    from sft_fast.data.tokenizer import load_tokenizer
 
     config = read_config(parsed)
-    path = config.tokenizer.path or config.model.path
-    assert path is not None, "the configuration demands one of the two"
-    tokenizer = load_tokenizer(path, config.tokenizer.chat_template)
+    tokenizer = config_tokenizer(config)
     stores, found = {}, {}
     for part in ("train", "eval"):
         sources = find_sources(config, part)

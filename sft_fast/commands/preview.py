@@ -1,0 +1,103 @@
+"""`sft_fast preview`: which tokens are trained, before a GPU is touched."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, read_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from sft_fast.preview import Preview, Shown
+
+STYLES = {
+    "trained": "black on bright_green",
+    "trained special": "bold magenta on bright_green",
+    "masked": "bright_black",
+    "masked special": "magenta",
+}
+# Where there are no colours, trained text stands between these.
+MARKS = ("\u27e6", "\u27e7")
+
+
+def add(commands: Commands) -> None:
+    preview = commands.add_parser("preview", help="show what is trained, and how rows are packed")
+    add_config(preview)
+    preview.add_argument("-n", "--samples", type=int, default=3, help="samples to show (3)")
+    preview.add_argument("--rows", type=int, default=100, help="rows of each source to read (100)")
+    preview.add_argument("--part", choices=("train", "eval"), default="train")
+    preview.add_argument("--html", type=Path, metavar="FILE", help="write all samples to a file")
+    preview.add_argument("--bins", type=int, default=3, help="packed rows to show (3)")
+    preview.set_defaults(run=run, hides_torch=True)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sft_fast.preview import make_preview
+
+    config = read_config(parsed)
+    preview = make_preview(config, config_tokenizer(config), parsed.rows, parsed.part)
+    if parsed.html is not None:
+        from sft_fast.preview_html import preview_html
+
+        title = f"data.{parsed.part} of {parsed.config}"
+        text = preview_html(preview, title, max(parsed.bins, 10))
+        parsed.html.write_text(text, encoding="utf-8")
+        print(f"{parsed.html}: {len(preview.samples)} samples")
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    show_samples(console, preview, parsed.samples)
+    show_bins(console, preview, parsed.bins)
+
+
+def show_samples(console: Console, preview: Preview, count: int) -> None:
+    from rich.text import Text
+
+    legend = Text("legend: ")
+    for kind, style in STYLES.items():
+        legend.append(kind, style if console.color_system else "").append("  ")
+    if not console.color_system:
+        legend.append(f"{MARKS[0]}trained{MARKS[1]}")
+    console.print(legend, "\n")
+    for sample in preview.samples[:count]:
+        console.print(Text(sample.summary(), "bold"))
+        for warning in sample.warnings:
+            console.print(Text(f"  {warning}", "yellow"))
+        console.print(sample_text(sample, console.color_system is not None), "\n")
+    for message in preview.rejected[:count]:
+        console.print(Text(f"not used as it is: {message}", "yellow"))
+    if len(preview.rejected) > count:
+        console.print(f"and {len(preview.rejected) - count} more")
+
+
+def sample_text(sample: Shown, in_colours: bool) -> Text:
+    from rich.text import Text
+
+    from sft_fast.preview import runs
+
+    text = Text()
+    was_trained = False
+    for kind, part in runs(sample):
+        is_trained = kind.startswith("trained")
+        if not in_colours and is_trained != was_trained:
+            text.append(MARKS[0] if is_trained else MARKS[1])
+        was_trained = is_trained
+        # Control characters of the data would reach the terminal.
+        plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in part)
+        text.append(plain, STYLES[kind] if in_colours else "")
+    if not in_colours and was_trained:
+        text.append(MARKS[1])
+    return text
+
+
+def show_bins(console: Console, preview: Preview, count: int) -> None:
+    if preview.bins is None:
+        return
+    console.print(f"\nthese {len(preview.samples)} samples packed: {preview.bins.num_bins} rows")
+    for number in range(min(count, preview.bins.num_bins)):
+        console.print(f"  row {number + 1}: {preview.bin_summary(number)}")

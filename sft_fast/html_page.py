@@ -1,0 +1,45 @@
+"""Self-contained HTML: one file, no scripts from elsewhere, light and dark."""
+
+from __future__ import annotations
+
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --fg: #1c2024; --bg: #fff; --soft: #60646c; --line: #d9dce1;
+  --trained: #cdebd3; --special: #8a3fc4; --warn: #b4540a; --card: #f6f7f9; --accent: #2f6fde; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e6e8eb; --bg: #15171a; --soft: #9aa0a8;
+  --line: #33373d; --trained: #1f4d2c; --special: #cf9bf5; --warn: #f0a35e; --card: #1d2024;
+  --accent: #7aa7ff; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg);
+  max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.soft, .soft { color: var(--soft); }
+table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+pre, .tokens { font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; background: var(--card); padding: .7rem .9rem; border-radius: .4rem; }
+.trained { background: var(--trained); border-radius: .15rem; }
+.masked { color: var(--soft); }
+.special { color: var(--special); font-weight: 600; }
+.warn { color: var(--warn); }
+.bin { display: flex; height: 1.1rem; background: var(--card); border: 1px solid var(--line);
+  margin: .15rem 0 .7rem; }
+.bin span { border-right: 1px solid var(--bg); background: linear-gradient(to right,
+  var(--soft) calc(100% - var(--share)), var(--accent) 0); min-width: 1px; }
+img, svg { max-width: 100%; }
+details > summary { cursor: pointer; }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole document; `body` is HTML, `title` is text."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>\n" for a, b in rows)
+    return f"<table>\n{cells}</table>\n"
