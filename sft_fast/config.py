@@ -401,6 +401,18 @@ class MetricsConfig(Section):
 
     log_every_steps: Positive = 1
     """Steps between log lines."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Where the figures also go; each needs its package."""
+    project: Text = "sft_fast"
+    """Project of the trackers."""
+    run_name: Text | None = None
+    """Name of the run there; null = the last part of output_dir."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Dense matrix rate of one device in 10**12 FLOP/s, for the MFU; null = by the GPU's name."""
+    profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """First and last step, from 1, of a profile of the main rank: <output_dir>/profile.json.gz."""
+    pictures: bool = True
+    """Write curves.png and report.html at the end."""
 
 
 class ExportConfig(Section):

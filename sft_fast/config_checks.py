@@ -21,6 +21,7 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     yield from _optim_problems(config)
     yield from _parallel_problems(config)
     yield from _evaluation_problems(config)
+    yield from _metrics_problems(config)
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
@@ -229,3 +230,10 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             "questions for the exported model, but nothing is exported",
             "export.enabled true, or evaluation.exact_match_samples 0",
         )
+
+
+def _metrics_problems(config: Config) -> Iterator[Problem]:
+    steps = config.metrics.profile_steps
+    if steps is not None and steps[0] > steps[1]:
+        found = f"first step {steps[0]}, last step {steps[1]}"
+        yield Problem(("metrics.profile_steps",), found, "first <= last")

@@ -237,6 +237,8 @@ class StepCounts:
     step's loss."""
     num_slots: int
     """Tokens that the packed rows have room for."""
+    sum_squared_lengths: int
+    """Of the samples: what attention computes."""
 
 
 @dataclass(frozen=True)
@@ -278,14 +280,16 @@ class Step:
     def counts(self) -> StepCounts:
         """Returns what the step holds."""
         sample_ids = np.concatenate(self.bins)
+        lengths = self.lengths[sample_ids].astype(np.int64)
         num_supervised = int(self.supervised[sample_ids].sum(dtype=np.int64))
         weights = self.loss_weights
         return StepCounts(
             num_samples=len(sample_ids),
-            num_tokens=int(self.lengths[sample_ids].sum(dtype=np.int64)),
+            num_tokens=int(lengths.sum()),
             num_supervised=num_supervised,
             loss_weight=float(num_supervised if weights is None else weights[sample_ids].sum()),
             num_slots=self.capacity * len(self.bins),
+            sum_squared_lengths=int((lengths * lengths).sum()),
         )
 
 

@@ -33,6 +33,7 @@ from sft_fast.megatron.hf import WeightSource, load_weights
 from sft_fast.megatron.inputs import read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
 from sft_fast.megatron.lora_export import export_adapter
+from sft_fast.megatron.meter import step_meter
 from sft_fast.megatron.model import build_model, unwrap
 from sft_fast.megatron.optim import (
     build_lr_schedule,
@@ -45,9 +46,11 @@ from sft_fast.megatron.optim import (
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
-from sft_fast.metrics import MetricsWriter, StepResult
+from sft_fast.metrics import MetricsWriter, StepResult, Timed
 from sft_fast.packing import StepCounts
+from sft_fast.profiling import ProfilerWindow
 from sft_fast.standing import Standing
+from sft_fast.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ def train(config: Config) -> int:
     """
     parallel = init_parallel(config)
     output = Path(config.output_dir)
+    check_trackers(config)
     metrics = MetricsWriter(output, parallel.is_main)
     metrics.say(describe(parallel))
     inputs = read_inputs(config)
@@ -209,15 +213,22 @@ def train(config: Config) -> int:
     evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, standing)
     evaluator.before_training(run.model, start)
     plan_steps = range(start - first, num_steps - first)
-    with open_batches(inputs.store, plan, plan_steps, config, parallel) as batches:
+    meter = step_meter(metrics, config, inputs.model.architecture, num_steps, parallel)
+    profiler = ProfilerWindow(config, parallel.is_main)
+    with open_batches(inputs.store, plan, plan_steps, config, parallel) as loader:
+        batches = Timed(loader)
         for step in range(start, num_steps):
+            profiler.before(step + 1)
             began = time.perf_counter()
             counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
             result = train_step(run, batches, counts, config, parallel)
             done = step + 1
-            if done == num_steps or is_due(config.metrics.log_every_steps, done):
-                metrics.step(done, num_steps, result, counts, time.perf_counter() - began)
+            elapsed_s = time.perf_counter() - began
+            meter.step(done, result, counts, elapsed_s, batches.take_waited_s())
+            trace = profiler.after(done)
+            if trace is not None:
+                metrics.say(f"profile: {trace}")
             if done == num_steps or evaluator.is_due(done):
                 evaluator.after_step(run.model, done)
             state = replace(state, step=done, standing=asdict(evaluator.standing))

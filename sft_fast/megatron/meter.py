@@ -1,0 +1,40 @@
+"""The meter of the training loop: what a step costs on these devices, and where its lines go."""
+
+import torch
+
+from sft_fast.architecture import Architecture
+from sft_fast.config import Config
+from sft_fast.flops import Work, training_flops
+from sft_fast.hardware import find_gpu
+from sft_fast.megatron.parallel import Parallel
+from sft_fast.metrics import MetricsWriter, StepMeter
+from sft_fast.packing import StepCounts
+from sft_fast.trackers import open_trackers
+
+
+def step_meter(
+    metrics: MetricsWriter,
+    config: Config,
+    architecture: Architecture,
+    num_steps: int,
+    parallel: Parallel,
+) -> StepMeter:
+    """Starts the trackers and the line of the training loop."""
+
+    def flops(counts: StepCounts) -> float:
+        work = Work(counts.num_tokens, counts.sum_squared_lengths, counts.num_supervised)
+        return training_flops(architecture, work, lora=config.lora.rank > 0)
+
+    peak_tflops = config.metrics.peak_tflops
+    if peak_tflops is None and parallel.device.type == "cuda":
+        gpu = find_gpu(torch.cuda.get_device_name())
+        peak_tflops = None if gpu is None else gpu.bf16_tflops
+    if parallel.is_main:
+        metrics.trackers = open_trackers(config)
+    return StepMeter(
+        metrics,
+        num_steps,
+        config.metrics.log_every_steps,
+        flops,
+        None if peak_tflops is None else peak_tflops * 1e12 * parallel.world_size,
+    )
