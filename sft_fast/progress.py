@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 
 from rich.console import Console, Group
@@ -23,6 +24,8 @@ class ProgressLine:
         # Drawn by update(): a thread of its own would draw between two steps of no change.
         self._live = Live(console=self._console, auto_refresh=False)
         self._live.start()
+        # An error must not leave the cursor hidden.
+        atexit.register(self._live.stop)
         self._drawn_at = 0.0
 
     def is_due(self) -> bool:
@@ -43,3 +46,4 @@ class ProgressLine:
 
     def close(self) -> None:
         self._live.stop()
+        atexit.unregister(self._live.stop)
