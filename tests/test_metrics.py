@@ -14,7 +14,12 @@ from sft_fast.packing import StepCounts
 from tiny import make_config
 
 COUNTS = StepCounts(
-    num_samples=3, num_tokens=60, num_supervised=20, num_slots=80, sum_squared_lengths=1300
+    num_samples=3,
+    num_tokens=60,
+    num_supervised=20,
+    loss_weight=20.0,
+    num_slots=80,
+    sum_squared_lengths=1300,
 )
 RESULT = StepResult(loss=1.5, grad_norm=0.5, lr=1e-3, was_skipped=False)
 
