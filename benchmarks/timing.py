@@ -37,6 +37,19 @@ def median_s(function: Callable[[], object], rounds: int = 10) -> float:
     return statistics.median(first.elapsed_time(second) for first, second in pairs) / 1e3
 
 
+def graph_median_s(function: Callable[[], object], rounds: int = 10) -> float:
+    """As median_s on a GPU, without the time the host takes to launch: replays of a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return median_s(graph.replay, rounds)
+
+
 def copy_bytes_per_s() -> float:
     """Bytes read plus bytes written per second by a large copy: the ceiling of a GPU's memory."""
     source = torch.randint(256, (4 << 30,), dtype=torch.uint8, device=DEVICE)

@@ -5,6 +5,7 @@ statistics of a split are then just one more part of the vocabulary, merged with
 ranks. The maths and the bytes moved are in kernels/README.md.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -238,10 +239,14 @@ class LaunchConfig:
 
 
 def launch_config(logits: Tensor) -> LaunchConfig:
-    warp_size = 32
-    if logits.is_cuda:
-        warp_size = triton.runtime.driver.active.get_current_target().warp_size
+    warp_size = gpu_warp_size() if logits.is_cuda else 32
     return LaunchConfig.for_shape(logits.shape[0], logits.shape[1], warp_size)
+
+
+@functools.cache
+def gpu_warp_size() -> int:
+    """Of the process's GPUs, which are of one kind."""
+    return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def check_logits(logits: Tensor) -> None:

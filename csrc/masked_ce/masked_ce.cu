@@ -65,7 +65,7 @@ int last_error() { return hipGetLastError(); }
 #else
 #define SFT_FAST_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                      \
   do {                                                                                         \
-    if ((shared_bytes) > 48 * 1024) {                                                          \
+    if ((shared_bytes) > 0) {                                                                  \
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes); \
     }                                                                                          \
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);   \

@@ -175,7 +175,9 @@ def run_strides(backend: str) -> None:
         loss = masked_cross_entropy(inputs, strided_labels, backend=backend)
         results.append((loss, *torch.autograd.grad(loss, inputs, torch.tensor(0.5).expand(6))))
     for result in results[1:]:
-        assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
+        for ours, first in zip(result, results[0], strict=True):
+            # How a row is loaded, and so the order of its sum, depends on its alignment.
+            torch.testing.assert_close(ours, first, rtol=1e-6, atol=1e-7)
     empty = torch.zeros(0, 40, requires_grad=True)
     loss = masked_cross_entropy(empty, labels[:0], backend=backend)
     assert gradient(loss, torch.zeros(0), empty)[0].shape == (0, 40)
