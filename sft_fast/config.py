@@ -203,8 +203,9 @@ class DataConfig(Section):
     """Whether the reasoning in front of an answer has a loss."""
     changing_history: Literal["error", "expand"] = "error"
     """A template that rewrites earlier answers: expand = one sample per answer."""
-    trim_tail: bool = True
-    """Cut off what follows the last supervised token; false for MoE auxiliary losses and MTP."""
+    trim_tail: bool | None = None
+    """Cut off what follows the last supervised token; null = unless the model has experts, whose
+    balance loss counts every token."""
     over_length: Literal["error", "drop", "truncate_right", "truncate_left", "split_turns"] = (
         "error"
     )

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -286,13 +287,17 @@ class _Builder:
         self._report.rejected[reason] = self._report.rejected.get(reason, 0) + 1
         self._writer.reject(file, line, reason, message)
 
+    @cached_property
+    def _num_rows(self) -> int | None:
+        return self._source.rows.count()
+
     def _tell(self) -> None:
         now = time.monotonic()
         if self._progress is not None and now - self._told >= PROGRESS_SECONDS:
             self._told = now
-            self._progress(
-                f"{self._source.rows.name}: {self._report.rows} rows, {self._report.tokens} tokens"
-            )
+            rows, tokens = self._report.rows, self._report.tokens
+            total = "" if self._num_rows is None else f" of about {self._num_rows}"
+            self._progress(f"{self._source.rows.name}: {rows}{total} rows, {tokens} tokens")
 
 
 def _check_store(store: TokenStore, options: BuildOptions) -> None:

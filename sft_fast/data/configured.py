@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sft_fast.data.build import BuildOptions, Progress
@@ -15,6 +16,7 @@ from sft_fast.data.store import TokenStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sft_fast.architecture import Architecture
     from sft_fast.config import Config, DataSource
 
 Part = Literal["train", "eval"]
@@ -40,9 +42,18 @@ def find_sources(config: Config, part: Part) -> list[Source] | None:
     return None
 
 
-def build_options(config: Config) -> BuildOptions:
-    """What decides the content of the stores."""
+def build_options(config: Config, architecture: Architecture | None = None) -> BuildOptions:
+    """What decides the content of the stores.
+
+    Args:
+        config: the configuration.
+        architecture: of the model; None: what `known_architecture` says, dense if it says nothing.
+    """
     data = config.data
+    trim_tail = data.trim_tail
+    if trim_tail is None:
+        architecture = architecture or known_architecture(config)
+        trim_tail = getattr(architecture, "num_experts", 0) == 0
     return BuildOptions(
         capacity=config.packing.capacity,
         over_length=data.over_length,
@@ -52,11 +63,38 @@ def build_options(config: Config) -> BuildOptions:
             train_on=data.train_on,
             train_tool_calls=data.train_tool_calls,
             train_reasoning=data.train_reasoning,
-            trim_tail=data.trim_tail,
+            trim_tail=trim_tail,
             changing_history=data.changing_history,
         ),
         row_functions=tuple(data.row_functions),
     )
+
+
+def known_architecture(config: Config) -> Architecture | None:
+    """The architecture of the configured model; None where it would have to be downloaded first."""
+    from sft_fast.architecture import architecture_from_hf, architecture_from_shape, read_hf_config
+
+    model = config.model
+    if model.path is None:
+        assert model.shape is not None, "the configuration demands one of the two"
+        return architecture_from_shape(model.shape, vocab_size=1)
+    folder = Path(model.path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        except HFValidationError:
+            return None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    try:
+        return architecture_from_hf(read_hf_config(folder))
+    except ValueError:
+        # Nothing that can be trained: whoever loads it will say why.
+        return None
 
 
 def open_configured_store(
@@ -64,8 +102,11 @@ def open_configured_store(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress | None = None,
+    architecture: Architecture | None = None,
 ) -> TokenStore:
     """Opens the store of these sources, and builds what is missing.
+
+    Arguments as for `prepare_mixture` and `build_options`.
 
     Raises:
         ValueError: as `prepare_mixture`.
@@ -73,7 +114,7 @@ def open_configured_store(
     return prepare_mixture(
         sources,
         tokenizer,
-        build_options(config),
+        build_options(config, architecture),
         config.data.cache_dir or os.path.join(config.output_dir, "data"),
         processes=config.data.num_processes,
         progress=progress,

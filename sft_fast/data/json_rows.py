@@ -59,6 +59,13 @@ class JsonPart:
     def digest(self) -> str:
         return file_digest(self.name if self._content is None else io.BytesIO(self._content))
 
+    def count(self) -> int | None:
+        """Lines of a JSON Lines file; None for a list."""
+        if self._first_character() == b"[":
+            return None
+        with self._open() as stream:
+            return count_lines(stream)
+
     def read(self) -> Iterator[Row | BadRow]:
         try:
             is_list = self._first_character() == b"["
@@ -166,6 +173,14 @@ def open_content(path: str) -> BinaryIO:
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), compression))
+
+
+def count_lines(stream: BinaryIO) -> int:
+    """Lines of a file, the last one with or without an end."""
+    lines, last = 0, b"\n"
+    while block := stream.read(1 << 20):
+        lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n")
 
 
 def file_digest(file: str | BinaryIO) -> str:

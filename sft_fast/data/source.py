@@ -50,6 +50,8 @@ class _Part(Protocol):
 
     def digest(self) -> str: ...
 
+    def count(self) -> int | None: ...
+
     def read(self) -> Iterator[Row | BadRow]: ...
 
 
@@ -92,6 +94,15 @@ class Rows:
         for part in self._parts:
             hasher.update(part.digest().encode())
         return hasher.hexdigest()
+
+    def count(self) -> int | None:
+        """About how many rows there are, without parsing them; None: it cannot be told."""
+        counts = [part.count() for part in self._parts]
+        known = [count for count in counts if count is not None]
+        if self._selection is not None or len(known) < len(counts):
+            return None
+        low, high = self._share or (0.0, 1.0)
+        return round(sum(known) * (high - low))
 
     def hold_out(self, fraction: float) -> tuple[Rows, Rows]:
         """Parts the rows in two: what is left, and about `fraction` of them held out.

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from sft_fast.data.json_rows import BadRow, Row, file_digest, open_content
+from sft_fast.data.json_rows import BadRow, Row, count_lines, file_digest, open_content
 
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
 
@@ -26,6 +26,11 @@ class CsvPart:
 
     def digest(self) -> str:
         return file_digest(self.name)
+
+    def count(self) -> int | None:
+        """Lines below the column names: a row may have several."""
+        with open_content(self.name) as stream:
+            return count_lines(stream) - 1
 
     def read(self) -> Iterator[Row | BadRow]:
         # The limit of 128 KiB a field is shorter than some answers.
@@ -79,6 +84,14 @@ class TablePart:
 
     def digest(self) -> str:
         return file_digest(self.name)
+
+    def count(self) -> int | None:
+        """Rows, from the end of a Parquet file; None for Arrow."""
+        if self._kind != "parquet":
+            return None
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(self.name).num_rows
 
     def read(self) -> Iterator[Row | BadRow]:
         import datasets
@@ -145,6 +158,10 @@ class HubPart:
         # The hash of a builder is that of the revision, or of the data files.
         parts = (self._repo, self._builder.config.name, self._builder.hash, self._split)
         return " ".join(map(str, (*parts, self._bounds or "")))
+
+    def count(self) -> int | None:
+        """Rows; None for a stream."""
+        return len(self._dataset) if self._bounds is None else None
 
     def read(self) -> Iterator[Row | BadRow]:
         start, stop = self._bounds or (0, None)

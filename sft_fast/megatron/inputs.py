@@ -14,6 +14,7 @@ from sft_fast.architecture import (
     read_hf_config,
 )
 from sft_fast.config import Config
+from sft_fast.data.build import Progress
 from sft_fast.data.configured import find_sources, open_configured_store
 from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.source import Source
@@ -49,8 +50,12 @@ class Inputs:
     model: Model
 
 
-def read_inputs(config: Config) -> Inputs:
+def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
     """Reads what `config` names; token stores are built first where they are missing.
+
+    Args:
+        config: the configuration.
+        say: told about once a second how far this rank is with a store.
 
     Raises:
         ValueError: a file, a row, the tokenizer or the model is not what it should be.
@@ -61,16 +66,18 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = read_tokenizer(config, model_folder)
     model = read_model(config, model_folder, len(tokenizer))
     rows, eval_rows = find_rows(config)
-    store = read_store("data.train", rows, config, tokenizer)
+    store = read_store("data.train", rows, config, tokenizer, model.architecture, say)
     eval_store = None
     if eval_rows is not None:
-        eval_store = read_store("data.eval", eval_rows, config, tokenizer, apart_from=store)
+        eval_store = read_store(
+            "data.eval", eval_rows, config, tokenizer, model.architecture, say, apart_from=store
+        )
     return Inputs(tokenizer, store, eval_store, eval_rows, model)
 
 
 def fetch(path: str, revision: str | None, key: str) -> Path:
     """Finds a directory or hub id; one rank per node downloads."""
-    once_per_node(key, lambda: local_folder(path, revision, key))
+    once_per_node(key, lambda _: local_folder(path, revision, key))
     return local_folder(path, revision, key)
 
 
@@ -131,6 +138,8 @@ def read_store(
     rows: Sequence[Source],
     config: Config,
     tokenizer: Any,
+    architecture: Architecture,
+    say: Progress = logger.info,
     apart_from: TokenStore | None = None,
 ) -> TokenStore:
     """Opens the token store of `rows`; one rank per node builds it where it is missing.
@@ -140,16 +149,18 @@ def read_store(
         rows: the sources.
         config: the options.
         tokenizer: from `read_tokenizer`.
+        architecture: of the model.
+        say: told how far this rank is; the node's other ranks log it.
         apart_from: a store that may not have a sample of this one.
 
     Raises:
         ValueError: the rows cannot be used, or are in the other store as well.
     """
 
-    def prepare() -> None:
-        store = open_configured_store(config, rows, tokenizer, logger.info)
+    def prepare(progress: Progress) -> None:
+        store = open_configured_store(config, rows, tokenizer, progress, architecture)
         if apart_from is not None and config.data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
 
-    once_per_node(key, prepare)
-    return open_configured_store(config, rows, tokenizer)
+    once_per_node(key, prepare, say)
+    return open_configured_store(config, rows, tokenizer, architecture=architecture)

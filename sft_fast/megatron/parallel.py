@@ -1,18 +1,25 @@
 """Process groups and seeds: from the config's parallel sizes to megatron's parallel state."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from sft_fast.config import Config, check_world_size
+from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
+
+logger = logging.getLogger(__name__)
+SHORTEST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -117,11 +124,19 @@ def current_parallel(device: torch.device) -> Parallel:
     )
 
 
-def once_per_node(name: str, work: Callable[[], object]) -> None:
+def once_per_node(
+    name: str, work: Callable[[Progress], object], say: Progress = logger.info
+) -> None:
     """Runs `work` on one rank of each node while the node's other ranks wait for it.
 
-    They wait on a key of the store, not inside a collective, so no watchdog fires however long the
-    work takes, and a failure reaches every rank with its message.
+    They wait on keys of the store, not inside a collective, so no watchdog fires however long the
+    work takes. How far it is they log; its failure, whatever it is, reaches them at once, and so
+    does the end of its process.
+
+    Args:
+        name: unique in the run.
+        work: given a function that takes a line of text about its progress.
+        say: gets these lines on the rank that works.
 
     Raises:
         ValueError: `work` failed on the other rank.
@@ -130,16 +145,64 @@ def once_per_node(name: str, work: Callable[[], object]) -> None:
     node = os.environ.get("GROUP_RANK", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"sft_fast/{attempt}/{name}/{node}"
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        try:
-            work()
-        except (ValueError, OSError) as error:
-            store.set(key, f"error {error}")
-            raise
-        store.set(key, "done")
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        wait_for_node(store, key, name)
         return
+
+    def report(text: str) -> None:
+        say(text)
+        store.set(f"{key}/progress", text)
+
+    store.set(f"{key}/worker", " ".join(map(str, this_process())))
+    try:
+        work(report)
+    except BaseException as error:
+        is_explained = isinstance(error, ValueError | OSError)
+        store.set(key, f"error {error}" if is_explained else f"error {name}: {error!r}")
+        raise
+    store.set(key, "done")
+
+
+def wait_for_node(store: dist.Store, key: str, name: str) -> None:
+    """Waits until another rank of this node has set `key`; see `once_per_node`."""
+    shown, pause_s = "", SHORTEST_PAUSE_S
     while not store.check([key]):
-        time.sleep(0.05)
+        if store.check([f"{key}/progress"]):
+            text = store.get(f"{key}/progress").decode()
+            if text != shown:
+                shown = text
+                logger.info("waiting for %s: %s", name, text)
+        if store.check([f"{key}/worker"]):
+            worker = store.get(f"{key}/worker").decode().split()
+            if is_gone(*worker) and not store.check([key]):
+                raise ValueError(
+                    f"{name}: process {worker[0]}, which prepares it for this node, has ended "
+                    "without a word; it was killed, by the system perhaps for want of memory"
+                )
+        time.sleep(pause_s)
+        # A store serves the ranks of all nodes.
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     answer = store.get(key).decode()
     if answer != "done":
         raise ValueError(answer.removeprefix("error "))
+
+
+def this_process() -> tuple[int, float, str]:
+    """Process id, time of its start, and the namespace of process ids, where there are several."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = "-"
+    return os.getpid(), psutil.Process().create_time(), namespace
+
+
+def is_gone(pid: str, started: str, namespace: str) -> bool:
+    """Whether a process, as `this_process` describes it, is known to have ended."""
+    if namespace != this_process()[2]:
+        return False
+    try:
+        process = psutil.Process(int(pid))
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return is_zombie or process.create_time() != float(started)
+    except psutil.NoSuchProcess:
+        return True

@@ -173,7 +173,7 @@ def train(config: Config) -> int:
     check_trackers(config)
     metrics = MetricsWriter(output, parallel.is_main)
     metrics.say(describe(parallel))
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, metrics.say)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.say(inputs.store.report.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)

@@ -391,5 +391,5 @@ def test_progress_is_told_about_once_a_second(
     source = Source(load_rows(path))
     build_store(source, make_tokenizer(), BuildOptions(64), tmp_path / "s", progress=lines.append)
     assert len(lines) == 3
-    assert lines[-1].startswith(f"{path}: 25 rows, ")
+    assert lines[-1].startswith(f"{path}: 25 of about 25 rows, ")
     assert lines[-1].endswith(" tokens")

@@ -1,13 +1,14 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sft_fast.config import load_config
 from sft_fast.data.build import BuildOptions
-from sft_fast.data.configured import find_sources, open_configured_store
+from sft_fast.data.configured import build_options, find_sources, open_configured_store
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.mixture import prepare_mixture, sample_counts
 from sft_fast.data.source import Source, load_rows
@@ -128,6 +129,18 @@ def test_list_of_sources_in_the_config(write_rows: Callable[..., str], tmp_path:
     assert trained["plain.jsonl"] + held_out["plain.jsonl"] == 40
     assert trained["named.jsonl"] + 2 * held_out["named.jsonl"] == 40
     assert min(held_out.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num_experts", "trims"),
+    [("null", 0, True), ("null", 8, False), ("true", 8, True), ("false", 0, False)],
+)
+def test_the_tail_is_kept_where_experts_are_balanced(
+    tmp_path: Path, chosen: str, num_experts: int, trims: bool
+) -> None:
+    config = load(tmp_path, CONFIG.format(folder=tmp_path) + f"  trim_tail: {chosen}\n")
+    architecture: Any = SimpleNamespace(num_experts=num_experts)
+    assert build_options(config, architecture).mask.trim_tail is trims
 
 
 @pytest.mark.parametrize(

@@ -396,3 +396,21 @@ def test_held_out_rows_are_not_among_the_others_even_where_rows_are_equal(
     assert len(kept_values) + len(held_values) == 600
     assert 80 < len(held_values) < 160
     assert len({kept.digest, held_out.digest, load_rows(path).digest}) == 3
+
+
+def test_rows_are_counted_without_being_parsed(tmp_path: Path) -> None:
+    content = f"{GOOD}\n" * 9 + "{not JSON at all"
+    lines = load_rows(write(tmp_path / "a.jsonl", content.encode()))
+    assert lines.count() == 10
+    kept, held_out = lines.hold_out(0.2)
+    assert (kept.count(), held_out.count()) == (8, 2)
+    assert load_rows(write_table(tmp_path / "t.parquet")).count() == 3
+    assert load_rows(write_table(tmp_path / "t.csv.gz")).count() == 6, "a row has two lines"
+    # Not without reading it, or not at all.
+    assert load_rows(write(tmp_path / "a.json", f"[{GOOD}]".encode())).count() is None
+    assert load_rows(str(tmp_path / "a.jsonl"), "train[:50%]").count() is None
+
+
+def test_rows_of_the_hub_are_counted(hub: FakeHub) -> None:
+    assert load_rows("owner/name").count() == 3
+    assert load_rows("owner/name", "train[:9]", streaming=True).count() is None
