@@ -25,6 +25,7 @@ from sft_fast.config_checks import cross_field_problems
 from sft_fast.config_source import FIELDS_ONLY, Tree, apply_overrides, inspect, validate
 from sft_fast.errors import ConfigError, Problem
 from sft_fast.primus_arguments import TARGETS
+from sft_fast.redact import redact_values
 from sft_fast.yaml_source import dump_yaml, read_yaml
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -270,6 +271,9 @@ class ParallelConfig(Section):
     """Gather parameters while the next forward pass runs; needs the two keys above."""
     timeout_minutes: Positive = 30
     """Time limit of a collective, in minutes."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds without an ended step after which the run is ended with the stacks of all ranks; ten
+    times as many for the first step, and never less than ten of the slowest step so far."""
 
 
 class LoraConfig(Section):
@@ -397,6 +401,23 @@ class CheckpointConfig(Section):
     """Saves in a row that may fail (disk full) before the run stops; the last one must succeed."""
 
 
+class GuardConfig(Section):
+    """What happens to an optimizer step with a strange loss or gradient norm. A value that is not
+    finite is never taken; the samples are written to <output_dir>/skipped."""
+
+    on_spike: Literal["skip", "warn", "ignore"] = "skip"
+    """A value far above the recent ones: leave the step out, take it and say so, or do not look."""
+    spike_sigmas: Annotated[float, Field(gt=0)] = 20.0
+    """Distance from the median, in robust standard deviations, from which on it is a spike; loss
+    must also be 1 nat above the median, a gradient norm 10 times the median and over clip_grad."""
+    window: Annotated[int, Field(ge=3)] = 200
+    """Steps that median and deviation are taken from."""
+    min_history: Annotated[int, Field(ge=3)] = 50
+    """Steps before anything counts as a spike."""
+    max_skips: Positive = 3
+    """Skipped steps in a row that end the run."""
+
+
 class MetricsConfig(Section):
     """The log, written to <output_dir>/metrics.jsonl."""
 
@@ -452,6 +473,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     metrics: MetricsConfig = MetricsConfig()
     export: ExportConfig = ExportConfig()
 
@@ -504,10 +526,11 @@ def read_tree(path: Path | None, overrides: list[str]) -> Tree:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes every key of `config` to `path`; `load_config(path, [])` gives an equal one."""
+    """Writes every key of `config` to `path`; `load_config(path, [])` gives an equal one, but for
+    passwords in URLs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(dump_yaml(config.model_dump()), encoding="utf-8")
+    temporary.write_text(dump_yaml(redact_values(config.model_dump())), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -33,7 +33,9 @@ class StepResult:
     grad_norm: float
     lr: float
     was_skipped: bool
-    """True when fp16 loss scaling overflowed and the weights did not move."""
+    """True when the weights did not move."""
+    complaint: str = ""
+    """Why: fp16 overflow, or what the guard says, which may only have been a warning."""
 
 
 @dataclass
@@ -194,7 +196,8 @@ class StepMeter:
 def line(figures: dict[str, Any]) -> str:
     """The figures of a step as text."""
     mfu = "" if figures["mfu"] is None else f"  mfu {figures['mfu']:.1%}"
-    skipped = "  SKIPPED (fp16 overflow)" if figures["was_skipped"] else ""
+    complaint = f"  {'SKIPPED' if figures['was_skipped'] else 'WARNING'}: {figures['complaint']}"
+    skipped = complaint if figures["complaint"] else ""
     return (
         f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  grad_norm {figures['grad_norm']:.3f}"
         f"  tokens/s {figures['tokens_per_s']:,.0f} "

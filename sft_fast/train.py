@@ -6,6 +6,7 @@ registered for that pair does the work, for the default pair sft_fast/megatron/s
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +17,8 @@ if sys.path and sys.path[0] == str(FOLDER):
     sys.path[0] = str(FOLDER.parent)
 
 from sft_fast.config import load_config  # noqa: E402
+from sft_fast.failure import die_with_parent, watching  # noqa: E402
+from sft_fast.redact import redact  # noqa: E402
 from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
 
 
@@ -23,8 +26,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="YAML file; without it the embedded demo runs")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--allow-change",
+        metavar="FIELD,...",
+        help="go on from a checkpoint although these differ: checkpoint.allow_change",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to replace")
     return parser.parse_args(argv)
+
+
+def changes(arguments: argparse.Namespace) -> list[str]:
+    if arguments.allow_change is None:
+        return []
+    return [f"checkpoint.allow_change=[{arguments.allow_change}]"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,14 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides + changes(arguments))
         load_plugins(config)
-        return get_trainer(config.backend, config.stage)(config)
+        with watching(Path(config.output_dir), config.parallel.hang_timeout_s):
+            return get_trainer(config.backend, config.stage)(config)
     except (ValueError, OSError) as error:
         if arguments.debug:
             traceback.print_exc()
         elif is_first_to_fail():
-            print(f"error: {error}\n(--debug shows where)", file=sys.stderr, flush=True)
+            print(
+                f"error: {redact(str(error))}\n(--debug shows where)", file=sys.stderr, flush=True
+            )
         return 2
 
 
@@ -55,6 +72,9 @@ def is_first_to_fail() -> bool:
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A killed torchrun must not leave its ranks behind; they save if they can.
+        die_with_parent(signal.SIGTERM)
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()

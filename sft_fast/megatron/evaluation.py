@@ -23,6 +23,7 @@ from sft_fast.data.demo import chance_accuracy
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluate import exact_match
+from sft_fast.failure import current_watch
 from sft_fast.megatron.batches import make_plan, open_batches, packed_rows
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.inputs import Inputs
@@ -97,10 +98,14 @@ class Evaluator:
             self.metrics.say(f"best {name} {best.best:.4f} at step {best.best_step}{stopped}")
 
     def measure(self, model: ModuleList, step: int) -> Values | None:
-        """Evaluates and reports; None without an evaluation set."""
+        """Evaluates and reports; None without an evaluation set, or when told to stop."""
         if self.store is None:
             return None
-        overall, by_source = evaluate(model, self.store, self.config, self.parallel, self.custom)
+        with current_watch().paused("evaluate"):
+            values = evaluate(model, self.store, self.config, self.parallel, self.custom)
+        if values is None:
+            return None
+        overall, by_source = values
         self.metrics.write("eval", step=step, **clean(overall), **listed(by_source))
         shown = ("loss", "accuracy", *(metric.name for metric in self.custom))
         text = "  ".join(f"{name} {overall[name]:.4f}" for name in shown)
@@ -126,8 +131,8 @@ def evaluate(
     config: Config,
     parallel: Parallel,
     custom: list[Metric],
-) -> tuple[Values, dict[str, Values]]:
-    """Runs the whole evaluation set through the model.
+) -> tuple[Values, dict[str, Values]] | None:
+    """Runs the whole evaluation set through the model; None when all ranks agreed to stop.
 
     Returns: loss (nats per supervised token), perplexity, accuracy, num_supervised and the custom
         metrics, over everything and for each source; equal on every rank. NaN where a source has
@@ -139,6 +144,7 @@ def evaluate(
     tally = partial(tally_micro_batch, source_of, len(names), custom)
     shape = (len(names), NUM_BUILT_IN + 2 * len(custom))
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
+    watch = current_watch()
     model.eval()
     with open_batches(store, plan, steps, config, parallel) as loader:
         ids = (sample_ids for sample_ids, _ in packed_rows(store, plan, steps, config, parallel))
@@ -147,8 +153,15 @@ def evaluate(
             reports = run_schedule(
                 model, batches, config, parallel, partial(eval_step, tally), forward_only=True
             )
-            total += sum_over_ranks(reports, "tally", shape, parallel)
+            added, votes = sum_over_ranks(reports, "tally", shape, parallel, watch.requests())
+            total += added
+            watch.beat()
+            watch.agree(*votes.tolist())
+            if watch.all_stop:
+                break
     model.train()
+    if watch.all_stop:
+        return None
     sums = total.cpu().numpy()
     by_source = {name: values_of(row, custom) for name, row in zip(names, sums, strict=True)}
     return values_of(sums.sum(axis=0), custom), by_source

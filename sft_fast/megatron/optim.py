@@ -1,6 +1,7 @@
 """DDP, optimizer and learning-rate schedule, all megatron-core's."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,29 @@ def build_optimizer(model: ModuleList, config: Config) -> MegatronOptimizer:
     optimizer = get_megatron_optimizer(optimizer_config, list(model), use_gloo_process_groups=False)
     allocate_adam_state(optimizer)
     return optimizer
+
+
+def step_if(optimizer: MegatronOptimizer, accepts: Callable[[float], bool]) -> tuple[bool, float]:
+    """`optimizer.step()` that leaves weights and moments alone unless `accepts(grad_norm)`.
+
+    Returns: (updated, gradient norm before clipping; NaN when fp16 gradients overflowed).
+    """
+    norms = [math.nan]
+    get_grad_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+    def noted_norm() -> float:
+        norms.append(float(get_grad_norm()))
+        return norms[-1]
+
+    def guarded_update() -> bool:
+        return update() if accepts(norms[-1]) else False
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = noted_norm, guarded_update
+    try:
+        was_updated, _, _ = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    return was_updated, norms[-1]
 
 
 def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:

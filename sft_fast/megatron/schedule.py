@@ -48,21 +48,28 @@ def run_schedule(
 
 
 def sum_over_ranks(
-    reports: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], parallel: Parallel
-) -> Tensor:
-    """Adds up the micro-batches of all data-parallel ranks.
+    reports: list[dict[str, Tensor]],
+    name: str,
+    shape: tuple[int, ...],
+    parallel: Parallel,
+    votes: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Adds up the micro-batches of all ranks.
 
     Args:
         reports: from `run_schedule`.
         name: of a value of `shape` in each report.
+        votes: more numbers to add up, of every rank.
 
-    Returns: fp64 of `shape`, the same on every rank.
+    Returns: fp64 of `shape` and fp64 [len(votes)], the same on every rank.
     """
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
-    for report in reports:
-        total += report[name]
-    if parallel.pp_size > 1:
-        last_rank = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
-        dist.broadcast(total, src=last_rank, group=parallel.pp_group)
-    dist.all_reduce(total, group=parallel.dp_group)
-    return total
+    # Only the last stage has reports; tensor-parallel ranks have the same ones.
+    if parallel.tp_rank == 0:
+        for report in reports:
+            total += report[name]
+    asked = torch.tensor(votes, dtype=torch.float64).to(parallel.device, non_blocking=True)
+    everything = torch.cat([total.reshape(-1), asked])
+    dist.all_reduce(everything)
+    counted, voted = everything.split([total.numel(), len(votes)])
+    return counted.reshape(shape), voted

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -13,7 +14,9 @@ from torch.nn import ModuleList
 from sft_fast.architecture import Architecture
 from sft_fast.batch import MicroBatch
 from sft_fast.config import Config, save_config
+from sft_fast.failure import current_watch
 from sft_fast.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
+from sft_fast.guard import Guard, check_limit, report_complaint
 from sft_fast.manifest import MANIFEST_FILE
 from sft_fast.megatron.batches import make_plan, open_batches
 from sft_fast.megatron.checkpoint import (
@@ -42,6 +45,7 @@ from sft_fast.megatron.optim import (
     gather_parameters,
     normalise_by,
     parts_of,
+    step_if,
     wrap_model,
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
@@ -51,6 +55,8 @@ from sft_fast.packing import StepCounts
 from sft_fast.profiling import ProfilerWindow
 from sft_fast.standing import Standing
 from sft_fast.trackers import check_trackers
+
+OVERFLOW = "fp16 overflow"
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def train_step(
     counts: StepCounts,
     config: Config,
     parallel: Parallel,
+    guard: Guard | None = None,
 ) -> StepResult:
     """One optimizer step; the only place where gradients happen.
 
@@ -81,15 +88,26 @@ def train_step(
     run.optimizer.zero_grad()
     normalise_by(run.model, counts.loss_weight)
     reports = run_schedule(run.model, batches, config, parallel)
-    total = sum_over_ranks(reports, "lm loss", (2,), parallel)
+    watch = current_watch()
+    total, votes = sum_over_ranks(reports, "lm loss", (2,), parallel, watch.requests())
     lr = run.optimizer.param_groups[0]["lr"]
-    was_updated, grad_norm, _ = run.optimizer.step()
+    verdict = (True, OVERFLOW)
+
+    def accepts(grad_norm: float) -> bool:
+        # The gradient norm is on the host by now, so reading the loss waits for nothing.
+        nonlocal verdict
+        loss = float(total[0]) / (counts.loss_weight or 1.0)
+        verdict = (True, "") if guard is None else guard.accepts(loss, grad_norm)
+        return verdict[0]
+
+    was_updated, grad_norm = step_if(run.optimizer, accepts)
     if was_updated:
         run.schedule.step(increment=1)
     loss_sum, counted = total.tolist()
     assert counted == counts.num_supervised, (counted, counts)
+    watch.agree(*votes.tolist())
     loss = loss_sum / (counts.loss_weight or 1.0)
-    return StepResult(loss, grad_norm or 0.0, lr, not was_updated)
+    return StepResult(loss, grad_norm, lr, not was_updated, verdict[1])
 
 
 def build_run(
@@ -168,11 +186,14 @@ def train(config: Config) -> int:
     Raises:
         ValueError: the config does not fit the data, the model or the world size.
     """
+    watch = current_watch()
+    watch.enter("join", can_leave=True)
     parallel = init_parallel(config)
     output = Path(config.output_dir)
     check_trackers(config)
     metrics = MetricsWriter(output, parallel.is_main)
     metrics.say(describe(parallel))
+    watch.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.say)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.say(inputs.store.report.summary())
@@ -185,6 +206,7 @@ def train(config: Config) -> int:
         config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
     )
     state = TrainState(0, fields)
+    watch.enter("resume", can_leave=True)
     checkpoint = find_checkpoint(config, parallel, metrics.say)
     if checkpoint is not None:
         state = continued_state(config, checkpoint, fields, metrics.say)
@@ -209,8 +231,11 @@ def train(config: Config) -> int:
     if parallel.is_main:
         save_config(config, output / "config.yaml")
     checkpoints = CheckpointWriter(output / "checkpoints", config.checkpoint, metrics.say)
+    guard = Guard(config.guard, config.optim.clip_grad, state.guard)
 
     evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, standing)
+    watch.enter("train")
+    watch.beat(step=start, num_steps=num_steps)
     evaluator.before_training(run.model, start)
     plan_steps = range(start - first, num_steps - first)
     meter = step_meter(metrics, config, inputs.model.architecture, num_steps, parallel)
@@ -218,27 +243,41 @@ def train(config: Config) -> int:
     with open_batches(inputs.store, plan, plan_steps, config, parallel) as loader:
         batches = Timed(loader)
         for step in range(start, num_steps):
+            if watch.all_stop:
+                break
             profiler.before(step + 1)
             began = time.perf_counter()
             counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
-            result = train_step(run, batches, counts, config, parallel)
+            result = train_step(run, batches, counts, config, parallel, guard)
             done = step + 1
             elapsed_s = time.perf_counter() - began
+            watch.beat(step=done, loss=result.loss)
+            if result.complaint not in ("", OVERFLOW):
+                samples = np.concatenate(plan.step_bins(*plan.locate(step - first)))
+                report_complaint(done, result, samples, inputs.store, output / "skipped", metrics)
+                check_limit(guard, done, result.complaint, output / "skipped")
             meter.step(done, result, counts, elapsed_s, batches.take_waited_s())
             trace = profiler.after(done)
             if trace is not None:
                 metrics.say(f"profile: {trace}")
-            if done == num_steps or evaluator.is_due(done):
+            if (done == num_steps or evaluator.is_due(done)) and not watch.all_stop:
                 evaluator.after_step(run.model, done)
-            state = replace(state, step=done, standing=asdict(evaluator.standing))
-            is_last = done == num_steps or evaluator.should_stop()
+            state = replace(
+                state, step=done, standing=asdict(evaluator.standing), guard=guard.state()
+            )
+            is_last = done == num_steps or evaluator.should_stop() or watch.all_stop
             is_wanted = is_due(config.checkpoint.every_steps, done) or evaluator.should_save(done)
-            if is_last or is_wanted:
+            if is_last or is_wanted or watch.all_save:
                 save_run(checkpoints, state, run, is_last)
             if is_last:
                 break
+    checkpoints.finish(is_last=True)
+    if watch.all_stop:
+        metrics.say(f"stopped at step {state.step} of {num_steps}; the same command goes on")
+        return finish(metrics)
 
+    watch.enter("export", can_leave=True)
     evaluator.report_best()
     if config.export.best:
         load_best(run, state, config, metrics)
@@ -287,6 +326,7 @@ def load_best(run: Run, state: TrainState, config: Config, metrics: MetricsWrite
 
 
 def save_run(checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool) -> None:
-    gather_parameters(run.model)
-    parts = sharded_state(run.model, run.optimizer, run.schedule, is_loading=False)
-    checkpoints.save(state, parts, is_last)
+    with current_watch().paused("save"):
+        gather_parameters(run.model)
+        parts = sharded_state(run.model, run.optimizer, run.schedule, is_loading=False)
+        checkpoints.save(state, parts, is_last)
