@@ -86,7 +86,7 @@ def test_an_unknown_peak_shows_no_mfu_and_nan_is_null(
 ) -> None:
     writer = MetricsWriter(tmp_path, True)
     meter = StepMeter(writer, 1, 1, lambda counts: 0.0)
-    result = StepResult(math.nan, math.inf, 0.0, was_skipped=True)
+    result = StepResult(math.nan, math.inf, 0.0, was_skipped=True, complaint="fp16 overflow")
     meter.step(1, result, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     (record,) = read(tmp_path)
     assert record["loss"] is None and record["grad_norm"] is None and record["mfu"] is None
