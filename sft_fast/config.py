@@ -261,6 +261,9 @@ class ParallelConfig(Section):
     """Pipeline-parallel size, in ranks."""
     virtual_pipeline: Positive = 1
     """Interleaved stages of each pipeline rank; more = smaller bubble, more communication."""
+    context: Positive = 1
+    """Context-parallel size: ranks that share each packed row. Needs packing.alignment to be a
+    multiple of twice this size."""
     sequence: bool = False
     """Also split norms and dropout along the sequence; needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -536,7 +539,8 @@ def save_config(config: Config, path: Path) -> None:
 
 def model_parallel_size(config: Config) -> int:
     """Returns the ranks that share one copy of the model."""
-    return config.parallel.tensor * config.parallel.pipeline
+    parallel = config.parallel
+    return parallel.tensor * parallel.pipeline * parallel.context
 
 
 def check_world_size(config: Config, world_size: int) -> int:
@@ -547,17 +551,20 @@ def check_world_size(config: Config, world_size: int) -> int:
     """
     parallel, train = config.parallel, config.train
     model_ranks = model_parallel_size(config)
+    keys: tuple[str, ...] = ("parallel.tensor", "parallel.pipeline")
+    sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    if parallel.context > 1:
+        keys, sizes = (*keys, "parallel.context"), f"{sizes} x context {parallel.context}"
     if world_size < 1 or world_size % model_ranks != 0:
         multiples = f"{model_ranks}, {2 * model_ranks}, {4 * model_ranks}, ..."
         raise ConfigError(
             [
                 Problem(
-                    ("parallel.tensor", "parallel.pipeline"),
-                    f"{world_size} ranks for tensor {parallel.tensor} x pipeline "
-                    f"{parallel.pipeline} = {model_ranks} ranks per model",
+                    keys,
+                    f"{world_size} ranks for {sizes} = {model_ranks} ranks per model",
                     f"a number of ranks that {model_ranks} divides",
                     f"start with --nproc-per-node (times nodes) of {multiples}, "
-                    "or lower parallel.tensor or parallel.pipeline",
+                    f"or lower {' or '.join(keys)}",
                 )
             ],
             f"the layout of {world_size} ranks",

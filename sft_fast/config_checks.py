@@ -158,12 +158,26 @@ def _parallel_problems(config: Config) -> Iterator[Problem]:
             "parallel.pipeline > 1",
             "parallel.virtual_pipeline=1, or parallel.pipeline=2",
         )
-    capacity = config.packing.capacity
-    if parallel.sequence and capacity % parallel.tensor != 0:
+    capacity, alignment = config.packing.capacity, config.packing.alignment
+    if parallel.context > 1 and alignment % (2 * parallel.context) != 0:
+        multiple = 2 * parallel.context
+        better = -(-alignment // multiple) * multiple
         yield Problem(
-            ("packing.capacity", "parallel.tensor"),
-            f"{capacity} is not a multiple of {parallel.tensor}, with parallel.sequence",
-            "parallel.tensor divides packing.capacity",
+            ("packing.alignment", "parallel.context"),
+            f"{alignment}, but each sample is cut into 2 x parallel.context = {multiple} chunks of "
+            "equal length",
+            f"a multiple of {multiple}",
+            f"packing.alignment={better}, or parallel.context=1",
+        )
+    if parallel.sequence and capacity % (parallel.tensor * parallel.context) != 0:
+        divisor = (
+            "parallel.tensor" if parallel.context == 1 else "parallel.tensor x parallel.context"
+        )
+        yield Problem(
+            ("packing.capacity", *divisor.split(" x ")),
+            f"{capacity} is not a multiple of {parallel.tensor * parallel.context}, with "
+            "parallel.sequence",
+            f"{divisor} divides packing.capacity",
         )
     if parallel.overlap_param_gather and not (
         parallel.distributed_optimizer and parallel.overlap_grad_reduce

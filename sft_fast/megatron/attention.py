@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft_fast.megatron.attention_backends import Attend, PackedSamples, dense_attention
+from sft_fast.megatron.context import ContextGroup, attend_in_context
 
 
 class PackedAttention(MegatronModule):
@@ -26,6 +27,7 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         *,
         attend: Attend,
+        context: ContextGroup | None = None,
         **kwargs: object,
     ):
         super().__init__(config=config)
@@ -33,6 +35,7 @@ class PackedAttention(MegatronModule):
         assert dropout == 0.0, "the backends have no dropout"
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_dim)
         self.attend = attend
+        self.context = context
 
     def forward(
         self,
@@ -57,9 +60,15 @@ class PackedAttention(MegatronModule):
         if packed_seq_params is None:
             return dense_attention(query, key, value, self.softmax_scale).flatten(2)
         assert isinstance(packed_seq_params, PackedSamples) and query.shape[1] == 1
-        num_tokens = sum(packed_seq_params.seqlens)
+        context_size = 1 if self.context is None else self.context.size
+        num_tokens = sum(packed_seq_params.seqlens) // context_size
         padding = query.shape[0] - num_tokens
         assert padding >= 0, (query.shape, packed_seq_params.seqlens)
-        query, key, value = (tensor[:num_tokens, 0] for tensor in (query, key, value))
-        output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
+        if self.context is None:
+            query, key, value = (tensor[:num_tokens, 0] for tensor in (query, key, value))
+            output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
+        else:
+            query, key, value = (tensor[:, 0] for tensor in (query, key, value))
+            arguments = query, key, value, packed_seq_params, self.softmax_scale, self.context
+            output = attend_in_context(self.attend, *arguments)
         return functional.pad(output.flatten(1), (0, 0, 0, padding)).unsqueeze(1)

@@ -31,6 +31,11 @@ class PackedSamples(PackedSeqParams):
     """Tokens of each sample, in row order; their sum may be shorter than the row."""
     active_rows: Tensor | None = None
     """int64 [num_supervised]: rows that have a label."""
+    key_lengths: tuple[int, ...] | None = None
+    """Keys of each sample where they are more than its queries; the last query sees the last key.
+    None = as many as queries."""
+    share: Any = None
+    """Under context parallelism what this rank computes; see context.ContextShare."""
     wants_outputs: bool = False
     """The model returns log probabilities, entropies and correctness in place of losses."""
     token_weights: Tensor | None = None
@@ -67,17 +72,21 @@ def pack_samples(
     cu_seqlens: Tensor,
     active_rows: Tensor | None = None,
     token_weights: Tensor | None = None,
+    cp_size: int = 1,
 ) -> PackedSamples:
     """Describes the samples of a row.
 
-    A row of padding alone is one sample of one token: it has to attend to something, because every
-    weight must get its (zero) gradient, or DDP would wait for it.
+    A row of padding alone is one sample of one token, or of the fewest that all ranks can share: it
+    has to attend to something, because every weight must get its (zero) gradient, or DDP would wait
+    for it.
 
     Args:
         cu_seqlens: int32 [samples + 1], on the device that computes.
     """
     if not seqlens:
-        seqlens, cu_seqlens = (1,), torch.arange(2, dtype=torch.int32, device=cu_seqlens.device)
+        length = 1 if cp_size == 1 else 2 * cp_size
+        edges = torch.tensor([0, length], dtype=torch.int32)
+        seqlens, cu_seqlens = (length,), edges.to(cu_seqlens.device, non_blocking=True)
     longest = max(seqlens)
     return PackedSamples(
         qkv_format="sbhd",
@@ -119,6 +128,8 @@ def attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
 ) -> Tensor:
     """PyTorch's dense attention over groups of similar samples; runs everywhere."""
+    if samples.key_lengths is not None:
+        return attend_prefixes(query, key, value, samples, softmax_scale)
     groups, order = samples.groups
     outputs = []
     for rows in groups:
@@ -130,15 +141,58 @@ def attend_sdpa(
     return torch.cat(outputs).index_select(0, order.to(query.device, non_blocking=True))
 
 
+def attend_prefixes(
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+) -> Tensor:
+    """The same where samples have more keys than queries, under context parallelism."""
+    outputs, order = [], []
+    for members, query_rows, key_rows, mask in prefix_groups(samples):
+        columns = [
+            tensor.index_select(0, rows.flatten().to(query.device)).unflatten(0, rows.shape)
+            for tensor, rows in ((query, query_rows), (key, key_rows), (value, key_rows))
+        ]
+        q, k, v = (column.transpose(1, 2) for column in columns)
+        output = functional.scaled_dot_product_attention(
+            q, k, v, mask.to(query.device)[:, None], scale=softmax_scale, enable_gqa=True
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1)[members.to(query.device)])
+        order.append(query_rows.flatten()[members])
+    places = torch.cat(order).argsort().to(query.device)
+    return torch.cat(outputs).index_select(0, places)
+
+
+def prefix_groups(samples: PackedSamples) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Samples of similar size, on the CPU.
+
+    Yields:
+        Places of own rows in the flattened query rows; query rows int64 [n, q] and key rows
+        [n, k], where a shorter sample repeats its first row; bool mask [n, q, k].
+    """
+    assert samples.key_lengths is not None
+    lengths = torch.tensor([samples.seqlens, samples.key_lengths])
+    starts = lengths.cumsum(1) - lengths
+    classes = torch.tensor([[size_class(n) for n in row.tolist()] for row in lengths])
+    for pair in classes.unique(dim=1).t():
+        chosen = (classes == pair[:, None]).all(0)
+        queries, keys = lengths[:, chosen, None]
+        steps = [torch.arange(int(length.max())) for length in (queries, keys)]
+        is_own = steps[0] < queries
+        query_rows = starts[0, chosen, None] + torch.where(is_own, steps[0], 0)
+        key_rows = starts[1, chosen, None] + torch.where(steps[1] < keys, steps[1], 0)
+        last_key = (keys - queries + steps[0])[..., None]
+        yield is_own.flatten().nonzero()[:, 0], query_rows, key_rows, steps[1] <= last_key
+
+
 def varlen_backend(varlen: Callable[..., Any], scale_name: str, **options: Any) -> Attend:
     """Wraps a library's varlen function, which takes the samples as cumulative lengths."""
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
     ) -> Tensor:
-        edges, longest = samples.cu_seqlens_q, samples.max_seqlen_q
+        edges = samples.cu_seqlens_q, samples.cu_seqlens_kv
+        longest = samples.max_seqlen_q, samples.max_seqlen_kv
         scale = {scale_name: softmax_scale}
-        output = varlen(query, key, value, edges, edges, longest, longest, **scale, **options)
+        output = varlen(query, key, value, *edges, *longest, **scale, **options)
         return output[0] if isinstance(output, tuple) else output
 
     return attend
@@ -191,8 +245,12 @@ def choose_attention(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    further_test: Callable[[Attend], None] | None = None,
 ) -> AttentionChoice:
     """Returns the backend `name`, or with `auto` the first that passes the self-test.
+
+    Args:
+        further_test: raises ValueError for one that is not wanted either.
 
     Raises:
         ValueError: the named backend is missing or computes something else.
@@ -209,6 +267,8 @@ def choose_attention(
         try:
             attend = BACKENDS[candidate]()
             check_attention(attend, device, dtype, num_heads, num_kv_heads, head_dim)
+            if further_test is not None:
+                further_test(attend)
             return AttentionChoice(candidate, attend, tuple(passed_over))
         except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -48,6 +48,7 @@ def packed_rows(
 ) -> Iterator[Row]:
     """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
     size, alignment = config.train.micro_batch_size, config.packing.alignment
+    num_parts = parallel.tp_size * parallel.cp_size
     for step in steps:
         for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
             sample_ids = np.concatenate(bins)
@@ -55,7 +56,7 @@ def packed_rows(
             if parallel.pp_size == 1:
                 # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
                 used = -(-store.lengths[sample_ids] // alignment) * alignment
-                num_rows = -(-max(int(used.sum()), 1) // parallel.tp_size) * parallel.tp_size
+                num_rows = round_up(max(int(used.sum()), alignment), num_parts)
             yield sample_ids, num_rows
 
 
@@ -63,12 +64,17 @@ def open_batches(
     store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
 ) -> BatchLoader:
     """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
-    max_rows = config.packing.capacity * config.train.micro_batch_size + parallel.tp_size
+    num_parts = parallel.tp_size * parallel.cp_size
+    max_rows = round_up(config.packing.capacity * config.train.micro_batch_size, num_parts)
     return BatchLoader(
         store,
         packed_rows(store, plan, steps, config, parallel),
         parallel.device,
         max_rows=max_rows,
         max_samples=max_rows,
-        layout=RowLayout(alignment=config.packing.alignment),
+        layout=RowLayout(config.packing.alignment, parallel.cp_size, parallel.cp_rank),
     )
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

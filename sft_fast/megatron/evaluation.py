@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import ModuleList
 
@@ -141,7 +142,7 @@ def evaluate(
     plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
     steps = range(plan.num_steps_per_epoch)
     names, source_of = sources_of(store)
-    tally = partial(tally_micro_batch, source_of, len(names), custom)
+    tally = partial(tally_micro_batch, source_of, len(names), custom, parallel)
     shape = (len(names), NUM_BUILT_IN + 2 * len(custom))
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
     watch = current_watch()
@@ -201,6 +202,7 @@ def tally_micro_batch(
     source_of: np.ndarray,
     num_sources: int,
     custom: list[Metric],
+    parallel: Parallel,
     batch: MicroBatch,
     sample_ids: np.ndarray,
     outputs: Tensor,
@@ -215,7 +217,7 @@ def tally_micro_batch(
     Returns: fp64 [num_sources, LOSS, NUM_TOKENS, NUM_CORRECT, then two for each custom metric].
     """
     device = outputs.device
-    edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0)
+    edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0) // batch.layout.cp_size
     rows = batch.active_rows.cpu()
     slots = torch.searchsorted(edges, rows, right=True)
     sources = torch.from_numpy(source_of[sample_ids])
@@ -227,15 +229,42 @@ def tally_micro_batch(
     sums[:, :NUM_BUILT_IN].index_add_(0, sources[slots].to(device), columns)
     if custom:
         labels = batch.labels[0].index_select(0, rows.to(device))
-        by_sample = custom_sums(custom, active.float().cpu(), labels.cpu(), slots, len(sample_ids))
+        answers = active, labels, slots
+        if parallel.cp_size > 1:
+            positions = batch.position_ids[0].index_select(0, rows.to(device))
+            answers = whole_answers(active, labels, slots, positions, parallel)
+        by_sample = custom_sums(custom, *answers, num_samples=len(sample_ids))
+        if parallel.cp_rank > 0:
+            by_sample.zero_()  # the first rank has counted them
         added = torch.zeros(num_sources, 2 * len(custom), dtype=torch.float64)
         added.index_add_(0, sources, by_sample)
         sums[:, NUM_BUILT_IN:] += added.to(device)
     return sums
 
 
+def whole_answers(
+    active: Tensor, labels: Tensor, slots: Tensor, positions: Tensor, parallel: Parallel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Joins what the context-parallel ranks know of the samples that they share.
+
+    Args:
+        active, labels, slots: as for `custom_sums`, of this rank's rows.
+        positions: int64 [A], of the rows in their samples.
+
+    Returns: the first three, of all ranks' rows.
+    """
+    parts: list[Any] = [None] * parallel.cp_size
+    own = active.cpu(), labels.cpu(), slots, positions.cpu()
+    dist.all_gather_object(parts, own, group=parallel.cp_group)
+    active, labels, slots, positions = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    # Sample by sample, and in each by position.
+    order = positions.argsort(stable=True)
+    order = order[slots[order].argsort(stable=True)]
+    return active[:, order], labels[order], slots[order]
+
+
 def custom_sums(
-    custom: list[Metric], active: Tensor, labels: Tensor, slots: Tensor, num_samples: int
+    custom: list[Metric], active: Tensor, labels: Tensor, slots: Tensor, *, num_samples: int
 ) -> Tensor:
     """fp64 [num_samples, 2 * metrics]: numerator and denominator of each metric for each sample.
 
@@ -245,6 +274,7 @@ def custom_sums(
         slots: int64 [A], ascending: which sample of the row.
     """
     sums = torch.zeros(num_samples, 2 * len(custom), dtype=torch.float64)
+    active, labels = active.float().cpu(), labels.cpu()
     counts = torch.bincount(slots, minlength=num_samples).tolist()
     parts = zip(active.split(counts, dim=1), labels.split(counts), strict=True)
     for number, (outputs, sample_labels) in enumerate(parts):

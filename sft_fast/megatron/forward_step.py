@@ -64,6 +64,8 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
 
 def packed_samples(batch: MicroBatch, wants_outputs: bool = False) -> PackedSamples:
     """What the layers need to know of a micro-batch."""
-    samples = pack_samples(batch.seqlens, batch.cu_seqlens, batch.active_rows, batch.weights)
+    samples = pack_samples(
+        batch.seqlens, batch.cu_seqlens, batch.active_rows, batch.weights, batch.layout.cp_size
+    )
     samples.wants_outputs = wants_outputs
     return samples

@@ -385,6 +385,8 @@ def seed_dropout(config: Config, step: int, parallel: Parallel) -> None:
     if config.lora.dropout == 0.0:
         return
     place = f"{config.seed}/{step}/{parallel.dp_rank}/{parallel.pp_rank}"
+    if parallel.cp_size > 1:
+        place += f"/{parallel.cp_rank}"
     seed = xxhash.xxh32_intdigest(place.encode())
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

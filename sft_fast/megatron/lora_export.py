@@ -28,7 +28,7 @@ def export_adapter(model: ModuleList, folder: Path, config: Config, parallel: Pa
     """
     dtype = DTYPES[config.export.dtype or config.model.dtype]
     with staged_directory(folder, StoreExchange("export/adapter", EXPORT_TIMEOUT_S)) as stage:
-        if parallel.dp_rank == 0:
+        if parallel.is_first_replica:
             tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
             if parallel.is_main:
                 save_file(

@@ -1,5 +1,7 @@
 """GPTModel with packed attention and the masked loss at the LM head."""
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from sft_fast.megatron.attention_backends import (
     PackedSamples,
     choose_attention,
 )
+from sft_fast.megatron.context import ContextGroup, check_context, context_group
 from sft_fast.megatron.norm import RMSNorm
 from sft_fast.megatron.parallel import Parallel
 
@@ -122,6 +125,8 @@ class SFTModel(GPTModel):
         self, *args: Any, unpadded_vocab_size: int, loss_config: LossConfig, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
+        # Angles are looked up by position; megatron would cut out a context-parallel rank's share.
+        self.rotary_pos_emb.cp_group = None
         if self.post_process:
             self.output_layer.__class__ = LossOutputLayer
             self.output_layer.vocab_size = unpadded_vocab_size
@@ -175,14 +180,18 @@ class SFTModel(GPTModel):
 
 
 def block_spec(
-    config: TransformerConfig, attend: Attend, vp_stage: int | None
+    config: TransformerConfig,
+    attend: Attend,
+    context: ContextGroup | None,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """megatron's local layers of this pipeline stage, with our attention core and our norm."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = ModuleSpec(module=PackedAttention, params={"attend": attend})
+    params = {"attend": attend, "context": context}
+    attention.core_attention = ModuleSpec(module=PackedAttention, params=params)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage, None)
@@ -214,6 +223,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
         virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
         # Interleaved stages of two ranks have the same neighbour on both sides.
         overlap_p2p_comm=parallel.vp_size > 1,
@@ -252,14 +262,17 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     """
     check_layout(architecture, parallel)
     megatron_config = transformer_config(architecture, config, parallel)
-    attention = choose_attention(
-        config.model.attention,
-        parallel.device,
-        megatron_config.params_dtype,
+    heads = (
         architecture.num_attention_heads // parallel.tp_size,
         architecture.num_key_value_heads // parallel.tp_size,
         architecture.head_dim,
     )
+    kind = parallel.device, megatron_config.params_dtype
+    context, further_test = context_group(parallel), None
+    if context is not None:
+        scale = 1.0 / math.sqrt(architecture.head_dim)
+        further_test = partial(check_context, context, *kind, heads, scale)
+    attention = choose_attention(config.model.attention, *kind, *heads, further_test)
     return [
         build_chunk(architecture, config, parallel, megatron_config, attention, vp_stage)
         for vp_stage in range(parallel.vp_size)
@@ -278,7 +291,9 @@ def build_chunk(
     vp_stage = number if parallel.vp_size > 1 else None
     model = SFTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(megatron_config, attention.attend, vp_stage),
+        transformer_layer_spec=block_spec(
+            megatron_config, attention.attend, context_group(parallel), vp_stage
+        ),
         vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel.is_first_stage and number == 0,

@@ -36,9 +36,14 @@ class Parallel:
     pp_rank: int
     pp_group: dist.ProcessGroup
     vp_size: int
+    cp_size: int
+    cp_rank: int
+    cp_group: dist.ProcessGroup
     dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """The ranks that have the same weights: data-parallel and context-parallel ones."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -47,6 +52,11 @@ class Parallel:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_first_replica(self) -> bool:
+        """True on the ranks that together hold the model for the first time."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
     @property
     def is_main(self) -> bool:
@@ -96,6 +106,7 @@ def init_parallel(config: Config) -> Parallel:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         distributed_timeout_minutes=int(config.parallel.timeout_minutes),
         create_gloo_process_groups=False,
@@ -118,9 +129,13 @@ def current_parallel(device: torch.device) -> Parallel:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         vp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 

@@ -304,7 +304,7 @@ def finish(metrics: MetricsWriter) -> int:
 def describe(parallel: Parallel) -> str:
     return (
         f"{parallel.world_size} {parallel.device.type} ranks: tensor {parallel.tp_size} x "
-        f"pipeline {parallel.pp_size} x data {parallel.dp_size}"
+        f"pipeline {parallel.pp_size} x context {parallel.cp_size} x data {parallel.dp_size}"
     )
 
 

@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, Any, Any]] = {
     "one": (1, {}, {}),
     "dp2": (2, {}, {}),
     "tp2-sequence": (2, SEQUENCE, {"alignment": 2}),
+    "cp2": (2, {"context": 2}, {"alignment": 4}),
     "pp2-vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
 }
 

@@ -10,6 +10,7 @@ from tiny import make_config, make_store, random_samples, save_tiny_llama
 
 NUM_SAMPLES = 16
 BFD, NONE = {"strategy": "bfd"}, {"strategy": "none"}
+ALIGNED = {"strategy": "bfd", "alignment": 4}
 Section = dict[str, Any]
 # name: world size, packing section, micro_batch_size, parallel section, model section
 LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
@@ -33,6 +34,15 @@ LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "pp2": (2, BFD, 1, {"pipeline": 2}, {}),
     "pp2-unpacked": (2, NONE, 4, {"pipeline": 2}, {}),
     "pp2-vpp2": (2, BFD, 2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "cp2": (2, ALIGNED, 2, {"context": 2}, {}),
+    "cp2-pp2-vpp2": (
+        4,
+        ALIGNED,
+        2,
+        {"context": 2, "pipeline": 2, "virtual_pipeline": 2},
+        {},
+    ),
+    "cp2-tp2-sequence": (4, ALIGNED, 1, {"context": 2, "tensor": 2, "sequence": True}, {}),
     "dp4": (4, BFD, 1, {}, {}),
     "dp4-unpacked": (4, NONE, 2, {}, {}),
     "dp2-tp2-sequence": (4, BFD, 1, {"tensor": 2, "sequence": True}, {}),

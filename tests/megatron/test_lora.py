@@ -24,7 +24,7 @@ def lora_config(
         model={"path": folder, "shape": None, **model},
         tokenizer={"path": None},
         # Even rows: two ranks pad no more than one, so that dropout draws as many numbers.
-        packing={"alignment": 2},
+        packing={"alignment": 4},
         train={"global_batch_size": 8},
         parallel=parallel or {},
         lora={"rank": 3, "alpha": 5.0, **(lora or {})},
@@ -113,6 +113,7 @@ LAYOUTS: dict[str, tuple[int, Any, Any]] = {
     "tp2": (2, {"tensor": 2}, {}),
     "tp2-sequence": (2, SEQUENCE, {}),
     "tp2-sequence-recompute": (2, SEQUENCE, {"recompute": "full"}),
+    "cp2": (2, {"context": 2}, {}),
     "pp2-vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "tp2-pp2-sequence": (4, {"pipeline": 2, **SEQUENCE}, {}),
 }
@@ -123,7 +124,7 @@ EXPECTED: dict[str, list[Any]] = {}
     ("layout", "targets"),
     [
         *((layout, "all") for layout in LAYOUTS),
-        *((layout, "some") for layout in ("dp2-overlap", "tp2-pp2-sequence")),
+        *((layout, "some") for layout in ("dp2-overlap", "cp2", "tp2-pp2-sequence")),
         *((layout, "dora") for layout in ("dp2-overlap", "tp2", "tp2-pp2-sequence", "recompute")),
     ],
 )

@@ -1,0 +1,112 @@
+"""Context-parallel attention: each rank's share of many samples is that of the whole row."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rank_pool import RankPool
+
+
+def choice_of(backends: dict[str, str], cp_size: int) -> str:
+    """What `auto` chooses among functions of this file, or the error."""
+    from megatron.core import parallel_state
+
+    from sft_fast.megatron import attention_backends, context
+
+    parallel_state.initialize_model_parallel(context_parallel_size=cp_size)
+    group = context.ContextGroup(
+        cp_size,
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_group(),
+    )
+    own = {name: attend for name, attend in globals().items() if name in backends.values()}
+    original = dict(attention_backends.BACKENDS)
+    attention_backends.BACKENDS.update({key: lambda v=own[v]: v for key, v in backends.items()})
+    attention_backends.on_cpu_only, on_cpu_only = (
+        lambda device: False,
+        attention_backends.on_cpu_only,
+    )
+    heads = (4, 2, 8)
+    kind = torch.device("cpu"), torch.float32
+
+    def test(attend: Any) -> None:
+        context.check_context(group, *kind, heads, 8**-0.5, attend)
+
+    try:
+        return str(attention_backends.choose_attention("auto", *kind, *heads, test))
+    finally:
+        attention_backends.BACKENDS.update(original)
+        attention_backends.on_cpu_only = on_cpu_only
+
+
+def top_left(query: Tensor, key: Tensor, value: Tensor, samples: Any, scoring: Any) -> Tensor:
+    """The first query sees the first key, also where there are more keys."""
+    from sft_fast.megatron.attention_backends import attend_sdpa, pack_samples
+
+    if samples.key_lengths is not None:
+        starts = samples.cu_seqlens_kv[:-1].tolist()
+        rows = [
+            row
+            for start, count in zip(starts, samples.seqlens, strict=True)
+            for row in range(start, start + count)
+        ]
+        key, value = key[rows], value[rows]
+        samples = pack_samples(samples.seqlens, samples.cu_seqlens_q)
+    return attend_sdpa(query, key, value, samples, scoring)
+
+
+def wrong_on_one_rank(*arguments: Any) -> Tensor:
+    import torch.distributed as dist
+
+    from sft_fast.megatron.attention_backends import attend_sdpa
+
+    is_wrong = dist.get_rank() == 1 and arguments[3].key_lengths is not None
+    return attend_sdpa(*arguments) * (2 if is_wrong else 1)
+
+
+def test_a_backend_that_fails_in_context_is_passed_over_on_every_rank(rank_pool: RankPool) -> None:
+    backends = {"flash_attn": "top_left", "aiter": "wrong_on_one_rank"}
+    choices = rank_pool.run(2, choice_of, backends, 2)
+    for choice in choices:
+        assert choice.startswith("sdpa")
+        for name in backends:
+            assert f"not {name}: with parallel.context 2" in choice
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_the_share_of_many_samples(cp_size: int) -> None:
+    """Without communication: the segments' rows of the gathered keys, and the attention."""
+    from sft_fast.megatron.attention_backends import attend_sdpa, pack_samples
+    from sft_fast.megatron.context import ContextGroup, share_row
+
+    lengths = tuple(2 * cp_size * count for count in (1, 9, 2, 40))
+    edges = torch.tensor((0, *lengths)).cumsum(0)
+    torch.manual_seed(0)
+    query = torch.randn(sum(lengths), 4, 8)
+    key, value = (torch.randn(sum(lengths), 2, 8) for _ in range(2))
+    whole = attend_sdpa(query, key, value, pack_samples(lengths, edges.int()), 0.3)
+
+    def rows_of(rank: int) -> Tensor:
+        """As batch.RowLayout has it."""
+        parts = [torch.arange(start, stop).chunk(2 * cp_size) for start, stop in
+                 zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]  # fmt: skip
+        return torch.cat([torch.cat([part[rank], part[-1 - rank]]) for part in parts])
+
+    padding = torch.full((3, 2, 8), torch.nan)
+    gathered = [
+        torch.cat([piece for rank in range(cp_size) for piece in (tensor[rows_of(rank)], padding)])
+        for tensor in (key, value)
+    ]
+    num_rows = sum(lengths) // cp_size + len(padding)
+    for rank in range(cp_size):
+        context: Any = ContextGroup(cp_size, rank, None)
+        share = share_row(lengths, num_rows, context, torch.device("cpu"))
+        keys, values = (tensor[share.rows] for tensor in gathered)
+        own = rows_of(rank)
+        output = attend_sdpa(query[own], keys, values, share.segments, 0.3)
+        torch.testing.assert_close(output, whole[own])
+        for part in (share.first, share.second):
+            assert len(share.rows[part].unique()) == len(part)
+        assert len(share.first) + len(share.second) == len(share.rows)
