@@ -54,7 +54,7 @@ LLAMA_1B = Architecture(128256, 2048, 16, 32, 8, 8192, 64, 131072, tie_word_embe
 LLAMA_8B = Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192)
 SMALL = Architecture(8192, 128, 2, 4, 2, 384, 32, 512)
 CASES = (
-    {"1B full": Case(LLAMA_1B), "8B LoRA": Case(LLAMA_8B, lora_rank=16)}
+    {"8B LoRA": Case(LLAMA_8B, lora_rank=16), "1B full": Case(LLAMA_1B)}
     if ON_GPU
     else {"small full": Case(SMALL), "small LoRA": Case(SMALL, lora_rank=4)}
 )

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Checks and measures everything that needs one GPU. Results go to a folder, one log per stage.
-#   bash benchmarks/run_gpu.sh OUT [stage...]      stages: tests sanitizer demo tune loss head packing step
+#   bash benchmarks/run_gpu.sh OUT [stage...]      stages: tests sanitizer demo tune loss head loader step
 # A stage that fails or takes too long does not stop the others; the last lines are a summary.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: run_gpu.sh OUT [stage...]}"
 shift
 mkdir -p "$out"
-[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head packing step
+[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head loader step
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 run() { "${PYTHON:-python3}" -m "$@"; }
 check() { run pytest -q -rs -p no:cacheprovider "$@"; }
-bench() { check --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"; }
+# A stage that hangs says where.
+bench() { check -o faulthandler_timeout=60 --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"; }
 
 stage() {
   case "$1" in
@@ -23,7 +24,7 @@ stage() {
     tune) "${PYTHON:-python3}" benchmarks/tune_launch.py ;;
     loss) bench loss benchmarks/bench_masked_cross_entropy.py ;;
     head) bench head benchmarks/bench_masked_linear_cross_entropy.py ;;
-    packing) bench packing benchmarks/bench_packing.py -k fill ;;
+    loader) bench loader benchmarks/bench_loader.py ;;
     step) bench step benchmarks/bench_training_step.py ;;
     *) echo "unknown stage $1" && return 2 ;;
   esac
