@@ -9,10 +9,10 @@ import traceback
 from collections.abc import Sequence
 
 from sft_fast import __version__
-from sft_fast.commands import check, data, environment, launch, preview, recipes
+from sft_fast.commands import check, data, environment, launch, plan, preview, recipes
 
 # In the order in which a new user meets them.
-MODULES = (recipes, check, preview, launch, data, environment)
+MODULES = (recipes, check, preview, plan, launch, data, environment)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

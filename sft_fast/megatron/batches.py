@@ -4,43 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sft_fast.architecture import Architecture
-from sft_fast.balance import DEFAULT_COST_MODEL, CostModel
 from sft_fast.batch import RowLayout
 from sft_fast.config import Config
 from sft_fast.data.store import TokenStore
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.packing import PackingOptions, StepPlan
+from sft_fast.packing import StepPlan
 from sft_fast.prefetch import BatchLoader, Row
-
-
-def make_plan(
-    store: TokenStore,
-    config: Config,
-    architecture: Architecture | None = None,
-    max_samples: int | None = None,
-) -> StepPlan:
-    """The order of the (first) samples: a function of lengths, packing options and seed.
-
-    The architecture only decides which rank computes what, so that ranks finish together.
-    """
-    packing = config.packing
-    cost_model = DEFAULT_COST_MODEL
-    if architecture is not None:
-        cost_model = CostModel.of_shape(
-            architecture.hidden_size, architecture.num_layers, architecture.vocab_size
-        )
-    return StepPlan(
-        lengths=store.lengths[:max_samples],
-        num_supervised=store.num_supervised[:max_samples],
-        capacity=packing.capacity,
-        strategy=packing.strategy,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        options=PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size),
-        cost_model=cost_model,
-        loss_weights=None if store.loss_weights is None else store.loss_weights[:max_samples],
-    )
 
 
 def packed_rows(

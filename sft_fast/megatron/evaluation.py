@@ -25,13 +25,14 @@ from sft_fast.data.formats import read_conversations
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluate import exact_match
 from sft_fast.failure import current_watch
-from sft_fast.megatron.batches import make_plan, open_batches, packed_rows
+from sft_fast.megatron.batches import open_batches, packed_rows
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metric_registry import Metric, SampleOutputs, get_metric, is_greater_better
 from sft_fast.metrics import MetricsWriter
+from sft_fast.run_plan import make_plan
 from sft_fast.standing import Standing
 
 Values = dict[str, float]

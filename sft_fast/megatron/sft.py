@@ -18,7 +18,7 @@ from sft_fast.failure import current_watch
 from sft_fast.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
 from sft_fast.guard import Guard, check_limit, report_complaint
 from sft_fast.manifest import MANIFEST_FILE
-from sft_fast.megatron.batches import make_plan, open_batches
+from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.checkpoint import (
     CheckpointWriter,
     TrainState,
@@ -53,6 +53,7 @@ from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics import MetricsWriter, StepResult, Timed
 from sft_fast.packing import StepCounts
 from sft_fast.profiling import ProfilerWindow
+from sft_fast.run_plan import make_plan
 from sft_fast.standing import Standing
 from sft_fast.trackers import check_trackers
 

@@ -1,0 +1,177 @@
+"""`sft_fast plan`: does it fit, how long does it take, and what would help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, read_config
+
+if TYPE_CHECKING:
+    from sft_fast.architecture import Architecture
+    from sft_fast.config import Config
+    from sft_fast.flops import Work
+    from sft_fast.hardware import Gpu
+    from sft_fast.packing import StepPlan
+
+
+def add(commands: Commands) -> None:
+    plan = commands.add_parser("plan", help="say what fits, how long it takes, and what would help")
+    add_config(plan)
+    plan.add_argument("--gpu", default="MI300X", help="MI300X, MI325X, MI355X, H100, H200 or B200")
+    plan.add_argument("--ranks", type=int, metavar="N", help="GPUs; default: the smallest layout")
+    plan.add_argument("--mfu", type=float, default=0.4, help="utilisation to assume (0.4)")
+    plan.add_argument("--no-data", action="store_true", help="memory only, without tokenising")
+    plan.add_argument("--plot", type=Path, metavar="FILE", help="draw the packing (.png, .svg)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=run, hides_torch=True)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    import json
+
+    from sft_fast.config import check_world_size, model_parallel_size
+    from sft_fast.hardware import GPUS
+
+    config = read_config(parsed)
+    gpu = GPUS.get(parsed.gpu.upper())
+    if gpu is None:
+        raise ValueError(f"--gpu {parsed.gpu}; expected one of {', '.join(GPUS)}")
+    if not 0 < parsed.mfu <= 1:
+        raise ValueError(f"--mfu {parsed.mfu}; expected a share above 0, at most 1")
+    ranks = parsed.ranks or model_parallel_size(config)
+    check_world_size(config, ranks)
+    tokenizer = None
+    if config.model.path is None or not parsed.no_data:
+        tokenizer = config_tokenizer(config)
+    architecture = config_architecture(config, tokenizer)
+    plan = None if parsed.no_data else packing_plan(config, tokenizer, architecture)
+    found = figures(config, architecture, plan, gpu, ranks, parsed.mfu)
+    if parsed.plot is not None:
+        if plan is None:
+            raise ValueError("--plot needs the data; leave --no-data out")
+        from sft_fast.packing_report import plot_plan
+
+        plot_plan(plan, parsed.plot)
+    print(json.dumps(found) if parsed.json else as_text(found))
+
+
+def config_architecture(config: Config, tokenizer: Any) -> Architecture:
+    from sft_fast.architecture import (
+        architecture_from_hf,
+        architecture_from_shape,
+        read_hf_config,
+    )
+    from sft_fast.hub import local_folder
+
+    if config.model.path is None:
+        assert config.model.shape is not None, "the configuration demands one of the two"
+        return architecture_from_shape(config.model.shape, len(tokenizer))
+    folder = local_folder(config.model.path, config.model.revision, "model.path")
+    return architecture_from_hf(read_hf_config(folder))
+
+
+def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> StepPlan:
+    from sft_fast.data.configured import find_sources, open_configured_store
+    from sft_fast.run_plan import make_plan
+
+    sources = find_sources(config, "train")
+    assert sources is not None, "data.train is required"
+    store = open_configured_store(
+        config,
+        sources,
+        tokenizer,
+        lambda text: print(text, file=sys.stderr),
+    )
+    return make_plan(store, config, architecture)
+
+
+def run_work(config: Config, plan: StepPlan) -> tuple[int, Work]:
+    """Optimizer steps, and what they compute on; epochs are alike but for their order."""
+    import numpy as np
+
+    from sft_fast.flops import Work
+
+    steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
+    epochs = steps / plan.num_steps_per_epoch
+    lengths = plan.lengths.astype(np.int64)
+    supervised = int(plan.supervised.sum(dtype=np.int64))
+    sums = (int(lengths.sum()), int((lengths**2).sum()), supervised)
+    return steps, Work(*(round(value * epochs) for value in sums))
+
+
+def figures(
+    config: Config,
+    architecture: Architecture,
+    plan: StepPlan | None,
+    gpu: Gpu,
+    ranks: int,
+    mfu: float,
+) -> dict[str, Any]:
+    """Everything that the command says."""
+    from dataclasses import asdict
+
+    from sft_fast.estimate import best_knobs, estimate_memory, estimate_seconds
+    from sft_fast.flops import Work, num_parameters, training_flops
+
+    share, work = 1.0, Work(1, 0, 1)
+    found: dict[str, Any] = {
+        "gpu": gpu.name,
+        "ranks": ranks,
+        "parameters": num_parameters(architecture),
+        "memory_limit": gpu.memory_gb * 1e9,
+    }
+    if plan is not None:
+        steps, work = run_work(config, plan)
+        report = plan.report(1, config.train.micro_batch_size)
+        share = report.supervised_share
+        seconds = estimate_seconds(architecture, config, work, ranks, gpu.bf16_tflops, mfu)
+        found |= {
+            "steps": steps,
+            "tokens": work.tokens,
+            "supervised_tokens": work.supervised,
+            "samples_per_row": report.samples_per_bin,
+            "packing_efficiency": report.efficiency,
+            "padding": report.padding_share,
+            "packing": report.strategy,
+            "flops": training_flops(architecture, work, lora=config.lora.rank > 0),
+            "hours": seconds / 3600,
+            "mfu": mfu,
+        }
+    memory = estimate_memory(architecture, config, ranks, share)
+    found["memory"] = asdict(memory) | {"total": memory.total}
+    found["fits"] = memory.total <= gpu.memory_gb * 1e9
+    found["knobs"] = [
+        asdict(knob)
+        for knob in best_knobs(
+            *(architecture, config, work, ranks, gpu.memory_gb * 1e9, gpu.bf16_tflops, mfu, share)
+        )
+    ]
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    memory, limit = dict(found["memory"]), found["memory_limit"]
+    total = memory.pop("total")
+    lines = [f"model       {found['parameters'] / 1e9:.2f} billion parameters"]
+    if "steps" in found:
+        lines += [
+            f"data        {found['tokens']:,} tokens in {found['steps']:,} steps, "
+            f"{found['supervised_tokens'] / max(found['tokens'], 1):.1%} of them trained",
+            f"packing     {found['packing']}: {found['samples_per_row']:.1f} samples a row, "
+            f"{found['padding']:.2%} padding, {found['packing_efficiency']:.2%} of the bound",
+            f"work        {found['flops']:.3g} FLOPs, forward and backward",
+            f"time        {found['hours']:.2f} hours on {found['ranks']} x {found['gpu']} at "
+            f"{found['mfu']:.0%} of the data sheet's bf16 rate (an assumption)",
+        ]
+    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    lines.append(
+        f"memory      {total / 1e9:.1f} of {limit / 1e9:.0f} GB on the fullest rank: {verdict}"
+    )
+    lines += [f"  {name:<12}{size / 1e9:8.2f} GB" for name, size in memory.items()]
+    for knob in found["knobs"]:
+        time = f", {knob['seconds'] / 3600:.2f} hours" if "steps" in found else ""
+        lines.append(f"would help  {knob['overrides']}: {knob['memory_bytes'] / 1e9:.1f} GB{time}")
+    return "\n".join(lines)

@@ -1,0 +1,304 @@
+"""Memory of a rank and time of a run, from the configuration alone.
+
+Bytes are counted for what this trainer keeps; every formula below says what it counts. Symbols:
+t, p, d = tensor, pipeline and data parallel sizes; b = bytes of model.dtype; T = tokens of a
+micro-batch (packing.capacity * train.micro_batch_size); h, q, k, f = hidden size, width of the
+queries (heads * head_dim), of the keys, of the MLP; s = t with sequence parallelism, else 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sft_fast.flops import (
+    Work,
+    adapter_parameters,
+    layer_matrix_parameters,
+    layer_vector_parameters,
+    training_flops,
+)
+
+if TYPE_CHECKING:
+    from sft_fast.architecture import Architecture
+    from sft_fast.config import Config
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+VOCAB_MULTIPLE = 128
+MIN_CHUNK_ROWS = 4096
+"""The loss never takes fewer rows of logits at a time, see kernels/README.md."""
+RUNTIME_BYTES = 3 * 10**9
+"""Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
+DEFAULT_MFU = 0.4
+"""Share of the data sheet's bf16 rate that is assumed to be reached; an assumption."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that needs most.
+
+    Attributes:
+        weights: parameters in model.dtype.
+        gradients: fp32, of what is trained.
+        optimizer: fp32 master weights (not with fp32 parameters) and two moments.
+        activations: what the layers keep for the backward pass, at the fullest moment.
+        logits: rows of logits in memory at a time, and the rows' hidden states.
+        workspace: what one layer's backward pass needs: gradients of its activations, and with
+            recomputation the activations too.
+        runtime: what is neither tensor nor cache, on a GPU.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment; the logits are gone before the first layer runs backward."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.passing + self.runtime
+
+    @property
+    def passing(self) -> int:
+        """What comes and goes with a micro-batch."""
+        return self.activations + max(self.logits, self.workspace)
+
+
+def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, int]:
+    """Parameters of the fullest rank: (frozen or trained base weights, trained ones).
+
+    Matrices are split over t, layers over p; the first stage has the embedding and the last one
+    the head and the final norm; with tied weights each has the matrix. The vocabulary is padded to
+    a multiple of 128 t.
+    """
+    a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
+    multiple = VOCAB_MULTIPLE * tensor
+    vocab = -(-a.vocab_size // multiple) * multiple // tensor
+    layers = a.num_layers // pipeline
+    per_layer = layer_matrix_parameters(a) // tensor + layer_vector_parameters(a)
+    embedding = vocab * a.hidden_size
+    if pipeline == 1:
+        ends = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size
+    else:
+        ends = embedding + a.hidden_size
+    base = layers * per_layer + ends
+    if config.lora.rank == 0:
+        return base, base
+    adapters = adapter_parameters(a, config.lora.rank, config.lora.targets)
+    return base, adapters // (pipeline * tensor)
+
+
+def layer_bytes_per_token(
+    architecture: Architecture, config: Config, is_fused: bool = True
+) -> float:
+    """What a layer keeps of a token: b * (4 h / s + (3 q + 2 k + 3 f) / t).
+
+    h: input and output of both norms. q: rotated queries, attention output, and its copy behind
+    the padding. k: rotated keys, values. f: gate and up (2 f) and their product. Without fused
+    norms and SwiGLU (a CPU) also 2 f / t, SiLU's output and a copy of its input, and 2 h / s, the
+    norms' unscaled outputs; with 16-bit parameters these are there in fp32 as well, 6 h / s.
+    """
+    a, tensor = architecture, config.parallel.tensor
+    sequence = tensor if config.parallel.sequence else 1
+    query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    norms, silu = 0, 0
+    if not is_fused:
+        norms, silu = (2 if config.model.dtype == "fp32" else 6), 2
+    hidden = (4 + norms) * a.hidden_size / sequence
+    split = (3 * query + 2 * key + (3 + silu) * a.ffn_hidden_size) / tensor
+    return BYTES[config.model.dtype] * (hidden + split)
+
+
+def in_flight(config: Config, num_microbatches: int) -> float:
+    """Micro-batches whose activations the first stage holds at once, in whole stages.
+
+    1F1B: p; interleaved over v parts: p (1 + (p - 1) / (p v)). Source: Narayanan et al. 2021,
+    arXiv 2104.04473, and Korthikanti et al. 2022, arXiv 2205.05198.
+    """
+    pipeline, parts = config.parallel.pipeline, config.parallel.virtual_pipeline
+    held = float(min(pipeline, num_microbatches))
+    return held if parts == 1 else held * (1 + (pipeline - 1) / (pipeline * parts))
+
+
+def estimate_memory(
+    architecture: Architecture,
+    config: Config,
+    num_ranks: int,
+    supervised_share: float = 1.0,
+    is_gpu: bool = True,
+) -> Memory:
+    """Memory of the fullest rank.
+
+    Args:
+        architecture: the model.
+        config: of a layout that `check_world_size` accepts for `num_ranks`.
+        num_ranks: over all machines.
+        supervised_share: of the tokens of a row, 0 to 1; decides the rows of logits.
+        is_gpu: False: a CPU, which has no fused norms and no runtime to count.
+    """
+    a, parallel, train = architecture, config.parallel, config.train
+    model_ranks = parallel.tensor * parallel.pipeline
+    data_parallel = max(num_ranks // model_ranks, 1)
+    size = BYTES[config.model.dtype]
+    base, trained = stage_parameters(a, config)
+    shards = data_parallel if parallel.distributed_optimizer else 1
+    state = (8 if config.model.dtype == "fp32" else 12) * trained // shards
+    tokens = config.packing.capacity * train.micro_batch_size
+    micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
+    layers = a.num_layers // parallel.pipeline
+    one_layer = layer_bytes_per_token(a, config, is_gpu) * tokens
+    sequence = parallel.tensor if parallel.sequence else 1
+    # The gradients of gate, up and their product, and of two residual streams.
+    workspace = size * tokens * (3 * a.ffn_hidden_size / parallel.tensor + 2 * a.hidden_size)
+    kept = one_layer
+    if config.model.recompute == "full":
+        kept = size * a.hidden_size / sequence * tokens
+        workspace += one_layer
+    activations = layers * kept * in_flight(config, micro_batches)
+    rows = tokens * supervised_share
+    vocab = -(-a.vocab_size // parallel.tensor)
+    held_rows = rows
+    if config.loss.policy != "stored":
+        budget = config.loss.memory_budget_gib * 2**30
+        held_rows = min(rows, max(MIN_CHUNK_ROWS, budget / (vocab * size)))
+    logits = held_rows * vocab * size + rows * a.hidden_size * size
+    return Memory(
+        weights=size * base,
+        gradients=4 * trained,
+        optimizer=state,
+        activations=round(activations),
+        logits=round(logits),
+        workspace=round(workspace),
+        runtime=RUNTIME_BYTES if is_gpu else 0,
+    )
+
+
+def bubble(config: Config, num_ranks: int) -> float:
+    """Share of useful time that pipeline stages wait: (p - 1) / (m v), Narayanan et al. 2021."""
+    parallel, train = config.parallel, config.train
+    data_parallel = max(num_ranks // (parallel.tensor * parallel.pipeline), 1)
+    micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
+    return (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
+
+
+def estimate_seconds(
+    architecture: Architecture,
+    config: Config,
+    work: Work,
+    num_ranks: int,
+    tflops: float,
+    mfu: float = DEFAULT_MFU,
+) -> float:
+    """Seconds of training on `work`.
+
+    FLOPs / (ranks * rate * mfu), times 4/3 with full recomputation (a second forward pass), times
+    1 + bubble. Evaluation, checkpoints and start-up are not counted.
+    """
+    flops = training_flops(architecture, work, lora=config.lora.rank > 0)
+    seconds = flops / (num_ranks * tflops * 1e12 * mfu)
+    again = 4 / 3 if config.model.recompute == "full" else 1.0
+    return seconds * again * (1 + bubble(config, num_ranks))
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A change of the configuration, and what it would do.
+
+    Attributes:
+        overrides: keys to change, as for the command line.
+        memory_bytes: total of the fullest rank then.
+        seconds: of the run then.
+    """
+
+    overrides: str
+    memory_bytes: int
+    seconds: float
+
+
+def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, object]]]:
+    """Yields sections to update; not all of them are allowed for every model."""
+    parallel, train = config.parallel, config.train
+    yield {"model": {"recompute": "none" if config.model.recompute == "full" else "full"}}
+    if not parallel.distributed_optimizer and num_ranks > 1:
+        yield {"parallel": {"distributed_optimizer": True}}
+    for tensor in (2, 4, 8):
+        if tensor != parallel.tensor and num_ranks % tensor == 0:
+            yield {"parallel": {"tensor": tensor, "sequence": True}}
+    if parallel.tensor > 1:
+        yield {"parallel": {"tensor": 1, "sequence": False}}
+        if not parallel.sequence:
+            yield {"parallel": {"sequence": True}}
+    for pipeline in (1, 2, 4):
+        if pipeline != parallel.pipeline:
+            yield {"parallel": {"pipeline": pipeline, "virtual_pipeline": 1}}
+    if train.micro_batch_size > 1:
+        yield {"train": {"micro_batch_size": train.micro_batch_size // 2}}
+    if config.lora.rank == 0:
+        yield {"lora": {"rank": 16}}
+
+
+def best_knobs(
+    architecture: Architecture,
+    config: Config,
+    work: Work,
+    num_ranks: int,
+    memory_bytes: float,
+    tflops: float,
+    mfu: float = DEFAULT_MFU,
+    supervised_share: float = 1.0,
+    count: int = 3,
+) -> list[Knob]:
+    """The changes that would help most.
+
+    A run that does not fit: what makes it fit at the least time, else what saves most memory. One
+    that fits: what saves time and still fits. Training adapters instead of all weights is another
+    task, so it is offered only where the run does not fit.
+    """
+    from sft_fast.config import Config as ConfigModel
+    from sft_fast.config import check_world_size
+
+    def cost(changed: Config) -> tuple[int, float]:
+        memory = estimate_memory(architecture, changed, num_ranks, supervised_share)
+        seconds = estimate_seconds(architecture, changed, work, num_ranks, tflops, mfu)
+        return memory.total, seconds
+
+    total, seconds = cost(config)
+    fits = total <= memory_bytes
+    knobs = []
+    for sections in changes(config, num_ranks):
+        values = config.model_dump()
+        for section, update in sections.items():
+            values[section] |= update
+        try:
+            changed = ConfigModel.model_validate(values)
+            check_world_size(changed, num_ranks)
+        except ValueError:
+            continue
+        if not divides(architecture, changed):
+            continue
+        overrides = " ".join(
+            f"{section}.{key}={str(value).lower()}"
+            for section, update in sections.items()
+            for key, value in update.items()
+        )
+        knob = Knob(overrides, *cost(changed))
+        if fits and "lora" not in sections and knob.memory_bytes <= memory_bytes:
+            knobs += [knob] if knob.seconds < seconds else []
+        elif not fits and knob.memory_bytes < total:
+            knobs.append(knob)
+    knobs.sort(key=lambda knob: (knob.memory_bytes > memory_bytes, knob.seconds))
+    if not fits and all(knob.memory_bytes > memory_bytes for knob in knobs):
+        knobs.sort(key=lambda knob: knob.memory_bytes)
+    return knobs[:count]
+
+
+def divides(architecture: Architecture, config: Config) -> bool:
+    """True when the layout splits the model into equal parts."""
+    a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
+    split = (a.num_attention_heads, a.num_key_value_heads, a.ffn_hidden_size)
+    return all(size % tensor == 0 for size in split) and a.num_layers % pipeline == 0
