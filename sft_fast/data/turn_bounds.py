@@ -4,13 +4,19 @@ An answer starts where the text of the turns before it, rendered with the genera
 there the model starts to write. It ends before the text of the next turn. Both texts must be
 prefixes of the whole, or the answer would be trained in a context that the model never sees.
 
-To render every prefix takes time that grows with the square of the number of turns. Instead the
-prefixes are rendered for a skeleton of the chat, with a short placeholder for every content, and
-once for all chats of the same structure. That gives the texts between the contents. The chat
-itself is rendered whole, must be exactly these texts with its own contents in between, and one of
-its prefixes is rendered as well. A chat is proven by all of its own prefixes where a skeleton may
-not stand for it: a content holds a string that the template mentions (`</think>`), or the whole is
-not what the skeleton says.
+To render every prefix takes time that grows with the square of the number of turns. Instead:
+
+1. The prefixes are rendered for a skeleton of the chat, with a short placeholder for every content,
+   and once for all chats of the same structure. That gives the texts between the contents. The chat
+   itself is rendered whole, must be exactly these texts with its own contents in between, and one
+   of its prefixes is rendered as well.
+2. A chat is proven by prefixes of its own where a skeleton may not stand for it: there are tool
+   calls, a content holds a string that the template mentions (`</think>`), or the whole is not what
+   the skeleton says.
+3. Of many answers, in a skeleton or a chat, each is rendered behind its last turns alone. The whole
+   must be exactly the texts that this gives, one after another, and the prefixes up to the last
+   answer, the one in the middle before it, and so on, must be what they say. Where it is not so,
+   every prefix is rendered: a template that is refused is refused for a prefix of the chat itself.
 """
 
 from __future__ import annotations
@@ -27,6 +33,8 @@ Bounds = list[tuple[int, int]]
 """Of each answer: where it starts, and where what follows it starts."""
 
 MOST_LAYOUTS = 4096
+FEW_ANSWERS = 8
+"""As many answers are proven by all of their prefixes; that is as fast."""
 _PLACE_CHARACTERS = 40
 _EXPRESSION = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
 _LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
@@ -98,6 +106,9 @@ class TurnBounds:
     def _layout(
         self, messages: Sequence[Message], answers: Sequence[int], tools: str, apply: Apply
     ) -> _Layout | None:
+        # Calls are rarely the same twice, so their skeletons would serve one chat each.
+        if any(message.tool_calls for message in messages):
+            return None
         if any(mark in message.content for message in messages for mark in self._marks):
             return None
         skeleton = [
@@ -114,6 +125,14 @@ class TurnBounds:
     def _prove(
         self, messages: Sequence[Message], answers: Sequence[int], text: str, apply: Apply
     ) -> Bounds:
+        if len(answers) > FEW_ANSWERS:
+            try:
+                parts = self._prove_in_parts(messages, answers, text, apply)
+            except ValueError:
+                # The template refuses some of the turns without the others.
+                parts = None
+            if parts is not None:
+                return parts
         bounds = []
         for number in answers:
             before = apply(messages[:number], True)
@@ -124,6 +143,43 @@ class TurnBounds:
             check_prefix(before, text, f"turns 1 to {number} with the generation prompt")
             check_prefix(until, text, f"turns 1 to {number + 1}")
             bounds.append((len(before), len(until)))
+        return bounds
+
+    def _prove_in_parts(
+        self, messages: Sequence[Message], answers: Sequence[int], text: str, apply: Apply
+    ) -> Bounds | None:
+        """The bounds, in time linear in the turns; None where the parts do not make the whole."""
+        bounds: Bounds = []
+        position = 0
+        for place in range(len(answers)):
+            known, turns = _last_turns(messages, answers, place)
+            before, after = apply(turns[:-1], True), apply(turns, False)
+            start = 0
+            if known:
+                earlier = apply(turns[:known], False)
+                if not before.startswith(earlier):
+                    earlier = earlier.removesuffix(self._eos)
+                start = len(earlier)
+                if not before.startswith(earlier):
+                    return None
+            if not after.startswith(before):
+                return None
+            answer = after[len(before) :]
+            first = position + len(before) - start
+            if not text.startswith(answer, first):
+                answer = answer.removesuffix(self._eos)
+            if not text.startswith(before[start:], position) or not text.startswith(answer, first):
+                return None
+            position = first + len(answer)
+            bounds.append((first, position))
+        if answers[-1] + 1 == len(messages) and position != len(text):
+            return None
+        place = len(answers) - 1
+        while place > 0:
+            before = apply(messages[: answers[place]], True)
+            if len(before) != bounds[place][0] or not text.startswith(before):
+                return None
+            place //= 2
         return bounds
 
     def _measure(
@@ -157,6 +213,26 @@ class TurnBounds:
                 return None
             found.append((located[0], located[1]))
         return _Layout(tuple(between), tuple(number for _, number in places), tuple(found))
+
+
+def _last_turns(
+    messages: Sequence[Message], answers: Sequence[int], place: int
+) -> tuple[int, list[Message]]:
+    """The turns to render an answer behind: how many of them are before its own, and all.
+
+    Its own are those since the answer before. Two answers stand before them, and in front of all
+    the system turn and the user's last: no template sees an order of roles that is new to it.
+    """
+    if place < 2:
+        known = 0 if place == 0 else answers[0] + 1
+        return known, list(messages[: answers[place] + 1])
+    first = answers[place - 2]
+    opening = [message for message in messages[:1] if message.role == "system" and first > 0]
+    user = next((n for n in range(first - 1, -1, -1) if messages[n].role == "user"), None)
+    if user is not None:
+        opening.append(messages[user])
+    turns = [*opening, *messages[first : answers[place] + 1]]
+    return len(opening) + answers[place - 1] + 1 - first, turns
 
 
 def check_prefix(prefix: str, text: str, turns: str) -> None:

@@ -1,23 +1,13 @@
 """Masks of ten public template families, written by hand: not one token may be wrong."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+import template_families as families
 from masks import marked, sample_of, samples_of
 from sft_fast.data.templates import chat_template
-
-spec = importlib.util.spec_from_file_location(
-    "template_families", Path(__file__).with_name("template_families.py")
-)
-assert spec is not None and spec.loader is not None
-families: Any = importlib.util.module_from_spec(spec)
-sys.modules["template_families"] = families
-spec.loader.exec_module(families)
 
 MakeTokenizer = Callable[..., Any]
 
