@@ -75,6 +75,7 @@ class MicroBatch:
         num_supervised: rows with a label.
         weights: float32 [1, T], factor of the loss on rows with a label, else 0; None = all 1.
         layout: how the samples lie in the row.
+        sample_ids: int64 [num_samples], their numbers in the store; None = not known.
     """
 
     tokens: Tensor
@@ -89,6 +90,7 @@ class MicroBatch:
     num_supervised: int
     weights: Tensor | None = None
     layout: RowLayout = PLAIN_LAYOUT
+    sample_ids: NDArray[np.int64] | None = None
 
     @property
     def loss_mask(self) -> Tensor:
@@ -330,4 +332,5 @@ def fill_micro_batch(
         num_supervised=num_supervised,
         weights=None if weights is None else weights[None],
         layout=layout,
+        sample_ids=ids,
     )

@@ -59,6 +59,7 @@ OTHER_NAMES = {
     "max_seq_length": "packing.capacity",
     "max_steps": "train.steps",
     "model_name_or_path": "model.path",
+    "neftune_noise_alpha": "train.neftune_alpha",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.micro_batch_size",
@@ -250,6 +251,9 @@ class TrainConfig(Section):
     """Rows per optimizer step, over all data-parallel ranks."""
     micro_batch_size: Positive = 1
     """Rows per forward pass of one rank."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Noise on the embeddings of a sample of L tokens, at most neftune_alpha / sqrt(L *
+    hidden_size); 0 = none."""
 
 
 class ParallelConfig(Section):

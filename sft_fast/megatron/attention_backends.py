@@ -36,6 +36,8 @@ class PackedSamples(PackedSeqParams):
     None = as many as queries."""
     share: Any = None
     """Under context parallelism what this rank computes; see context.ContextShare."""
+    sample_ids: Any = None
+    """int64 [samples]: their numbers in the token store."""
     wants_outputs: bool = False
     """The model returns log probabilities, entropies and correctness in place of losses."""
     token_weights: Tensor | None = None

@@ -25,7 +25,7 @@ from sft_fast.data.formats import read_conversations
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluate import exact_match
 from sft_fast.failure import current_watch
-from sft_fast.megatron.batches import open_batches, packed_rows
+from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
@@ -148,9 +148,7 @@ def evaluate(
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
     watch = current_watch()
     model.eval()
-    with open_batches(store, plan, steps, config, parallel) as loader:
-        ids = (sample_ids for sample_ids, _ in packed_rows(store, plan, steps, config, parallel))
-        batches = zip(loader, ids, strict=True)
+    with open_batches(store, plan, steps, config, parallel) as batches:
         for _ in steps:
             reports = run_schedule(
                 model, batches, config, parallel, partial(eval_step, tally), forward_only=True
@@ -180,7 +178,7 @@ def sources_of(store: TokenStore) -> tuple[list[str], np.ndarray]:
 
 def eval_step(tally: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
     """megatron's forward_step; on the last stage the token outputs [3, 1, T] fp32."""
-    batch, sample_ids = next(data_iterator)
+    batch = next(data_iterator)
     check_once(batch, model)
     outputs = model(
         batch.tokens,
@@ -189,14 +187,14 @@ def eval_step(tally: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Ten
         labels=batch.labels,
         packed_seq_params=packed_samples(batch, wants_outputs=True),
     )
-    return outputs, partial(eval_loss_func, tally, batch, sample_ids)
+    return outputs, partial(eval_loss_func, tally, batch)
 
 
 def eval_loss_func(
-    tally: Any, batch: MicroBatch, sample_ids: np.ndarray, outputs: Tensor
+    tally: Any, batch: MicroBatch, outputs: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     num_tokens = torch.tensor(batch.num_supervised, dtype=torch.int32, device=outputs.device)
-    return outputs.sum(), num_tokens, {"tally": tally(batch, sample_ids, outputs)}
+    return outputs.sum(), num_tokens, {"tally": tally(batch, outputs)}
 
 
 def tally_micro_batch(
@@ -205,14 +203,12 @@ def tally_micro_batch(
     custom: list[Metric],
     parallel: Parallel,
     batch: MicroBatch,
-    sample_ids: np.ndarray,
     outputs: Tensor,
 ) -> Tensor:
     """Sums of a micro-batch for each source.
 
     Args:
         source_of: int64 [N], number of each sample's source.
-        sample_ids: the samples of the row, in order.
         outputs: [3, 1, T]: log probability of the label, entropy, correctness.
 
     Returns: fp64 [num_sources, LOSS, NUM_TOKENS, NUM_CORRECT, then two for each custom metric].
@@ -221,7 +217,8 @@ def tally_micro_batch(
     edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0) // batch.layout.cp_size
     rows = batch.active_rows.cpu()
     slots = torch.searchsorted(edges, rows, right=True)
-    sources = torch.from_numpy(source_of[sample_ids])
+    assert batch.sample_ids is not None, "fill_micro_batch knows them"
+    sources = torch.from_numpy(source_of[batch.sample_ids])
     active = outputs[:, 0].index_select(1, rows.to(device)).double()
     columns = torch.stack([-active[0], torch.ones_like(active[0]), active[2]], dim=1)
     sums = torch.zeros(
@@ -234,7 +231,7 @@ def tally_micro_batch(
         if parallel.cp_size > 1:
             positions = batch.position_ids[0].index_select(0, rows.to(device))
             answers = whole_answers(active, labels, slots, positions, parallel)
-        by_sample = custom_sums(custom, *answers, num_samples=len(sample_ids))
+        by_sample = custom_sums(custom, *answers, num_samples=len(sources))
         if parallel.cp_rank > 0:
             by_sample.zero_()  # the first rank has counted them
         added = torch.zeros(num_sources, 2 * len(custom), dtype=torch.float64)

@@ -67,5 +67,5 @@ def packed_samples(batch: MicroBatch, wants_outputs: bool = False) -> PackedSamp
     samples = pack_samples(
         batch.seqlens, batch.cu_seqlens, batch.active_rows, batch.weights, batch.layout.cp_size
     )
-    samples.wants_outputs = wants_outputs
+    samples.wants_outputs, samples.sample_ids = wants_outputs, batch.sample_ids
     return samples

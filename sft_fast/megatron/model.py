@@ -120,6 +120,8 @@ class SFTModel(GPTModel):
     """megatron-core's GPTModel; rotary angles follow position_ids, labels give per-token losses."""
 
     attention: AttentionChoice
+    noise: Any = None
+    """neftune.EmbeddingNoise in training runs that want it."""
 
     def __init__(
         self, *args: Any, unpadded_vocab_size: int, loss_config: LossConfig, **kwargs: Any
@@ -146,6 +148,8 @@ class SFTModel(GPTModel):
         if packed_seq_params is None:
             return outputs
         decoder_input, rotary_angles, *rest = outputs
+        if self.noise is not None and self.training and decoder_input is not None:
+            decoder_input = self.noise.add(decoder_input, position_ids, packed_seq_params)
         return (decoder_input, rotary_angles[position_ids[0]], *rest)  # [s, 1, 1, head_dim]
 
     def _postprocess(

@@ -38,6 +38,7 @@ from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropo
 from sft_fast.megatron.lora_export import export_adapter
 from sft_fast.megatron.meter import step_meter
 from sft_fast.megatron.model import build_model, unwrap
+from sft_fast.megatron.neftune import add_noise, begin_step
 from sft_fast.megatron.optim import (
     build_lr_schedule,
     build_optimizer,
@@ -226,6 +227,7 @@ def train(config: Config) -> int:
         return finish(metrics)
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
     metrics.say(f"attention: {unwrap(run.model[0]).attention}")
+    add_noise(run.model, config, inputs.store.lengths, parallel)
     if checkpoint is not None:
         load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
         metrics.say(f"resumed from {checkpoint} at step {start} of {num_steps}")
@@ -250,6 +252,7 @@ def train(config: Config) -> int:
             began = time.perf_counter()
             counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
+            begin_step(run.model, step)
             result = train_step(run, batches, counts, config, parallel, guard)
             done = step + 1
             elapsed_s = time.perf_counter() - began
