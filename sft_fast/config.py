@@ -230,11 +230,11 @@ class PackingConfig(Section):
     = random order, each row filled exactly from the samples next in line; sequential = in the order
     of the data; none = one sample per row; auto = window, unless it needs over 0.2 % more rows than
     bfd."""
-    capacity: Annotated[int, Field(ge=2)] = 2048
+    capacity: Annotated[int, Field(ge=2, le=2**24)] = 2048
     """Length of a row, in tokens."""
     alignment: Positive = 1
     """A sample takes up a multiple of this many tokens of its row; divides capacity."""
-    max_samples_per_bin: Positive | None = None
+    max_samples_per_bin: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Most samples that share a row; null = no limit."""
     pool_size: Annotated[int, Field(ge=1, le=2**22)] = 1000
     """Samples that window chooses from, at least; more where they are less than 8 rows' worth."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NUM_ROUNDS = 200_000
+NUM_ROUNDS = int(os.environ.get("SFT_FAST_FUZZ_ROUNDS", 200_000))
 
 pytestmark = pytest.mark.slow
 
