@@ -45,7 +45,7 @@ def test_strategy(store: ListStore) -> None:
         _, plan = plan_of(store, strategy=strategy)
         bins = found[strategy] = bins_of(plan)
         assert sorted(sum(bins, [])) == list(range(NUM_SAMPLES))
-        assert plan.report().strategy == ("bfd" if strategy == "auto" else strategy)
+        assert plan.report().strategy == ("window" if strategy == "auto" else strategy)
     assert sum(found["sequential"], []) == list(range(NUM_SAMPLES)), "the order of the data"
     assert all(len(one) == 1 for one in found["none"])
     assert len(found["bfd"]) <= len(found["window"]) < len(found["sequential"]) < NUM_SAMPLES
