@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import DEVICE, ON_GPU
-from tiny import ListStore
 
 from sft_fast.prefetch import BatchLoader
+from timing import DEVICE, ON_GPU
+from tiny import ListStore
 
 NUM_ROWS = 8192
 NUM_BATCHES = 50

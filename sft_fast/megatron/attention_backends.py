@@ -6,6 +6,7 @@ device is passed over, and the reason is told.
 """
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -203,7 +204,27 @@ def varlen_backend(varlen: Callable[..., Any], scale_name: str, **options: Any) 
 def load_torch_varlen() -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_backend(varlen_attn, "scale", window_size=(-1, 0), enable_gqa=True)
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"is_causal": True}
+    if "window_size" in known:
+        options = {"window_size": (-1, 0)}
+    if "enable_gqa" in known:
+        return varlen_backend(varlen_attn, "scale", **options, enable_gqa=True)
+    # Older releases want as many heads of keys as of queries.
+    return repeat_heads(varlen_backend(varlen_attn, "scale", **options))
+
+
+def repeat_heads(attend: Attend) -> Attend:
+    """Gives `attend` a copy of its keys and values for every query head."""
+
+    def attend_repeated(
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+    ) -> Tensor:
+        count = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(count, dim=1) for tensor in (key, value))
+        return attend(query, key, value, samples, softmax_scale)
+
+    return attend_repeated
 
 
 def load_flash_attn(module: str) -> Attend:

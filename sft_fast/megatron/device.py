@@ -39,6 +39,8 @@ def init_device() -> torch.device:
         return CPU
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
+    # It prepares every new shape for a long time, and packed rows bring new shapes all the time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

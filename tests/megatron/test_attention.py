@@ -1,6 +1,7 @@
 """Attention within samples: every backend is held to dense attention, or it is not used."""
 
 import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -132,3 +133,38 @@ def test_nothing_crosses_from_sample_to_sample() -> None:
 def test_an_unknown_name_lists_what_exists() -> None:
     with pytest.raises(ValueError, match="flash3.*flash_attn.*sdpa"):
         choose("flash3")
+
+
+def test_older_varlen_attention_gets_as_many_key_heads_as_query_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in with the signature of torch 2.11, which has no enable_gqa."""
+    from sft_fast.megatron import attention_backends
+
+    def varlen_attn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: object = None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        assert query.shape[1] == key.shape[1] == value.shape[1] and window_size == (-1, 0)
+        assert scale is not None
+        parts = (tensor.unsqueeze(1).tensor_split(cu_seq_q[1:-1]) for tensor in (query, key, value))
+        outputs = [
+            attention_backends.dense_attention(q, k, v, scale)
+            for q, k, v in zip(*parts, strict=True)
+        ]
+        return torch.cat(outputs).squeeze(1)
+
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = varlen_attn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    attend = attention_backends.load_torch_varlen()
+    attention_backends.check_attention(attend, torch.device("cpu"), torch.float32, 4, 2, 8)
