@@ -123,8 +123,17 @@ class ModelConfig(Section):
     """Architecture when `path` is null."""
     attention: Literal["auto", "flash_attn", "aiter", "torch_varlen", "sdpa"] = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
-    recompute: Literal["none", "full"] = "none"
-    """full = keep only each layer's input and run the layer again in the backward pass."""
+    recompute: Literal["none", "selective", "block", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing; the parts of each layer in
+    recompute_modules; the first recompute_layers layers of each pipeline stage; all layers."""
+    recompute_modules: Annotated[list[Literal["core_attn", "mlp", "moe"]], Field(min_length=1)] = [
+        "core_attn"
+    ]
+    """Parts for recompute selective; attention kernels other than sdpa do core_attn anyway."""
+    recompute_layers: Positive | None = None
+    """Layers of each (interleaved) pipeline stage for recompute block."""
+    offload_layers: NotNegative = 0
+    """Layers whose activations wait in host memory; needs a GPU and Transformer Engine."""
 
 
 class TokenizerConfig(Section):
@@ -329,6 +338,9 @@ class OptimConfig(Section):
     """Decay rate of the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
+    offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the optimizer state that stays in host memory and is updated there; needs a GPU and
+    Transformer Engine."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 

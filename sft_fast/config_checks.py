@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def cross_field_problems(config: Config) -> Iterator[Problem]:
     """Yields every contradiction between the keys of a configuration."""
     yield from _model_problems(config)
+    yield from _memory_problems(config)
     yield from _shape_problems(config)
     yield from _train_problems(config)
     yield from _packing_problems(config)
@@ -46,6 +47,40 @@ def _model_problems(config: Config) -> Iterator[Problem]:
             "the demo tokenizer with a model that has its own vocabulary",
             "the model's own tokenizer",
             "tokenizer.path=null",
+        )
+
+
+def _memory_problems(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if (model.recompute == "block") != (model.recompute_layers is not None):
+        yield Problem(
+            ("model.recompute", "model.recompute_layers"),
+            f"{model.recompute} with recompute_layers {model.recompute_layers}",
+            "block with a number of layers, or none of the two",
+            "model.recompute_layers=4" if model.recompute == "block" else "model.recompute=block",
+        )
+    if model.offload_layers > 0 and model.recompute != "none":
+        yield Problem(
+            ("model.offload_layers", "model.recompute"),
+            f"{model.offload_layers} layers are kept in host memory, and recompute is "
+            f"{model.recompute}",
+            "one of the two",
+            "model.recompute=none, or model.offload_layers=0",
+        )
+    if model.offload_layers > 0 and config.parallel.pipeline > 1:
+        yield Problem(
+            ("model.offload_layers", "parallel.pipeline"),
+            f"{model.offload_layers} offloaded layers with parallel.pipeline "
+            f"{config.parallel.pipeline}",
+            "no offloading of activations with pipeline stages",
+            "model.offload_layers=0, or model.recompute=full",
+        )
+    if config.optim.offload_fraction > 0 and not config.parallel.distributed_optimizer:
+        yield Problem(
+            ("optim.offload_fraction", "parallel.distributed_optimizer"),
+            f"{config.optim.offload_fraction} without the distributed optimizer",
+            "parallel.distributed_optimizer true",
+            "parallel.distributed_optimizer=true",
         )
 
 

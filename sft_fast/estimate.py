@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sft_fast.config import model_parallel_size
 from sft_fast.flops import (
     Work,
     adapter_parameters,
@@ -142,13 +143,13 @@ def estimate_memory(
         is_gpu: False: a CPU, which has no fused norms and no runtime to count.
     """
     a, parallel, train = architecture, config.parallel, config.train
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = model_parallel_size(config)
     data_parallel = max(num_ranks // model_ranks, 1)
     size = BYTES[config.model.dtype]
     base, trained = stage_parameters(a, config)
     shards = data_parallel if parallel.distributed_optimizer else 1
     state = (8 if config.model.dtype == "fp32" else 12) * trained // shards
-    tokens = config.packing.capacity * train.micro_batch_size
+    tokens = config.packing.capacity * train.micro_batch_size / parallel.context
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
     layers = a.num_layers // parallel.pipeline
     one_layer = layer_bytes_per_token(a, config, is_gpu) * tokens
@@ -158,6 +159,11 @@ def estimate_memory(
     kept = one_layer
     if config.model.recompute == "full":
         kept = size * a.hidden_size / sequence * tokens
+        workspace += one_layer
+    elif config.model.recompute_layers is not None:
+        stage_layers = max(layers // parallel.virtual_pipeline, 1)
+        share = min(config.model.recompute_layers / stage_layers, 1.0)
+        kept = share * size * a.hidden_size / sequence * tokens + (1 - share) * one_layer
         workspace += one_layer
     activations = layers * kept * in_flight(config, micro_batches)
     rows = tokens * supervised_share
@@ -181,7 +187,7 @@ def estimate_memory(
 def bubble(config: Config, num_ranks: int) -> float:
     """Share of useful time that pipeline stages wait: (p - 1) / (m v), Narayanan et al. 2021."""
     parallel, train = config.parallel, config.train
-    data_parallel = max(num_ranks // (parallel.tensor * parallel.pipeline), 1)
+    data_parallel = max(num_ranks // model_parallel_size(config), 1)
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
     return (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
 

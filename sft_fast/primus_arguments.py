@@ -39,6 +39,10 @@ def _negated(value: Any) -> Any:
     return not flag if isinstance(flag, bool) else value
 
 
+def _one_if_none(value: Any) -> Any:
+    return 1 if value is None else value
+
+
 def _strategy(value: Any) -> Any:
     flag = as_flag(value)
     return ("auto" if flag else "none") if isinstance(flag, bool) else value
@@ -60,6 +64,8 @@ TARGETS = {
     "micro_batch_size": Target("train.micro_batch_size"),
     "tensor_model_parallel_size": Target("parallel.tensor"),
     "pipeline_model_parallel_size": Target("parallel.pipeline"),
+    "context_parallel_size": Target("parallel.context"),
+    "virtual_pipeline_model_parallel_size": Target("parallel.virtual_pipeline", _one_if_none),
     "sequence_parallel": Target("parallel.sequence", as_flag),
     "use_distributed_optimizer": Target("parallel.distributed_optimizer", as_flag),
     "overlap_grad_reduce": Target("parallel.overlap_grad_reduce", as_flag),
@@ -95,7 +101,7 @@ DETAILS = {
 }
 
 _LLAMA = "a random model here is a Llama: RMSNorm, SwiGLU, rotary positions, no biases, no dropout"
-_ONE_SIZE = "ranks are split by tensor, pipeline and data parallelism only"
+_ONE_SIZE = "ranks are split by tensor, pipeline, context and data parallelism only"
 _SCHEDULE = "the schedule is lr, min_lr, lr_warmup_iters, lr_decay_iters and lr_decay_style"
 _STATES = "gradients and optimizer states are fp32"
 _BATCH = "the batch size is the same in every step"
@@ -120,7 +126,6 @@ FIXED = {
         "the loss is always the mean over the supervised tokens of the global batch; a mean of "
         "micro-batch means would depend on micro_batch_size, packing and the number of ranks",
     ),
-    "context_parallel_size": Fixed((1,), _ONE_SIZE),
     "decoupled_lr": Fixed((), _SCHEDULE),
     "eod_mask_loss": Fixed(
         (False,), "the end of an answer is trained, so the model learns to stop"
@@ -156,8 +161,8 @@ OFF = {
     "mtp_": "there is no multi-token prediction",
     "multi_latent_attention": "there is no multi-head latent attention",
     "num_experts": "there are no mixture-of-experts models",
-    "num_layers_per_virtual_pipeline_stage": "pipeline stages are not interleaved",
-    "num_virtual_stages_per_pipeline_rank": "pipeline stages are not interleaved",
+    "num_layers_per_virtual_pipeline_stage": "write virtual_pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank": "write virtual_pipeline_model_parallel_size",
     "pipeline_model_parallel_layout": "layers are split evenly over pipeline ranks",
     "pretrained_checkpoint": "weights come from the Hugging Face model of hf_path",
     "recompute_activations": "recomputation is recompute_granularity: full",
@@ -167,7 +172,6 @@ OFF = {
     "use_megatron_fsdp": _ONE_SIZE,
     "use_precision_aware_optimizer": _STATES,
     "use_torch_fsdp2": _ONE_SIZE,
-    "virtual_pipeline_model_parallel_size": "pipeline stages are not interleaved",
 }
 
 # Speed, logging and file formats: the trained weights do not depend on them.

@@ -354,3 +354,39 @@ def test_alignment_divides_the_row():
     with pytest.raises(ConfigError, match="packing.alignment divides packing.capacity"):
         load_config(None, ["packing.alignment=24"])
     assert load_config(None, ["packing.alignment=32"]).packing.alignment == 32
+
+
+@pytest.mark.parametrize(
+    "overrides, keys",
+    [
+        (["parallel.context=2"], ("packing.alignment", "parallel.context")),
+        (["parallel.context=2", "packing.alignment=2"], ("packing.alignment", "parallel.context")),
+        (["parallel.virtual_pipeline=2"], ("parallel.virtual_pipeline", "parallel.pipeline")),
+        (["model.recompute=block"], ("model.recompute", "model.recompute_layers")),
+        (["model.recompute_layers=2"], ("model.recompute", "model.recompute_layers")),
+        (
+            ["model.offload_layers=2", "model.recompute=full"],
+            ("model.offload_layers", "model.recompute"),
+        ),
+        (
+            ["model.offload_layers=2", "parallel.pipeline=2"],
+            ("model.offload_layers", "parallel.pipeline"),
+        ),
+        (
+            ["optim.offload_fraction=0.5", "parallel.distributed_optimizer=false"],
+            ("optim.offload_fraction", "parallel.distributed_optimizer"),
+        ),
+        (["evaluation.patience=2"], ("evaluation.patience", "data.eval")),
+        (
+            ["evaluation.best_by=rouge", "data.eval=x.jsonl"],
+            ("evaluation.best_by", "evaluation.metrics"),
+        ),
+        (["export.best=true"], ("export.best", "checkpoint.keep_best")),
+        (
+            ["checkpoint.keep_best=true", "data.eval=x.jsonl"],
+            ("checkpoint.keep_best", "evaluation.every_steps"),
+        ),
+    ],
+)
+def test_features_that_exclude_each_other_are_named(load, overrides, keys):
+    assert keys in [problem.keys for problem in problems_of(load, BASE, *overrides)]

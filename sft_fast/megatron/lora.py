@@ -341,7 +341,7 @@ def add_adapters(
         for projection, length in zip(linear.projections, lengths, strict=True):
             if projection.is_adapted:
                 add_parameters(linear, projection, length, config, parallel)
-    if config.model.recompute == "full" and model.pre_process:
+    if config.model.recompute != "none" and model.pre_process:
         # Recomputed layers get gradients only where their input asks for one.
         model.embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
 

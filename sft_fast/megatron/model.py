@@ -39,6 +39,7 @@ from sft_fast.megatron.attention_backends import (
     choose_attention,
 )
 from sft_fast.megatron.context import ContextGroup, check_context, context_group
+from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import RMSNorm
 from sft_fast.megatron.parallel import Parallel
 
@@ -208,7 +209,6 @@ def transformer_config(
     """megatron's own config for this architecture and run."""
     dtype = DTYPES[config.model.dtype]
     on_gpu = parallel.device.type == "cuda"
-    full_recompute = config.model.recompute == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -243,10 +243,7 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu,
-        gradient_accumulation_fusion=False,
-        recompute_granularity="full" if full_recompute else None,
-        recompute_method="uniform" if full_recompute else None,
-        recompute_num_layers=1 if full_recompute else None,
+        **memory_options(config, parallel),
     )
 
 

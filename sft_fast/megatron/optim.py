@@ -17,7 +17,9 @@ from megatron.core.transformer.module import Float16Module
 from torch.nn import ModuleList
 
 from sft_fast.config import Config
+from sft_fast.megatron.memory import optimizer_offload_options
 from sft_fast.megatron.model import DTYPES, SFTModel
+from sft_fast.megatron.parallel import Parallel
 
 # fp16 only; the loss is a sum over tokens, so megatron's 2**32 would overflow for many steps.
 INITIAL_LOSS_SCALE = 2.0**16
@@ -49,7 +51,7 @@ def wrap_model(modules: Sequence[SFTModel], config: Config) -> ModuleList:
     return chunks
 
 
-def build_optimizer(model: ModuleList, config: Config) -> MegatronOptimizer:
+def build_optimizer(model: ModuleList, config: Config, parallel: Parallel) -> MegatronOptimizer:
     """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on."""
     optim, dtype = config.optim, DTYPES[config.model.dtype]
     optimizer_config = OptimizerConfig(
@@ -66,6 +68,7 @@ def build_optimizer(model: ModuleList, config: Config) -> MegatronOptimizer:
         params_dtype=dtype,
         initial_loss_scale=INITIAL_LOSS_SCALE,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        **optimizer_offload_options(config, parallel),
     )
     optimizer = get_megatron_optimizer(optimizer_config, list(model), use_gloo_process_groups=False)
     allocate_adam_state(optimizer)

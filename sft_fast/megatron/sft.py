@@ -36,6 +36,7 @@ from sft_fast.megatron.hf import WeightSource, load_weights
 from sft_fast.megatron.inputs import read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
 from sft_fast.megatron.lora_export import export_adapter
+from sft_fast.megatron.memory import describe_memory
 from sft_fast.megatron.meter import step_meter
 from sft_fast.megatron.model import build_model, unwrap
 from sft_fast.megatron.neftune import add_noise, begin_step
@@ -126,7 +127,7 @@ def build_run(
         if config.lora.rank > 0:
             add_adapters(module, architecture, config, parallel)
     model = wrap_model(modules, config)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, parallel)
     connect_schedule(model, optimizer)
     return Run(model, optimizer, build_lr_schedule(optimizer, config, num_steps))
 
@@ -226,7 +227,7 @@ def train(config: Config) -> int:
         metrics.say(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
         return finish(metrics)
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
-    metrics.say(f"attention: {unwrap(run.model[0]).attention}")
+    metrics.say(f"attention: {unwrap(run.model[0]).attention}; {describe_memory(config, parallel)}")
     add_noise(run.model, config, inputs.store.lengths, parallel)
     if checkpoint is not None:
         load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)

@@ -75,7 +75,7 @@ def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) 
     (model,) = build_model(architecture, config, parallel)
     load_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
     chunks = wrap_model([model], config)
-    connect_schedule(chunks, build_optimizer(chunks, config))
+    connect_schedule(chunks, build_optimizer(chunks, config, parallel))
     batch = make_batch()
     run = partial(
         get_forward_backward_func(),

@@ -16,6 +16,20 @@ Section = dict[str, Any]
 LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "micro-batch-8": (1, BFD, 8, {}, {}),
     "recompute": (1, BFD, 2, {}, {"recompute": "full"}),
+    "recompute-selective": (
+        1,
+        BFD,
+        2,
+        {},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    ),
+    "tp2-vpp2-recompute-block": (
+        4,
+        BFD,
+        2,
+        {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "sequence": True},
+        {"recompute": "block", "recompute_layers": 1},
+    ),
     "window": (1, {"strategy": "window"}, 2, {}, {}),
     "sequential": (1, {"strategy": "sequential"}, 4, {}, {}),
     "aligned": (1, {"strategy": "auto", "alignment": 8, "max_samples_per_bin": 2}, 2, {}, {}),

@@ -108,6 +108,7 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # name: world size, parallel section, model section
 LAYOUTS: dict[str, tuple[int, Any, Any]] = {
     "recompute": (1, {}, {"recompute": "full"}),
+    "recompute-mlp": (1, {}, {"recompute": "selective", "recompute_modules": ["mlp"]}),
     "dp2-overlap": (2, OVERLAP, {}),
     "dp2-plain-optimizer": (2, {"distributed_optimizer": False}, {}),
     "tp2": (2, {"tensor": 2}, {}),

@@ -1,0 +1,66 @@
+"""Memory options: refused with a reason where this machine cannot do them, else megatron's."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import make_config
+
+CPU: Any = SimpleNamespace(device=torch.device("cpu"))
+GPU: Any = SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_offloading_on_a_cpu_is_refused() -> None:
+    from sft_fast.megatron.memory import memory_options, optimizer_offload_options
+
+    with pytest.raises(ValueError, match="model.offload_layers is 2.*on a CPU"):
+        memory_options(make_config(model={"offload_layers": 2}), CPU)
+    with pytest.raises(ValueError, match="optim.offload_fraction is 0.5.*on a CPU"):
+        optimizer_offload_options(make_config(optim={"offload_fraction": 0.5}), CPU)
+    assert optimizer_offload_options(make_config(), CPU) == {}
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_fast.megatron import memory
+
+    monkeypatch.setattr(memory, "is_installed", lambda module: False)
+    config = make_config(model={"offload_layers": 2})
+    with pytest.raises(ValueError, match="transformer_engine is not installed"):
+        memory.memory_options(config, GPU)
+    assert memory.memory_options(make_config(), GPU) == {"gradient_accumulation_fusion": False}
+    assert "off (Apex's fused_weight" in memory.describe_memory(make_config(), GPU)
+
+    monkeypatch.setattr(memory, "is_installed", lambda module: True)
+    options = memory.memory_options(config, GPU)
+    assert options["cpu_offloading"] and options["cpu_offloading_num_layers"] == 2
+    assert options["gradient_accumulation_fusion"]
+    assert memory.describe_memory(config, GPU).endswith("fusion on")
+    lora = make_config(lora={"rank": 4})
+    assert not memory.memory_options(lora, GPU)["gradient_accumulation_fusion"]
+
+
+def test_the_options_exist_in_the_installed_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import fields
+
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from sft_fast.megatron import memory
+
+    monkeypatch.setattr(memory, "is_installed", lambda module: True)
+    config = make_config(optim={"offload_fraction": 0.5}, model={"offload_layers": 2})
+    offload = memory.optimizer_offload_options(config, GPU)
+    assert offload["optimizer_offload_fraction"] == 0.5
+    assert set(offload) <= {field.name for field in fields(OptimizerConfig)}
+    known = {field.name for field in fields(TransformerConfig)}
+    assert set(memory.memory_options(config, GPU)) <= known
+    sections = (
+        {"recompute": "full"},
+        {"recompute": "block", "recompute_layers": 2},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    )
+    for section in sections:
+        options = memory.memory_options(make_config(model=section), CPU)
+        TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, **options)
