@@ -9,10 +9,25 @@ import traceback
 from collections.abc import Sequence
 
 from sft_fast import __version__
-from sft_fast.commands import check, data, environment, launch, plan, preview, recipes
+from sft_fast.commands import (
+    chat,
+    check,
+    data,
+    environment,
+    export,
+    launch,
+    plan,
+    preview,
+    recipes,
+    status,
+    verify,
+)
 
 # In the order in which a new user meets them.
-MODULES = (recipes, check, preview, plan, launch, data, environment)
+MODULES = (
+    *(recipes, check, preview, plan, launch, status),
+    *(chat, export, verify, data, environment),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

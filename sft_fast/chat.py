@@ -1,0 +1,79 @@
+"""A conversation with an exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class Chat:
+    """Keeps the turns; every answer sees all of them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            folder: what transformers loads; its code is not run.
+            device: None: a GPU where there is one.
+            system: text of the system turn.
+            max_new_tokens: longest answer, tokens.
+            temperature: 0: the likeliest token each time.
+
+        Raises:
+            ValueError: an argument that makes no sense, or a model without chat template.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if max_new_tokens < 1 or temperature < 0:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected at "
+                "least 1 and at least 0"
+            )
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"{folder} has no chat template; it is not a model to talk to")
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder).to(self._device).eval()
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        if temperature > 0:
+            self._options |= {"do_sample": True, "temperature": temperature}
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins a new conversation."""
+        self._turns = list(self._system)
+
+    def answer(self, question: str, is_streamed: bool = False) -> str:
+        """Asks, and remembers question and answer.
+
+        Args:
+            question: the user's turn.
+            is_streamed: print the answer while it comes.
+        """
+        import torch
+        from transformers import TextStreamer
+
+        self._turns.append({"role": "user", "content": question})
+        text = self._tokenizer.apply_chat_template(
+            self._turns, tokenize=False, add_generation_prompt=True
+        )
+        inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        inputs = {key: inputs[key].to(self._device) for key in ("input_ids", "attention_mask")}
+        streamer = None
+        if is_streamed:
+            streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            output = self._model.generate(**inputs, streamer=streamer, **self._options)
+        new_tokens = output[0, inputs["input_ids"].shape[1] :]
+        answer: str = self._tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
+        self._turns.append({"role": "assistant", "content": answer})
+        return answer

@@ -1,0 +1,76 @@
+"""`sft_fast status`: where a run stands."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from sft_fast.commands.arguments import Commands, add_run
+
+if TYPE_CHECKING:
+    from sft_fast.run_files import RunFiles
+
+
+def add(commands: Commands) -> None:
+    status = commands.add_parser("status", help="say where a run stands")
+    add_run(status)
+    status.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    from sft_fast.run_files import read_run
+
+    for name, value in lines(read_run(parsed.run_dir)):
+        print(f"{name:<12}{value}")
+
+
+def lines(found: RunFiles) -> list[tuple[str, str]]:
+    """(name, value) of what there is to say."""
+    from sft_fast.metrics import duration
+
+    told = [("state", state(found))]
+    status, step, best = found.status or {}, found.last("step"), found.last("best")
+    if status.get("cause"):
+        told.append(("cause", str(status["cause"])))
+    if found.error is not None and status.get("state") == "failed":
+        rank, phase = found.error.get("rank"), found.error.get("phase")
+        told.append(("failed on", f"rank {rank} in phase {phase}; see {found.path}/error.json"))
+    if step is not None:
+        of = f" of {status['num_steps']}" if "num_steps" in status else ""
+        told.append(("step", f"{status.get('step', step['step'])}{of}"))
+        told.append(
+            ("loss", f"{step['loss']:.4f} at step {step['step']}" if step["loss"] else "NaN")
+        )
+        told.append(
+            ("speed", f"{step['tokens_per_s']:,.0f} tokens/s, {step['elapsed_s']:.2f} s a step")
+        )
+    if state(found).startswith("running") and status.get("eta_s") is not None:
+        told.append(("eta", duration(status["eta_s"])))
+    evaluations = found.of_kind("eval")
+    if evaluations:
+        told.append(
+            ("eval", ", ".join(f"{e['loss']:.4f} at {e['step']}" for e in evaluations[-3:]))
+        )
+    if best is not None:
+        told.append(("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}"))
+    names = [path.name for path in found.checkpoints]
+    told.append(("checkpoints", ", ".join(names) or "none"))
+    if (found.path / "export" / "config.json").is_file():
+        told.append(("export", str(found.path / "export")))
+    return told
+
+
+def state(found: RunFiles) -> str:
+    """The state in status.json; a run that says it runs but is silent has died."""
+    from sft_fast.run_files import HEARTBEAT_LOST_S
+
+    status = found.status
+    if status is None:
+        return "unknown: no status.json"
+    silent_s = time.time() - status.get("heartbeat", 0)
+    if status["state"] in ("running", "stopping") and silent_s > HEARTBEAT_LOST_S:
+        return f"lost: silent for {silent_s:,.0f} s; the same command goes on"
+    if status["state"] == "running":
+        return "running" if "phase" not in status else f"running ({status['phase']})"
+    return str(status["state"])
