@@ -31,7 +31,9 @@ class Chat:
         """
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         if max_new_tokens < 1 or temperature < 0:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected at "

@@ -16,6 +16,7 @@ from sft_fast.commands import (
     environment,
     export,
     launch,
+    pictures,
     plan,
     preview,
     recipes,
@@ -25,7 +26,7 @@ from sft_fast.commands import (
 
 # In the order in which a new user meets them.
 MODULES = (
-    *(recipes, check, preview, plan, launch, status),
+    *(recipes, check, preview, plan, launch, status, pictures),
     *(chat, export, verify, data, environment),
 )
 

@@ -142,9 +142,7 @@ def plot_plan(plan: "StepPlan", path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(
-            f"a picture ({path}) needs matplotlib: pip install 'sft-fast[plot]'"
-        ) from None
+        raise ValueError(f"a picture ({path}) needs matplotlib: pip install matplotlib") from None
     bins = plan.plan(0)
     tokens = np.add.reduceat(plan.lengths[bins.sample_ids].astype(np.int64), bins.bin_offsets[:-1])
     report = plan.report()

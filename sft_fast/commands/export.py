@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ def run(parsed: argparse.Namespace) -> int:
     state = read_object(steps[step] / "train_state.json") or {}
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_") as work:
+        # The model card tells what the run measured.
+        shutil.copy(found.path / "metrics.jsonl", work)
         # A run that starts at its last step has nothing to do but its export.
         overrides = {
             "output_dir": work,
@@ -56,6 +59,7 @@ def run(parsed: argparse.Namespace) -> int:
             "evaluation.exact_match_samples": 0,
             "evaluation.patience": "null",
             "metrics.trackers": "[]",
+            "metrics.run_name": config.metrics.run_name or found.path.resolve().name,
             "metrics.pictures": "false",
             "export.enabled": "true",
             "export.best": "false",

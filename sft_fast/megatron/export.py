@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from sft_fast.config import Config
+from sft_fast.curves import draw_curves, png
 from sft_fast.manifest import staged_directory
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.hf import export_weights
 from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.model_card import CURVES_FILE, model_card
+from sft_fast.run_files import read_run
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NUM_SAMPLES_READ = 1000
@@ -34,6 +37,22 @@ def export_model(
             inputs.tokenizer.save_pretrained(stage.path)
             write_json(stage.path / "config.json", hf_config(inputs, dtype))
             write_json(stage.path / "generation_config.json", generation_config(inputs))
+            write_card(stage.path, inputs, config, parallel.world_size)
+
+
+def write_card(folder: Path, inputs: Inputs, config: Config, world_size: int) -> None:
+    """Adds README.md and, where matplotlib is there, the curves to an export of a run."""
+    output = Path(config.output_dir)
+    if not (output / "metrics.jsonl").is_file():
+        return
+    found = read_run(output)
+    card = model_card(config, found, inputs.store.fingerprint, world_size)
+    try:
+        (folder / CURVES_FILE).write_bytes(png(draw_curves(found)))
+    except ValueError:
+        # Nothing was trained, or matplotlib is missing: a card without a picture.
+        card = card.replace(f"![training curves]({CURVES_FILE})\n\n", "")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def hf_config(inputs: Inputs, dtype: str) -> dict[str, Any]:

@@ -55,6 +55,7 @@ from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics import MetricsWriter, StepResult, Timed
 from sft_fast.packing import StepCounts
 from sft_fast.profiling import ProfilerWindow
+from sft_fast.report import length_histogram, write_report
 from sft_fast.run_plan import make_plan
 from sft_fast.standing import Standing
 from sft_fast.trackers import check_trackers
@@ -198,7 +199,9 @@ def train(config: Config) -> int:
     metrics.say(describe(parallel))
     watch.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.say)
+    metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
     metrics.write("data", **asdict(inputs.store.report))
+    metrics.write("lengths", **length_histogram(inputs.store.lengths))
     metrics.say(inputs.store.report.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
     packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
@@ -296,7 +299,17 @@ def train(config: Config) -> int:
         metrics.say(f"exported to {output / 'export'}")
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)
+    if parallel.is_main and config.metrics.pictures:
+        draw(output, metrics)
     return finish(metrics)
+
+
+def draw(output: Path, metrics: MetricsWriter) -> None:
+    """Writes the pictures; a run that is done does not fail for want of them."""
+    try:
+        metrics.say(f"pictures: {', '.join(map(str, write_report(output)))}")
+    except (ValueError, OSError) as error:
+        metrics.say(f"no pictures: {error}")
 
 
 def finish(metrics: MetricsWriter) -> int:

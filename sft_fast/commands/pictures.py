@@ -1,0 +1,32 @@
+"""`sft_fast plot`: curves.png and report.html of a run, also while it is under way."""
+
+from __future__ import annotations
+
+import argparse
+
+from sft_fast.commands.arguments import Commands, add_run
+
+
+def add(commands: Commands) -> None:
+    plot = commands.add_parser("plot", help="draw a run: curves.png and report.html")
+    add_run(plot)
+    plot.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also let the models before and after answer N held-out questions",
+    )
+    plot.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (128)")
+    plot.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    from sft_fast.report import write_report
+
+    if parsed.samples > 0:
+        from sft_fast.samples import write_samples
+
+        write_samples(parsed.run_dir, parsed.samples, parsed.max_new_tokens)
+    for path in write_report(parsed.run_dir):
+        print(path)

@@ -1,0 +1,87 @@
+"""Pictures of a run: loss, learning rate, gradient norm and throughput over its steps."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from sft_fast.run_files import RunFiles
+
+Record = dict[str, Any]
+# The smoothed line remembers a thirtieth of the run.
+MEMORIES_A_RUN = 30
+
+
+def draw_curves(found: RunFiles) -> Figure:
+    """Four panels; raises ValueError where there is nothing to draw, or no matplotlib."""
+    steps = found.of_kind("step")
+    if not steps:
+        raise ValueError(f"{found.path} has no steps to draw yet")
+    figure = new_figure(11, 7)
+    (loss, rate), (norm, speed) = figure.subplots(2, 2)
+    draw_loss(loss, steps, found.of_kind("eval"))
+    rate.plot(*points(steps, "lr"), color="C1")
+    rate.set(title="learning rate", xlabel="step")
+    norm.plot(*points(steps, "grad_norm"), color="C2", linewidth=0.8)
+    norm.set(title="gradient norm", xlabel="step", yscale="log")
+    speed.plot(*points(steps, "tokens_per_s"), color="C0", label="all tokens")
+    speed.plot(*points(steps, "supervised_tokens_per_s"), color="C3", label="trained tokens")
+    speed.set(title="tokens per second", xlabel="step", ylim=(0, None))
+    speed.legend(frameon=False)
+    return figure
+
+
+def draw_loss(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) -> None:
+    x, y = points(steps, "loss")
+    axes.plot(x, y, color="C0", alpha=0.35, linewidth=0.8)
+    axes.plot(x, smoothed(y), color="C0", label="training")
+    if evaluations:
+        axes.plot(*points(evaluations, "loss"), "o-", color="C3", markersize=4, label="evaluation")
+    axes.set(title="loss, nats per trained token", xlabel="step")
+    axes.legend(frameon=False)
+
+
+def draw_lengths(edges: Sequence[float], counts: Sequence[int]) -> Figure:
+    """The histogram of sample lengths."""
+    figure = new_figure(7, 2.8)
+    axes = figure.subplots()
+    axes.stairs(counts, edges, fill=True, alpha=0.8)
+    axes.set(xlabel="tokens of a sample", ylabel="samples", title="sample lengths")
+    return figure
+
+
+def points(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values; what is not there (NaN is written as null) is left out."""
+    known = [record for record in records if record.get(name) is not None]
+    return [record["step"] for record in known], [record[name] for record in known]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average without the bias of its start (Kingma & Ba 2014, section 3)."""
+    decay = math.exp(-MEMORIES_A_RUN / max(len(values), 1))
+    total, weight, result = 0.0, 0.0, []
+    for value in values:
+        total = decay * total + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        result.append(total / weight)
+    return result
+
+
+def new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

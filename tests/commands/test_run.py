@@ -1,0 +1,266 @@
+"""One short run, and every command that reads what it left."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_fast.cli import main
+from sft_fast.run_files import read_run
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *("train.steps=4", "train.global_batch_size=4", "train.micro_batch_size=4"),
+    *("optim.warmup_steps=1", "evaluation.every_steps=2", "evaluation.max_samples=50"),
+    *("evaluation.exact_match_samples=0", "metrics.log_every_steps=1", "checkpoint.every_steps=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sft_fast train` of the demo, four steps."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    command = [sys.executable, "-m", "sft_fast", "train", "demo", f"output_dir={folder}", *SMALL]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step 4/4  loss" in result.stdout and "pictures: " in result.stdout
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "short"))
+
+
+def test_status_says_where_a_run_stands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(finished)]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["state"] == "finished" and told["step"] == "4 of 4"
+    assert told["checkpoints"] == "step_00000002, step_00000004"
+    assert re.fullmatch(r"[\d.]+ at 0, [\d.]+ at 2, [\d.]+ at 4", told["eval"])
+    assert told["export"] == str(finished / "export")
+
+
+def test_a_silent_run_is_lost_and_a_failed_one_says_why(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = json.loads((run / "status.json").read_text())
+    running = status | {"state": "running", "phase": "train", "eta_s": 61.0}
+    for heartbeat, words in ((time.time(), "running (train)"), (time.time() - 999, "lost: silent")):
+        (run / "status.json").write_text(json.dumps(running | {"heartbeat": heartbeat}))
+        assert main(["status", str(run)]) == 0
+        text = capsys.readouterr().out
+        assert words in text and ("0:01:01" in text) == words.startswith("running")
+    failed = status | {"state": "failed", "cause": "no space"}
+    (run / "status.json").write_text(json.dumps(failed))
+    (run / "error.json").write_text(json.dumps({"rank": 3, "phase": "save"}))
+    assert main(["status", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "no space" in text and "rank 3 in phase save" in text
+
+
+def test_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("status", "plot", "verify", "export"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "is no run directory" in capsys.readouterr().err
+    assert main(["chat", str(tmp_path), "--ask", "a"]) == 2
+    assert "holds no exported model" in capsys.readouterr().err
+
+
+def test_records_of_a_resumed_run_are_told_once_and_a_torn_line_is_skipped(tmp_path: Path) -> None:
+    lines = [{"kind": "step", "step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 4.0))]
+    lines += [{"kind": "step", "step": 2, "loss": 3.0}, {"kind": "data", "tokens": 1}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"kind": "st'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    found = read_run(tmp_path)
+    assert [record["loss"] for record in found.of_kind("step")] == [5.0, 3.0]
+    assert len(found.of_kind("data")) == 1
+
+
+def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert text.count(": whole") == 3 and "goes on from step_00000004, step 4" in text
+    weights = run / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert main(["verify", str(run)]) == 1
+    text = capsys.readouterr().out
+    assert "step_00000004: DAMAGED" in text and weights.name in text
+    assert "goes on from step_00000002, step 2" in text
+
+
+def test_chat_answers_and_remembers(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--max-new-tokens", "4", "--device", "cpu"]
+    assert main(["chat", str(finished), "--ask", "upper bad", *asked]) == 0
+    first = capsys.readouterr().out
+    assert main(["chat", str(finished / "export"), "--ask", "upper bad", *asked]) == 0
+    assert capsys.readouterr().out == first
+
+    lines = iter(["upper bad", "", "/new", "upper bad"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert main(["chat", str(finished), *asked]) == 0
+    assert capsys.readouterr().out.count(first.strip()) >= 2
+
+
+def test_chat_keeps_the_turns_it_was_told(finished: Path) -> None:
+    from sft_fast.chat import Chat
+
+    chat = Chat(finished / "export", device="cpu", system="s", max_new_tokens=3)
+    answer = chat.answer("a")
+    chat.answer("b")
+    roles = [turn["role"] for turn in chat._turns]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert chat._turns[2]["content"] == answer
+    chat.forget()
+    assert [turn["role"] for turn in chat._turns] == ["system"]
+    with pytest.raises(ValueError, match="temperature"):
+        Chat(finished / "export", temperature=-1.0)
+
+
+def test_plot_draws_the_run_and_its_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "curves.png").unlink()
+    assert main(["plot", str(run), "--samples", "2", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{run}/curves.png", f"{run}/report.html"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples = json.loads((run / "samples.json").read_text())
+    assert samples["before"] == "random weights" and len(samples["samples"]) == 2
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert samples["samples"][0]["question"] in text
+    for heading in ("Result", "Curves", "Samples", "Data", "Packing", "Memory", "Configuration"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "measured peak" in text and "histogram of sample lengths" in text
+
+
+def test_the_report_needs_nothing_from_elsewhere_and_escapes(run: Path) -> None:
+    from sft_fast.report import write_report
+
+    evil = {"question": "<script>x</script>", "expected": "", "before": "", "after": ""}
+    (run / "samples.json").write_text(json.dumps({"before": "m", "samples": [evil]}))
+    write_report(run)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text)
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_the_smoothed_loss_starts_at_the_first_value_and_forgets() -> None:
+    from sft_fast.curves import smoothed
+
+    assert smoothed([3.0]) == [3.0]
+    values = smoothed([5.0] * 100 + [1.0] * 100)
+    assert values[99] == pytest.approx(5.0) and values[-1] == pytest.approx(1.0, abs=1e-3)
+    assert 1.0 < values[103] < 5.0
+
+
+def test_the_export_is_a_directory_that_transformers_and_vllm_read(finished: Path) -> None:
+    folder = finished / "export"
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert expected <= names and "README.md" in names and "curves.png" in names
+    assert any(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) for name in names)
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".py", ".pkl"))]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32"
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"]
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_the_model_card_tells_how_the_model_was_made(finished: Path) -> None:
+    import yaml
+
+    card = (finished / "export" / "README.md").read_text(encoding="utf-8")
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["library_name"] == "transformers"
+    (store,) = (p for p in (finished / "data").iterdir() if fingerprint_of(p) in body)
+    assert store.is_dir()
+    for words in ("optimizer steps | 4", "evaluation loss", "megatron-core", "curves.png"):
+        assert words in body
+    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", body, re.S)[0])
+    assert settings["train"]["steps"] == 4
+
+
+def fingerprint_of(store: Path) -> str:
+    text = (store / "meta.json").read_text() if (store / "meta.json").is_file() else "{}"
+    fingerprint: str = json.loads(text).get("fingerprint", "no store")
+    return fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("org/data", True), ("org/data:main@abc", True), ("data.jsonl", False), ("./a/b", False)],
+)
+def test_only_hub_names_are_linked_in_a_card(name: str, expected: bool) -> None:
+    from sft_fast.model_card import is_hub_id
+
+    assert is_hub_id(name) is expected
+
+
+def test_an_export_of_the_last_checkpoint_is_the_run_s_own(run: Path) -> None:
+    target = run / "again"
+    assert main(["export", str(run), "--step", "3"]) == 2
+    assert main(["export", str(run), "--to", str(target)]) == 0
+    weights = [load(folder / "model.safetensors") for folder in (run / "export", target)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert "# short\n" in card and "optimizer steps | 4" in card
+    assert main(["export", str(run), "--to", str(target)]) == 2
+
+
+def load(path: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_the_report(finished: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from matplotlib.image import imread
+
+    picture = tmp_path / "report.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [
+        "--window-size=1200,2600",
+        f"--screenshot={picture}",
+        f"file://{finished}/report.html",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert picture.is_file(), result.stderr
+    pixels = imread(picture)[:, :, :3]
+    assert pixels.shape[:2] == (2600, 1200)
+    # The curves: coloured lines in the upper half, on a page that is mostly background.
+    colourful = np.ptp(pixels, axis=2) > 0.3
+    assert colourful[:1300].mean() > 0.002
+    background = (np.abs(pixels - pixels[5, 5]) < 0.02).all(axis=2).mean()
+    assert 0.7 < background < 0.99
