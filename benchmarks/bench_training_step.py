@@ -27,11 +27,12 @@ from sft_fast.batch import MicroBatch
 from sft_fast.config import Config
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.megatron import sft
-from sft_fast.megatron.batches import make_plan, open_batches
+from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.hf import hf_shapes
 from sft_fast.megatron.model import SFTModel, unwrap
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.schedule import run_schedule
+from sft_fast.run_plan import make_plan
 from timing import DEVICE, ON_GPU, matmul_flops_per_s
 from tiny import ListStore
 

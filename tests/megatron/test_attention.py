@@ -156,7 +156,10 @@ def test_older_varlen_attention_gets_as_many_key_heads_as_query_heads(
     ) -> Tensor:
         assert query.shape[1] == key.shape[1] == value.shape[1] and window_size == (-1, 0)
         assert scale is not None
-        parts = (tensor.unsqueeze(1).tensor_split(cu_seq_q[1:-1]) for tensor in (query, key, value))
+        parts = (
+            tensor.unsqueeze(1).tensor_split(cu_seq_q[1:-1].long())
+            for tensor in (query, key, value)
+        )
         outputs = [
             attention_backends.dense_attention(q, k, v, scale)
             for q, k, v in zip(*parts, strict=True)
