@@ -50,6 +50,12 @@ SECOND_INTERRUPT_S = 0.5
 FIRST_STEP_FACTOR = 10
 SLOW_STEP_FACTOR = 10
 OLD_LAUNCH_S = 60.0
+# What a rank announces, the state that follows from it, and the exit code of who follows.
+ANNOUNCEMENTS = (("failed", "failed", EXIT_FAILED), ("left", "preempted", 0))
+OUT_OF_MEMORY_HINT = (
+    "\nlower train.micro_batch_size or packing.capacity, or set model.recompute=full; "
+    "parallel.tensor and parallel.pipeline spread the model over more ranks"
+)
 PR_SET_PDEATHSIG = 1
 
 
@@ -125,6 +131,8 @@ class Watch:
         """
         self.last_beat = None
         self.phase, self.can_leave = phase, can_leave
+        if self.thread is not None:
+            self.publish("running")
 
     def beat(self, **progress: Any) -> None:
         """Says that a step ended; from now on the next one must within the time limit."""
@@ -146,7 +154,8 @@ class Watch:
     def paused(self, phase: str, can_leave: bool = False) -> Iterator[None]:
         """A phase inside another one, without its time limit."""
         before, was_timed = (self.phase, self.can_leave), self.last_beat is not None
-        self.enter(phase, can_leave)
+        self.last_beat = None
+        self.phase, self.can_leave = phase, can_leave
         yield
         self.phase, self.can_leave = before
         self.last_beat = time.monotonic() if was_timed else None
@@ -228,15 +237,19 @@ class Watch:
         ready, _, _ = select.select([self.pipe[0]], [], [], POLL_S)
         return os.read(self.pipe[0], 64) if ready else b""
 
-    def follow_others(self) -> None:
-        """Leaves when another rank failed, left, or died without a word."""
+    def follow_others(self, patient: bool = True) -> None:
+        """Leaves when another rank failed, left, or died without a word.
+
+        Args:
+            patient: the main thread may hear of it by itself, and gets the time to.
+        """
         self.meet()
         for rank, peer in self.dead_peers():
             self.blame(rank, peer)
-        for name, state, code in (("failed", "failed", EXIT_FAILED), ("left", "preempted", 0)):
+        for name, state, code in ANNOUNCEMENTS:
             announced = self.announced(name)
             if announced is not None:
-                self.is_closed.wait(FOLLOW_S)
+                self.is_closed.wait(FOLLOW_S if patient else 0.0)
                 if not self.is_closed.is_set():
                     self.leave(state, code, announced["cause"])
 
@@ -271,16 +284,10 @@ class Watch:
             # A connection is closed a moment before its process is seen to be dead.
             deadline = time.monotonic() + FOLLOW_S / 2
             while time.monotonic() < deadline and self.thread is not None:
-                self.follow_others_in_error()
+                self.follow_others(patient=False)
                 time.sleep(POLL_S / 5)
-        self.fail(f"{type(error).__name__}: {error}")
-
-    def follow_others_in_error(self) -> None:
-        for rank, peer in self.dead_peers():
-            self.blame(rank, peer)
-        announced = self.announced("failed")
-        if announced is not None:
-            self.leave("failed", EXIT_FAILED, announced["cause"])
+        hint = OUT_OF_MEMORY_HINT if "OutOfMemory" in type(error).__name__ else ""
+        self.fail(f"{type(error).__name__}: {error}{hint}")
 
     def peers(self) -> list[tuple[int, dict[str, Any]]]:
         """All other ranks, as they last showed themselves."""
@@ -380,6 +387,7 @@ class Watch:
         """Ends the process at once: the main thread may be stuck where no exception reaches it."""
         if self.rank == 0:
             self.write_status(state, cause=cause or self.stop_reason)
+        self.publish("done")
         if self.lock is not None:
             self.lock.release()
         end_children()
@@ -510,7 +518,7 @@ def say(text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:
     """In one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)

@@ -163,6 +163,8 @@ def staged_directory(
 
     def written() -> list[list[Any]]:
         if failure is not None:
+            # A failed write does not say of which file.
+            failure.filename = failure.filename or str(stage.path)
             raise failure
         return [[record.name, record.num_bytes, record.xxh3_128] for record in stage.records]
 
@@ -201,9 +203,10 @@ def agree(exchange: Exchange, name: str, work: Callable[[], Value]) -> list[Valu
 def explain(error: OSError) -> str:
     """The error with the path, and the free space where that is the reason."""
     text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    folder = Path(error.filename).parent if error.filename else None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) and folder is not None and folder.is_dir():
-        text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
+        folder = Path(error.filename).absolute().parent
+        if folder.is_dir():
+            text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
     return text
 
 

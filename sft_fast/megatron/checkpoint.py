@@ -100,7 +100,7 @@ class CheckpointWriter:
         self.folder, self.config, self.say = folder, config, say
         self.num_failures = 0
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self.saving: Path | None = None
         self.saved_step: int | None = None
 
@@ -138,7 +138,8 @@ class CheckpointWriter:
             self.saved_step = state.step
             if exchange.rank == 0:
                 self.prune(state.standing.get("best_step", 0))
-        except OSError as error:
+        # Whatever it is, it belongs to the main thread; here nobody would see it.
+        except BaseException as error:
             self.error = error
 
     def finish(self, is_last: bool = False) -> None:
@@ -158,11 +159,12 @@ class CheckpointWriter:
             return
         self.num_failures += 1
         most = self.config.max_failures
-        if is_last or self.num_failures > most or isinstance(error, TimeoutError):
+        can_wait = isinstance(error, OSError) and not isinstance(error, TimeoutError)
+        if is_last or self.num_failures > most or not can_wait:
             raise error
         self.say(
             f"warning: {self.saving} could not be saved ({self.num_failures} of {most} such "
-            f"failures in a row allowed): {error.strerror}; training goes on"
+            f"failures in a row allowed): {error}; training goes on"
         )
 
     def prune(self, best_step: int) -> None:

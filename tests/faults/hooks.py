@@ -1,0 +1,185 @@
+"""What runs inside a rank of a fault test. Importing this imports all that a rank needs."""
+
+import errno
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers  # noqa: F401
+from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+import sft_fast.megatron.sft as sft
+from sft_fast import manifest
+from sft_fast.data import (
+    build,
+    demo,  # noqa: F401
+)
+from sft_fast.megatron import checkpoint, evaluation
+
+torch.set_num_threads(1)
+
+
+def run_rank(arguments: list[str], environment: dict[str, str], log: str, hook: str) -> None:
+    """One rank, as a process of its own; never returns."""
+    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from sft_fast.train import main
+
+    if hook:
+        name, _, argument = hook.partition(":")
+        globals()[name](argument)
+    try:
+        code = main(arguments)
+    except Exception as error:  # as the interpreter would end
+        print(f"{type(error).__name__}: {error}", flush=True)
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(module: Any, name: str, action: Callable[[], None], number: int = 1) -> None:
+    """Runs `action` before the `number`-th call of module.name."""
+    original, calls = getattr(module, name), [0]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(module, name, call)
+
+
+def kill_at(point: str) -> None:
+    """Dies in the second save, just before it goes on to `point`."""
+    module, name, number = {
+        "directory": (manifest, "prepare", 1),
+        "shards": (manifest.HashedFile, "write", 3),
+        "fsync": (manifest.os, "fsync", 1),
+        "manifest": (manifest, "manifest_text", 1),
+        "rename": (manifest.os, "rename", 1),
+        "sync": (manifest, "sync", 2),
+        "prune": (sft.CheckpointWriter, "prune", 1),
+    }[point]
+    before(sft.CheckpointWriter, "write", lambda: before(module, name, die, number), 2)
+
+
+def fail_in_step(number: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("the device gave up")
+
+    before(sft, "train_step", fail, int(number))
+
+
+def die_in_step(number: str) -> None:
+    before(sft, "train_step", die, int(number))
+
+
+def hang_in_step(number: str) -> None:
+    before(sft, "train_step", lambda: time.sleep(3600), int(number))
+
+
+def stop_in_step(number: str) -> None:
+    before(sft, "train_step", lambda: os.kill(os.getpid(), signal.SIGSTOP), int(number))
+
+
+def say_step(number: str) -> None:
+    before(sft, "train_step", lambda: print("in the step", flush=True), int(number))
+
+
+def slow(where: str) -> None:
+    """Makes a phase last two seconds, and says when it begins."""
+
+    def linger() -> None:
+        print(f"slow {where}", flush=True)
+        for _ in range(200):
+            time.sleep(0.01)
+
+    module, name, number = {
+        "start": (sft, "init_parallel", 1),
+        "data": (sft, "read_inputs", 1),
+        "tokenise": (build, "prepare_store", 1),
+        "model": (sft, "build_run", 1),
+        "first step": (sft, "train_step", 1),
+        "step": (sft, "train_step", 3),
+        "evaluate": (evaluation, "values_of", 1),
+        "save": (checkpoint, "write_snapshot", 2),
+        "export": (sft, "export_model", 1),
+    }[where]
+    before(module, name, linger, number)
+
+
+def full_disk(numbers: str) -> None:
+    """The saves with these numbers find no room."""
+    original, calls = checkpoint.write_snapshot, [0]
+
+    def write(*args: Any) -> None:
+        calls[0] += 1
+        if str(calls[0]) in numbers.split(","):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[1].path / "x"))
+        original(*args)
+
+    checkpoint.write_snapshot = write
+
+
+def broken_writer(number: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("the writer broke")
+
+    before(checkpoint, "write_snapshot", fail, int(number))
+
+
+def hung_writer(number: str) -> None:
+    before(checkpoint, "write_snapshot", lambda: time.sleep(3600), int(number))
+
+
+def spoil(what: str) -> None:
+    """Spoils some steps on this rank: "loss nan 3 4", "grad inf 3", "loss 1000 30"."""
+    kind, value, *steps = what.split()
+    original, calls = sft.run_schedule, [0]
+
+    def run_schedule(model: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        reports = original(model, *args, **kwargs)
+        if str(calls[0]) not in steps:
+            return reports
+        if kind == "loss":
+            return [{"lm loss": report["lm loss"] * torch.tensor([float(value), 1.0])}
+                    for report in reports]  # fmt: skip
+        for buffer in model[0].buffers:
+            buffer.grad_data.mul_(float(value))
+        return reports
+
+    sft.run_schedule = run_schedule
+
+
+def record_pickles(path: str) -> None:
+    """Writes what is unpickled, by whom, to a file."""
+    import pickle
+    import traceback
+
+    def find_class(self: Any, module: str, name: str) -> Any:
+        frames = [frame.filename for frame in traceback.extract_stack()]
+        with open(path, "a") as file:
+            file.write(f"{module}.{name} {[f for f in frames if 'sft_fast' in f]}\n")
+        return original(self, module, name)
+
+    class Recording(pickle._Unpickler):  # type: ignore[name-defined]
+        pass
+
+    original = Recording.find_class
+    Recording.find_class = find_class
+    pickle.Unpickler = Recording
+    pickle.load = lambda file, **options: Recording(file, **options).load()
+    pickle.loads = lambda data, **options: Recording(io.BytesIO(data), **options).load()

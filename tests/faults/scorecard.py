@@ -1,0 +1,87 @@
+"""The list of faults, and the table of the README that is made of it.
+
+`python tests/faults/scorecard.py` rewrites the table.
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- faults -->\n", "<!-- /faults -->\n"
+# fault: (what is done to a run, what must come of it)
+FAULTS = {
+    "F1": ("kill -9 at random moments", "goes on by itself, final weights bit-identical"),
+    "F2": ("kill -9 at each point inside a save", "an old or a new whole checkpoint, never none"),
+    "F3": (
+        "each file of a checkpoint truncated, deleted, one bit flipped",
+        "file named, older checkpoint used",
+    ),
+    "F4": ("disk full", "named with path and bytes; training goes on, old checkpoints stay"),
+    "F5": ("output directory not writable", "refused before anything is loaded"),
+    "F6": (
+        "one rank raises, or is killed",
+        "all gone in 5 s; the right rank, its phase and cause on record",
+    ),
+    "F7": ("one rank hangs, or is stopped", "found in time; stacks of the ranks on record"),
+    "F8": ("a killed rank and a restart of all", "the new ranks meet and go on"),
+    "F9": (
+        "SIGTERM, SIGUSR1, SIGINT in each phase; files SAVE and STOP",
+        "saved within 25 s, status preempted, weights of the unbroken run",
+    ),
+    "F10": ("SIGTERM during a save in the background", "that save is finished"),
+    "F11": ("kill -9 of the launcher", "ranks gone in 5 s"),
+    "F12": ("the writer of a checkpoint breaks, or hangs", "an error with its name, no hang"),
+    "F13": ("malformed, empty, oversized rows", "file and line named"),
+    "F14": ("bytes that are no UTF-8", "file and line named, before training"),
+    "F15": ("rows with nothing to learn, prompts too long", "counted per reason, limited"),
+    "F16": ("a column of mixed types", "rows named"),
+    "F17": ("a template without generation marks", "the mask is proven, or the run stops"),
+    "F18": ("NaN or infinity in loss or gradient of one rank", "step skipped by all, batch kept"),
+    "F19": ("a spike of the loss or the gradient norm", "step skipped by all, batch kept"),
+    "F20": ("resume at the same size", "bit-identical"),
+    "F21": (
+        "resume with other data, tensor, pipeline parallel and micro-batch sizes",
+        "loss of each step within 1e-6",
+    ),
+    "F22": ("resume at the end of an epoch, in the last step, of a finished run", "exact; done"),
+    "F23": ("other data, seed, packing, model", "list of what changed; --allow-change goes on"),
+    "F24": ("two jobs, one output directory", "the second is refused; dead jobs give way"),
+    "F25": ("a new config in an old output directory", "refused"),
+    "F27": ("kernel cache that others can write to", "refused; own cache by default"),
+    "F28": ("out of device memory", "phase named, with what to change"),
+    "F29": ("soak: saves and random faults without end", "memory and files flat, goodput measured"),
+}
+
+
+def tests_by_fault() -> dict[str, tuple[int, int]]:
+    """Fault -> (tests in CI, slow tests)."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for marks in re.findall(r"((?:^@pytest\.mark\..*\n)+)", path.read_text(), re.MULTILINE):
+            for fault in re.findall(r'fault\("(F\d+)"\)', marks):
+                counts[fault]["pytest.mark.slow" in marks] += 1
+    return {fault: (fast, slow) for fault, (fast, slow) in counts.items()}
+
+
+def table() -> str:
+    """Markdown; a fault without a test is not in it."""
+    tests = tests_by_fault()
+    assert tests.keys() <= FAULTS.keys(), tests.keys() - FAULTS.keys()
+    lines = ["| | what is done to a run | what must come of it | in CI |", "|---|---|---|---|"]
+    for fault, (done, outcome) in FAULTS.items():
+        fast, slow = tests.get(fault, (0, 0))
+        if fast or slow:
+            lines.append(f"| {fault} | {done} | {outcome} | {'yes' if fast else 'by hand'} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_with_table() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table() + END + after
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme_with_table(), encoding="utf-8")

@@ -1,0 +1,283 @@
+"""Checkpoints that are damaged, do not fit on the disk, or belong to something else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from faults.launcher import Launcher, same_weights, step_losses
+from sft_fast.manifest import LoneRank, find_damage, read_manifest, staged_directory
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher: Launcher) -> Path:
+    """A run that nothing happened to, with all its checkpoints."""
+    return launcher.run("unbroken-6", "checkpoint.keep_last=6", steps=STEPS).output
+
+
+def copy_checkpoints(source: Path, target: Path, *steps: int) -> None:
+    for step in steps:
+        name = f"checkpoints/step_{step:08d}"
+        shutil.copytree(source / name, target / name)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.fault("F3")
+@pytest.mark.parametrize("harm", [truncate, Path.unlink, flip])
+def test_every_damaged_file_is_named(unbroken: Path, tmp_path: Path, harm: object) -> None:
+    source = unbroken / "checkpoints/step_00000004"
+    names = sorted(path.name for path in source.iterdir())
+    assert names == ["common.json", "manifest.json", "rank_00000.safetensors", "train_state.json"]
+    for name in names:
+        copy = tmp_path / name
+        shutil.copytree(source, copy)
+        assert find_damage(copy) == []
+        harm(copy / name)  # type: ignore[operator]
+        damages = find_damage(copy)
+        assert [damage.file for damage in damages] == [copy / name]
+        assert damages[0].expected and damages[0].found
+
+
+@pytest.mark.fault("F3")
+def test_every_bit_of_a_manifest_counts(unbroken: Path, tmp_path: Path) -> None:
+    text = (unbroken / "checkpoints/step_00000004/manifest.json").read_bytes()
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken / "checkpoints/step_00000004", folder)
+    for place in range(0, len(text), 7):
+        harmed = bytearray(text)
+        harmed[place] ^= 1 << place % 7
+        (folder / "manifest.json").write_bytes(harmed)
+        assert [damage.file.name for damage in find_damage(folder)] == ["manifest.json"], place
+
+
+@pytest.mark.fault("F3")
+def test_a_run_falls_back_to_the_newest_whole_checkpoint(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    target = launcher.folder / "fallback"
+    copy_checkpoints(unbroken, target, 2, 3, 4, 5)
+    flip(target / "checkpoints/step_00000005/rank_00000.safetensors")
+    (target / "checkpoints/step_00000004/manifest.json").unlink()
+    job = launcher.run("fallback")
+    assert "rank_00000.safetensors: expected" in job.said()
+    assert "step_00000004/manifest.json" in job.said()
+    assert f"at step 3 of {STEPS}" in job.said()
+    assert same_weights(unbroken, target)
+
+
+@pytest.mark.fault("F3")
+def test_a_run_does_not_begin_anew_when_all_checkpoints_are_damaged(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    target = launcher.folder / "all-damaged"
+    copy_checkpoints(unbroken, target, 2)
+    truncate(target / "checkpoints/step_00000002/common.json")
+    job = launcher.start("all-damaged")
+    assert job.wait() == [2]
+    assert "no checkpoint is whole" in job.said() and "common.json" in job.said()
+
+
+@pytest.mark.fault("F4")
+def test_training_goes_on_when_the_disk_is_full_for_a_while(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    job = launcher.run("full", "checkpoint.keep_last=6", hook="full_disk:2,3")
+    assert job.said().count("No space left on device") == 2 and "bytes free" in job.said()
+    saved = sorted(path.name[-1] for path in (job.output / "checkpoints").iterdir())
+    assert saved == ["1", "4", "5", "6"]
+    assert same_weights(unbroken, job.output)
+
+
+@pytest.mark.fault("F4")
+def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_there_is(launcher: Launcher) -> None:
+    options = ("checkpoint.max_failures=2",)
+    job = launcher.start("stays-full", *options, hook="full_disk:2,3,4,5,6")
+    assert job.wait() == [2]
+    assert job.json("error.json")["cause"].count("No space left") == 1
+    assert [path.name for path in (job.output / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.fault("F4")
+def test_a_real_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=1m tmpfs {disk} 2>/dev/null"):
+        pytest.skip("needs the right to mount")
+    try:
+        with staged_directory(disk / "good", LoneRank()) as stage:
+            stage.write_text("a", "a" * 400_000)
+        with (
+            pytest.raises(OSError, match=r"No space left on device.*bytes free"),
+            staged_directory(disk / "bad", LoneRank()) as stage,
+        ):
+            (stage.path / "b").write_bytes(b"b" * 400_000)
+            with stage.create("c") as file:
+                file.write(b"c" * 400_000)
+        with (
+            pytest.raises(OSError, match=r"800,000 bytes needed"),
+            staged_directory(disk / "large", LoneRank(), needed_bytes=800_000),
+        ):
+            raise AssertionError("there is no room")
+        assert [path.name for path in disk.iterdir()] == ["good"]
+        assert find_damage(disk / "good") == []
+    finally:
+        os.system(f"umount {disk}")
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("folder", ["/proc/nowhere/run", "{file}/run"])
+def test_an_output_directory_that_cannot_be_written_is_refused(
+    launcher: Launcher, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "file").touch()
+    folder = folder.format(file=tmp_path / "file")
+    job = launcher.start("refused", f"output_dir={folder}")
+    assert job.wait(20) == [2]
+    assert "output_dir" in job.said() and "ranks: tensor" not in job.said()
+
+
+@pytest.mark.fault("F12")
+def test_a_broken_writer_ends_the_run_with_its_error(launcher: Launcher) -> None:
+    job = launcher.start("broken", "checkpoint.asynchronous=true", hook="broken_writer:2")
+    assert job.wait(30) == [1]
+    assert "the writer broke" in job.json("error.json")["cause"]
+
+
+@pytest.mark.fault("F12")
+def test_a_writer_that_hangs_ends_the_run_with_the_phase(launcher: Launcher) -> None:
+    job = launcher.start("hung", "checkpoint.timeout_minutes=0.01", hook="hung_writer:2")
+    assert job.wait(30) == [2]
+    assert "step_00000002 has not ended" in job.json("error.json")["cause"]
+    assert job.json("error.json")["phase"] == "save"
+
+
+@pytest.mark.fault("F20")
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_resumed_run_is_bit_identical(
+    launcher: Launcher, unbroken: Path, asynchronous: str
+) -> None:
+    name = f"resumed-{asynchronous}"
+    copy_checkpoints(unbroken, launcher.folder / name, 3)
+    job = launcher.run(name, f"checkpoint.asynchronous={asynchronous}")
+    expected = step_losses(unbroken)
+    assert step_losses(job.output) == {step: expected[step] for step in (4, 5, 6)}
+    assert same_weights(unbroken, job.output)
+
+
+LAYOUTS = {
+    "data 2": (2, ()),
+    "micro-batch 2": (1, ("train.micro_batch_size=2",)),
+    "tensor 2": (2, ("parallel.tensor=2",)),
+    "pipeline 2": (2, ("parallel.pipeline=2",)),
+    "data 4": (4, ()),
+}
+
+
+@pytest.mark.fault("F21")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        name if name in ("data 2", "micro-batch 2") else pytest.param(name, marks=pytest.mark.slow)
+        for name in LAYOUTS
+    ],
+)
+def test_a_run_resumes_in_another_layout(launcher: Launcher, unbroken: Path, layout: str) -> None:
+    ranks, options = LAYOUTS[layout]
+    # A key-value head for each tensor-parallel rank.
+    options = (*options, "model.shape.num_key_value_heads=2")
+    name = f"layout-{layout.replace(' ', '-')}"
+    first = launcher.run(f"{name}-one", options[-1], "checkpoint.keep_last=6")
+    copy_checkpoints(first.output, launcher.folder / name, 2)
+    job = launcher.run(name, *options, ranks=ranks)
+    expected = step_losses(first.output)
+    found = step_losses(job.output)
+    assert found == pytest.approx({step: expected[step] for step in (3, 4, 5, 6)}, rel=1e-6)
+    # And back, from what several ranks wrote.
+    again = launcher.folder / f"{name}-back"
+    copy_checkpoints(job.output, again, 5)
+    back = step_losses(launcher.run(f"{name}-back", options[-1]).output)
+    assert back == pytest.approx({6: expected[6]}, rel=1e-6)
+
+
+@pytest.mark.fault("F22")
+def test_epoch_ends_last_steps_and_finished_runs(launcher: Launcher, unbroken: Path) -> None:
+    constant = ("optim.decay=constant",)
+    twelve = launcher.run("twelve", *constant, "train.steps=12")
+    assert "6 steps per epoch" in twelve.said()
+    launcher.run("epochs", *constant, "train.steps=6")
+    second = launcher.run("epochs", *constant, "train.steps=null", "train.epochs=2")
+    assert "at step 6 of 12" in second.said()
+    assert same_weights(twelve.output, second.output)
+
+    job = launcher.start("last-step", hook="die_in_step:6")
+    job.wait()
+    again = launcher.run("last-step")
+    assert "at step 5 of 6" in again.said()
+    assert same_weights(unbroken, again.output)
+    before = (again.output / "export/manifest.json").stat().st_mtime_ns
+    finished = launcher.run("last-step")
+    assert "nothing to do" in finished.said()
+    assert (again.output / "export/manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fault("F25")
+def test_what_changed_is_listed_and_may_be_allowed(launcher: Launcher, unbroken: Path) -> None:
+    rows = launcher.folder / "other.jsonl"
+    rows.write_text("".join(launcher.rows.read_text().splitlines(keepends=True)[:48]))
+    changes = {
+        "data": f"data.train={rows}",
+        "seed": "seed=8",
+        "packing": "packing.strategy=bfd",
+        "batch": "train.global_batch_size=2",
+        "template": "tokenizer.chat_template=zephyr",
+        "model": "model.dtype=bf16",
+    }
+    copy_checkpoints(unbroken, launcher.folder / "changed", 2)
+    job = launcher.start("changed", *changes.values())
+    assert job.wait() == [2]
+    for name in changes:
+        assert f"{name}: was" in job.said(), name
+    assert f"--allow-change {','.join(sorted(changes))}" in job.said()
+
+    fields = ("--allow-change", "data,seed", changes["data"], changes["seed"])
+    allowed = launcher.run("changed", *fields, "train.steps=null", "train.epochs=1")
+    assert "changed: data, seed; the data begins anew" in allowed.said()
+    state = json.loads(
+        max((allowed.output / "checkpoints").iterdir()).joinpath("train_state.json").read_text()
+    )
+    assert state["first_data_step"] == 2 and state["step"] > 2
+
+
+@pytest.mark.fault("F25")
+def test_an_old_run_is_not_overwritten(launcher: Launcher, unbroken: Path) -> None:
+    copy_checkpoints(unbroken, launcher.folder / "old", 2)
+    job = launcher.start("old", "checkpoint.resume=never")
+    assert job.wait() == [2]
+    assert "choose another output_dir" in job.said()
+
+
+def test_a_directory_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), staged_directory(tmp_path / "a", LoneRank()) as stage:
+        stage.write_text("b", "c")
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "a").exists()
+    with staged_directory(tmp_path / "a", LoneRank()) as stage:
+        stage.write_text("b", "d")
+        (stage.path / "folder").mkdir()
+        (stage.path / "folder" / "e").write_text("f")
+    assert sorted(read_manifest(tmp_path / "a")) == ["b", "folder/e"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,359 @@
+"""Processes that die, hang or are told to go, at any moment."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from faults.launcher import Launcher, same_weights, step_losses
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher: Launcher) -> Path:
+    """A run that nothing happened to."""
+    return launcher.run("unbroken", steps=STEPS).output
+
+
+def whole_checkpoints(run: Path) -> list[int]:
+    from sft_fast.manifest import find_damage
+
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    assert not [damage for folder in folders for damage in find_damage(folder)]
+    return [int(folder.name[5:]) for folder in folders]
+
+
+def kill_until_done(launcher: Launcher, name: str, seed: int, most: int) -> int:
+    """Kills a run at random moments, starting it again each time; returns the number of kills."""
+    rng, kills = random.Random(seed), 0
+    seconds = 0.6
+    while True:
+        job = launcher.start(name, steps=STEPS)
+        if kills < most:
+            time.sleep(rng.uniform(0.05, seconds))
+        else:
+            job.wait()
+        done = whole_checkpoints(job.output)
+        if not job.ranks[0].is_alive():
+            assert job.wait() == [0], job.said()
+            assert "is damaged" not in job.said()
+            return kills
+        job.kill()
+        kills += 1
+        after = whole_checkpoints(job.output)
+        assert len(after) <= 3 and (not done or after[-1] >= done[-1])
+
+
+@pytest.mark.fault("F1")
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    kills = kill_until_done(launcher, "killed", seed=0, most=10)
+    assert kills >= 3
+    assert same_weights(unbroken, launcher.folder / "killed")
+    assert step_losses(unbroken).items() <= step_losses(launcher.folder / "killed").items()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F1")
+def test_two_hundred_kills(launcher: Launcher, unbroken: Path) -> None:
+    kills, seed = 0, 1
+    while kills < 200:
+        kills += kill_until_done(launcher, f"killed{seed}", seed, most=20)
+        assert same_weights(unbroken, launcher.folder / f"killed{seed}")
+        seed += 1
+
+
+def slow_but(fast: set[str], *values: str) -> list[Any]:
+    """Parameters, of which CI runs only some."""
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+POINTS = ("directory", "shards", "fsync", "manifest", "rename", "sync", "prune")
+
+
+@pytest.mark.fault("F2")
+@pytest.mark.parametrize("point", slow_but({"shards", "rename", "prune"}, *POINTS))
+def test_a_kill_inside_a_save_leaves_whole_checkpoints(
+    launcher: Launcher, unbroken: Path, point: str
+) -> None:
+    job = launcher.start(f"at-{point}", hook=f"kill_at:{point}")
+    assert job.wait() == [-signal.SIGKILL], job.said()
+    found = whole_checkpoints(job.output)
+    assert found in ([1], [1, 2])
+    again = launcher.run(f"at-{point}")
+    assert f"at step {found[-1]} of {STEPS}" in again.said()
+    assert same_weights(unbroken, again.output)
+    assert not list((again.output / "checkpoints").glob(".*")), "leftovers are removed"
+
+
+@pytest.mark.fault("F6")
+@pytest.mark.parametrize(
+    ("hook", "codes", "cause"),
+    [
+        ("fail_in_step:3", (1, 1), "the device gave up"),
+        ("die_in_step:3", (1, -signal.SIGKILL), "process {pid} of rank 1 is gone"),
+    ],
+)
+def test_all_ranks_follow_the_first_failure(
+    launcher: Launcher, hook: str, codes: tuple[int, int], cause: str
+) -> None:
+    name = hook.partition(":")[0]
+    job = launcher.start(name, ranks=2, hook=["", hook])
+    job.ranks[1].join(60)
+    failed = time.monotonic()
+    assert tuple(job.wait(30)) == codes, job.said()
+    assert time.monotonic() - failed < 5
+    error = job.json("error.json")
+    # The phase of a killed rank is what it last said, at most two seconds ago.
+    assert (error["rank"], error["step"]) == (1, 2) and error["phase"] in ("train", "save")
+    assert cause.format(pid=job.ranks[1].pid) in error["cause"]
+    status = job.json("status.json")
+    assert (status["state"], status["cause"]) == ("failed", error["cause"])
+    assert whole_checkpoints(job.output) == [1, 2], "nobody tries to save"
+
+
+@pytest.mark.fault("F7")
+@pytest.mark.parametrize(
+    ("hook", "suspects"),
+    [
+        ("hang_in_step:3", "all ranks wait after step 2"),
+        pytest.param(
+            "stop_in_step:3",
+            "ranks that are stopped by a signal: [1]",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_hang_is_found_and_every_rank_shows_its_stack(
+    launcher: Launcher, hook: str, suspects: str
+) -> None:
+    name = hook.partition(":")[0]
+    job = launcher.start(name, "parallel.hang_timeout_s=1.5", ranks=2, hook=["", hook])
+    job.wait_until("step 2/6")
+    job.ranks[0].join(30)
+    assert job.ranks[0].exitcode == 75, job.said()
+    job.signal(signal.SIGKILL, rank=1)
+    error = job.json("error.json")
+    assert "no step ended for" in error["cause"] and suspects in error["cause"]
+    stacks = {path.stem: path.read_text() for path in (job.output / "stacks").iterdir()}
+    assert "train_step" in stacks["rank_00000"]
+    if hook.startswith("hang"):
+        assert "hooks.py" in stacks["rank_00001"]
+    launcher.run(name, ranks=2)
+
+
+def restart(launcher: Launcher, name: str, times: int) -> None:
+    """Kills a rank and starts all again with the same store, as torchrun does, and again."""
+    rng = random.Random(5)
+    for attempt in range(times):
+        rank = rng.randrange(2)
+        hook = ["", ""]
+        hook[rank] = f"die_in_step:{rng.randrange(1, 3)}"
+        job = launcher.start(
+            name, "train.steps=1000", ranks=2, hook=hook, attempt=attempt, job="elastic"
+        )
+        codes = job.wait()
+        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, (attempt, job.said())
+        assert job.json("error.json")["rank"] == rank
+    job = launcher.start(name, ranks=2, attempt=times, job="elastic", steps=1000)
+    job.wait_until("resumed from")
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [0, 0]
+
+
+@pytest.mark.fault("F8")
+def test_restarted_ranks_find_each_other(launcher: Launcher) -> None:
+    restart(launcher, "elastic", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F8")
+def test_fifty_restarts(launcher: Launcher) -> None:
+    restart(launcher, "elastic50", 50)
+
+
+PHASES = ("start", "data", "model", "first step", "step", "evaluate", "save", "export")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def leave_in(launcher: Launcher, unbroken: Path, phase: str, number: int) -> None:
+    name = f"left-{phase}-{number}".replace(" ", "-")
+    options = ("data.eval_overlap=allow", f"data.eval={launcher.rows}", "evaluation.max_samples=8")
+    job = launcher.start(name, *options, hook=f"slow:{phase}")
+    job.wait_until(f"slow {phase}")
+    asked = time.monotonic()
+    job.signal(number)
+    assert job.wait(25) == [0], job.said()
+    assert time.monotonic() - asked < 25
+    assert job.json("status.json")["state"] == "preempted"
+    assert not (job.output / "error.json").exists()
+    done = whole_checkpoints(job.output)
+    assert (done[-1] if done else 0) >= {"step": 3, "save": 2, "export": STEPS}.get(phase, 0)
+    again = launcher.run(name, *options)
+    assert again.json("status.json")["state"] == "finished"
+    assert same_weights(unbroken, again.output)
+
+
+@pytest.mark.fault("F9")
+@pytest.mark.parametrize("phase", slow_but({"data", "step", "export"}, *PHASES))
+def test_a_signal_saves_and_leaves(launcher: Launcher, unbroken: Path, phase: str) -> None:
+    leave_in(launcher, unbroken, phase, SIGNALS[PHASES.index(phase) % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F9")
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_signal_in_every_phase(
+    launcher: Launcher, unbroken: Path, phase: str, number: int
+) -> None:
+    leave_in(launcher, unbroken, phase, number)
+
+
+@pytest.mark.fault("F9")
+def test_a_signal_to_one_rank_stops_all_and_a_second_interrupt_leaves_at_once(
+    launcher: Launcher,
+) -> None:
+    job = launcher.start("one-rank", "train.steps=1000", ranks=2)
+    job.wait_until("step 2/")
+    job.signal(signal.SIGTERM, rank=1)
+    assert job.wait(25) == [0, 0], job.said()
+    assert job.json("status.json")["state"] == "preempted"
+
+    job = launcher.start("impatient", hook="slow:step")
+    job.wait_until("slow step")
+    job.signal(signal.SIGINT)
+    time.sleep(0.8)
+    job.signal(signal.SIGINT)
+    assert job.wait(2) == [130], job.said()
+
+
+@pytest.mark.fault("F9")
+def test_trigger_files_save_and_stop(launcher: Launcher) -> None:
+    job = launcher.start("triggers", "train.steps=5000", "checkpoint.every_steps=5000")
+    job.wait_until("step 2/")
+    (job.output / "SAVE").touch()
+    deadline = time.monotonic() + 30
+    while not list((job.output / "checkpoints").glob("step_*")):
+        assert time.monotonic() < deadline, job.said()
+        time.sleep(0.02)
+    assert job.ranks[0].is_alive()
+    (job.output / "STOP").touch()
+    assert job.wait(30) == [0], job.said()
+    assert len(whole_checkpoints(job.output)) == 2
+    assert not (job.output / "SAVE").exists() and not (job.output / "STOP").exists()
+
+
+@pytest.mark.fault("F10")
+def test_a_signal_waits_for_a_save_in_the_background(launcher: Launcher, unbroken: Path) -> None:
+    options = ("checkpoint.asynchronous=true", "checkpoint.every_steps=2")
+    job = launcher.start("background", *options, hook="slow:save")
+    job.wait_until("slow save")
+    job.signal(signal.SIGTERM)
+    assert job.wait(25) == [0], job.said()
+    assert whole_checkpoints(job.output)
+    assert same_weights(unbroken, launcher.run("background", *options).output)
+
+
+ORPHAN = """
+import os, signal, sys, time
+from pathlib import Path
+from sft_fast.failure import die_with_parent, watching
+child = os.fork()
+if child:
+    print(child, flush=True)
+    time.sleep(60)
+die_with_parent(signal.SIGTERM)
+with watching(Path(sys.argv[1]), 60.0) as watch:
+    watch.enter("train")  # in a collective that never ends
+    print("ready", flush=True)
+    while True:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.fault("F11")
+def test_a_rank_whose_launcher_was_killed_is_gone(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    parent.wait()
+    child.wait(5)
+    assert json.loads((tmp_path / "error.json").read_text())["phase"] == "train"
+
+
+def torchrun(launcher: Launcher, name: str, *options: str) -> "subprocess.Popen[str]":
+    path = launcher.config(name, steps=100000)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *options, str(ROOT / "sft_fast/train.py"), "--config", str(path),
+         "metrics.log_every_steps=1000"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def status_of(run: Path, timeout_s: float = 120.0) -> dict[str, Any]:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        path = run / "status.json"
+        if path.exists() and json.loads(path.read_text()).get("step", 0) > 1:
+            return json.loads(path.read_text())
+        time.sleep(0.2)
+    raise TimeoutError(run)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_leaves_no_orphans(launcher: Launcher, number: int) -> None:
+    name = f"torchrun{number}"
+    shutil.rmtree(launcher.folder / name, ignore_errors=True)
+    agent = torchrun(launcher, name)
+    status_of(launcher.folder / name)
+    processes = psutil.Process(agent.pid).children(recursive=True)
+    agent.send_signal(number)
+    agent.wait(40)
+    gone, alive = psutil.wait_procs(processes, 5)
+    assert not alive
+    assert json.loads((launcher.folder / name / "status.json").read_text())["state"] in (
+        "preempted",
+        "failed",
+    )
+    whole_checkpoints(launcher.folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F8")
+def test_torchrun_restarts_a_killed_rank(launcher: Launcher) -> None:
+    agent = torchrun(launcher, "restarted", "--max-restarts", "3")
+    for _ in range(3):
+        status = status_of(launcher.folder / "restarted")
+        ranks = psutil.Process(agent.pid).children()
+        ranks[-1].kill()
+        killed = time.monotonic()
+        while True:
+            now = json.loads((launcher.folder / "restarted/status.json").read_text())
+            if now["launch"] != status["launch"] and now.get("step", 0) > status["step"]:
+                break
+            assert time.monotonic() - killed < 120
+            time.sleep(0.2)
+        print(f"back after {time.monotonic() - killed:.1f} s")
+    agent.terminate()
+    agent.wait(60)

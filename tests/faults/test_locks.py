@@ -1,0 +1,85 @@
+"""Two jobs and one output directory."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.launcher import Launcher
+from sft_fast.run_lock import STALE_S, RunLock, check_output_dir
+
+
+def foreign(folder: Path, **holder: object) -> Path:
+    """The lock of another job."""
+    path = folder / ".lock"
+    holder = {"host": "elsewhere", "pid": 7, "process_started": 1.0, "started": "then"} | holder
+    path.write_text(json.dumps({"job": "another", **holder}))
+    return path
+
+
+@pytest.mark.fault("F24")
+def test_the_second_job_is_refused_and_the_first_goes_on(launcher: Launcher) -> None:
+    first = launcher.start("shared", "train.steps=1000")
+    first.wait_until("step 1/")
+    second = launcher.start("shared")
+    assert second.wait() == [2]
+    assert f"in use by process {first.ranks[0].pid} on {socket.gethostname()}" in second.said()
+    assert not (first.output / "error.json").exists()
+    (first.output / "STOP").touch()
+    assert first.wait() == [0]
+    assert not (first.output / ".lock").exists()
+
+
+@pytest.mark.fault("F24")
+def test_a_lock_of_another_machine_counts_until_it_is_silent(tmp_path: Path) -> None:
+    path = foreign(tmp_path)
+    with pytest.raises(ValueError, match="process 7 on elsewhere since then"):
+        RunLock(tmp_path, "mine")
+    silent = time.time() - STALE_S - 1
+    os.utime(path, (silent, silent))
+    lock = RunLock(tmp_path, "mine")
+    assert lock.beat()
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.parametrize(
+    "holder",
+    [
+        {"host": socket.gethostname(), "pid": 2**22 - 1},
+        # The number belongs to another process now.
+        {"host": socket.gethostname(), "pid": os.getpid()},
+        {"job": "mine"},
+    ],
+)
+def test_a_lock_of_a_dead_process_or_of_the_same_job_is_taken_over(
+    tmp_path: Path, holder: dict[str, object]
+) -> None:
+    foreign(tmp_path, **holder)
+    assert RunLock(tmp_path, "mine").beat()
+
+
+@pytest.mark.fault("F24")
+def test_a_lock_that_was_lost_is_noticed_and_not_given_back(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, "mine")
+    path = foreign(tmp_path)
+    assert not lock.beat()
+    lock.release()
+    assert path.exists()
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]"])
+def test_a_damaged_lock_is_not_taken_for_free(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".lock").write_text(text)
+    with pytest.raises(ValueError, match="is in use"):
+        RunLock(tmp_path, "mine")
+
+
+def test_an_output_directory_is_checked_without_being_made(tmp_path: Path) -> None:
+    check_output_dir(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
