@@ -40,6 +40,7 @@ def rejected(store: TokenStore) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (store.path / REJECTED_FILE).read_text().splitlines()]
 
 
+@pytest.mark.fault("F13")
 def test_f13_malformed_line_names_file_line_column_and_context(build: Build) -> None:
     with pytest.raises(ValueError) as caught:
         build(GOOD * 499 + b'{"question": "why", "answer" "so"}\n' + GOOD)
@@ -51,6 +52,7 @@ def test_f13_malformed_line_names_file_line_column_and_context(build: Build) -> 
     )
 
 
+@pytest.mark.fault("F13")
 def test_f13_malformed_line_can_be_skipped_counted_and_listed(build: Build) -> None:
     store = build(GOOD * 199 + b"{\n", on_bad_row="skip")
     assert store.report.rejected == {"unreadable": 1}
@@ -59,16 +61,19 @@ def test_f13_malformed_line_can_be_skipped_counted_and_listed(build: Build) -> N
     assert "rows.jsonl:200:2: not valid JSON" in entry["message"]
 
 
+@pytest.mark.fault("F13")
 def test_f13_empty_file(build: Build) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl: the file is empty; expected one row"):
         build(b"")
 
 
+@pytest.mark.fault("F13")
 def test_f13_bom_and_windows_line_ends_are_read(build: Build) -> None:
     store = build(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") * 2)
     assert [store.line(number) for number in range(2)] == [1, 2]
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.slow
 def test_f13_line_of_200_megabytes(build: Build) -> None:
     content = GOOD + b'{"question": "' + b"x" * 200_000_000 + b'", "answer" 1}\n'
@@ -77,6 +82,7 @@ def test_f13_line_of_200_megabytes(build: Build) -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.fault("F14")
 def test_f14_byte_that_is_not_utf8_stops_before_training(build: Build) -> None:
     with pytest.raises(ValueError) as caught:
         build(GOOD + b'{"question": "caf\xe9", "answer": "so"}\n')
@@ -86,6 +92,7 @@ def test_f14_byte_that_is_not_utf8_stops_before_training(build: Build) -> None:
     )
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize(
     ("row", "reason", "message"),
     [
@@ -128,6 +135,7 @@ def test_f15_rows_with_nothing_to_learn_are_counted_up_to_a_limit(
         build(content, **options, max_rejected=0.001)
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize(
     ("value", "kind"), [(["a"], "a list"), (None, "null"), (3, "a number"), ({"a": 1}, "an object")]
 )
@@ -139,6 +147,7 @@ def test_f16_mixed_types_name_both_rows(build: Build, value: Any, kind: str) -> 
     assert f"('answer' is {kind} in line 3 but text in line 1)" in str(caught.value)
 
 
+@pytest.mark.fault("F17")
 def test_f17_mask_needs_no_generation_marks_and_is_refused_where_it_cannot_be_proven(
     build: Build,
 ) -> None:
@@ -154,6 +163,7 @@ def test_f17_mask_needs_no_generation_marks_and_is_refused_where_it_cannot_be_pr
         assert fix in message
 
 
+@pytest.mark.fault("F17")
 def test_f17_one_sample_per_answer_where_the_history_changes(build: Build) -> None:
     from sft_fast.data.render import MaskOptions
 

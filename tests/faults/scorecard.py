@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- faults -->\n", "<!-- /faults -->\n"
+MARKS = r"((?:^@pytest\.mark\..*\n)+)"
 # fault: (what is done to a run, what must come of it)
 FAULTS = {
     "F1": ("kill -9 at random moments", "goes on by itself, final weights bit-identical"),
@@ -54,11 +55,11 @@ FAULTS = {
 }
 
 
-def tests_by_fault() -> dict[str, tuple[int, int]]:
+def count_tests() -> dict[str, tuple[int, int]]:
     """Fault -> (tests in CI, slow tests)."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for path in (ROOT / "tests").rglob("test_*.py"):
-        for marks in re.findall(r"((?:^@pytest\.mark\..*\n)+)", path.read_text(), re.MULTILINE):
+        for marks in re.findall(MARKS, path.read_text(), re.MULTILINE):
             for fault in re.findall(r'fault\("(F\d+)"\)', marks):
                 counts[fault]["pytest.mark.slow" in marks] += 1
     return {fault: (fast, slow) for fault, (fast, slow) in counts.items()}
@@ -66,7 +67,7 @@ def tests_by_fault() -> dict[str, tuple[int, int]]:
 
 def table() -> str:
     """Markdown; a fault without a test is not in it."""
-    tests = tests_by_fault()
+    tests = count_tests()
     assert tests.keys() <= FAULTS.keys(), tests.keys() - FAULTS.keys()
     lines = ["| | what is done to a run | what must come of it | in CI |", "|---|---|---|---|"]
     for fault, (done, outcome) in FAULTS.items():
