@@ -244,14 +244,19 @@ class Watch:
             patient: the main thread may hear of it by itself, and gets the time to.
         """
         self.meet()
-        for rank, peer in self.dead_peers():
-            self.blame(rank, peer)
+        # Looked for first: who is found dead then has announced what it had to.
+        dead = self.dead_peers()
         for name, state, code in ANNOUNCEMENTS:
             announced = self.announced(name)
             if announced is not None:
                 self.is_closed.wait(FOLLOW_S if patient else 0.0)
                 if not self.is_closed.is_set():
                     self.leave(state, code, announced["cause"])
+        for rank, peer in dead:
+            cause = f"process {peer['pid']} of rank {rank} is gone: killed, or crashed"
+            facts = {"rank": rank, "pid": peer["pid"], "reported_by": self.rank}
+            self.fail(cause, peer["phase"], **facts)
+            self.leave("failed", EXIT_FAILED, cause)
 
     def meet(self) -> None:
         for rank in sorted(self.unmet):
@@ -270,12 +275,6 @@ class Watch:
                 if last["pid"] == peer["pid"] and last["state"] != "done":
                     dead.append((rank, last))
         return dead
-
-    def blame(self, rank: int, peer: dict[str, Any]) -> None:
-        """Records the death of a rank that could not do so itself."""
-        cause = f"process {peer['pid']} of rank {rank} is gone: killed, or crashed"
-        facts = {"rank": rank, "pid": peer["pid"], "reported_by": self.rank}
-        self.fail(cause, peer["phase"], **facts)
 
     def fail_with(self, error: BaseException) -> None:
         """Records an exception, unless it only is what another rank's death looks like from here.
