@@ -3,31 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sft_fast.config import ShapeConfig
+from sft_fast.families import FAMILIES, REFUSED, Family
 
-
-@dataclass(frozen=True)
-class Family:
-    """What sets a family of models apart from Llama.
-
-    `fixed` are the config.json keys whose other values we would compute wrongly.
-    """
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    fixed: tuple[tuple[str, Any], ...] = (("attention_bias", False), ("mlp_bias", False))
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(fixed=()),
-    "Qwen2ForCausalLM": Family(qkv_bias=True, fixed=(("use_sliding_window", False),)),
-    "Qwen3ForCausalLM": Family(
-        qk_norm=True, fixed=(("attention_bias", False), ("use_sliding_window", False))
-    ),
-}
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -37,7 +17,7 @@ LLAMA3_ROPE = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder with RMSNorm, rotary positions, grouped queries and a gated SiLU MLP."""
+    """A decoder with RMSNorm, rotary positions, grouped queries and a gated MLP or experts."""
 
     vocab_size: int
     hidden_size: int
@@ -45,12 +25,20 @@ class Architecture:
     num_attention_heads: int
     num_key_value_heads: int
     ffn_hidden_size: int
+    """Width of the MLP, or of one expert."""
     head_dim: int
     max_position_embeddings: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling_factor: float | None = None
-    """Factor of the Llama 3.1 frequency scaling; None = plain rotary positions."""
+    rope_scaling: Literal["llama3", "linear"] | None = None
+    """How the rotary frequencies are lowered: as Llama 3.1 does, or all by the same factor."""
+    rope_scaling_factor: float = 1.0
+    local_rope_theta: float | None = None
+    """Of the layers with a sliding window, which then have no scaling; None = as the others."""
+    rotary_fraction: float = 1.0
+    """Share of a head's channels that are rotated."""
+    layers_without_rope: frozenset[int] = frozenset()
+    """Layers, counted from 0, that know no positions."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     qkv_bias: bool = False
@@ -58,7 +46,29 @@ class Architecture:
     qk_norm: bool = False
     """Queries and keys are normalised per head, before the rotary embedding."""
     sliding_window: int | None = None
-    """Tokens that a token attends back to; None = all. Rows must not be longer."""
+    """Tokens that a token attends to, itself and those before it; None = all."""
+    layers_without_window: frozenset[int] = frozenset()
+    """Layers, counted from 0, that attend to the whole sample all the same."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None = 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Bound c of the attention scores c * tanh(scores / c); None = none."""
+    logit_softcap: float | None = None
+    """The same for the logits."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    is_gemma: bool = False
+    """Norms multiply by 1 + weight and also follow attention and MLP; embeddings are scaled."""
+    num_experts: int = 0
+    """Experts per layer; 0 = a dense MLP."""
+    experts_per_token: int = 0
+    renormalise_experts: bool = False
+    """The weights of a token's experts add up to 1."""
+    family: str = "LlamaForCausalLM"
+    """Key of FAMILIES, which has the names of the weights."""
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token of `layer` (from 0) attends to; None = its whole sample."""
+        return None if layer in self.layers_without_window else self.sliding_window
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -88,59 +98,125 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     Raises:
         ValueError: another architecture, or an option of it that we would compute wrongly.
     """
-    names = config.get("architectures") or ["(missing)"]
-    if names[0] not in FAMILIES:
+    name = (config.get("architectures") or ["(missing)"])[0]
+    if name not in FAMILIES:
+        reason = f" ({REFUSED[name]})" if name in REFUSED else ""
         raise ValueError(
-            f"config.json: architectures is {names[0]}; supported: {', '.join(FAMILIES)}"
+            f"config.json: architectures is {name}{reason}; supported: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[names[0]]
-    for key, expected in (*family.fixed, ("hidden_act", "silu")):
-        if config.get(key, expected) != expected:
+    family = FAMILIES[name]
+    for key, expected in (*family.fixed, family.activation, ("attention_dropout", 0.0)):
+        # Most keys may also be null for "off".
+        if (config.get(key, expected) or 0) != (expected or 0):
             raise ValueError(f"config.json: {key} is {config[key]!r}; supported: {expected!r}")
     heads = config["num_attention_heads"]
-    theta, scaling_factor = rope_from_hf(config)
     return Architecture(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
-        ffn_hidden_size=config["intermediate_size"],
+        ffn_hidden_size=config[family.experts_of or "intermediate_size"],
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling_factor=scaling_factor,
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        tie_word_embeddings=config.get("tie_word_embeddings", family.tie_word_embeddings),
         initializer_range=config.get("initializer_range", 0.02),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        # Qwen2 and Qwen3 write the key down even where use_sliding_window turns it off.
-        sliding_window=None if "use_sliding_window" in config else config.get("sliding_window"),
+        activation="gelu_tanh" if family.activation[1] == "gelu_pytorch_tanh" else "silu",
+        is_gemma=family.is_gemma,
+        attention_softcap=config.get("attn_logit_softcapping"),
+        logit_softcap=config.get("final_logit_softcapping"),
+        family=name,
+        **rope_from_hf(config),
+        **windows_from_hf(config, family),
+        **experts_from_hf(config, family),
     )
 
 
-def rope_from_hf(config: dict[str, Any]) -> tuple[float, float | None]:
-    """Returns (theta, Llama 3.1 scaling factor or None) from either spelling of the rope keys."""
+def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of sliding windows, and the scale of the scores."""
+    fields: dict[str, Any] = {}
+    if "query_pre_attn_scalar" in config:
+        fields["attention_scale"] = config["query_pre_attn_scalar"] ** -0.5
+    # Qwen writes the key down even where use_sliding_window turns it off.
+    if "use_sliding_window" in config or config.get("sliding_window") is None:
+        return fields
+    types, period = config.get("layer_types"), family.window_period
+    if types is None and period is not None:
+        period = config.get("sliding_window_pattern", period)
+        types = [
+            "sliding_attention" if (layer + 1) % period else "full_attention"
+            for layer in range(config["num_hidden_layers"])
+        ]
+    without = [i for i, kind in enumerate(types or ()) if kind != "sliding_attention"]
+    return fields | {
+        "sliding_window": config["sliding_window"],
+        "layers_without_window": frozenset(without),
+    }
+
+
+def experts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    if family.experts_of is None:
+        return {}
+    return {
+        "num_experts": config.get("num_experts") or config["num_local_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        # Mixtral has no such key, and always does.
+        "renormalise_experts": config.get("norm_topk_prob", "norm_topk_prob" not in config),
+    }
+
+
+def rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of rotary positions, from either spelling of the keys."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    fields: dict[str, Any] = {}
+    local = rope.get("sliding_attention")
+    if local is not None:
+        rope = rope["full_attention"]
+        if rope_scaling(local) != (None, 1.0):
+            raise ValueError(f"config.json: sliding_attention of rope_parameters is {local}")
+        fields["local_rope_theta"] = local["rope_theta"]
+    elif "rope_local_base_freq" in config:
+        fields["local_rope_theta"] = config["rope_local_base_freq"]
+    uses_rope = config.get("no_rope_layers") or ()
+    fields["layers_without_rope"] = frozenset(i for i, used in enumerate(uses_rope) if not used)
+    fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    kind, factor = rope_scaling(rope)
+    return fields | {
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rope_scaling": kind,
+        "rope_scaling_factor": factor,
+        "rotary_fraction": fraction,
+    }
+
+
+def rope_scaling(rope: dict[str, Any]) -> tuple[str | None, float]:
+    """(kind, factor) of the frequencies' scaling.
+
+    Raises:
+        ValueError: a kind that we do not know.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
-    if kind != "llama3" or any(rope.get(key) != value for key, value in LLAMA3_ROPE.items()):
+        return None, 1.0
+    is_llama3 = kind == "llama3" and all(rope.get(key) == LLAMA3_ROPE[key] for key in LLAMA3_ROPE)
+    if kind != "linear" and not is_llama3:
         raise ValueError(
-            f"config.json: rotary scaling {rope} is not supported; supported: default, and "
+            f"config.json: rotary scaling {rope} is not supported; supported: default, linear, and "
             f"llama3 with {LLAMA3_ROPE}"
         )
-    return theta, float(rope["factor"])
+    return kind, float(rope["factor"])
 
 
 def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     """The config.json of a model that has no source directory."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": architecture.rope_theta}
-    if architecture.rope_scaling_factor is not None:
-        factor = architecture.rope_scaling_factor
-        rope.update(LLAMA3_ROPE, rope_type="llama3", factor=factor)
+    if architecture.rope_scaling is not None:
+        rope.update(rope_type=architecture.rope_scaling, factor=architecture.rope_scaling_factor)
+    if architecture.rope_scaling == "llama3":
+        rope.update(LLAMA3_ROPE)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -277,6 +277,11 @@ class ParallelConfig(Section):
     context: Positive = 1
     """Context-parallel size: ranks that share each packed row. Needs packing.alignment to be a
     multiple of twice this size."""
+    expert: Positive = 1
+    """Expert-parallel size: ranks that the experts of a layer are spread over, out of the tensor-
+    and data-parallel ranks of a pipeline stage."""
+    expert_tensor: Positive = 1
+    """Ranks that each expert is split over."""
     sequence: bool = False
     """Also split norms and dropout along the sequence; needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -581,6 +586,20 @@ def check_world_size(config: Config, world_size: int) -> int:
                     f"a number of ranks that {model_ranks} divides",
                     f"start with --nproc-per-node (times nodes) of {multiples}, "
                     f"or lower {' or '.join(keys)}",
+                )
+            ],
+            f"the layout of {world_size} ranks",
+        )
+    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if world_size % expert_ranks != 0:
+        raise ConfigError(
+            [
+                Problem(
+                    ("parallel.expert", "parallel.expert_tensor"),
+                    f"{world_size} ranks for experts over {parallel.expert} x "
+                    f"{parallel.expert_tensor} ranks of each of {parallel.pipeline} stages",
+                    f"a number of ranks that {expert_ranks} divides",
+                    "lower parallel.expert or parallel.expert_tensor",
                 )
             ],
             f"the layout of {world_size} ranks",

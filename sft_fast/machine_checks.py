@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.errors import Problem
+from sft_fast.layout import layout_problems
 
 if TYPE_CHECKING:
     from sft_fast.architecture import Architecture
@@ -93,25 +94,13 @@ def _check_weights(folder: Path, config: Config) -> Iterator[Problem]:
 
 
 def _check_layout(architecture: Architecture, config: Config, folder: Path) -> Iterator[Problem]:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    for key, size, name, value in (
-        ("parallel.tensor", tensor, "num_attention_heads", architecture.num_attention_heads),
-        ("parallel.tensor", tensor, "num_key_value_heads", architecture.num_key_value_heads),
-        ("parallel.tensor", tensor, "intermediate_size", architecture.ffn_hidden_size),
-        ("parallel.pipeline", pipeline, "num_hidden_layers", architecture.num_layers),
-    ):
-        if value % size != 0:
-            fits = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0 and n <= 64)
-            found = f"{size}, and {name} of {folder / 'config.json'} is {value}"
-            yield Problem((key,), found, f"a divisor of {value}", f"one of {fits}")
+    yield from layout_problems(architecture, config)
     positions, capacity = architecture.max_position_embeddings, config.packing.capacity
-    window = architecture.sliding_window or positions
-    if capacity > min(positions, window):
-        name = "max_position_embeddings" if positions <= window else "sliding_window"
+    if capacity > positions:
         yield Problem(
             ("packing.capacity",),
-            f"{capacity}, but {name} of {folder / 'config.json'} is {min(positions, window)}",
-            f"packing.capacity <= {min(positions, window)}",
+            f"{capacity}, but max_position_embeddings of {folder / 'config.json'} is {positions}",
+            f"packing.capacity <= {positions}",
         )
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from sft_fast.architecture import (
-    FAMILIES,
     architecture_from_hf,
     architecture_to_hf,
     read_hf_config,
 )
+from sft_fast.families import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +36,11 @@ LLAMA31_ROPE = {
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LlamaForCausalLM"),
         ({"architectures": None}, "missing"),
+        ({"architectures": ["GptOssForCausalLM"]}, "sinks and experts in MXFP4 are not supported"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text model alone"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]}, "mlp_only_layers"),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -59,8 +64,10 @@ def test_old_and_new_spelling_of_rope_mean_the_same() -> None:
 
 def test_a_written_config_reads_back_as_the_same_architecture() -> None:
     plain = architecture_from_hf(LLAMA)
-    scaled = replace(plain, rope_scaling_factor=8.0, tie_word_embeddings=True, head_dim=16)
-    for architecture in (plain, scaled):
+    scaling = {"rope_scaling": "llama3", "rope_scaling_factor": 8.0}
+    scaled = replace(plain, **scaling, tie_word_embeddings=True, head_dim=16)
+    linear = replace(scaled, rope_scaling="linear")
+    for architecture in (plain, scaled, linear):
         assert architecture_from_hf(architecture_to_hf(architecture)) == architecture
 
 
@@ -77,6 +84,37 @@ def test_a_window_that_is_switched_off_does_not_count() -> None:
     qwen = mistral | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
     assert architecture_from_hf(qwen).sliding_window is None
     assert set(FAMILIES) >= {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"}
+
+
+def test_gemma_as_the_hub_has_it() -> None:
+    gemma: dict[str, Any] = LLAMA | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "num_hidden_layers": 7,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window": 512,
+        "sliding_window_pattern": 3,
+    }
+    architecture = architecture_from_hf(gemma)
+    assert architecture.tie_word_embeddings
+    assert architecture.attention_scale == 0.25
+    assert (architecture.rope_theta, architecture.local_rope_theta) == (1e6, 1e4)
+    windows = [architecture.window(layer) for layer in range(7)]
+    assert windows == [512, 512, None, 512, 512, None, 512]
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    new = {
+        "sliding_window_pattern": None,
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": rope | {"rope_theta": 1e4},
+        },
+    }
+    assert architecture_from_hf(gemma | new) == architecture
 
 
 def test_a_broken_config_json_names_its_line(tmp_path: Path) -> None:

@@ -4,19 +4,19 @@ Samples in a pack never see each other. The cost is the sum of the squared sampl
 square of the row: padding rows are not attended at all.
 """
 
-import math
+from collections.abc import Sequence
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.megatron.attention_backends import Attend, PackedSamples, dense_attention
+from sft_fast.megatron.attention_backends import Attend, PackedSamples, Scoring, dense_attention
 from sft_fast.megatron.context import ContextGroup, attend_in_context
 
 
 class PackedAttention(MegatronModule):
-    """Scaled dot-product attention, causal within each sample; grouped queries supported."""
+    """Dot-product attention, causal within each sample; grouped queries supported."""
 
     def __init__(
         self,
@@ -27,13 +27,16 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         *,
         attend: Attend,
+        scorings: Sequence[Scoring],
         context: ContextGroup | None = None,
         **kwargs: object,
     ):
+        """Args:
+        scorings: of all layers of the model.
+        """
         super().__init__(config=config)
-        head_dim, dropout = config.kv_channels, config.attention_dropout  # type: ignore[attr-defined]
-        assert dropout == 0.0, "the backends have no dropout"
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_dim)
+        assert config.attention_dropout == 0.0, "the backends have no dropout"  # type: ignore[attr-defined]
+        self.scoring = scorings[layer_number - 1]
         self.attend = attend
         self.context = context
 
@@ -58,7 +61,7 @@ class PackedAttention(MegatronModule):
         """
         assert attention_mask is None and attention_bias is None, "only causal masks are known"
         if packed_seq_params is None:
-            return dense_attention(query, key, value, self.softmax_scale).flatten(2)
+            return dense_attention(query, key, value, self.scoring).flatten(2)
         assert isinstance(packed_seq_params, PackedSamples) and query.shape[1] == 1
         context_size = 1 if self.context is None else self.context.size
         num_tokens = sum(packed_seq_params.seqlens) // context_size
@@ -66,9 +69,9 @@ class PackedAttention(MegatronModule):
         assert padding >= 0, (query.shape, packed_seq_params.seqlens)
         if self.context is None:
             query, key, value = (tensor[:num_tokens, 0] for tensor in (query, key, value))
-            output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
+            output = self.attend(query, key, value, packed_seq_params, self.scoring)
         else:
             query, key, value = (tensor[:, 0] for tensor in (query, key, value))
-            arguments = query, key, value, packed_seq_params, self.softmax_scale, self.context
+            arguments = query, key, value, packed_seq_params, self.scoring, self.context
             output = attend_in_context(self.attend, *arguments)
         return functional.pad(output.flatten(1), (0, 0, 0, padding)).unsqueeze(1)

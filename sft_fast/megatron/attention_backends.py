@@ -8,8 +8,8 @@ device is passed over, and the reason is told.
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 SELF_TEST_SEQLENS = (1, 70, 7, 33)
+SELF_TEST_WINDOW = 20
+SELF_TEST_SOFTCAP = 1.0
 
 
 @dataclass
@@ -109,62 +111,109 @@ def size_class(length: int) -> int:
     return -(-length // step) * step
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, PackedSamples, float], Tensor]
-"""(query [T, heads, head_dim], key and value [T, kv_heads, head_dim], samples, softmax_scale) ->
+@dataclass(frozen=True)
+class Scoring:
+    """What a layer does with the scores of its causal attention."""
+
+    scale: float
+    window: int | None = None
+    """Tokens that a token attends to, itself and those before it; None = its whole sample."""
+    softcap: float | None = None
+    """Bound c of c * tanh(scores / c); None = none."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedSamples, Scoring], Tensor]
+"""(query [T, heads, head_dim], key and value [T, kv_heads, head_dim], samples, scoring) ->
 [T, heads, head_dim], where T is the sum of the samples' lengths."""
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Plain causal attention of [s, b, heads, head_dim] tensors; every column is one sample."""
-    output = functional.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3),
-        key.permute(1, 2, 0, 3),
-        value.permute(1, 2, 0, 3),
-        is_causal=True,
-        scale=softmax_scale,
-        enable_gqa=True,
-    )
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    length = query.shape[2]
+    is_whole = scoring.window is None or scoring.window >= length
+    mask = None if is_whole else window_mask(length, scoring.window, query.device)
+    if scoring.softcap is None:
+        output = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_whole,
+            scale=scoring.scale,
+            enable_gqa=True,
+        )
+    else:
+        if mask is None:
+            mask = window_mask(length, None, query.device)
+        output = capped_attention(query, key, value, mask, scoring)
     return output.permute(2, 0, 1, 3)
 
 
+def window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [length, length]: which columns a row attends to."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return mask if window is None else mask.triu_(1 - window)
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attention of [b, heads, s, head_dim] with a soft cap, which PyTorch's own has not; the
+    weights are computed in fp32, and all of them are in memory."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * scoring.scale
+    assert scoring.softcap is not None
+    scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    weights = scores.masked_fill_(~mask, -math.inf).softmax(dim=-1)
+    return weights.to(value.dtype) @ value
+
+
 def attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
 ) -> Tensor:
     """PyTorch's dense attention over groups of similar samples; runs everywhere."""
     if samples.key_lengths is not None:
-        return attend_prefixes(query, key, value, samples, softmax_scale)
+        return attend_prefixes(query, key, value, samples, scoring)
     groups, order = samples.groups
     outputs = []
     for rows in groups:
         index = rows.t().flatten().to(query.device, non_blocking=True)
         parts = [tensor.index_select(0, index) for tensor in (query, key, value)]
         columns = [part.unflatten(0, rows.t().shape) for part in parts]
-        output = dense_attention(columns[0], columns[1], columns[2], softmax_scale)
+        output = dense_attention(columns[0], columns[1], columns[2], scoring)
         outputs.append(output.transpose(0, 1).flatten(0, 1))
     return torch.cat(outputs).index_select(0, order.to(query.device, non_blocking=True))
 
 
 def attend_prefixes(
-    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
 ) -> Tensor:
     """The same where samples have more keys than queries, under context parallelism."""
     outputs, order = [], []
-    for members, query_rows, key_rows, mask in prefix_groups(samples):
+    for members, query_rows, key_rows, mask in prefix_groups(samples, scoring.window):
         columns = [
             tensor.index_select(0, rows.flatten().to(query.device)).unflatten(0, rows.shape)
             for tensor, rows in ((query, query_rows), (key, key_rows), (value, key_rows))
         ]
         q, k, v = (column.transpose(1, 2) for column in columns)
-        output = functional.scaled_dot_product_attention(
-            q, k, v, mask.to(query.device)[:, None], scale=softmax_scale, enable_gqa=True
-        )
+        mask = mask.to(query.device)[:, None]
+        if scoring.softcap is None:
+            output = functional.scaled_dot_product_attention(
+                q, k, v, mask, scale=scoring.scale, enable_gqa=True
+            )
+        else:
+            output = capped_attention(q, k, v, mask, scoring)
         outputs.append(output.transpose(1, 2).flatten(0, 1)[members.to(query.device)])
         order.append(query_rows.flatten()[members])
     places = torch.cat(order).argsort().to(query.device)
     return torch.cat(outputs).index_select(0, places)
 
 
-def prefix_groups(samples: PackedSamples) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def prefix_groups(
+    samples: PackedSamples, window: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Samples of similar size, on the CPU.
 
     Yields:
@@ -182,20 +231,35 @@ def prefix_groups(samples: PackedSamples) -> Iterator[tuple[Tensor, Tensor, Tens
         is_own = steps[0] < queries
         query_rows = starts[0, chosen, None] + torch.where(is_own, steps[0], 0)
         key_rows = starts[1, chosen, None] + torch.where(steps[1] < keys, steps[1], 0)
-        last_key = (keys - queries + steps[0])[..., None]
-        yield is_own.flatten().nonzero()[:, 0], query_rows, key_rows, steps[1] <= last_key
+        last_key = (keys - queries + steps[0]).clamp(max=keys - 1)[..., None]
+        mask = steps[1] <= last_key
+        if window is not None:
+            mask &= steps[1] > last_key - window
+        yield is_own.flatten().nonzero()[:, 0], query_rows, key_rows, mask
 
 
-def varlen_backend(varlen: Callable[..., Any], scale_name: str, **options: Any) -> Attend:
-    """Wraps a library's varlen function, which takes the samples as cumulative lengths."""
+def varlen_backend(
+    varlen: Callable[..., Any], scale_name: str, softcap_name: str | None, **options: Any
+) -> Attend:
+    """Wraps a library's varlen function, which takes the samples as cumulative lengths.
+
+    Args:
+        scale_name, softcap_name: what the function calls them; None = it has no soft cap.
+    """
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
     ) -> Tensor:
         edges = samples.cu_seqlens_q, samples.cu_seqlens_kv
         longest = samples.max_seqlen_q, samples.max_seqlen_kv
-        scale = {scale_name: softmax_scale}
-        output = varlen(query, key, value, *edges, *longest, **scale, **options)
+        given = options | {scale_name: scoring.scale}
+        if scoring.window is not None:
+            given["window_size"] = (scoring.window - 1, 0)
+        if scoring.softcap is not None:
+            if softcap_name is None:
+                raise NotImplementedError("it has no soft cap of the attention scores")
+            given[softcap_name] = scoring.softcap
+        output = varlen(query, key, value, *edges, *longest, **given)
         return output[0] if isinstance(output, tuple) else output
 
     return attend
@@ -209,34 +273,34 @@ def load_torch_varlen() -> Attend:
     if "window_size" in known:
         options = {"window_size": (-1, 0)}
     if "enable_gqa" in known:
-        return varlen_backend(varlen_attn, "scale", **options, enable_gqa=True)
+        return varlen_backend(varlen_attn, "scale", None, **options, enable_gqa=True)
     # Older releases want as many heads of keys as of queries.
-    return repeat_heads(varlen_backend(varlen_attn, "scale", **options))
+    return repeat_heads(varlen_backend(varlen_attn, "scale", None, **options))
 
 
 def repeat_heads(attend: Attend) -> Attend:
     """Gives `attend` a copy of its keys and values for every query head."""
 
     def attend_repeated(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, softmax_scale: float
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
     ) -> Tensor:
         count = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(count, dim=1) for tensor in (key, value))
-        return attend(query, key, value, samples, softmax_scale)
+        return attend(query, key, value, samples, scoring)
 
     return attend_repeated
 
 
-def load_flash_attn(module: str) -> Attend:
+def load_flash_attn(module: str, softcap_name: str) -> Attend:
     varlen = getattr(importlib.import_module(module), "flash_attn_varlen_func", None)
     if varlen is None:
         raise ImportError(f"{module} has no flash_attn_varlen_func")
-    return varlen_backend(varlen, "softmax_scale", causal=True)
+    return varlen_backend(varlen, "softmax_scale", softcap_name, causal=True)
 
 
 BACKENDS: dict[str, Callable[[], Attend]] = {
-    "flash_attn": lambda: load_flash_attn("flash_attn"),
-    "aiter": lambda: load_flash_attn("aiter"),
+    "flash_attn": lambda: load_flash_attn("flash_attn", "softcap"),
+    "aiter": lambda: load_flash_attn("aiter", "logits_soft_cap"),
     "torch_varlen": load_torch_varlen,
     "sdpa": lambda: attend_sdpa,
 }
@@ -268,15 +332,17 @@ def choose_attention(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    further_test: Callable[[Attend], None] | None = None,
+    scorings: Collection[Scoring] = (),
+    further_test: Callable[[Scoring, Attend], None] | None = None,
 ) -> AttentionChoice:
     """Returns the backend `name`, or with `auto` the first that passes the self-test.
 
     Args:
+        scorings: what the layers need; none = plain causal attention.
         further_test: raises ValueError for one that is not wanted either.
 
     Raises:
-        ValueError: the named backend is missing or computes something else.
+        ValueError: the named backend is missing, cannot do it or computes something else.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(
@@ -289,9 +355,10 @@ def choose_attention(
     for candidate in candidates:
         try:
             attend = BACKENDS[candidate]()
-            check_attention(attend, device, dtype, num_heads, num_kv_heads, head_dim)
-            if further_test is not None:
-                further_test(attend)
+            for scoring in set(scorings) or {Scoring(1.0 / math.sqrt(head_dim))}:
+                check_attention(attend, device, dtype, num_heads, num_kv_heads, head_dim, scoring)
+                if further_test is not None:
+                    further_test(scoring, attend)
             return AttentionChoice(candidate, attend, tuple(passed_over))
         except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -306,10 +373,12 @@ def check_attention(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    scoring: Scoring,
 ) -> None:
     """Compares output and gradients with dense attention of each sample alone.
 
-    The error against fp32 may be twice that of dense attention in the same dtype.
+    The error against fp32 may be twice that of dense attention in the same dtype. A window and a
+    soft cap are made small, so that they matter to the short test samples.
 
     Raises:
         ValueError: the error is larger.
@@ -317,7 +386,12 @@ def check_attention(
     edges = torch.tensor((0, *SELF_TEST_SEQLENS), dtype=torch.int32, device=device)
     samples = pack_samples(SELF_TEST_SEQLENS, edges.cumsum(0, dtype=torch.int32))
     generator = torch.Generator().manual_seed(0)
-    num_tokens, scale = sum(SELF_TEST_SEQLENS), 1.0 / math.sqrt(head_dim)
+    num_tokens = sum(SELF_TEST_SEQLENS)
+    scoring = replace(
+        scoring,
+        window=scoring.window and min(scoring.window, SELF_TEST_WINDOW),
+        softcap=scoring.softcap and min(scoring.softcap, SELF_TEST_SOFTCAP),
+    )
     inputs = [
         torch.randn(num_tokens, heads, head_dim, generator=generator).to(device, dtype)
         for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
@@ -325,12 +399,12 @@ def check_attention(
 
     def alone(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
         parts = (tensor.unsqueeze(1).split(SELF_TEST_SEQLENS) for tensor in (query, key, value))
-        outputs = [dense_attention(q, k, v, scale) for q, k, v in zip(*parts, strict=True)]
+        outputs = [dense_attention(q, k, v, scoring) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).squeeze(1)
 
-    truth = list(run_with_gradients(alone, [part.float() for part in inputs], samples, scale))
-    plain = run_with_gradients(alone, inputs, samples, scale)
-    found = run_with_gradients(attend, inputs, samples, scale)
+    truth = list(run_with_gradients(alone, [part.float() for part in inputs], samples, scoring))
+    plain = run_with_gradients(alone, inputs, samples, scoring)
+    found = run_with_gradients(attend, inputs, samples, scoring)
     names = ("output", "query gradient", "key gradient", "value gradient")
     for what, expected, same_dtype, got in zip(names, truth, plain, found, strict=True):
         limit = 2 * float((same_dtype.float() - expected).abs().max()) + 1e-5
@@ -340,11 +414,11 @@ def check_attention(
 
 
 def run_with_gradients(
-    attend: Attend, inputs: list[Tensor], samples: PackedSamples, scale: float
+    attend: Attend, inputs: list[Tensor], samples: PackedSamples, scoring: Scoring
 ) -> Iterator[Tensor]:
     *leaves, grad_output = [tensor.detach().clone() for tensor in inputs]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     query, key, value = leaves
-    output = attend(query, key, value, samples, scale)
+    output = attend(query, key, value, samples, scoring)
     yield output.detach()
     yield from torch.autograd.grad(output, leaves, grad_output)

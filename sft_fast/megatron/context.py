@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from sft_fast.megatron.attention_backends import (
     Attend,
     PackedSamples,
+    Scoring,
     pack_samples,
     run_with_gradients,
 )
@@ -149,7 +150,7 @@ def check_context(
     device: torch.device,
     dtype: torch.dtype,
     heads: tuple[int, int, int],
-    scoring: Any,
+    scoring: Scoring,
     attend: Attend,
 ) -> None:
     """Lets the ranks share a row, and compares with attention of the whole row on each of them.
@@ -196,7 +197,7 @@ def attend_in_context(
     key: Tensor,
     value: Tensor,
     samples: PackedSamples,
-    scoring: Any,
+    scoring: Scoring,
     context: ContextGroup,
 ) -> Tensor:
     """Attention of this rank's rows.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ def install_cpu_shim() -> None:
     for name in FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     patch_rng_tracker()
+    dist.all_gather = uneven_all_gather(dist.all_gather)
     torch.cuda._sft_fast_shim = True  # type: ignore[attr-defined]
 
 
@@ -92,7 +94,10 @@ class NullStream:
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    wait_stream = wait_event = record_event = synchronize = record = wait = nothing
+    wait_stream = wait_event = synchronize = record = wait = nothing
+
+    def record_event(self, *args: Any) -> "NullStream":
+        return NullStream()
 
     def query(self) -> bool:
         return True
@@ -153,3 +158,39 @@ def patch_rng_tracker() -> None:
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def prepare_for_experts() -> None:
+    """Lets megatron's experts run without Transformer Engine, and without a GPU."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # megatron 0.16 asks for this name, which it does not define without Transformer Engine.
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    if torch.cuda.is_available():
+        return
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """megatron's own returns CPU tensors as they are, also where it wants an array."""
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo cannot gather tensors of different lengths, as experts split over ranks do."""
+
+    def all_gather(
+        outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        lengths = [len(output) if output.dim() else 1 for output in outputs]
+        if len(set(lengths)) == 1:
+            return original(outputs, tensor, *args, **kwargs)
+        longest = max(lengths)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in outputs]
+        original(parts, padded, *args, **kwargs)
+        for output, part in zip(outputs, parts, strict=True):
+            output.copy_(part[: len(output)])
+
+    return all_gather

@@ -31,8 +31,7 @@ def export_model(
     dtype = config.export.dtype or config.model.dtype
     exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
     with staged_directory(folder, exchange) as stage:
-        if parallel.is_first_replica:
-            export_weights(models, stage.path, inputs.model.architecture, parallel, DTYPES[dtype])
+        export_weights(models, stage.path, inputs.model.architecture, parallel, DTYPES[dtype])
         if parallel.is_main:
             inputs.tokenizer.save_pretrained(stage.path)
             write_json(stage.path / "config.json", hf_config(inputs, dtype))

@@ -1,8 +1,8 @@
 """Weights between Hugging Face safetensors and this rank's part of a megatron model.
 
-One table says which Hugging Face tensors make up each megatron parameter and how the parameter is
-split over tensor-parallel ranks. Import reads only this rank's slices; each pipeline stage exports
-its own files.
+sft_fast.families has the tables: which Hugging Face tensors make up each megatron parameter, and
+how it is split over tensor-parallel ranks. Import reads only this rank's slices, one at a time,
+into the parameters; each pipeline stage and expert-parallel rank exports its own files.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,43 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sft_fast.architecture import Architecture
+from sft_fast.families import FAMILIES, MODEL, Rule
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 
-Split = Literal["replicated", "vocab", "rows", "columns", "qkv"]
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one megatron parameter is made of Hugging Face tensors."""
-
-    sources: tuple[str, ...]
-    split: Split
-
-
-LAYER_RULES = {
-    "input_layernorm.weight": Rule(("input_layernorm.weight",), "replicated"),
-    "self_attention.linear_qkv.weight": Rule(
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"), "qkv"
-    ),
-    "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",), "columns"),
-    "pre_mlp_layernorm.weight": Rule(("post_attention_layernorm.weight",), "replicated"),
-    "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "rows"),
-    "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), "columns"),
-    "self_attention.linear_qkv.bias": Rule(
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), "qkv"
-    ),
-    "self_attention.q_layernorm.weight": Rule(("self_attn.q_norm.weight",), "replicated"),
-    "self_attention.k_layernorm.weight": Rule(("self_attn.k_norm.weight",), "replicated"),
-}
-MODEL_RULES = {
-    "embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), "vocab"),
-    "decoder.final_layernorm.weight": Rule(("model.norm.weight",), "replicated"),
-    "output_layer.weight": Rule(("lm_head.weight",), "vocab"),
-}
+ALL = slice(None)
 
 
 class WeightSource(Protocol):
@@ -66,37 +37,41 @@ class WeightSource(Protocol):
         """Returns rows and columns of tensor `name`; 1-D tensors have only rows."""
 
 
+def sizes(architecture: Architecture) -> dict[str, int]:
+    """What the names of dimensions in the tables stand for."""
+    keys = architecture.num_key_value_heads * architecture.head_dim
+    return {
+        "vocab": architecture.vocab_size,
+        "hidden": architecture.hidden_size,
+        "queries": architecture.num_attention_heads * architecture.head_dim,
+        "keys": keys,
+        "head": architecture.head_dim,
+        "ffn": architecture.ffn_hidden_size,
+        "experts": architecture.num_experts,
+    }
+
+
+def shape_of(dims: tuple[str, ...], architecture: Architecture) -> tuple[int, ...]:
+    size_of = sizes(architecture)
+    return tuple(sum(size_of[block] for block in dim.split("+")) for dim in dims)
+
+
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face checkpoint, with its shape."""
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    queries = architecture.num_attention_heads * architecture.head_dim
-    keys = architecture.num_key_value_heads * architecture.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (architecture.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not architecture.tie_word_embeddings:
-        shapes["lm_head.weight"] = (architecture.vocab_size, hidden)
-    layer_shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-    }
-    if architecture.qkv_bias:
-        layer_shapes["self_attn.q_proj.bias"] = (queries,)
-        layer_shapes["self_attn.k_proj.bias"] = layer_shapes["self_attn.v_proj.bias"] = (keys,)
-    if architecture.qk_norm:
-        head = (architecture.head_dim,)
-        layer_shapes["self_attn.q_norm.weight"] = layer_shapes["self_attn.k_norm.weight"] = head
+    shapes = {}
+
+    def add(rule: Rule, prefix: str) -> None:
+        for name, dims in rule.sources.items():
+            shape = shape_of(dims, architecture)
+            for expert in range(architecture.num_experts) if rule.is_expert else (0,):
+                shapes[prefix + name.replace("*", str(expert))] = shape
+
+    for name, rule in MODEL.items():
+        if not (name == "output_layer.weight" and architecture.tie_word_embeddings):
+            add(rule, "")
     for layer in range(architecture.num_layers):
-        for name, shape in layer_shapes.items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
+        for rule in FAMILIES[architecture.family].layer.values():
+            add(rule, f"model.layers.{layer}.")
     return shapes
 
 
@@ -175,36 +150,42 @@ class RandomSource:
         self.shapes = hf_shapes(architecture)
         self.std = architecture.initializer_range
         self.residual_std = self.std / math.sqrt(2 * architecture.num_layers)
+        self.norm_value = 0.0 if architecture.is_gemma else 1.0
         self.seed = seed
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         shape = self.shapes[name]
         if len(shape) == 1:
-            value = 0.0 if name.endswith(".bias") else 1.0
+            value = 0.0 if name.endswith(".bias") else self.norm_value
             return torch.full(shape, value)[rows]
         seed = xxhash.xxh64_intdigest(name.encode(), seed=self.seed) >> 1
         generator = torch.Generator().manual_seed(seed)
-        is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
         std = self.residual_std if is_residual else self.std
         return torch.randn(shape, generator=generator).mul_(std)[rows, columns]
 
 
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
     """Yields (name, rule with full Hugging Face names) for each base parameter of this rank."""
+    table = FAMILIES[architecture.family].layer
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2].startswith(ADAPTER_PREFIX):
             continue
         if not name.startswith("decoder.layers."):
-            rule = MODEL_RULES[name]
-            if name == "output_layer.weight" and architecture.tie_word_embeddings:
-                rule = MODEL_RULES["embedding.word_embeddings.weight"]
-            yield name, rule
+            is_tied = name == "output_layer.weight" and architecture.tie_word_embeddings
+            yield name, MODEL["embedding.word_embeddings.weight" if is_tied else name]
             continue
         _, _, local_index, rest = name.split(".", 3)
-        layer = model.decoder.layers[int(local_index)].layer_number - 1
-        rule = LAYER_RULES[rest]
-        sources = tuple(f"model.layers.{layer}.{source}" for source in rule.sources)
-        yield name, Rule(sources, rule.split)
+        layer: Any = model.decoder.layers[int(local_index)]
+        expert = ""
+        if rest.startswith("mlp.experts."):
+            *head, local_expert, linear, kind = rest.split(".")
+            rest = ".".join((*head, "*", linear, kind))
+            expert = str(layer.mlp.local_expert_indices[int(local_expert)])
+        rule = table[rest]
+        prefix = f"model.layers.{layer.layer_number - 1}."
+        sources = {prefix + key.replace("*", expert): dims for key, dims in rule.sources.items()}
+        yield name, Rule(rule.split, sources, rule.is_expert)
 
 
 @torch.no_grad()
@@ -214,70 +195,96 @@ def load_weights(
     """Fills every parameter of this rank from `source`, slice by slice, in its own dtype."""
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
-        target = parameters[name]
-        shard = read_shard(source, rule, architecture, parallel, target.shape)
-        assert shard.shape == target.shape, (name, shard.shape, target.shape)
-        target.copy_(shard)
+        parameter = parameters[name]
+        if rule.split == "vocab":
+            parameter.zero_()  # the rows that pad the vocabulary
+        for piece in pieces(rule, parameter, architecture, *shard_of(rule, parallel)):
+            read = source.read(piece.source, piece.rows, piece.columns)
+            piece.view.copy_(read.reshape(piece.view.shape))
 
 
-def part(total: int, parallel: Parallel) -> slice:
-    size = total // parallel.tp_size
-    return slice(parallel.tp_rank * size, (parallel.tp_rank + 1) * size)
+def part(total: int, size: int, rank: int) -> slice:
+    """The rank's share of `total` rows or columns."""
+    assert total % size == 0, (total, size)
+    return slice(rank * (total // size), (rank + 1) * (total // size))
 
 
-def read_shard(
-    source: WeightSource,
-    rule: Rule,
-    architecture: Architecture,
-    parallel: Parallel,
-    shape: torch.Size,
-) -> Tensor:
-    """Reads this tensor-parallel rank's part of a parameter of local `shape`."""
-    everything = slice(None)
+def shard_of(rule: Rule, parallel: Parallel) -> tuple[int, int]:
+    """(size, rank) of the group that the rule's parameter is split over."""
+    if rule.is_expert:
+        return parallel.etp_size, parallel.etp_rank
+    return parallel.tp_size, parallel.tp_rank
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a Hugging Face tensor, and the part of a parameter that holds the same numbers."""
+
+    source: str
+    rows: slice
+    columns: slice
+    """Nothing is cut from a tensor of one dimension."""
+    view: Tensor
+    """As many numbers in the same order, with other dimensions."""
+
+
+def pieces(
+    rule: Rule, parameter: Tensor, architecture: Architecture, size: int, rank: int
+) -> Iterator[Piece]:
+    """Takes the parameter of rank `rank` of `size` apart; the rows of padding are left out."""
+    source = next(iter(rule.sources))
     if rule.split == "replicated":
-        return source.read(rule.sources[0], everything, everything)
-    if rule.split == "columns":
-        columns = part(shape[1] * parallel.tp_size, parallel)
-        return source.read(rule.sources[0], everything, columns)
-    if rule.split == "rows":
-        rows = part(shape[0] // len(rule.sources) * parallel.tp_size, parallel)
-        return torch.cat([source.read(name, rows, everything) for name in rule.sources])
-    if rule.split == "vocab":
-        rows = part(shape[0] * parallel.tp_size, parallel)
+        yield Piece(source, ALL, ALL, parameter)
+    elif rule.split == "columns":
+        yield Piece(source, ALL, part(parameter.shape[1] * size, size, rank), parameter)
+    elif rule.split == "vocab":
+        rows = part(len(parameter) * size, size, rank)
         stop = min(rows.stop, architecture.vocab_size)
         start = min(rows.start, stop)
-        weight = source.read(rule.sources[0], slice(start, stop), everything)
-        return torch.cat([weight, weight.new_zeros(shape[0] - len(weight), shape[1])])
-    groups = part(architecture.num_key_value_heads, parallel)
-    num_groups = groups.stop - groups.start
-    blocks = []
-    for name, width in zip(rule.sources, qkv_widths(architecture), strict=True):
-        rows = slice(groups.start * width, groups.stop * width)
-        blocks.append(source.read(name, rows, everything).view(num_groups, width, -1))
-    return torch.cat(blocks, dim=1).reshape(shape)  # per query group: its queries, key, value
+        yield Piece(source, slice(start, stop), ALL, parameter[: stop - start])
+    else:
+        # Blocks alternate: once per query group, or not at all.
+        groups = architecture.num_key_value_heads if rule.split == "qkv" else size
+        mine = part(groups, size, rank)
+        grouped = parameter.unflatten(0, (groups // size, -1))
+        width_before = 0
+        for source, start, num_rows in blocks(rule, architecture):
+            width = num_rows // groups
+            rows = slice(start + mine.start * width, start + mine.stop * width)
+            yield Piece(source, rows, ALL, grouped[:, width_before : width_before + width])
+            width_before += width
+
+
+def blocks(rule: Rule, architecture: Architecture) -> Iterator[tuple[str, int, int]]:
+    """(source, first row, number of rows) of each block of a parameter split by rows."""
+    size_of = sizes(architecture)
+    for source, dims in rule.sources.items():
+        start = 0
+        for block in dims[0].split("+"):
+            yield source, start, size_of[block]
+            start += size_of[block]
+
+
+def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
+    """The inverse of load_weights: all shards of a parameter -> the rule's Hugging Face tensors."""
+    merged = {
+        name: shards[0].new_empty(shape_of(dims, architecture))
+        for name, dims in rule.sources.items()
+    }
+    for rank, shard in enumerate(shards):
+        for piece in pieces(rule, shard, architecture, len(shards), rank):
+            rows = merged[piece.source][piece.rows]
+            target = rows if rows.dim() == 1 else rows[:, piece.columns]
+            target.copy_(piece.view.reshape(target.shape))
+        if rule.split == "replicated":
+            break
+    return list(merged.values())
 
 
 def qkv_widths(architecture: Architecture) -> tuple[int, int, int]:
     """Rows that one query group has in q, k and v."""
     queries = architecture.num_attention_heads // architecture.num_key_value_heads
     return queries * architecture.head_dim, architecture.head_dim, architecture.head_dim
-
-
-def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
-    """The inverse of read_shard: all tensor-parallel shards -> the rule's Hugging Face tensors."""
-    if rule.split == "replicated":
-        return [shards[0]]
-    if rule.split == "columns":
-        return [torch.cat(shards, dim=1)]
-    if rule.split == "vocab":
-        return [torch.cat(shards)[: architecture.vocab_size]]
-    if rule.split == "rows":
-        chunks = [shard.chunk(len(rule.sources)) for shard in shards]
-        return [torch.cat(pieces) for pieces in zip(*chunks, strict=True)]
-    widths = qkv_widths(architecture)
-    merged = torch.cat(shards)
-    groups = merged.view(architecture.num_key_value_heads, sum(widths), *merged.shape[1:])
-    return [block.flatten(0, 1) for block in groups.split(widths, dim=1)]
 
 
 def export_weights(
@@ -287,26 +294,27 @@ def export_weights(
     parallel: Parallel,
     dtype: torch.dtype,
 ) -> None:
-    """Writes *.safetensors and their index to `folder`; every rank of one replica must call it.
+    """Writes *.safetensors and their index to `folder`; every rank must call it.
 
     Args:
         models: what `build_model` returned.
 
-    The first tensor-parallel rank of each pipeline stage writes that stage's files, so `folder`
-    must be on a file system that all stages share.
+    The first rank of each pipeline stage writes that stage's files, and one rank for each part of
+    the experts, so `folder` must be on a file system that they share.
     """
-    writer = ShardWriter(folder, f"stage{parallel.pp_rank + 1:02d}")
+    writer = ShardWriter(folder, f"stage{parallel.pp_rank + 1:02d}-part{parallel.ep_rank + 1:02d}")
     owned = [(model, *named) for model in models for named in named_rules(model, architecture)]
     for model, name, rule in owned:
-        shards = gather_shards(merged_parameter(model, name), parallel)
+        if not (parallel.edp_rank == 0 if rule.is_expert else parallel.is_first_replica):
+            continue
+        shards = gather_shards(merged_parameter(model, name), parallel, rule.is_expert)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
-        if parallel.tp_rank != 0 or is_tied_copy:
+        if shard_of(rule, parallel)[1] != 0 or is_tied_copy:
             continue
         tensors = merge_shards(rule, shards, architecture)
         for source, tensor in zip(rule.sources, tensors, strict=True):
             writer.add(source, tensor.to("cpu", dtype))
-    if parallel.tp_rank == 0:
-        writer.flush()
+    writer.flush()
     write_index(writer, folder, parallel)
 
 
@@ -319,9 +327,10 @@ def merged_parameter(model: SFTModel, name: str) -> Tensor:
     return model.get_parameter(name).detach()
 
 
-def gather_shards(shard: Tensor, parallel: Parallel) -> list[Tensor]:
-    shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
-    dist.all_gather(shards, shard.contiguous(), group=parallel.tp_group)
+def gather_shards(shard: Tensor, parallel: Parallel, is_expert: bool = False) -> list[Tensor]:
+    group = parallel.etp_group if is_expert else parallel.tp_group
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
     return shards
 
 
@@ -331,31 +340,34 @@ class ShardWriter:
     def __init__(self, folder: Path, prefix: str):
         self.folder, self.prefix = folder, prefix
         self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
         self.file_of: dict[str, str] = {}
         self.total_bytes = 0
         self.num_files = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         num_bytes = tensor.numel() * tensor.element_size()
-        pending_bytes = sum(t.numel() * t.element_size() for t in self.pending.values())
-        if self.pending and pending_bytes + num_bytes > SHARD_BYTES:
+        if self.pending_bytes + num_bytes > SHARD_BYTES:
             self.flush()
         self.pending[name] = tensor.contiguous()
+        self.pending_bytes += num_bytes
         self.total_bytes += num_bytes
 
     def flush(self) -> None:
+        if not self.pending:
+            return
         self.num_files += 1
         file = f"model-{self.prefix}-{self.num_files:05d}.safetensors"
         save_file(self.pending, self.folder / file, metadata={"format": "pt"})
         self.file_of.update(dict.fromkeys(self.pending, file))
-        self.pending = {}
+        self.pending, self.pending_bytes = {}, 0
 
 
 def write_index(writer: ShardWriter, folder: Path, parallel: Parallel) -> None:
-    """The first stage collects what each stage wrote; a lone file needs no index."""
-    parts: list[Any] = [None] * parallel.pp_size
-    dist.all_gather_object(parts, (writer.file_of, writer.total_bytes), group=parallel.pp_group)
-    if parallel.tp_rank != 0 or not parallel.is_first_stage:
+    """The main rank collects what each rank wrote; a lone file needs no index."""
+    parts: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(parts, (writer.file_of, writer.total_bytes))
+    if not parallel.is_main:
         return
     weight_map = {name: file for file_of, _ in parts for name, file in file_of.items()}
     if len(set(weight_map.values())) == 1:

@@ -114,13 +114,6 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
             f"packing.capacity is {config.packing.capacity}, but max_position_embeddings of "
             f"{folder / 'config.json'} is {architecture.max_position_embeddings}; lower it"
         )
-    window = architecture.sliding_window
-    if window is not None and config.packing.capacity > window:
-        raise ValueError(
-            f"packing.capacity is {config.packing.capacity}, but {folder / 'config.json'} has a "
-            f"sliding_window of {window} tokens, which only matters to longer rows and is not "
-            "supported there; lower it"
-        )
     if config.model.random_init:
         return Model(architecture, RandomSource(architecture, config.seed), folder, hf_config)
     return Model(architecture, SafetensorsSource(folder, architecture), folder, hf_config)

@@ -39,6 +39,7 @@ from torch.nn import Parameter, functional
 
 from sft_fast.architecture import Architecture
 from sft_fast.config import Config, LoraConfig
+from sft_fast.families import FAMILIES
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -282,11 +283,22 @@ def target_names(architecture: Architecture, lora: LoraConfig, num_stages: int) 
     Raises:
         ValueError: a pattern selects nothing, or a pipeline stage is left without adapters.
     """
+    if FAMILIES[architecture.family].is_fused:
+        raise ValueError(
+            f"lora.rank: {architecture.family} keeps queries, keys and values in one matrix, which "
+            "adapters do not support; train all weights (lora.rank=0), or choose another model"
+        )
     suffix = "_proj.weight"
     names = [name.removesuffix(".weight") for name in hf_shapes(architecture) if suffix in name]
+    names = [name for name in names if ".experts." not in name]
     for pattern in lora.targets:
         if not any(matches(name, pattern) for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
+            if architecture.num_experts and "." not in pattern:
+                raise ValueError(
+                    f"lora.targets: {pattern!r} would be in the experts, which get no adapters; "
+                    f"choose among {', '.join(known)}: lora.targets=[{','.join(known)}]"
+                )
             raise ValueError(
                 f"lora.targets: {pattern!r} selects no projection; expected one of "
                 f"{', '.join(known)}, or a pattern for names such as {names[0]}"
@@ -355,7 +367,7 @@ def add_parameters(
     num_inputs = num_columns * parallel.tp_size if is_split else num_columns
     a = initial_a(projection.hf_name, rank, num_inputs, config.seed)
     if is_split:
-        a = a[:, part(num_inputs, parallel)]
+        a = a[:, part(num_inputs, parallel.tp_size, parallel.tp_rank)]
     b = torch.zeros(projection.num_rows, rank)
     values = {"a": a, "b": b, "m": length} if linear.dora else {"a": a, "b": b}
     for letter, value in values.items():
@@ -401,9 +413,9 @@ def adapter_fingerprint(config: Config, architecture: Architecture, weights: Wei
     if lora.rank == 0:
         return ""
     hasher = xxhash.xxh64()
-    last = architecture.num_layers - 1
+    last = [name for name in hf_shapes(architecture) if ".layers." in name][-1]
     rows = slice(0, NUM_PROBE_ROWS)
-    for name in ("model.embed_tokens.weight", f"model.layers.{last}.mlp.down_proj.weight"):
+    for name in ("model.embed_tokens.weight", last):
         hasher.update(weights.read(name, rows, slice(None)).float().numpy().tobytes())
     targets = ",".join(sorted(lora.targets))
     kind = "dora" if lora.dora else "lora"

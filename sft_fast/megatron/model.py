@@ -25,6 +25,8 @@ from torch.nn import functional
 
 from sft_fast.architecture import Architecture
 from sft_fast.config import Config, LossConfig
+from sft_fast.errors import ConfigError
+from sft_fast.layout import layout_problems
 from sft_fast.loss import (
     LossOptions,
     custom_losses,
@@ -36,15 +38,27 @@ from sft_fast.megatron.attention_backends import (
     Attend,
     AttentionChoice,
     PackedSamples,
+    Scoring,
     choose_attention,
 )
 from sft_fast.megatron.context import ContextGroup, check_context, context_group
+from sft_fast.megatron.device import prepare_for_experts
 from sft_fast.megatron.memory import memory_options
-from sft_fast.megatron.norm import RMSNorm
+from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.megatron.rotary import (
+    ChoosingAttention,
+    rotary_angles,
+    rotary_frequencies,
+    rotary_kind,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCAB_MULTIPLE = 128
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 
 
 class LossOutputLayer(ColumnParallelLinear):
@@ -57,6 +71,8 @@ class LossOutputLayer(ColumnParallelLinear):
     vocab_size: int
     """Columns of the vocabulary; the weight may hold more, which are padding."""
     loss_config: LossConfig
+    softcap: float
+    """Bound c of the logits c * tanh(logits / c); 0 = none."""
 
     def forward(
         self,
@@ -78,7 +94,10 @@ class LossOutputLayer(ColumnParallelLinear):
         token_weights [b, s] multiplies the loss, a custom one too.
         """
         if labels is None:
-            return super().forward(input_, weight, runtime_gather_output, **kwargs)
+            logits, bias = super().forward(input_, weight, runtime_gather_output, **kwargs)
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            return logits, bias
         config, is_custom = self.loss_config, self.loss_config.custom is not None
         if wants_outputs:
             outputs = masked_linear_outputs(
@@ -89,7 +108,7 @@ class LossOutputLayer(ColumnParallelLinear):
                 vocab_size=self.vocab_size,
                 tp_group=self.tp_group,
                 sequence_parallel=self.sequence_parallel,
-                options=LossOptions(logit_softcap=config.logit_softcap),
+                options=LossOptions(logit_softcap=self.softcap),
                 backend=config.backend,
                 memory_budget=round(config.memory_budget_gib * 2**30),
             )
@@ -103,7 +122,7 @@ class LossOutputLayer(ColumnParallelLinear):
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
-            options=LossOptions(config.label_smoothing, config.z_loss, config.logit_softcap),
+            options=LossOptions(config.label_smoothing, config.z_loss, self.softcap),
             backend=config.backend,
             accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
             # forward_step's loss_func sums them; a custom loss is free to do anything.
@@ -125,33 +144,35 @@ class SFTModel(GPTModel):
     """neftune.EmbeddingNoise in training runs that want it."""
 
     def __init__(
-        self, *args: Any, unpadded_vocab_size: int, loss_config: LossConfig, **kwargs: Any
+        self, *args: Any, architecture: Architecture, loss_config: LossConfig, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
-        # Angles are looked up by position; megatron would cut out a context-parallel rank's share.
-        self.rotary_pos_emb.cp_group = None
+        self.rotary_frequencies = rotary_frequencies(architecture)
+        scale = math.sqrt(architecture.hidden_size)
+        # Gemma has rounded the factor to the type of the weights.
+        self.embedding_scale = torch.tensor(scale) if architecture.is_gemma else None
         if self.post_process:
             self.output_layer.__class__ = LossOutputLayer
-            self.output_layer.vocab_size = unpadded_vocab_size
+            self.output_layer.vocab_size = architecture.vocab_size
             self.output_layer.loss_config = loss_config
+            self.output_layer.softcap = softcap(architecture, loss_config)
 
     def _preprocess(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
         *args: Any,
-        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Any:
-        outputs = super()._preprocess(
-            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
-        )
-        if packed_seq_params is None:
-            return outputs
-        decoder_input, rotary_angles, *rest = outputs
-        if self.noise is not None and self.training and decoder_input is not None:
-            decoder_input = self.noise.add(decoder_input, position_ids, packed_seq_params)
-        return (decoder_input, rotary_angles[position_ids[0]], *rest)  # [s, 1, 1, head_dim]
+        """As megatron's, with the rotary angles of `position_ids` [b, s]: fp32 [s, b, 1, n]."""
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.embedding_scale is not None and decoder_input is not None:
+            decoder_input = decoder_input * self.embedding_scale.to(decoder_input)
+        samples = kwargs.get("packed_seq_params")
+        if self.noise is not None and self.training and decoder_input is not None and samples:
+            decoder_input = self.noise.add(decoder_input, position_ids, samples)
+        self.rotary_frequencies = self.rotary_frequencies.to(position_ids.device)
+        return (decoder_input, rotary_angles(position_ids, self.rotary_frequencies), *rest)
 
     def _postprocess(
         self,
@@ -184,21 +205,55 @@ class SFTModel(GPTModel):
         )
 
 
+def softcap(architecture: Architecture, loss_config: LossConfig) -> float:
+    """The logits' soft cap: the model's own, or the one of the config.
+
+    Raises:
+        ValueError: they differ.
+    """
+    own, asked = architecture.logit_softcap or 0.0, loss_config.logit_softcap
+    if own and asked not in (0.0, own):
+        raise ValueError(
+            f"loss.logit_softcap is {asked}, but the model was trained with {own}; leave it at 0"
+        )
+    return own or asked
+
+
+def scorings(architecture: Architecture) -> list[Scoring]:
+    """What each layer does with its attention scores."""
+    scale = architecture.attention_scale or 1.0 / math.sqrt(architecture.head_dim)
+    return [
+        Scoring(scale, architecture.window(layer), architecture.attention_softcap)
+        for layer in range(architecture.num_layers)
+    ]
+
+
 def block_spec(
     config: TransformerConfig,
+    architecture: Architecture,
     attend: Attend,
     context: ContextGroup | None,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """megatron's local layers of this pipeline stage, with our attention core and our norm."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec = get_gpt_layer_local_spec(architecture.num_experts or None, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if architecture.is_gemma:
+        params = {
+            "config": config,
+            "hidden_size": config.hidden_size,
+            "eps": config.layernorm_epsilon,
+        }
+        layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=NormThenAdd, params=params)
     attention = layer.self_attention.submodules
-    params = {"attend": attend, "context": context}
-    attention.core_attention = ModuleSpec(module=PackedAttention, params=params)
+    core = {"attend": attend, "context": context, "scorings": scorings(architecture)}
+    attention.core_attention = ModuleSpec(module=PackedAttention, params=core)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if {rotary_kind(architecture, i) for i in range(architecture.num_layers)} != {0}:
+        layer.self_attention.module = ChoosingAttention
+        layer.self_attention.params["architecture"] = architecture
     num_layers = get_num_layers_to_build(config, vp_stage, None)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
@@ -219,7 +274,8 @@ def transformer_config(
         layernorm_epsilon=architecture.norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=functional.silu,
+        activation_func=ACTIVATIONS[architecture.activation],
+        layernorm_zero_centered_gamma=architecture.is_gemma,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
@@ -242,9 +298,29 @@ def transformer_config(
         deallocate_pipeline_outputs=on_gpu or parallel.vp_size == 1,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and architecture.activation == "silu",
         **memory_options(config, parallel),
+        **experts_config(architecture, parallel),
     )
+
+
+def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, Any]:
+    """What TransformerConfig has to know of experts: none is dropped, no auxiliary loss."""
+    if not architecture.num_experts:
+        return {}
+    prepare_for_experts()
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_pre_softmax": not architecture.renormalise_experts,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        # Ranks have rows of different length, which an all-gather of tokens could not handle.
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.ep_size,
+        "expert_tensor_parallel_size": parallel.etp_size,
+    }
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -259,9 +335,9 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     Returns: one module, with interleaved pipeline stages one for each of them, in their order.
 
     Raises:
-        ValueError: the layout does not divide the architecture (see check_layout).
+        ConfigError: the layout does not fit the architecture (see layout.py).
     """
-    check_layout(architecture, parallel)
+    check_layout(architecture, config)
     megatron_config = transformer_config(architecture, config, parallel)
     heads = (
         architecture.num_attention_heads // parallel.tp_size,
@@ -271,9 +347,10 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     kind = parallel.device, megatron_config.params_dtype
     context, further_test = context_group(parallel), None
     if context is not None:
-        scale = 1.0 / math.sqrt(architecture.head_dim)
-        further_test = partial(check_context, context, *kind, heads, scale)
-    attention = choose_attention(config.model.attention, *kind, *heads, further_test)
+        further_test = partial(check_context, context, *kind, heads)
+    attention = choose_attention(
+        config.model.attention, *kind, *heads, scorings(architecture), further_test
+    )
     return [
         build_chunk(architecture, config, parallel, megatron_config, attention, vp_stage)
         for vp_stage in range(parallel.vp_size)
@@ -293,18 +370,15 @@ def build_chunk(
     model = SFTModel(
         config=megatron_config,
         transformer_layer_spec=block_spec(
-            megatron_config, attention.attend, context_group(parallel), vp_stage
+            megatron_config, architecture, attention.attend, context_group(parallel), vp_stage
         ),
         vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel.is_first_stage and number == 0,
         post_process=parallel.is_last_stage and number == parallel.vp_size - 1,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-        rope_scaling=architecture.rope_scaling_factor is not None,
-        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
-        unpadded_vocab_size=architecture.vocab_size,
+        position_embedding_type="none",
+        architecture=architecture,
         loss_config=config.loss,
         vp_stage=vp_stage,
     )
@@ -314,9 +388,11 @@ def build_chunk(
 
 
 def mark_sharded_weights(model: SFTModel) -> None:
-    """Tells megatron which weights are shards, so that the gradient norm counts each value once.
+    """Tells megatron which weights are shards, so that the gradient norm counts each value once,
+    and which are of experts, whose gradients are added up over other ranks.
 
-    Up to 0.17 only its own initialisation does this, which is off because the weights are loaded.
+    Up to 0.17 only its own initialisation does the first, which is off because the weights are
+    loaded; 0.16 does the second only with expert parallelism.
     """
     split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
@@ -324,23 +400,15 @@ def mark_sharded_weights(model: SFTModel) -> None:
             weight = module.weight if isinstance(module, kind) else None
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, True, dim, stride=1)
+            if weight is not None and getattr(module, "is_expert", False):
+                weight.allreduce = False
 
 
-def check_layout(architecture: Architecture, parallel: Parallel) -> None:
-    """Raises ValueError unless tensor and pipeline sizes divide the model."""
-    for key in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
-        count = getattr(architecture, key)
-        if count % parallel.tp_size:
-            raise ValueError(
-                f"parallel.tensor is {parallel.tp_size}, which does not divide the model's {key} "
-                f"({count}); choose a divisor"
-            )
-    if architecture.num_layers % (parallel.pp_size * parallel.vp_size):
-        raise ValueError(
-            f"parallel.pipeline x parallel.virtual_pipeline is {parallel.pp_size} x "
-            f"{parallel.vp_size}, which does not divide the model's num_layers "
-            f"({architecture.num_layers}); choose divisors"
-        )
+def check_layout(architecture: Architecture, config: Config) -> None:
+    """Raises ValueError unless the parallel sizes fit the model."""
+    problems = list(layout_problems(architecture, config))
+    if problems:
+        raise ConfigError(problems, "the layout of this model")
 
 
 def unwrap(model: torch.nn.Module) -> SFTModel:

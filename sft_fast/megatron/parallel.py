@@ -44,6 +44,15 @@ class Parallel:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """The ranks that have the same weights: data-parallel and context-parallel ones."""
+    ep_size: int
+    """Ranks that the experts of a layer are spread over."""
+    ep_rank: int
+    etp_size: int
+    """Ranks that one expert is split over."""
+    etp_rank: int
+    etp_group: dist.ProcessGroup
+    edp_rank: int
+    """Number of this rank's copy of its experts."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -108,6 +117,8 @@ def init_parallel(config: Config) -> Parallel:
         pipeline_model_parallel_size=config.parallel.pipeline,
         context_parallel_size=config.parallel.context,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=config.parallel.expert,
+        expert_tensor_parallel_size=config.parallel.expert_tensor,
         distributed_timeout_minutes=int(config.parallel.timeout_minutes),
         create_gloo_process_groups=False,
     )
@@ -136,6 +147,12 @@ def current_parallel(device: torch.device) -> Parallel:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
+        edp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 

@@ -3,6 +3,7 @@
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,18 +31,18 @@ def test_the_cpu_backend_passes_its_own_test(dtype: torch.dtype, kv_heads: int) 
     assert choose("auto", dtype, kv_heads).name == "sdpa"
 
 
-def leaky(query: Tensor, key: Tensor, value: Tensor, samples: object, scale: float) -> Tensor:
+def leaky(query: Tensor, key: Tensor, value: Tensor, samples: object, scoring: Any) -> Tensor:
     """Samples see the samples before them."""
     from sft_fast.megatron.attention_backends import dense_attention
 
-    return dense_attention(query[:, None], key[:, None], value[:, None], scale).squeeze(1)
+    return dense_attention(query[:, None], key[:, None], value[:, None], scoring).squeeze(1)
 
 
-def detached(query: Tensor, key: Tensor, value: Tensor, samples: object, scale: float) -> Tensor:
+def detached(query: Tensor, key: Tensor, value: Tensor, samples: object, scoring: Any) -> Tensor:
     """The right output with a wrong gradient."""
     from sft_fast.megatron.attention_backends import attend_sdpa
 
-    return attend_sdpa(query, key.detach(), value, samples, scale) + 0 * key.sum()
+    return attend_sdpa(query, key.detach(), value, samples, scoring) + 0 * key.sum()
 
 
 def broken(*args: object) -> Tensor:
@@ -103,7 +104,8 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
         lengths = cu_seqlens_q.diff().tolist()
         assert max_seqlen_q == max_seqlen_k == max(lengths)
         parts = zip(*(t[:, None].split(lengths) for t in (query, key, value)), strict=True)
-        outputs = [attention_backends.dense_attention(*part, softmax_scale) for part in parts]
+        scoring = attention_backends.Scoring(softmax_scale)
+        outputs = [attention_backends.dense_attention(*part, scoring) for part in parts]
         return torch.cat(outputs).squeeze(1), None
 
     library = SimpleNamespace(flash_attn_varlen_func=varlen)
@@ -115,14 +117,14 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_crosses_from_sample_to_sample() -> None:
-    from sft_fast.megatron.attention_backends import attend_sdpa, pack_samples
+    from sft_fast.megatron.attention_backends import Scoring, attend_sdpa, pack_samples
 
     seqlens = (5, 1, 40, 33, 2)
     edges = torch.tensor((0, *seqlens)).cumsum(0).int()
     samples = pack_samples(seqlens, edges)
     torch.manual_seed(0)
     query, key, value = (torch.randn(81, 2, 8, requires_grad=True) for _ in range(3))
-    output = attend_sdpa(query, key, value, samples, 0.3)
+    output = attend_sdpa(query, key, value, samples, Scoring(0.3))
     output[edges[2] : edges[3]].sum().backward()
     for tensor in (query, key, value):
         assert tensor.grad[edges[2] : edges[3]].any()

@@ -1,5 +1,6 @@
 """Weights in and out: a model imported at any layout computes what transformers computes."""
 
+import functools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,81 @@ MODELS = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 9},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "attn_implementation": "eager",
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 9,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 24,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "sliding_window": 9,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
 }
-LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)]
+MOE = ["qwen3moe", "mixtral"]
+SEQUENCE = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
+Layout = tuple[int, dict[str, Any], list[str]]
+LAYOUTS: dict[str, Layout] = {  # ranks, parallel section, models
+    "one": (1, {}, list(MODELS)),
+    "tp2": (2, {"tensor": 2}, ["tied", "untied", "qwen2"]),
+    "tp2-sequence": (2, SEQUENCE, list(MODELS)),
+    "tp2-sequence-etp2": (2, SEQUENCE | {"expert_tensor": 2}, MOE),
+    "tp2-sequence-ep2": (2, SEQUENCE | {"expert": 2}, MOE),
+    "ep2": (2, {"expert": 2, "distributed_optimizer": False}, MOE),
+    "pp2": (2, {"pipeline": 2}, list(MODELS)),
+}
+SLOW_LAYOUTS: dict[str, Layout] = {
+    "tp2-pp2-sequence": (4, SEQUENCE | {"pipeline": 2}, list(MODELS)),
+    "ep2-pp2": (4, {"expert": 2, "pipeline": 2, "distributed_optimizer": False}, MOE),
+    "tp2-ep2-etp2": (
+        4,
+        SEQUENCE | {"expert": 2, "expert_tensor": 2},
+        MOE,
+    ),
+}
+Result = tuple[Any, float | None, dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    save_tiny_llama(folder, **MODELS[request.param])
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with all the models."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, options in MODELS.items():
+        save_tiny_llama(folder / name, **options)
     return folder
+
+
+@pytest.fixture(scope="module")
+def truths(models: Path) -> Any:
+    @functools.cache
+    def truth(name: str) -> Any:
+        return transformers_truth(models / name)
+
+    return truth
 
 
 def make_batch() -> Any:
@@ -45,8 +112,19 @@ def make_batch() -> Any:
     return fill_micro_batch(make_store(random_samples(3, seed=5)), [0, 1, 2], num_rows=128)
 
 
-def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) -> Any:
-    """On each rank: imports, runs one micro-batch, exports. Returns (logits, loss, gradients)."""
+def run_all(folder: str, parallel_section: dict[str, Any], names: list[str], out: str) -> Any:
+    """On each rank: imports, runs one micro-batch, exports; for each of the models."""
+    from sft_fast.megatron.parallel import init_parallel
+
+    config = make_config(parallel=parallel_section)
+    parallel = init_parallel(config)
+    return {
+        name: run_imported(Path(folder, name), config, parallel, Path(out, name)) for name in names
+    }
+
+
+def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> Result:
+    """Returns (logits, loss, gradients)."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from sft_fast.architecture import architecture_from_hf, read_hf_config
@@ -66,14 +144,10 @@ def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) 
         normalise_by,
         wrap_model,
     )
-    from sft_fast.megatron.parallel import init_parallel
 
-    parallel_section = {"tensor": tp, "pipeline": pp, "sequence": sequence}
-    config = make_config(parallel=parallel_section)
-    parallel = init_parallel(config)
-    architecture = architecture_from_hf(read_hf_config(Path(folder)))
+    architecture = architecture_from_hf(read_hf_config(folder))
     (model,) = build_model(architecture, config, parallel)
-    load_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
+    load_weights(model, SafetensorsSource(folder, architecture), architecture, parallel)
     chunks = wrap_model([model], config)
     connect_schedule(chunks, build_optimizer(chunks, config, parallel))
     batch = make_batch()
@@ -104,13 +178,13 @@ def run_imported(folder: str, tp: int, pp: int, sequence: bool, export_to: str) 
     gradients = {}
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
-        merged = merge_shards(
-            rule, gather_shards(parameters[name].main_grad, parallel), architecture
-        )
-        gradients.update(
-            {name: tensor.numpy() for name, tensor in zip(rule.sources, merged, strict=True)}
-        )
-    export_weights([model], Path(export_to), architecture, parallel, torch.float32)
+        shards = gather_shards(parameters[name].main_grad, parallel, rule.is_expert)
+        merged = merge_shards(rule, shards, architecture)
+        for source, tensor in zip(rule.sources, merged, strict=True):
+            gradients[source] = tensor.numpy() / parallel.dp_size  # they had the same batch
+    export_to.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    export_weights([model], export_to, architecture, parallel, torch.float32)
     return logits, loss, gradients
 
 
@@ -128,39 +202,74 @@ def transformers_truth(folder: Path) -> tuple[torch.Tensor, float, dict[str, tor
         )
         logits.append(sample)
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return torch.cat(logits).detach(), float(loss), gradients
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients.update(as_saved(name, parameter.grad, model.config.model_type))
+    return torch.cat(logits).detach(), float(loss.detach()), gradients
 
 
-@pytest.mark.parametrize(("tp", "pp", "sequence"), LAYOUTS)
+def as_saved(name: str, tensor: torch.Tensor, model_type: str) -> dict[str, torch.Tensor]:
+    """transformers has the experts of a layer in one tensor, but not in the files."""
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    if model_type == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        names = {"gate": "w1", "up": "w3", "down": "w2"}
+    head, is_expert, matrix = name.partition(".experts.")
+    if not is_expert:
+        return {name: tensor}
+    parts = {"down": tensor}
+    if matrix == "gate_up_proj":
+        parts["gate"], parts["up"] = tensor.chunk(2, dim=1)
+        del parts["down"]
+    return {
+        f"{head}.experts.{number}.{names[part]}.weight": expert
+        for part, experts in parts.items()
+        for number, expert in enumerate(experts)
+    }
+
+
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_LAYOUTS)]
+)
 def test_import_computes_what_transformers_computes(
-    rank_pool: RankPool, llama: Path, tmp_path: Path, tp: int, pp: int, sequence: bool
+    rank_pool: RankPool, models: Path, truths: Any, tmp_path: Path, layout: str
 ) -> None:
-    results = rank_pool.run(tp * pp, run_imported, str(llama), tp, pp, sequence, str(tmp_path))
-    logits, loss, gradients = transformers_truth(llama)
+    world_size, parallel_section, names = (LAYOUTS | SLOW_LAYOUTS)[layout]
+    arguments = (str(models), parallel_section, names, str(tmp_path))
+    results = rank_pool.run(world_size, run_all, *arguments)
+    for name in names:
+        check_results(name, [result[name] for result in results], truths(name))
+        check_export(name, models / name, tmp_path / name)
+
+
+def check_results(name: str, results: list[Result], truth: Any) -> None:
+    logits, loss, gradients = truth
     last_stage = [result for result in results if result[0] is not None]
-    assert len(last_stage) == tp
+    assert last_stage
     for got_logits, got_loss, _ in last_stage:
-        torch.testing.assert_close(
-            torch.from_numpy(got_logits)[: len(logits)], logits, atol=1e-4, rtol=0
-        )
-        assert got_loss == pytest.approx(loss, rel=1e-5)
+        got = torch.from_numpy(got_logits)[: len(logits)]
+        torch.testing.assert_close(got, logits, atol=1e-4, rtol=0, msg=name)
+        assert got_loss == pytest.approx(loss, rel=1e-5), name
     seen = set()
     for _, _, got_gradients in results:
-        for name, got in got_gradients.items():
-            seen.add(name)
-            torch.testing.assert_close(
-                torch.from_numpy(got), gradients[name], atol=1e-3, rtol=1e-4, msg=name
-            )
-    assert seen == gradients.keys()
+        for key, value in got_gradients.items():
+            seen.add(key)
+            got, expected = torch.from_numpy(value), gradients[key]
+            torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4, msg=f"{name} {key}")
+    assert seen == gradients.keys(), name
 
-    exported = {}
-    for path in tmp_path.glob("*.safetensors"):
-        exported.update(load_file(path))
-    original = load_file(llama / "model.safetensors")
-    assert exported.keys() == original.keys()
-    for name, tensor in original.items():
-        assert torch.equal(exported[name], tensor), name
+
+def check_export(name: str, source: Path, folder: Path) -> None:
+    """Bit for bit what was imported."""
+    exported: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        assert tensors.keys().isdisjoint(exported), name
+        exported.update(tensors)
+    original = load_file(source / "model.safetensors")
+    assert exported.keys() == original.keys(), name
+    for key, tensor in original.items():
+        assert torch.equal(exported[key], tensor), f"{name} {key}"
 
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:

@@ -65,6 +65,29 @@ LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
 }
 
 
+# The same of a model with experts, whose ranks get rows of different length.
+EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
+    "ep2": (2, BFD, 1, {"expert": 2}, {}),
+    "ep2-recompute": (2, BFD, 2, {"expert": 2}, {"recompute": "full"}),
+    "dp2": (2, BFD, 2, {}, {}),
+    "tp2-ep2": (2, BFD, 1, {"tensor": 2, "sequence": True, "expert": 2}, {}),
+    "tp2-etp2": (2, BFD, 1, {"tensor": 2, "sequence": True, "expert_tensor": 2}, {}),
+}
+SLOW_EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
+    "ep2-plain-optimizer": (2, BFD, 1, {"expert": 2, "distributed_optimizer": False}, {}),
+    "tp2": (2, BFD, 1, {"tensor": 2, "sequence": True}, {}),
+    "pp2-ep2": (4, BFD, 1, {"pipeline": 2, "expert": 2}, {}),
+    "ep4": (4, BFD, 1, {"expert": 4}, {}),
+    "tp2-ep2-etp2": (
+        4,
+        BFD,
+        1,
+        {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2},
+        {},
+    ),
+}
+
+
 def run_steps(
     folder: str,
     packing_section: Section,
@@ -174,6 +197,36 @@ def test_only_ratios_of_weights_count(
         for got, wanted in zip(steps, expected, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5)
     assert weighted_truth[0] != pytest.approx(truth[0], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("experts")
+    counts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    save_tiny_llama(folder, "qwen3_moe", head_dim=16, **counts)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def experts_truth(rank_pool: RankPool, experts: str) -> list[tuple[float, float]]:
+    (result,) = rank_pool.run(1, run_steps, experts, BFD, 1, {}, {})
+    return result
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *EXPERT_LAYOUTS,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_EXPERT_LAYOUTS),
+    ],
+)
+def test_nor_do_they_with_experts(
+    rank_pool: RankPool, experts: str, experts_truth: list[tuple[float, float]], layout: str
+) -> None:
+    world_size, *arguments = (EXPERT_LAYOUTS | SLOW_EXPERT_LAYOUTS)[layout]
+    for rank, steps in enumerate(rank_pool.run(world_size, run_steps, experts, *arguments)):
+        for got, expected in zip(steps, experts_truth, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5), f"rank {rank}"
 
 
 def test_a_packed_sample_has_the_loss_it_has_alone(rank_pool: RankPool, llama: str) -> None:
