@@ -355,7 +355,8 @@ def choose_attention(
     for candidate in candidates:
         try:
             attend = BACKENDS[candidate]()
-            for scoring in set(scorings) or {Scoring(1.0 / math.sqrt(head_dim))}:
+            # In the same order on every rank.
+            for scoring in dict.fromkeys(scorings) or [Scoring(1.0 / math.sqrt(head_dim))]:
                 check_attention(attend, device, dtype, num_heads, num_kv_heads, head_dim, scoring)
                 if further_test is not None:
                     further_test(scoring, attend)

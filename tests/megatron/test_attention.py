@@ -1,5 +1,6 @@
 """Attention within samples: every backend is held to dense attention, or it is not used."""
 
+import dataclasses
 import sys
 import types
 from collections.abc import Iterator
@@ -114,6 +115,51 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "aiter", SimpleNamespace())
     with pytest.raises(ValueError, match="aiter has no flash_attn_varlen_func"):
         choose("aiter")
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(3, None), (33, None), (None, 0.7), (5, 0.7)])
+def test_windows_and_soft_caps_as_they_are_defined(
+    window: int | None, softcap: float | None
+) -> None:
+    from sft_fast.megatron.attention_backends import Scoring, attend_sdpa, pack_samples
+
+    seqlens = (5, 1, 40, 33, 2)
+    edges = torch.tensor((0, *seqlens)).cumsum(0)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(81, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    samples = pack_samples(seqlens, edges.int())
+    output = attend_sdpa(query, key, value, samples, Scoring(0.3, window, softcap))
+    sample = torch.arange(81)[:, None] >= edges[1:-1]
+    for row, head in ((80, 0), (78, 3), (60, 1), (6, 2), (0, 0)):
+        first = int(edges[sample[row].sum()])
+        first = first if window is None else max(first, row - window + 1)
+        scores = key[first : row + 1, head // 2] @ query[row, head] * 0.3
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        expected = scores.softmax(0) @ value[first : row + 1, head // 2]
+        torch.testing.assert_close(output[row, head], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_auto_skips_what_cannot_do_the_layers(
+    backends: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library without soft caps, one that ignores windows, and one that has both."""
+    from sft_fast.megatron import attention_backends
+
+    def no_window(query: Tensor, key: Tensor, value: Tensor, samples: Any, scoring: Any) -> Tensor:
+        scoring = dataclasses.replace(scoring, window=None)
+        return attention_backends.attend_sdpa(query, key, value, samples, scoring)
+
+    monkeypatch.setattr(attention_backends, "on_cpu_only", lambda device: False)
+    without_cap = attention_backends.varlen_backend(broken, "scale", None)
+    backends.update(flash_attn=lambda: without_cap, aiter=lambda: no_window)
+    capped = attention_backends.Scoring(0.25, 4096, 50.0)
+    arguments = "auto", torch.device("cpu"), torch.float32, 4, 2, 16
+    text = str(attention_backends.choose_attention(*arguments, [capped]))
+    assert text.startswith("sdpa")
+    assert "not flash_attn: it has no soft cap" in text
+    assert "not aiter: its output is off" in text
+    assert "not torch_varlen: it has no soft cap" in text
 
 
 def test_nothing_crosses_from_sample_to_sample() -> None:

@@ -31,11 +31,13 @@ def choice_of(backends: dict[str, str], cp_size: int) -> str:
     heads = (4, 2, 8)
     kind = torch.device("cpu"), torch.float32
 
-    def test(attend: Any) -> None:
-        context.check_context(group, *kind, heads, 8**-0.5, attend)
+    scoring = attention_backends.Scoring(8**-0.5)
+
+    def test(scoring: Any, attend: Any) -> None:
+        context.check_context(group, *kind, heads, scoring, attend)
 
     try:
-        return str(attention_backends.choose_attention("auto", *kind, *heads, test))
+        return str(attention_backends.choose_attention("auto", *kind, *heads, [scoring], test))
     finally:
         attention_backends.BACKENDS.update(original)
         attention_backends.on_cpu_only = on_cpu_only
@@ -75,18 +77,20 @@ def test_a_backend_that_fails_in_context_is_passed_over_on_every_rank(rank_pool:
             assert f"not {name}: with parallel.context 2" in choice
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 0.8), (20, 0.8)])
 @pytest.mark.parametrize("cp_size", [2, 4])
-def test_the_share_of_many_samples(cp_size: int) -> None:
+def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: float | None) -> None:
     """Without communication: the segments' rows of the gathered keys, and the attention."""
-    from sft_fast.megatron.attention_backends import attend_sdpa, pack_samples
+    from sft_fast.megatron.attention_backends import Scoring, attend_sdpa, pack_samples
     from sft_fast.megatron.context import ContextGroup, share_row
 
+    scoring = Scoring(0.3, window, softcap)
     lengths = tuple(2 * cp_size * count for count in (1, 9, 2, 40))
     edges = torch.tensor((0, *lengths)).cumsum(0)
     torch.manual_seed(0)
     query = torch.randn(sum(lengths), 4, 8)
     key, value = (torch.randn(sum(lengths), 2, 8) for _ in range(2))
-    whole = attend_sdpa(query, key, value, pack_samples(lengths, edges.int()), 0.3)
+    whole = attend_sdpa(query, key, value, pack_samples(lengths, edges.int()), scoring)
 
     def rows_of(rank: int) -> Tensor:
         """As batch.RowLayout has it."""
@@ -105,7 +109,7 @@ def test_the_share_of_many_samples(cp_size: int) -> None:
         share = share_row(lengths, num_rows, context, torch.device("cpu"))
         keys, values = (tensor[share.rows] for tensor in gathered)
         own = rows_of(rank)
-        output = attend_sdpa(query[own], keys, values, share.segments, 0.3)
+        output = attend_sdpa(query[own], keys, values, share.segments, scoring)
         torch.testing.assert_close(output, whole[own])
         for part in (share.first, share.second):
             assert len(share.rows[part].unique()) == len(part)

@@ -74,6 +74,7 @@ EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "tp2-etp2": (2, BFD, 1, {"tensor": 2, "sequence": True, "expert_tensor": 2}, {}),
 }
 SLOW_EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
+    "cp2-ep2": (2, BFD | {"alignment": 4}, 1, {"context": 2, "expert": 2}, {}),
     "ep2-plain-optimizer": (2, BFD, 1, {"expert": 2, "distributed_optimizer": False}, {}),
     "tp2": (2, BFD, 1, {"tensor": 2, "sequence": True}, {}),
     "pp2-ep2": (4, BFD, 1, {"pipeline": 2, "expert": 2}, {}),
@@ -227,6 +228,21 @@ def test_nor_do_they_with_experts(
     for rank, steps in enumerate(rank_pool.run(world_size, run_steps, experts, *arguments)):
         for got, expected in zip(steps, experts_truth, strict=True):
             assert got == pytest.approx(expected, rel=1e-5), f"rank {rank}"
+
+
+@pytest.mark.parametrize(
+    "layout", ["cp2", pytest.param("tp2-pp2-sequence", marks=pytest.mark.slow)]
+)
+def test_nor_do_they_with_windows_and_soft_caps(
+    rank_pool: RankPool, tmp_path: Path, layout: str
+) -> None:
+    options = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
+    save_tiny_llama(tmp_path, "gemma2", head_dim=16, sliding_window=9, **options)
+    (truth,) = rank_pool.run(1, run_steps, str(tmp_path), BFD, 1, {}, {})
+    world_size, *arguments = LAYOUTS[layout]
+    for steps in rank_pool.run(world_size, run_steps, str(tmp_path), *arguments):
+        for got, expected in zip(steps, truth, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_packed_sample_has_the_loss_it_has_alone(rank_pool: RankPool, llama: str) -> None:
