@@ -413,7 +413,8 @@ def adapter_fingerprint(config: Config, architecture: Architecture, weights: Wei
     if lora.rank == 0:
         return ""
     hasher = xxhash.xxh64()
-    last = [name for name in hf_shapes(architecture) if ".layers." in name][-1]
+    shapes = hf_shapes(architecture)
+    last = [name for name, shape in shapes.items() if ".layers." in name and len(shape) == 2][-1]
     rows = slice(0, NUM_PROBE_ROWS)
     for name in ("model.embed_tokens.weight", last):
         hasher.update(weights.read(name, rows, slice(None)).float().numpy().tobytes())

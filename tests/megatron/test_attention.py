@@ -209,7 +209,7 @@ def test_older_varlen_attention_gets_as_many_key_heads_as_query_heads(
             for tensor in (query, key, value)
         )
         outputs = [
-            attention_backends.dense_attention(q, k, v, scale)
+            attention_backends.dense_attention(q, k, v, attention_backends.Scoring(scale))
             for q, k, v in zip(*parts, strict=True)
         ]
         return torch.cat(outputs).squeeze(1)
