@@ -482,10 +482,10 @@ def test_adapters_resume_in_another_layout(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.rank=8", "adapter_fingerprint"),
-        ("lora.rank=0", "adapter_fingerprint"),
-        ("lora.targets=[q_proj]", "adapter_fingerprint"),
-        ("lora.targets=[q_proj, query]", "'query' selects no projection"),
+        ("lora.rank=8", "--allow-change adapter"),
+        ("lora.rank=0", "--allow-change adapter"),
+        ("lora.targets=[q_proj]", "--allow-change adapter"),
+        ("lora.targets=[q_proj, query] output_dir=fresh", "'query' selects no projection"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(
@@ -493,8 +493,10 @@ def test_adapters_that_do_not_fit_are_refused(
 ) -> None:
     config = write_config(tmp_path, chats, "run")
     train(rank_pool, 1, config, "train.steps=1", "export.enabled=false")
-    arguments = ["--config", config, "train.steps=1", override]
-    ((code, _, err),) = rank_pool.run(1, call_main, arguments)
+    overrides = override.replace("=fresh", f"={tmp_path / 'fresh'}").replace(", ", ",").split()
+    ((code, _, err),) = rank_pool.run(
+        1, call_main, ["--config", config, "train.steps=1", *overrides]
+    )
     assert code != 0 and message in err
 
 
@@ -512,7 +514,7 @@ def test_adapters_are_refused_on_another_base(
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     arguments = ["--config", config, "train.steps=1", f"model.path={other}"]
     ((code, _, err),) = rank_pool.run(1, call_main, arguments)
-    assert code != 0 and "adapter_fingerprint" in err
+    assert code != 0 and "--allow-change adapter" in err
 
 
 def test_dora_with_dropout_is_refused() -> None:
