@@ -25,7 +25,10 @@ class IntegerSet {
 
   void insert(size_t value) {
     for (auto& words : levels_) {
-      words[value / 64] |= uint64_t{1} << (value % 64);
+      uint64_t& word = words[value / 64];
+      const bool is_known_above = word != 0;
+      word |= uint64_t{1} << (value % 64);
+      if (is_known_above) return;
       value /= 64;
     }
   }
