@@ -133,7 +133,8 @@ def check_eval_is_not_train(store: TokenStore, eval_store: TokenStore) -> None:
 
 
 def _hash(store: TokenStore, number: int) -> int:
-    return xxhash.xxh3_64_intdigest(store.tokens[slice(*store.span(number))].data)
+    start, stop = store.offsets[number], store.offsets[number + 1]
+    return xxhash.xxh3_64_intdigest(store.tokens[start:stop].data)
 
 
 def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport) -> None:
@@ -142,11 +143,12 @@ def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport
     # Drawn by the store's own fingerprint: the same on every machine.
     seed = int(store.fingerprint, 16)
     thinned: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(store.num_samples)
+    starts = store.offsets
     for numbers in (*[np.arange(store.num_samples)] * whole, np.sort(thinned[:rest])):
         for number in numbers.tolist():
             tokens, supervised = store.sample(number)
             weights = store.weights
-            chosen = None if weights is None else weights[slice(*store.span(number))]
+            chosen = None if weights is None else weights[starts[number] : starts[number + 1]]
             writer.add(tokens, supervised, store.file(number), store.line(number), chosen)
             report.samples += 1
             report.tokens += len(tokens)

@@ -76,7 +76,7 @@ def store_statistics(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> S
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     shares = np.zeros(store.num_samples)
-    for number in range(store.num_samples):
+    for number in range(len(store.offsets) - 1):
         tokens, supervised = store.sample(number)
         shares[number] = supervised.mean()
         ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False))

@@ -18,11 +18,11 @@ from sft_fast.data.build import Progress
 from sft_fast.data.configured import find_sources, open_configured_store
 from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.source import Source
-from sft_fast.data.store import TokenStore
+from sft_fast.data.store import TokenStore, open_store
 from sft_fast.data.tokenizer import load_tokenizer
 from sft_fast.hub import local_folder
 from sft_fast.megatron.hf import RandomSource, SafetensorsSource, WeightSource
-from sft_fast.megatron.parallel import once_per_node
+from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
 
 def fetch(path: str, revision: str | None, key: str) -> Path:
     """Finds a directory or hub id; one rank per node downloads."""
-    once_per_node(key, lambda _: local_folder(path, revision, key))
-    return local_folder(path, revision, key)
+    return once_per_node(key, lambda _: local_folder(path, revision, key))
 
 
 def read_tokenizer(config: Config, model_folder: Path | None) -> Any:
@@ -150,10 +149,12 @@ def read_store(
         ValueError: the rows cannot be used, or are in the other store as well.
     """
 
-    def prepare(progress: Progress) -> None:
+    def prepare(progress: Progress) -> Path:
         store = open_configured_store(config, rows, tokenizer, progress, architecture)
         if apart_from is not None and config.data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
+        return store.path
 
-    once_per_node(key, prepare, say)
-    return open_configured_store(config, rows, tokenizer, architecture=architecture)
+    store = open_store(once_per_node(key, prepare, say))
+    check_equal_on_all_ranks(f"fingerprint of {key}", store.fingerprint)
+    return store

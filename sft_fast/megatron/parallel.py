@@ -2,10 +2,12 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -156,9 +158,7 @@ def current_parallel(device: torch.device) -> Parallel:
     )
 
 
-def once_per_node(
-    name: str, work: Callable[[Progress], object], say: Progress = logger.info
-) -> None:
+def once_per_node(name: str, work: Callable[[Progress], Path], say: Progress = logger.info) -> Path:
     """Runs `work` on one rank of each node while the node's other ranks wait for it.
 
     They wait on keys of the store, not inside a collective, so no watchdog fires however long the
@@ -167,8 +167,11 @@ def once_per_node(
 
     Args:
         name: unique in the run.
-        work: given a function that takes a line of text about its progress.
+        work: given a function that takes a line of text about its progress; returns where its
+            result is.
         say: gets these lines on the rank that works.
+
+    Returns: what `work` returned, on every rank.
 
     Raises:
         ValueError: `work` failed on the other rank.
@@ -178,8 +181,7 @@ def once_per_node(
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"sft_fast/{attempt}/{name}/{node}"
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        wait_for_node(store, key, name)
-        return
+        return wait_for_node(store, key, name)
 
     def report(text: str) -> None:
         say(text)
@@ -187,15 +189,16 @@ def once_per_node(
 
     store.set(f"{key}/worker", " ".join(map(str, this_process())))
     try:
-        work(report)
+        result = work(report)
     except BaseException as error:
         is_explained = isinstance(error, ValueError | OSError)
         store.set(key, f"error {error}" if is_explained else f"error {name}: {error!r}")
         raise
-    store.set(key, "done")
+    store.set(key, f"done {result}")
+    return result
 
 
-def wait_for_node(store: dist.Store, key: str, name: str) -> None:
+def wait_for_node(store: dist.Store, key: str, name: str) -> Path:
     """Waits until another rank of this node has set `key`; see `once_per_node`."""
     shown, pause_s = "", SHORTEST_PAUSE_S
     while not store.check([key]):
@@ -214,9 +217,31 @@ def wait_for_node(store: dist.Store, key: str, name: str) -> None:
         time.sleep(pause_s)
         # A store serves the ranks of all nodes.
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-    answer = store.get(key).decode()
-    if answer != "done":
-        raise ValueError(answer.removeprefix("error "))
+    status, _, answer = store.get(key).decode().partition(" ")
+    if status != "done":
+        raise ValueError(answer)
+    return Path(answer)
+
+
+def check_equal_on_all_ranks(name: str, value: str) -> None:
+    """Compares with rank 0, through the store: no collective has to wait for a slow node.
+
+    Raises:
+        ValueError: this rank has another value.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"sft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/equal/{name}"
+    if dist.get_rank() == 0:
+        store.set(key, value)
+        return
+    while not store.check([key]):
+        time.sleep(LONGEST_PAUSE_S)
+    expected = store.get(key).decode()
+    if value != expected:
+        raise ValueError(
+            f"{name}: rank {dist.get_rank()} on {socket.gethostname()} has {value}, rank 0 has "
+            f"{expected}; give all nodes the same files and versions"
+        )
 
 
 def this_process() -> tuple[int, float, str]:

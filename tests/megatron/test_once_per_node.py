@@ -5,11 +5,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch.distributed as dist
+
+from rank_pool import RankPool
 
 KEY = "sft_fast/0/the store/0"
 
@@ -29,14 +32,14 @@ class Waiter(threading.Thread):
 
     def __init__(self, store: dist.Store) -> None:
         super().__init__(daemon=True)
-        self.store, self.error = store, None
+        self.store, self.error, self.found = store, None, None
         self.start()
 
     def run(self) -> None:
         from sft_fast.megatron.parallel import wait_for_node
 
         try:
-            wait_for_node(self.store, KEY, "the store")
+            self.found = wait_for_node(self.store, KEY, "the store")
         except ValueError as error:
             self.error = str(error)
 
@@ -47,10 +50,10 @@ class Waiter(threading.Thread):
         return self.error
 
 
-def work_as_rank_0(work: Callable[[Any], object], said: list[str]) -> None:
+def work_as_rank_0(work: Callable[[Any], Path], said: list[str]) -> Path:
     from sft_fast.megatron.parallel import once_per_node
 
-    once_per_node("the store", work, said.append)
+    return once_per_node("the store", work, said.append)
 
 
 def test_waiting_ranks_log_how_far_it_is(
@@ -60,15 +63,17 @@ def test_waiting_ranks_log_how_far_it_is(
     waiters = [Waiter(store) for _ in range(2)]
     said: list[str] = []
 
-    def work(report: Callable[[str], None]) -> None:
+    def work(report: Callable[[str], None]) -> Path:
         for text in ("100 of about 300 rows", "200 of about 300 rows"):
             report(text)
             line = f"waiting for the store: {text}"
             while caplog.messages.count(line) < len(waiters):
                 assert all(waiter.is_alive() for waiter in waiters)
+        return Path("/some where/store")
 
-    work_as_rank_0(work, said)
+    assert work_as_rank_0(work, said) == Path("/some where/store")
     assert [waiter.outcome() for waiter in waiters] == [None, None]
+    assert [waiter.found for waiter in waiters] == [Path("/some where/store")] * 2
     assert said == ["100 of about 300 rows", "200 of about 300 rows"]
     lines = [text for text in caplog.messages if text.startswith("waiting for ")]
     assert len(lines) == 4, "a line that did not change is logged once"
@@ -89,7 +94,7 @@ def test_a_failure_of_any_kind_reaches_the_others(
 ) -> None:
     waiter = Waiter(store)
 
-    def work(report: object) -> None:
+    def work(report: object) -> Path:
         raise error
 
     with pytest.raises(type(error)):
@@ -118,5 +123,24 @@ def test_a_worker_that_is_out_of_sight_is_not_given_up(store: dist.Store) -> Non
     waiter = Waiter(store)
     waiter.join(0.3)
     assert waiter.is_alive()
-    store.set(KEY, "done")
+    store.set(KEY, "done /store")
     assert waiter.outcome() is None
+
+
+def compare(values: list[str]) -> str | None:
+    from sft_fast.megatron.parallel import check_equal_on_all_ranks
+
+    try:
+        check_equal_on_all_ranks("fingerprint of data.train", values[dist.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_with_other_data_are_named(rank_pool: RankPool) -> None:
+    assert rank_pool.run(2, compare, ["a", "a"]) == [None, None]
+    first, second = rank_pool.run(2, compare, ["a", "b"])
+    assert first is None
+    assert second is not None
+    assert second.startswith("fingerprint of data.train: rank 1 on ")
+    assert " has b, rank 0 has a; give all nodes the same files" in second
