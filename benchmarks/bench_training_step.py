@@ -36,7 +36,7 @@ from sft_fast.run_plan import make_plan
 from timing import DEVICE, ON_GPU, matmul_flops_per_s
 from tiny import ListStore
 
-NUM_STEPS, NUM_WARMUP = (6, 2) if ON_GPU else (2, 1)
+NUM_STEPS, NUM_WARMUP = (4, 2) if ON_GPU else (2, 1)
 GLOBAL_BATCH_SIZE = 4
 CAPACITY = 8192 if ON_GPU else 256
 PADDED_SAMPLES = 16

@@ -11,9 +11,15 @@ mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 run() { "${PYTHON:-python3}" -m "$@"; }
+run_file() { "${PYTHON:-python3}" "$@"; }
 check() { run pytest -q -rs -p no:cacheprovider "$@"; }
 # A stage that hangs says where.
-bench() { check -o faulthandler_timeout=60 --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"; }
+bench() {
+  check -o faulthandler_timeout=60 --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"
+  local code=$?
+  run_file benchmarks/slim.py "$out/$1.json"
+  return $code
+}
 
 stage() {
   case "$1" in
@@ -21,7 +27,7 @@ stage() {
       tests/test_prefetch.py tests/megatron/test_device.py -m "not slow" -k "not compiles" ;;
     sanitizer) check tests/csrc/test_gpu_sanitizer.py ;;
     demo) run torch.distributed.run sft_fast/train.py "output_dir=$(mktemp -d)" model.dtype=bf16 ;;
-    tune) "${PYTHON:-python3}" benchmarks/tune_launch.py ;;
+    tune) run_file benchmarks/tune_launch.py ;;
     loss) bench loss benchmarks/bench_masked_cross_entropy.py ;;
     head) bench head benchmarks/bench_masked_linear_cross_entropy.py ;;
     loader) bench loader benchmarks/bench_loader.py ;;
@@ -30,7 +36,7 @@ stage() {
   esac
 }
 
-export -f run check bench stage
+export -f run run_file check bench stage
 export out
 summary=()
 for name in "$@"; do
