@@ -218,4 +218,5 @@ def test_older_varlen_attention_gets_as_many_key_heads_as_query_heads(
     module.varlen_attn = varlen_attn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     attend = attention_backends.load_torch_varlen()
-    attention_backends.check_attention(attend, torch.device("cpu"), torch.float32, 4, 2, 8)
+    scoring = attention_backends.Scoring(8**-0.5)
+    attention_backends.check_attention(attend, torch.device("cpu"), torch.float32, 4, 2, 8, scoring)
