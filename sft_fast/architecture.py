@@ -72,7 +72,7 @@ class Architecture:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Returns the config.json of a model directory.
+    """Returns the config.json of a model directory, without what makes transformers run code.
 
     Raises:
         ValueError: there is none, or it is not a JSON object.
@@ -89,7 +89,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
+    # Keys with an underscore are transformers' own attributes, some of which name kernels to fetch.
+    return {
+        key: value for key, value in config.items() if not key.startswith("_") and key != "auto_map"
+    }
 
 
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:

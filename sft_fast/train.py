@@ -18,6 +18,7 @@ if sys.path and sys.path[0] == str(FOLDER):
 
 from sft_fast.config import load_config  # noqa: E402
 from sft_fast.failure import die_with_parent, watching  # noqa: E402
+from sft_fast.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
 from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides + changes(arguments))
         load_plugins(config)
+        use_private_cache()
         with watching(Path(config.output_dir), config.parallel.hang_timeout_s):
             return get_trainer(config.backend, config.stage)(config)
     except (ValueError, OSError) as error:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sft_fast.data.conversation import Conversation, Message
+from sft_fast.data.template_limits import check_length, template_limits
 from sft_fast.data.templates import fitted_template, freeze_clock
 from sft_fast.data.tokens import RenderedChat, Sample, Span, TextTokenizer
 from sft_fast.data.turn_bounds import TurnBounds, UnstableTemplateError
@@ -297,21 +298,24 @@ class ChatRenderer:
         from jinja2.exceptions import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        conversation = [message.as_dict() for message in messages]
         try:
-            texts, marks = render_jinja_template(
-                conversations=[[message.as_dict() for message in messages]],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self._template(tools),
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.special_tokens_map,
-            )
+            with template_limits():
+                texts, marks = render_jinja_template(
+                    conversations=[conversation],
+                    tools=[dict(tool) for tool in tools] or None,
+                    chat_template=self._template(tools),
+                    return_assistant_tokens_mask=marked,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._tokenizer.special_tokens_map,
+                )
         except TemplateSyntaxError as error:
             raise TemplateCompileError(
                 f"the chat template does not compile, line {error.lineno}: {error}"
             ) from error
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        check_length(texts[0], len(str(conversation)) + len(str(tools)))
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
 
     def _control_tokens(self) -> tuple[str, ...]:

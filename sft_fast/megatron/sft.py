@@ -55,6 +55,7 @@ from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics import MetricsWriter, StepResult, Timed
 from sft_fast.packing import StepCounts
 from sft_fast.profiling import ProfilerWindow
+from sft_fast.rendezvous import public_address_warning
 from sft_fast.report import length_histogram, write_report
 from sft_fast.run_plan import make_plan
 from sft_fast.standing import Standing
@@ -197,6 +198,8 @@ def train(config: Config) -> int:
     check_trackers(config)
     metrics = MetricsWriter(output, parallel.is_main)
     metrics.say(describe(parallel))
+    if warning := public_address_warning():
+        metrics.say(warning)
     watch.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.say)
     metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -183,3 +184,35 @@ def record_pickles(path: str) -> None:
     pickle.Unpickler = Recording
     pickle.load = lambda file, **options: Recording(file, **options).load()
     pickle.loads = lambda data, **options: Recording(io.BytesIO(data), **options).load()
+    pickle.loads(pickle.dumps(pathlib.PurePath()))
+
+
+def record_connections(path: str) -> None:
+    """Writes every address that Python connects to, and no local one, to a file."""
+    import socket
+
+    original = socket.socket.connect
+
+    def connect(self: Any, address: Any) -> Any:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            with open(path, "a") as file:
+                file.write(f"{address}\n")
+        return original(self, address)
+
+    socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+def leak(values: str) -> None:
+    """Puts secrets into the environment, and into an error."""
+    pairs = dict(pair.split("=", 1) for pair in values.split(";"))
+    os.environ.update(pairs)
+    print_all = " ".join(pairs.values())
+    original = sft.read_inputs
+
+    def read_inputs(config: Any, *args: Any) -> Any:
+        try:
+            return original(config, *args)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error} {print_all}") from None
+
+    sft.read_inputs = read_inputs

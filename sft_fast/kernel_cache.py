@@ -1,0 +1,41 @@
+"""A cache of compiled kernels that nobody else can write to: who writes it runs code as its reader.
+Nothing here imports torch or triton."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+VARIABLES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+
+
+def use_private_cache() -> None:
+    """Points Triton and Inductor to a directory of this user and machine, unless they are told.
+
+    Raises:
+        ValueError: a cache belongs to another user, or others may write to it.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for variable, name in VARIABLES.items():
+        if not os.environ.get(variable):
+            folder = home / "sft_fast" / f"{name}-{os.getuid()}-{socket.gethostname()}"
+            os.environ[variable] = str(folder)
+        check_private(Path(os.environ[variable]), variable)
+
+
+def check_private(folder: Path, variable: str) -> None:
+    """Makes `folder` for this user alone, or raises ValueError when it is someone else's too."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{variable}: {folder} cannot be made: {error.strerror}; set {variable} to a directory "
+            "of your own"
+        ) from None
+    found = folder.stat()
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise ValueError(
+            f"{variable}: {folder} belongs to user {found.st_uid} with mode "
+            f"{stat.S_IMODE(found.st_mode):o}; kernels in it run as you, so it must be yours and "
+            "not writable by others: chmod go-w, or another directory"
+        )

@@ -1,0 +1,348 @@
+"""Files and configurations that want to do harm, and secrets that want to get out."""
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.launcher import Launcher
+from sft_fast.kernel_cache import check_private, use_private_cache
+from sft_fast.manifest import LoneRank, complete, find_damage, read_manifest, staged_directory
+from sft_fast.redact import redact, redact_values
+from sft_fast.rendezvous import public_address_warning
+
+ROOT = Path(__file__).parents[2]
+# Not the names alone: a model's own eval() is fine.
+FORBIDDEN = re.compile(
+    r"pickle(\.|$)|marshal\.|shelve\.|dill\.|joblib\.|torch\.(load|save)$|yaml\.(load|full_load|"
+    r"unsafe_load|load_all)$|^(eval|exec|compile|__import__)$|os\.(system|popen)$"
+)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def sealed(folder: Path) -> None:
+    """Gives changed files a manifest that fits, as an attacker would."""
+    (folder / "manifest.json").unlink()
+    moved = folder.rename(folder.with_name(".incomplete_x"))
+    complete(moved, folder, [], None)
+    assert find_damage(folder) == []
+
+
+def test_s1_a_pickle_in_place_of_any_file_of_a_checkpoint_is_not_run(launcher: Launcher) -> None:
+    source = launcher.run("s1", steps=2).output / "checkpoints/step_00000002"
+    names = [path.name for path in source.iterdir() if path.name != "manifest.json"]
+    for name in names:
+        run = launcher.folder / f"s1-{name}"
+        target = run / "checkpoints/step_00000002"
+        shutil.copytree(source, target)
+        harm = launcher.folder / f"harm-{name}"
+        (target / name).write_bytes(pickle.dumps(Payload(harm)))
+        sealed(target)
+        job = launcher.start(f"s1-{name}", steps=4)
+        assert job.wait()[0] != 0
+        assert not harm.exists()
+        assert job.json("error.json")["phase"] in ("resume", "data", "model")
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_s2_nothing_in_the_package_can_run_what_it_reads() -> None:
+    files = [*(ROOT / "sft_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    assert len(files) > 50
+    for path in files:
+        for name, node in calls(path):
+            assert not FORBIDDEN.search(name), f"{path}:{node.lineno} calls {name}"
+            for keyword in node.keywords:
+                is_false = isinstance(keyword.value, ast.Constant) and not keyword.value.value
+                assert keyword.arg not in ("shell", "trust_remote_code", "allow_pickle") or (
+                    is_false
+                ), f"{path}:{node.lineno} {keyword.arg}"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {
+            alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, path
+
+
+def test_s3_nothing_is_unpickled_when_a_run_is_continued_and_exported(launcher: Launcher) -> None:
+    launcher.run("s3", steps=2)
+    record = launcher.folder / "unpickled"
+    job = launcher.run("s3", hook=f"record_pickles:{record}", steps=4)
+    assert "resumed from" in job.said() and "exported to" in job.said()
+    found = record.read_text()
+    assert "pathlib" in found, "the record works"
+    readers = ("checkpoint.py", "shards.py", "manifest.py", "hf.py", "store.py")
+    assert not [line for line in found.splitlines() if any(name in line for name in readers)]
+
+
+def foreign_model(folder: Path, harm: Path) -> None:
+    """A model directory whose config.json and tokenizer want their own Python to be run."""
+    from sft_fast.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer("demo")
+    tokenizer.save_pretrained(folder)
+    (folder / "harm.py").write_text(f"open({str(harm)!r}, 'w')\nclass Harm: pass\n")
+    own = {"AutoConfig": "harm.Harm", "AutoModelForCausalLM": "harm.Harm"}
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = {"AutoTokenizer": ["harm.Harm", "harm.Harm"]}
+    path.write_text(json.dumps(config))
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "auto_map": own,
+        "_attn_implementation_internal": "someone/kernel",
+        "_name_or_path": "x",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_s4_s5_code_of_a_model_directory_is_not_run_and_not_exported(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    harm = tmp_path / "harm"
+    foreign_model(tmp_path / "model", harm)
+    options = (f"model.path={tmp_path / 'model'}", "model.shape=null", "model.random_init=true")
+    job = launcher.start("s4", *options, "tokenizer.path=null", steps=2)
+    code = job.wait()[0]
+    assert not harm.exists()
+    if code == 0:
+        exported = json.loads((job.output / "export/config.json").read_text())
+        assert not [key for key in exported if key.startswith("_") or key == "auto_map"]
+
+
+def test_s6_dependencies_have_floors_above_known_holes() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = dict(
+        match.groups()
+        for text in project["dependencies"]
+        if (match := re.match(r"([\w-]+)>=([\d.]+)$", text))
+    )
+    safe = {"torch": (2, 6), "megatron-core": (0, 15, 3), "transformers": (5, 3), "datasets": (4,)}
+    for name, least in safe.items():
+        assert tuple(map(int, floors[name].split("."))) >= least, name
+
+
+TEMPLATES = {
+    "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}": "than 0.5 s",
+    "{{ 'a' * 10 ** 9 }}": "256 MiB",
+    "{% for m in messages %}{{ m.content | center(10 ** 9) }}{% endfor %}": "256 MiB",
+    "{% for a in range(90000) %}{{ messages[0].content }}{% endfor %}": "characters of",
+    "{{ messages.__class__.__mro__ }}": "unsafe",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_s7_a_template_is_bounded(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_fast.data import template_limits
+    from sft_fast.data.conversation import Message
+    from sft_fast.data.render import ChatRenderer
+    from sft_fast.data.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(template_limits, "SECONDS", 0.5)
+    tokenizer = load_tokenizer("demo")
+    tokenizer.chat_template = template
+    renderer = ChatRenderer(tokenizer)
+    with pytest.raises(ValueError, match=TEMPLATES[template]):
+        renderer._apply([Message("user", "hello"), Message("assistant", "you")], ())
+
+
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: !!python/object/apply:os.system ['touch harm']", "tag"),
+        ("seed: !!python/name:os.system", "tag"),
+        (LAUGHS, "alias"),
+        ("seed: 1\nseed: 2", "seed"),
+        ("a: " + "[" * 200 + "]" * 200, "nested deeper"),
+        ("a: " + "x" * 2_000_000, "1 MB"),
+        ("seed: ${oc.env:HF_TOKEN}", "seed"),
+    ],
+)
+def test_s8_yaml_runs_and_expands_nothing(tmp_path: Path, text: str, reason: str) -> None:
+    from sft_fast.config import load_config
+
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_config(path, [])
+    assert not (tmp_path / "harm").exists() and not Path("harm").exists()
+
+
+def test_s9_a_dataset_script_is_not_run(launcher: Launcher, tmp_path: Path) -> None:
+    folder = tmp_path / "mydata"
+    folder.mkdir()
+    (folder / "mydata.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\n")
+    job = launcher.start("s9", f"data.train={folder}")
+    assert job.wait() == [2]
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", ".", "a\x00b"])
+def test_s10_a_manifest_names_files_inside_its_directory_only(tmp_path: Path, name: str) -> None:
+    from sft_fast.manifest import FileRecord, manifest_text
+
+    record = FileRecord(name, 1, "0" * 32)
+    (tmp_path / "manifest.json").write_text(manifest_text({name: record}))
+    with pytest.raises(ValueError, match="not a plain name"):
+        read_manifest(tmp_path)
+    assert [damage.file.name for damage in find_damage(tmp_path)] == ["manifest.json"]
+
+
+def test_s10_links_and_paths_out_of_a_directory_are_refused(tmp_path: Path) -> None:
+    from sft_fast.megatron.hf import tensor_files
+
+    with staged_directory(tmp_path / "a", LoneRank()) as stage:
+        stage.write_text("b", "c")
+    shutil.move(tmp_path / "a/b", tmp_path / "outside")
+    (tmp_path / "a/b").symlink_to(tmp_path / "outside")
+    assert "no regular file" in str(find_damage(tmp_path / "a")[0])
+    index = {"weight_map": {"w": "../outside"}}
+    (tmp_path / "a/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="weight_map names"):
+        tensor_files(tmp_path / "a")
+
+
+def safetensors_file(path: Path, header: bytes, size: int | None = None) -> None:
+    length = size or len(header)
+    path.write_bytes(length.to_bytes(8, "little") + header + b"\0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 200_000_000),
+        (b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}}', None),
+        (b'{"a": {"dtype": "F32", "shape": [1000000000], "data_offsets": [0, 4000000000]}}', None),
+        (b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', None),
+        (b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 8], "data_offsets": [0, 0]}}', 0),
+        (b'{"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}', None),
+        (b"\xff\xfe", None),
+        (b"[" * 100000, None),
+    ],
+)  # fmt: skip
+def test_s11_a_crafted_safetensors_header_is_an_error(
+    tmp_path: Path, header: bytes, size: int | None
+) -> None:
+    from safetensors import SafetensorError
+
+    from sft_fast.megatron.shards import ShardReader
+
+    with staged_directory(tmp_path / "a", LoneRank()) as stage:
+        safetensors_file(stage.path / "rank_00000.safetensors", header, size)
+    with pytest.raises(SafetensorError):
+        ShardReader(tmp_path / "a")
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwx",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "OPENAI_API_KEY": "sk-proj-abcdefghijklmnop",
+    "MY_PASSWORD": "correct horse battery",
+}
+
+
+def test_s12_no_secret_is_written_anywhere(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "https://user:hunter22@example.org/x"
+    hook = "leak:" + ";".join(f"{name}={value}" for name, value in SECRETS.items())
+    job = launcher.start("s12", f"tokenizer.chat_template={secret}", hook=hook)
+    assert job.wait() == [2]
+    good = launcher.start("s12-good", hook=hook, steps=2)
+    assert good.wait() == [0]
+    texts = [job.said(), good.said()]
+    for run in (job.output, good.output):
+        texts += [p.read_bytes().decode(errors="replace") for p in run.rglob("*") if p.is_file()]
+    for value in (*SECRETS.values(), "hunter22"):
+        assert not [text for text in texts if value in text], value
+
+
+def test_s12_redaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    text = redact(f"a {' '.join(SECRETS.values())} https://me:pw123@host/x hf_ZYXWVUTSRQPO b")
+    assert text.startswith("a ") and text.endswith(" b") and "@host/x" in text
+    assert not [value for value in (*SECRETS.values(), "pw123", "hf_Z") if value in text]
+    untouched = "revision 0123456789abcdef0123456789abcdef01234568 tokens_per_s sk-1 hf_home"
+    assert redact(untouched) == untouched
+    assert redact_values({"a": [SECRETS["HF_TOKEN"], 1]}) == {"a": ["[redacted]", 1]}
+
+
+@pytest.mark.fault("F27")
+def test_s13_the_kernel_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    use_private_cache()
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    assert folder.parents[1] == tmp_path / "cache" and str(os.getuid()) in folder.name
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(ValueError, match="TRITON_CACHE_DIR.*writable by others"):
+        use_private_cache()
+    if os.geteuid() == 0:
+        folder.chmod(0o700)
+        os.chown(folder, 12345, 12345)
+        with pytest.raises(ValueError, match="belongs to user 12345"):
+            check_private(folder, "TRITON_CACHE_DIR")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be made"):
+        check_private(tmp_path / "file" / "x", "TRITON_CACHE_DIR")
+
+
+@pytest.mark.parametrize(
+    ("address", "is_public"),
+    [("8.8.8.8", True), ("127.0.0.1", False), ("10.1.2.3", False), ("", False)],
+)
+def test_s14_a_public_meeting_point_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, address: str, is_public: bool
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", address)
+    assert bool(public_address_warning()) == is_public
+
+
+def test_s15_what_a_failure_says_is_not_for_everyone(launcher: Launcher) -> None:
+    job = launcher.start("s15", hook="fail_in_step:1")
+    assert job.wait() == [1]
+    assert stat.S_IMODE((job.output / "error.json").stat().st_mode) & 0o007 == 0
+
+
+def test_s16_a_run_talks_to_nobody(launcher: Launcher) -> None:
+    record = launcher.folder / "connections"
+    launcher.run("s16", hook=f"record_connections:{record}", steps=2)
+    assert not record.exists(), record.read_text()
