@@ -73,7 +73,7 @@ def run_report(parsed: argparse.Namespace) -> None:
         statistics = store_statistics(store, tokenizer)
         found[part] = {"build": asdict(store.report), "store": asdict(statistics)}
         if not parsed.json:
-            print(f"data.{part}\n{store.report.summary()}\n{statistics.summary()}\n")
+            print(f"data.{part}\n{store.summary()}\n{statistics.summary()}\n")
     if parsed.json:
         print(json.dumps(found, ensure_ascii=False))
     if "eval" in stores and config.data.eval_overlap == "error":

@@ -32,13 +32,13 @@ from sft_fast.data.sample_maker import (
     make_all,
 )
 from sft_fast.data.source import Source
-from sft_fast.data.store import REJECTED_FILE, DataReport, StoreWriter, TokenStore, open_store
+from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
 from sft_fast.data.tokenizer import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised whenever the same rows and options give other tokens or another mask than before."""
 BATCH_ROWS = 512
 SHOWN_ROWS = 5
@@ -219,7 +219,12 @@ class _Builder:
         for file, known in self._maker.files.items():
             columns[file] = f"{known.name} (columns {', '.join(known.types)})"
         self._report.formats = columns
-        _check_report(self._report, self._options, self._bad_rows)
+        try:
+            _check_report(self._report, self._options, self._bad_rows, self._writer.rejected_path)
+        except ValueError:
+            if len(self._bad_rows) > SHOWN_ROWS:
+                self._writer.keep_rejected()
+            raise
         return self._report
 
     def _batches(self) -> Iterator[Batch]:
@@ -303,11 +308,12 @@ class _Builder:
 def _check_store(store: TokenStore, options: BuildOptions) -> None:
     """Checks a store against the options that its fingerprint leaves out."""
     report = store.report
-    lines = (store.path / REJECTED_FILE).read_text(encoding="utf-8").splitlines()
+    lines = store.rejected_path.read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     bad = [(entry["reason"], entry["message"]) for entry in entries]
     ignored = (*_NOTES, *_WANTED)
-    _check_report(report, options, [entry for entry in bad if entry[0] not in ignored])
+    bad = [entry for entry in bad if entry[0] not in ignored]
+    _check_report(report, options, bad, store.rejected_path)
     if options.over_length == "error" and report.longest > options.capacity:
         too_long = np.flatnonzero(store.lengths > options.capacity)
         shown = [f"{store.origin(i)}: {store.lengths[i]} tokens" for i in too_long[:SHOWN_ROWS]]
@@ -320,14 +326,14 @@ def _check_store(store: TokenStore, options: BuildOptions) -> None:
 
 
 def _check_report(
-    report: DataReport, options: BuildOptions, bad_rows: list[tuple[str, str]]
+    report: DataReport, options: BuildOptions, bad_rows: list[tuple[str, str]], listed_in: Path
 ) -> None:
-    """Checks what was left out, (reason, message) of each row."""
+    """Checks what was left out, (reason, message) of each row; `listed_in` lists them all."""
     unusable = [message for reason, message in bad_rows if reason != _TRUNCATED]
     if unusable and options.on_bad_row == "error":
         raise ValueError(
             f"{len(unusable)} of {report.rows} rows of {report.source} cannot be used; mend or "
-            f"remove them:\n{_first(unusable, len(unusable))}"
+            f"remove them:\n{_first(unusable, len(unusable), listed_in)}"
         )
     reasons = ", ".join(f"{count} {why}" for why, count in report.rejected.items())
     if not report.samples:
@@ -337,14 +343,16 @@ def _check_report(
         raise ValueError(
             f"{len(bad_rows)} of {report.rows} rows of {report.source} cannot be used "
             f"({len(bad_rows) / report.rows:.1%}: {reasons}), more than data.max_rejected = "
-            f"{options.max_rejected}; mend them or raise it:\n{_first(messages, len(messages))}"
+            f"{options.max_rejected}; mend them or raise it:\n"
+            f"{_first(messages, len(messages), listed_in)}"
         )
 
 
-def _first(messages: list[str], total: int) -> str:
+def _first(messages: list[str], total: int, listed_in: Path | None = None) -> str:
     lines = [f"  {message}" for message in messages[:SHOWN_ROWS]]
     if total > SHOWN_ROWS:
-        lines.append(f"  and {total - SHOWN_ROWS} more")
+        where = "" if listed_in is None else f", all listed in {listed_in}"
+        lines.append(f"  and {total - SHOWN_ROWS} more{where}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,6 @@ import xxhash
 from sft_fast.data.build import BuildOptions, Progress, prepare_store
 from sft_fast.data.source import Source
 from sft_fast.data.store import (
-    REJECTED_FILE,
     DataReport,
     StoreWriter,
     TokenStore,
@@ -163,5 +162,5 @@ def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport
             setattr(report, entry.name, total)
     for reason, number in part.rejected.items():
         report.rejected[reason] = report.rejected.get(reason, 0) + number
-    for line in (store.path / REJECTED_FILE).read_text(encoding="utf-8").splitlines():
+    for line in store.rejected_path.read_text(encoding="utf-8").splitlines():
         writer.reject(**json.loads(line))

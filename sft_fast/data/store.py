@@ -178,6 +178,17 @@ class TokenStore:
     def loss_weights(self) -> npt.NDArray[np.float64] | None:
         return self._targets[1]
 
+    @property
+    def rejected_path(self) -> Path:
+        """The list of rows that were dropped, truncated or split."""
+        return self.path / REJECTED_FILE
+
+    def summary(self) -> str:
+        """The report in a few lines of text, and where rows that are not whole are listed."""
+        report = self.report
+        is_listed = report.rejected or report.truncated or report.split
+        return report.summary() + (f"\nlisted in {self.rejected_path}" if is_listed else "")
+
     def file(self, sample: int) -> str:
         """Name of the file that a sample was made from."""
         return self.files[bisect_right(self.files, sample, key=lambda entry: entry[0]) - 1][1]
@@ -324,6 +335,16 @@ class StoreWriter:
         entry = {"file": file, "line": line, "reason": reason, "message": message}
         self._reject_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
+    @property
+    def rejected_path(self) -> Path:
+        """Where `keep_rejected` puts the list of rejected rows."""
+        return self._path.with_name(f"{self._path.name}.{REJECTED_FILE}")
+
+    def keep_rejected(self) -> None:
+        """Saves the list of rejected rows of a store that will not appear."""
+        self._reject_file.flush()
+        shutil.copyfile(self._folder / REJECTED_FILE, self.rejected_path)
+
     def commit(self, fingerprint: str, parts: Mapping[str, Any], report: DataReport) -> TokenStore:
         """Makes the store appear, complete; another that appeared meanwhile is used as it is.
 
@@ -369,6 +390,7 @@ class StoreWriter:
             if not (self._path / META_FILE).exists():
                 raise
         _sync(self._path.parent)
+        self.rejected_path.unlink(missing_ok=True)
         return open_store(self._path)
 
     def _flush(self, last: bool) -> None:

@@ -103,7 +103,7 @@ class TablePart:
                 self._kind, data_files=[self.name], split="train", streaming=True
             )
             for number, values in enumerate(rows, start=1):
-                yield Row(values, self.name, number)
+                yield Row(without_nulls(values), self.name, number)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(f"{self.name}: not a readable {self._kind} file: {error}") from error
         if number == 0:
@@ -167,9 +167,24 @@ class HubPart:
         start, stop = self._bounds or (0, None)
         number = start
         for number, values in enumerate(islice(self._dataset, start, stop), start=start + 1):
-            yield Row(values, self.name, number)
+            yield Row(without_nulls(values), self.name, number)
         if number == start:
             raise ValueError(f"{self.name}: the split has no rows")
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without what its objects do not have.
+
+    A column of a table has one type, so an object in it has the keys of all rows, null where its
+    own row had none: the arguments of every tool call, for example. Columns that are null stay.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def hub_eval_split(source: str, repo: str, config: str | None, rev: str | None) -> str:

@@ -205,7 +205,7 @@ def train(config: Config) -> int:
     metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.write("lengths", **length_histogram(inputs.store.lengths))
-    metrics.say(inputs.store.report.summary())
+    metrics.say(inputs.store.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
     packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
     metrics.write("packing", **packing.record())

@@ -81,10 +81,17 @@ def test_one_error_lists_the_bad_rows(
 
 
 def test_error_shows_the_first_five_bad_rows(
-    build: Callable[..., TokenStore], write_rows: WriteRows
+    build: Callable[..., TokenStore], write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"7 of 8 rows(.*\n)+.*:6: (.*\n)  and 2 more$"):
+    with pytest.raises(ValueError, match=r"7 of 8 rows(.*\n)+.*:6: (.*\n)  and 2 more") as caught:
         build(write_rows([GOOD, *[{"question": "q", "answer": ""}] * 7]))
+    listed = tmp_path / "store.rejected.jsonl"
+    assert str(caught.value).endswith(f", all listed in {listed}")
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [entry["line"] for entry in entries] == list(range(2, 9))
+    # It goes when the rows are good.
+    build(write_rows([GOOD] * 8))
+    assert not listed.exists()
 
 
 def test_bad_rows_can_be_skipped_counted_and_listed(
@@ -95,6 +102,7 @@ def test_bad_rows_can_be_skipped_counted_and_listed(
     assert store.num_samples == 2
     assert store.origin(1) == f"{path}:4"
     assert store.report.rejected == {"unreadable": 1, "not in the format": 1}
+    assert store.summary().endswith(f"\nlisted in {store.path}/rejected.jsonl")
     assert [(entry["line"], entry["reason"]) for entry in rejected(store)] == [
         (2, "unreadable"),
         (3, "not in the format"),
