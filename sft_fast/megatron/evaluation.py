@@ -26,6 +26,7 @@ from sft_fast.data.store import TokenStore
 from sft_fast.evaluate import exact_match
 from sft_fast.failure import current_watch
 from sft_fast.megatron.batches import open_batches
+from sft_fast.megatron.checkpoint import checkpoint_path
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
@@ -95,7 +96,13 @@ class Evaluator:
         best = self.standing
         if best.best is not None:
             name = self.config.evaluation.best_by
-            self.metrics.write("best", step=best.best_step, metric=name, value=best.best)
+            kept = None
+            if self.config.checkpoint.keep_best:
+                folder = Path(self.config.output_dir) / "checkpoints"
+                kept = str(checkpoint_path(folder, best.best_step))
+            self.metrics.write(
+                "best", step=best.best_step, metric=name, value=best.best, checkpoint=kept
+            )
             stopped = ", training stopped early" if self.should_stop() else ""
             self.metrics.say(f"best {name} {best.best:.4f} at step {best.best_step}{stopped}")
 

@@ -114,3 +114,49 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
         for part in (share.first, share.second):
             assert len(share.rows[part].unique()) == len(part)
         assert len(share.first) + len(share.second) == len(share.rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["flash_attn", "aiter", "torch_varlen", "sdpa"])
+def test_the_share_of_many_samples_on_a_gpu(name: str) -> None:
+    """Whether a library aligns queries with the last keys; bf16, output and gradients."""
+    from sft_fast.megatron.attention_backends import (
+        BACKENDS,
+        Scoring,
+        pack_samples,
+        run_with_gradients,
+    )
+    from sft_fast.megatron.context import ContextGroup, share_row
+
+    try:
+        attend = BACKENDS[name]()
+    except ImportError as error:
+        pytest.skip(str(error))
+    cp_size, lengths, device = 4, (8, 72, 16, 640), torch.device("cuda")
+    scoring = Scoring(64**-0.5)
+    edges = torch.tensor((0, *lengths), device=device).cumsum(0)
+    torch.manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(sum(lengths), heads, 64, device=device, dtype=torch.bfloat16)
+        for heads in (4, 2, 2, 4)
+    )
+    whole = next(
+        run_with_gradients(
+            attend, [query, key, value, grad], pack_samples(lengths, edges.int()), scoring
+        )
+    )
+    parts = [torch.arange(a, b).chunk(2 * cp_size) for a, b in
+             zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]  # fmt: skip
+    owned = [
+        torch.cat([torch.cat([part[rank], part[-1 - rank]]) for part in parts]).to(device)
+        for rank in range(cp_size)
+    ]
+    gathered = [tensor[torch.cat(owned)] for tensor in (key, value)]
+    for rank, own in enumerate(owned):
+        context: Any = ContextGroup(cp_size, rank, None)
+        share = share_row(lengths, len(own), context, device)
+        inputs = [query[own], *(tensor[share.rows] for tensor in gathered), grad[own]]
+        output, *gradients = run_with_gradients(attend, inputs, share.segments, scoring)
+        torch.testing.assert_close(output, whole[own], rtol=2e-2, atol=2e-2)
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
