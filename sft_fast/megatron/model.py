@@ -99,10 +99,11 @@ class LossOutputLayer(ColumnParallelLinear):
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             return logits, bias
         config, is_custom = self.loss_config, self.loss_config.custom is not None
+        weight = self.weight if weight is None else weight
         if wants_outputs:
             outputs = masked_linear_outputs(
                 input_,
-                self.weight if weight is None else weight,
+                weight,
                 labels,
                 active_rows=active_rows,
                 vocab_size=self.vocab_size,
@@ -115,7 +116,7 @@ class LossOutputLayer(ColumnParallelLinear):
             return torch.stack([outputs.logprob, outputs.entropy, outputs.correct.float()])
         losses = masked_linear_cross_entropy(
             input_,
-            self.weight if weight is None else weight,
+            weight,
             labels,
             active_rows=active_rows,
             token_weights=None if is_custom else token_weights,
@@ -124,7 +125,8 @@ class LossOutputLayer(ColumnParallelLinear):
             sequence_parallel=self.sequence_parallel,
             options=LossOptions(config.label_smoothing, config.z_loss, self.softcap),
             backend=config.backend,
-            accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
+            # DDP's fp32 buffer: no 16-bit gradient of the head is made and rounded.
+            accumulate_into_main_grad=hasattr(weight, "main_grad"),
             # forward_step's loss_func sums them; a custom loss is free to do anything.
             summed=not is_custom,
             policy=config.policy,

@@ -139,8 +139,9 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
         assert losses[0] > losses[1] > losses[2]
     world_size, *arguments = LAYOUTS[layout]
     for steps in rank_pool.run(world_size, losses_and_norms, llama, lora, *arguments):
-        for got, expected in zip(steps, EXPECTED[targets], strict=True):
-            assert got == pytest.approx(expected, rel=1e-5)
+        for step, (got, expected) in enumerate(zip(steps, EXPECTED[targets], strict=True)):
+            # Adam divides small gradients by their size, so the roundings of each step add up.
+            assert got == pytest.approx(expected, rel=1e-5 * (step + 1))
 
 
 def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Tensors:
