@@ -204,7 +204,14 @@ def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
 
 def _check_disk(config: Config, findings: Findings) -> Iterator[Problem]:
     from sft_fast.flops import num_parameters
+    from sft_fast.run_lock import check_output_dir
 
+    try:
+        check_output_dir(Path(config.output_dir))
+    except ValueError as error:
+        found = str(error).removeprefix("output_dir: ")
+        yield Problem(("output_dir",), found, "a directory that can be written")
+        return
     if findings.architecture is None:
         return
     weights = num_parameters(findings.architecture)

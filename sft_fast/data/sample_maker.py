@@ -21,6 +21,7 @@ from sft_fast.data.formats import ConversationReader, FileFormat
 from sft_fast.data.json_rows import Row
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
+from sft_fast.failure import die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,6 +272,8 @@ def _make_elsewhere(
 
 def _start(tokenizer: Any, options: MakerOptions) -> None:
     global _maker
+    # Its parent is the fork server, which ends with the run, however that ends.
+    die_with_parent()
     # One thread each: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _maker = SampleMaker(tokenizer, options)

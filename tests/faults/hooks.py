@@ -216,3 +216,10 @@ def leak(values: str) -> None:
             raise ValueError(f"{error} {print_all}") from None
 
     sft.read_inputs = read_inputs
+
+
+def no_memory(number: str) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    before(sft, "train_step", fail, int(number))

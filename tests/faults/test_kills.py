@@ -124,6 +124,16 @@ def test_all_ranks_follow_the_first_failure(
     assert whole_checkpoints(job.output) == [1, 2], "nobody tries to save"
 
 
+@pytest.mark.fault("F28")
+def test_out_of_memory_says_where_and_what_to_change(launcher: Launcher) -> None:
+    job = launcher.start("no-memory", hook="no_memory:2")
+    assert job.wait() == [1]
+    error = job.json("error.json")
+    assert error["phase"] == "train" and error["step"] == 1
+    for part in ("OutOfMemoryError", "20.00 MiB", "train.micro_batch_size", "model.recompute"):
+        assert part in error["cause"]
+
+
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize(
     ("hook", "suspects"),
