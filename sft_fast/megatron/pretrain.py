@@ -39,8 +39,9 @@ from sft_fast.megatron.parallel import Parallel, current_parallel
 from sft_fast.registry import load_plugins
 from sft_fast.run_plan import make_plan
 
-# What Megatron-LM must be told for our micro-batches and our loss.
-ARGS_DEFAULTS = {
+# What Megatron-LM must be told for our micro-batches and our loss; its `args_defaults` would not
+# replace a default that is not None.
+DEFAULTS = {
     "dataloader_type": "external",
     "calculate_per_token_loss": True,
     "tokenizer_type": "NullTokenizer",
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("sft_fast")
     group.add_argument("--sft-config", required=True, help="YAML with data, packing, model, loss")
     group.add_argument("--sft-override", action="append", default=[], metavar="a.b=c")
+    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -214,12 +216,11 @@ def start(training: Any, step: Callable[..., Any]) -> None:
             ModelType.encoder_or_decoder,
             step,
             extra_args_provider=add_arguments,
-            args_defaults=ARGS_DEFAULTS,
         )
         return
     arguments = importlib.import_module("megatron.training.arguments")
     utilities = importlib.import_module("megatron.training.argument_utils")
-    args = arguments.parse_and_validate_args(add_arguments, args_defaults=ARGS_DEFAULTS)
+    args = arguments.parse_and_validate_args(add_arguments)
     training.pretrain(
         utilities.pretrain_cfg_container_from_args(args),
         datasets,

@@ -32,7 +32,6 @@ MEGATRON_ARGS: dict[str, Any] = {
     "virtual_pipeline_model_parallel_size": None,
     "context_parallel_size": 1,
     "sequence_parallel": False,
-    "calculate_per_token_loss": True,
     "eval_iters": 3,
 }
 
@@ -56,10 +55,13 @@ def stand_in(style: str, results: dict[str, Any], changes: dict[str, Any]) -> di
     arguments: Any = ModuleType("megatron.training.arguments")
     utilities: Any = ModuleType("megatron.training.argument_utils")
 
-    def parse(extra_args_provider: Any, args_defaults: dict[str, Any]) -> argparse.Namespace:
-        parser = extra_args_provider(argparse.ArgumentParser())
-        args = parser.parse_args()
-        for name, value in (args_defaults | MEGATRON_ARGS | changes).items():
+    def parse(extra_args_provider: Any) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--calculate-per-token-loss", action="store_true")
+        parser.add_argument("--dataloader-type")
+        args = extra_args_provider(parser).parse_args()
+        assert args.dataloader_type == "external" and args.calculate_per_token_loss
+        for name, value in (MEGATRON_ARGS | changes).items():
             setattr(args, name, value)
         args.consumed_train_samples = results.get("consumed", 0)
         training.get_args = lambda: args
@@ -109,9 +111,8 @@ def stand_in(style: str, results: dict[str, Any], changes: dict[str, Any]) -> di
         model_type: Any,
         forward_step_func: Any,
         extra_args_provider: Any = None,
-        args_defaults: Any = None,
     ) -> None:
-        parse(extra_args_provider, args_defaults)
+        parse(extra_args_provider)
         run(train_valid_test_dataset_provider, model_provider, forward_step_func)
 
     def with_container(
