@@ -1,9 +1,10 @@
 """Memory of a rank and time of a run, from the configuration alone.
 
 Bytes are counted for what this trainer keeps; every formula below says what it counts. Symbols:
-t, p, d = tensor, pipeline and data parallel sizes; b = bytes of model.dtype; T = tokens of a
-micro-batch (packing.capacity * train.micro_batch_size); h, q, k, f = hidden size, width of the
-queries (heads * head_dim), of the keys, of the MLP; s = t with sequence parallelism, else 1.
+t, p, d = tensor, pipeline and data parallel sizes; b = bytes of model.dtype; h, q, k, f = hidden
+size, width of the queries (heads * head_dim), of the keys, of the MLP; s = t with sequence
+parallelism, else 1. The tokens of a micro-batch on a rank are packing.capacity *
+train.micro_batch_size / context-parallel size.
 """
 
 from __future__ import annotations
@@ -143,11 +144,11 @@ def estimate_memory(
         is_gpu: False: a CPU, which has no fused norms and no runtime to count.
     """
     a, parallel, train = architecture, config.parallel, config.train
-    model_ranks = model_parallel_size(config)
-    data_parallel = max(num_ranks // model_ranks, 1)
+    data_parallel = max(num_ranks // model_parallel_size(config), 1)
     size = BYTES[config.model.dtype]
     base, trained = stage_parameters(a, config)
-    shards = data_parallel if parallel.distributed_optimizer else 1
+    # Context-parallel ranks hold the same weights, so they share the state as well.
+    shards = data_parallel * parallel.context if parallel.distributed_optimizer else 1
     state = (8 if config.model.dtype == "fp32" else 12) * trained // shards
     tokens = config.packing.capacity * train.micro_batch_size / parallel.context
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
@@ -156,16 +157,13 @@ def estimate_memory(
     sequence = parallel.tensor if parallel.sequence else 1
     # The gradients of gate, up and their product, and of two residual streams.
     workspace = size * tokens * (3 * a.ffn_hidden_size / parallel.tensor + 2 * a.hidden_size)
-    kept = one_layer
-    if config.model.recompute == "full":
-        kept = size * a.hidden_size / sequence * tokens
+    layer_input = size * a.hidden_size / sequence * tokens
+    again = recomputed_layers(config, layers)
+    if again:
         workspace += one_layer
-    elif config.model.recompute_layers is not None:
-        stage_layers = max(layers // parallel.virtual_pipeline, 1)
-        share = min(config.model.recompute_layers / stage_layers, 1.0)
-        kept = share * size * a.hidden_size / sequence * tokens + (1 - share) * one_layer
-        workspace += one_layer
-    activations = layers * kept * in_flight(config, micro_batches)
+    kept = again * layer_input + (layers - again) * (one_layer - recomputed_part(a, config, tokens))
+    kept *= 1 - min(config.model.offload_layers, layers) / layers
+    activations = kept * in_flight(config, micro_batches)
     rows = tokens * supervised_share
     vocab = -(-a.vocab_size // parallel.tensor)
     held_rows = rows
@@ -182,6 +180,24 @@ def estimate_memory(
         workspace=round(workspace),
         runtime=RUNTIME_BYTES if is_gpu else 0,
     )
+
+
+def recomputed_layers(config: Config, layers: int) -> int:
+    """Layers of a stage that keep their input only."""
+    if config.model.recompute == "full":
+        return layers
+    if config.model.recompute == "block":
+        return min(config.model.recompute_layers or 0, layers)
+    return 0
+
+
+def recomputed_part(architecture: Architecture, config: Config, tokens: float) -> float:
+    """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts."""
+    model = config.model
+    if model.recompute != "selective" or "mlp" not in model.recompute_modules:
+        return 0.0
+    width = 3 * architecture.ffn_hidden_size / config.parallel.tensor
+    return BYTES[model.dtype] * tokens * width
 
 
 def bubble(config: Config, num_ranks: int) -> float:
@@ -202,13 +218,17 @@ def estimate_seconds(
 ) -> float:
     """Seconds of training on `work`.
 
-    FLOPs / (ranks * rate * mfu), times 4/3 with full recomputation (a second forward pass), times
-    1 + bubble. Evaluation, checkpoints and start-up are not counted.
+    FLOPs / (ranks * rate * mfu), times 1 + r / 3 where the share r of the layers is run forward
+    again, times 1 + bubble. Evaluation, checkpoints and start-up are not counted.
     """
     flops = training_flops(architecture, work, lora=config.lora.rank > 0)
     seconds = flops / (num_ranks * tflops * 1e12 * mfu)
-    again = 4 / 3 if config.model.recompute == "full" else 1.0
-    return seconds * again * (1 + bubble(config, num_ranks))
+    layers = architecture.num_layers // config.parallel.pipeline
+    again = recomputed_layers(config, layers) / layers
+    if recomputed_part(architecture, config, 1) > 0:
+        mlp = 3 * architecture.hidden_size * architecture.ffn_hidden_size
+        again += mlp / layer_matrix_parameters(architecture)
+    return seconds * (1 + again / 3) * (1 + bubble(config, num_ranks))
 
 
 @dataclass(frozen=True)
@@ -229,7 +249,13 @@ class Knob:
 def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, object]]]:
     """Yields sections to update; not all of them are allowed for every model."""
     parallel, train = config.parallel, config.train
-    yield {"model": {"recompute": "none" if config.model.recompute == "full" else "full"}}
+    if config.model.recompute == "none":
+        yield {"model": {"recompute": "full"}}
+        yield {"model": {"recompute": "selective", "recompute_modules": ["mlp"]}}
+    else:
+        yield {"model": {"recompute": "none"}}
+    if parallel.context == 1 and config.packing.capacity % 4 == 0:
+        yield {"parallel": {"context": 2}, "packing": {"alignment": 4}}
     if not parallel.distributed_optimizer and num_ranks > 1:
         yield {"parallel": {"distributed_optimizer": True}}
     for tensor in (2, 4, 8):

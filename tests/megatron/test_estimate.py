@@ -267,3 +267,28 @@ def test_plan_refuses_what_it_cannot_mean(
 
     assert main(["plan", "demo", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_recomputation_of_parts_lies_between_none_and_all() -> None:
+    def total(**model: Any) -> tuple[int, float]:
+        config = llama3_config(model=model)
+        seconds = estimate_seconds(LLAMA3_8B, config, Work(10**9, 0, 1), 1, 1000)
+        return estimate_memory(LLAMA3_8B, config, 1).activations, seconds
+
+    nothing, everything = total(), total(recompute="full")
+    block = total(recompute="block", recompute_layers=8)
+    part = total(recompute="selective", recompute_modules=["mlp"])
+    # 8 of 32 layers keep 2 h bytes a token instead of 147456.
+    assert block[0] == 8192 * (24 * 147456 + 8 * 2 * 4096)
+    assert part[0] == 8192 * 32 * (147456 - 2 * 3 * 14336)
+    for memory, seconds in (block, part):
+        assert everything[0] < memory < nothing[0]
+        assert nothing[1] < seconds < everything[1]
+
+
+def test_context_parallel_ranks_share_rows_and_optimizer_state() -> None:
+    parallel = {"context": 2}
+    config = llama3_config(parallel=parallel, packing={"capacity": 8192, "alignment": 4})
+    two, one = estimate_memory(LLAMA3_8B, config, 8), estimate_memory(LLAMA3_8B, llama3_config(), 8)
+    assert two.activations == one.activations / 2
+    assert two.optimizer == one.optimizer and two.weights == one.weights
