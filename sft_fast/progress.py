@@ -22,7 +22,7 @@ class ProgressLine:
         self._num_steps = num_steps
         self._console = console or Console(highlight=False)
         # Drawn by update(): a thread of its own would draw between two steps of no change.
-        self._live = Live(console=self._console, auto_refresh=False)
+        self._live = Live(console=self._console, auto_refresh=False, redirect_stderr=False)
         self._live.start()
         # An error must not leave the cursor hidden.
         atexit.register(self._live.stop)

@@ -1,0 +1,118 @@
+"""Makes the screens of the documentation: `python docs/screens.py [FOLDER]`.
+
+They are SVG pictures of what the commands print, drawn by rich; nothing is typed by hand.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from sft_fast.cli import main
+from sft_fast.commands import preview as preview_command
+from sft_fast.config import load_config
+from sft_fast.data.tokenizer import load_tokenizer
+from sft_fast.metrics import Window, line
+from sft_fast.packing import StepCounts
+from sft_fast.preview import make_preview
+from sft_fast.progress import ProgressLine
+
+WIDTH = 110
+WRONG = """\
+output_dir: outputs/my_run
+model:
+  path: models/nothing
+data:
+  train: chat.jsonl
+  formt: messages
+packing:
+  capacity: 4096
+train:
+  epochs: 2
+optim:
+  lr: 1e-5x
+"""
+ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+def save(console: Console, folder: Path, name: str, title: str) -> None:
+    svg = console.export_svg(title=title)
+    # Fonts from elsewhere would make a page that loads something.
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
+    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+
+def screen(**options: object) -> Console:
+    return Console(
+        record=True,
+        width=WIDTH,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        highlight=False,
+        **options,
+    )
+
+
+def printed(arguments: list[str]) -> str:
+    """What a command says, on either stream."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        main(arguments)
+    return text.getvalue().rstrip()
+
+
+def preview(folder: Path) -> None:
+    console = screen()
+    config = load_config(None, [])
+    found = make_preview(config, load_tokenizer("demo"), 2003)
+    chosen = [sample for sample in found.samples if sample.num_answers > 1][:2]
+    preview_command.show_samples(console, type(found)(tuple(chosen), (), None, 256, ""), 2)
+    save(console, folder, "preview", "sft_fast preview demo")
+
+
+def check(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
+        Path("my.yaml").write_text(WRONG)
+        Path("chats.jsonl").write_text(ROW)
+        text = printed(["check", "my.yaml"]).replace(os.path.realpath(work), "/home/me")
+    console = screen()
+    console.print(Text(text))
+    save(console, folder, "check", "sft_fast check my.yaml")
+
+
+def plan(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        text = printed(["plan", "demo", f"output_dir={work}", "--gpu", "MI300X", "--ranks", "2"])
+    kept = [part for part in text.splitlines() if not part.startswith("demo[")]
+    console = screen()
+    console.print(Text("\n".join(kept)))
+    save(console, folder, "plan", "sft_fast plan demo --gpu MI300X --ranks 2")
+
+
+def progress(folder: Path) -> None:
+    """Invented figures of one step; what is shown is the form."""
+    window = Window()
+    counts = StepCounts(320, 130_000, 60_000, 60_000.0, 131_072, 50_000_000)
+    window.add(counts, elapsed_s=3.1, data_wait_s=0.01, flops=2.4e16)
+    figures = window.speeds(peak_flops=8 * 1307.4e12)
+    figures |= {"loss": 1.2345, "lr": 9.1e-6, "grad_norm": 0.612, "was_skipped": False, "complaint": ""}
+    figures |= {"memory_gib": 96.2, "eta_s": 3725.0}
+    console = screen()
+    shown = ProgressLine(1200, console)
+    shown.update(420, line(figures))
+    shown.close()
+    save(console, folder, "progress", "sft_fast train my.yaml")
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "images")
+    target.mkdir(parents=True, exist_ok=True)
+    for make in (preview, check, plan, progress):
+        make(target)
