@@ -5,6 +5,7 @@ They are SVG pictures of what the commands print, drawn by rich; nothing is type
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -38,6 +39,17 @@ train:
 optim:
   lr: 1e-5x
 """
+LLAMA3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
@@ -88,26 +100,34 @@ def check(folder: Path) -> None:
 
 
 def plan(folder: Path) -> None:
+    """An 8B model that does not fit on the GPUs that were named."""
     with tempfile.TemporaryDirectory() as work:
-        text = printed(["plan", "demo", f"output_dir={work}", "--gpu", "MI300X", "--ranks", "2"])
-    kept = [part for part in text.splitlines() if not part.startswith("demo[")]
+        (Path(work) / "config.json").write_text(json.dumps(LLAMA3_8B))
+        options = [f"model.path={work}", "parallel.tensor=1", "parallel.sequence=false"]
+        arguments = ["plan", "llama3_8b", *options, "--gpu", "H100", "--ranks", "8", "--no-data"]
+        text = printed(arguments)
     console = screen()
-    console.print(Text("\n".join(kept)))
-    save(console, folder, "plan", "sft_fast plan demo --gpu MI300X --ranks 2")
+    console.print(Text(text))
+    save(console, folder, "plan", "sft_fast plan llama3_8b --gpu H100 --ranks 8 parallel.tensor=1")
 
 
 def progress(folder: Path) -> None:
     """Invented figures of one step; what is shown is the form."""
     window = Window()
     counts = StepCounts(320, 130_000, 60_000, 60_000.0, 131_072, 50_000_000)
-    window.add(counts, elapsed_s=3.1, data_wait_s=0.01, flops=2.4e16)
+    window.add(counts, elapsed_s=3.1, data_wait_s=0.01, flops=1.3e16)
     figures = window.speeds(peak_flops=8 * 1307.4e12)
-    figures |= {"loss": 1.2345, "lr": 9.1e-6, "grad_norm": 0.612, "was_skipped": False, "complaint": ""}
+    figures |= {
+        "loss": 1.2345,
+        "lr": 9.1e-6,
+        "grad_norm": 0.612,
+        "was_skipped": False,
+        "complaint": "",
+    }
     figures |= {"memory_gib": 96.2, "eta_s": 3725.0}
     console = screen()
     shown = ProgressLine(1200, console)
     shown.update(420, line(figures))
-    shown.close()
     save(console, folder, "progress", "sft_fast train my.yaml")
 
 

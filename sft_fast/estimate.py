@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from sft_fast.config import model_parallel_size
 from sft_fast.flops import (
     Work,
+    active_matrix_parameters,
     adapter_parameters,
     layer_matrix_parameters,
     layer_vector_parameters,
+    mlp_parameters,
     training_flops,
 )
 
@@ -74,25 +76,33 @@ class Memory:
 def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, int]:
     """Parameters of the fullest rank: (frozen or trained base weights, trained ones).
 
-    Matrices are split over t, layers over p; the first stage has the embedding and the last one
-    the head and the final norm; with tied weights each has the matrix. The vocabulary is padded to
-    a multiple of 128 t.
+    Matrices are split over t, experts over expert and expert_tensor, layers over p; the first stage
+    has the embedding and the last one the head and the final norm; with tied weights each has the
+    matrix. The vocabulary is padded to a multiple of 128 t.
     """
     a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
     multiple = VOCAB_MULTIPLE * tensor
     vocab = -(-a.vocab_size // multiple) * multiple // tensor
     layers = a.num_layers // pipeline
-    per_layer = layer_matrix_parameters(a) // tensor + layer_vector_parameters(a)
+    experts = a.num_experts * mlp_parameters(a)
+    per_layer = (layer_matrix_parameters(a) - experts) // tensor + layer_vector_parameters(a)
     embedding = vocab * a.hidden_size
     if pipeline == 1:
         ends = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size
     else:
         ends = embedding + a.hidden_size
-    base = layers * per_layer + ends
+    base = layers * per_layer + ends + stage_expert_parameters(a, config)
     if config.lora.rank == 0:
         return base, base
     adapters = adapter_parameters(a, config.lora.rank, config.lora.targets)
     return base, adapters // (pipeline * tensor)
+
+
+def stage_expert_parameters(architecture: Architecture, config: Config) -> int:
+    """Those of them that belong to experts."""
+    a, parallel = architecture, config.parallel
+    experts = a.num_experts * mlp_parameters(a) // (parallel.expert * parallel.expert_tensor)
+    return a.num_layers // parallel.pipeline * experts
 
 
 def layer_bytes_per_token(
@@ -104,15 +114,20 @@ def layer_bytes_per_token(
     the padding. k: rotated keys, values. f: gate and up (2 f) and their product. Without fused
     norms and SwiGLU (a CPU) also 2 f / t, SiLU's output and a copy of its input, and 2 h / s, the
     norms' unscaled outputs; with 16-bit parameters these are there in fp32 as well, 6 h / s.
+    With n experts a token: n (3 f + h) / t in place of 3 f / t, evenly spread.
     """
     a, tensor = architecture, config.parallel.tensor
     sequence = tensor if config.parallel.sequence else 1
+    # A token is copied to each of its experts.
+    copies = max(a.experts_per_token, 1)
+    dispatched = copies * a.hidden_size if a.num_experts else 0
     query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     norms, silu = 0, 0
     if not is_fused:
         norms, silu = (2 if config.model.dtype == "fp32" else 6), 2
     hidden = (4 + norms) * a.hidden_size / sequence
-    split = (3 * query + 2 * key + (3 + silu) * a.ffn_hidden_size) / tensor
+    mlp = (3 + silu) * copies * a.ffn_hidden_size + dispatched
+    split = (3 * query + 2 * key + mlp) / tensor
     return BYTES[config.model.dtype] * (hidden + split)
 
 
@@ -147,9 +162,15 @@ def estimate_memory(
     data_parallel = max(num_ranks // model_parallel_size(config), 1)
     size = BYTES[config.model.dtype]
     base, trained = stage_parameters(a, config)
-    # Context-parallel ranks hold the same weights, so they share the state as well.
-    shards = data_parallel * parallel.context if parallel.distributed_optimizer else 1
-    state = (8 if config.model.dtype == "fp32" else 12) * trained // shards
+    state = (8 if config.model.dtype == "fp32" else 12) * trained
+    if parallel.distributed_optimizer:
+        # Context-parallel ranks hold the same weights, so they share the state as well. Experts
+        # are held by fewer ranks than the rest is, or by more.
+        experts = stage_expert_parameters(a, config) if config.lora.rank == 0 else 0
+        expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+        part = experts / trained / max(num_ranks // expert_ranks, 1)
+        part += (1 - experts / trained) / (data_parallel * parallel.context)
+        state = round(state * part)
     tokens = config.packing.capacity * train.micro_batch_size / parallel.context
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
     layers = a.num_layers // parallel.pipeline
@@ -226,8 +247,7 @@ def estimate_seconds(
     layers = architecture.num_layers // config.parallel.pipeline
     again = recomputed_layers(config, layers) / layers
     if recomputed_part(architecture, config, 1) > 0:
-        mlp = 3 * architecture.hidden_size * architecture.ffn_hidden_size
-        again += mlp / layer_matrix_parameters(architecture)
+        again += mlp_parameters(architecture) / active_matrix_parameters(architecture)
     return seconds * (1 + again / 3) * (1 + bubble(config, num_ranks))
 
 

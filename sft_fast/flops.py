@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a dense decoder, counted the way the trainer computes.
+"""Parameters and FLOPs of a decoder, counted the way the trainer computes.
 
 A matrix product of [m, k] and [k, n] is 2 m k n FLOPs. Norms, activations, softmax and the
 embedding look-up are left out, as is usual (Chowdhery et al. 2022, PaLM, appendix B,
@@ -30,18 +30,37 @@ class Work:
     supervised: int
 
 
-def layer_matrix_parameters(architecture: Architecture) -> int:
-    """Weights of the matrices of one layer."""
+def attention_parameters(architecture: Architecture) -> int:
+    """Weights of the four attention matrices of a layer."""
     a = architecture
-    attention = a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_key_value_heads)
-    return attention + 3 * a.hidden_size * a.ffn_hidden_size
+    return a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_key_value_heads)
+
+
+def mlp_parameters(architecture: Architecture) -> int:
+    """Weights of one gated MLP, or of one expert."""
+    return 3 * architecture.hidden_size * architecture.ffn_hidden_size
+
+
+def layer_matrix_parameters(architecture: Architecture) -> int:
+    """Weights of the matrices of one layer, all experts and their router included."""
+    a = architecture
+    router = a.num_experts * a.hidden_size
+    return attention_parameters(a) + router + max(a.num_experts, 1) * mlp_parameters(a)
+
+
+def active_matrix_parameters(architecture: Architecture) -> int:
+    """Those that one token meets."""
+    a = architecture
+    idle = a.num_experts - a.experts_per_token
+    return layer_matrix_parameters(a) - idle * mlp_parameters(a)
 
 
 def layer_vector_parameters(architecture: Architecture) -> int:
     """Norm weights and biases of one layer."""
     a = architecture
     biases = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim if a.qkv_bias else 0
-    return 2 * a.hidden_size + biases + (2 * a.head_dim if a.qk_norm else 0)
+    norms = (4 if a.is_gemma else 2) * a.hidden_size
+    return norms + biases + (2 * a.head_dim if a.qk_norm else 0)
 
 
 def num_parameters(architecture: Architecture) -> int:
@@ -72,7 +91,7 @@ def adapter_parameters(architecture: Architecture, rank: int, targets: list[str]
 def forward_flops(architecture: Architecture, work: Work) -> float:
     """FLOPs of one forward pass."""
     a = architecture
-    layers = 2 * layer_matrix_parameters(a) * work.tokens
+    layers = 2 * active_matrix_parameters(a) * work.tokens
     # Scores and values, each 2 * s^2 * width; the causal mask halves them.
     attention = 2 * a.num_attention_heads * a.head_dim * work.squares
     head = 2 * a.hidden_size * a.vocab_size * work.supervised

@@ -5,6 +5,7 @@ import pytest
 from sft_fast.architecture import Architecture
 from sft_fast.flops import (
     Work,
+    active_matrix_parameters,
     adapter_parameters,
     forward_flops,
     num_parameters,
@@ -56,6 +57,23 @@ PUBLISHED = [
         # Qwen3 8B
         Architecture(*(151936, 4096, 36, 32, 8, 12288, 128, 40960), qk_norm=True),
         8_190_735_360,
+    ),
+    (
+        # Mixtral 8x7B
+        Architecture(*(32000, 4096, 32, 32, 8, 14336, 128, 32768), num_experts=8),
+        46_702_792_704,
+    ),
+    (
+        # Qwen3 30B-A3B
+        Architecture(*(151936, 2048, 48, 32, 4, 768, 128, 40960), num_experts=128, qk_norm=True),
+        30_532_122_624,
+    ),
+    (
+        # Gemma 2 2B
+        Architecture(
+            *(256000, 2304, 26, 8, 4, 9216, 256, 8192), tie_word_embeddings=True, is_gemma=True
+        ),
+        2_614_341_888,
     ),
     (
         # SmolLM2 135M
@@ -138,3 +156,15 @@ def test_gpus_are_found_by_the_names_of_their_drivers(device: str, name: str | N
     found = find_gpu(device)
     assert (found and found.name) == name
     assert found is None or GPUS[found.name] is found
+
+
+def test_a_token_meets_its_own_experts_only() -> None:
+    """Mixtral 8x7B: 12.9 billion of 46.7 are active (its paper, arXiv 2401.04088, section 2)."""
+    mixtral = replace(PUBLISHED[-4][0], experts_per_token=2)
+    assert mixtral.num_experts == 8
+    embeddings = 2 * mixtral.vocab_size * mixtral.hidden_size
+    active = mixtral.num_layers * active_matrix_parameters(mixtral) + embeddings
+    assert active == pytest.approx(12.9e9, rel=0.005)
+    work = Work(tokens=100, squares=0, supervised=0)
+    expected = 2 * 100 * mixtral.num_layers * active_matrix_parameters(mixtral)
+    assert forward_flops(mixtral, work) == expected

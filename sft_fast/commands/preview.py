@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sft_fast.preview import Preview, Shown
 
 STYLES = {
-    "trained": "black on bright_green",
-    "trained special": "bold magenta on bright_green",
+    "trained": "white on #1a6b35",
+    "trained special": "bold bright_yellow on #1a6b35",
     "masked": "bright_black",
     "masked special": "magenta",
 }

@@ -292,3 +292,16 @@ def test_context_parallel_ranks_share_rows_and_optimizer_state() -> None:
     two, one = estimate_memory(LLAMA3_8B, config, 8), estimate_memory(LLAMA3_8B, llama3_config(), 8)
     assert two.activations == one.activations / 2
     assert two.optimizer == one.optimizer and two.weights == one.weights
+
+
+def test_experts_are_spread_over_their_own_ranks() -> None:
+    mixtral = Architecture(
+        *(32000, 4096, 32, 32, 8, 14336, 128, 32768), num_experts=8, experts_per_token=2
+    )
+    one = estimate_memory(mixtral, llama3_config(), 8)
+    eight = estimate_memory(mixtral, llama3_config(parallel={"expert": 8}), 8)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert one.weights - eight.weights == 2 * experts * 7 // 8
+    # The state of all 8 ranks together is the same: 12 bytes a parameter.
+    assert eight.optimizer == pytest.approx(one.optimizer, rel=1e-3)
+    assert one.optimizer == pytest.approx(12 * num_parameters(mixtral) / 8, rel=1e-3)
