@@ -1,12 +1,20 @@
 """What the documents say exists and works; .ci/run runs the README's two commands."""
 
+import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "examples/README.md"]
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 PATH = re.compile(r"`((?:tests|sft_fast|csrc|kernels|examples|benchmarks)/[\w./-]*)`")
 
@@ -42,3 +50,159 @@ def test_the_readme_stage_registers() -> None:
     names: dict[str, object] = {}
     exec(block, names)
     assert get_trainer("megatron", "my_stage") is names["train"]
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+ROW = '{{"question": "repeat {number}", "answer": "{number}"}}\n'
+# Programs that the tests cannot run; all of ours are in bash blocks, and those are run.
+FOREIGN = ("git", "python3", "docker", "pip", "--security-opt")
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture
+def workspace(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder in which the commands of a page mean something."""
+    from sft_fast.architecture import architecture_from_shape, architecture_to_hf
+    from sft_fast.config import load_config
+    from sft_fast.data.demo import demo_tokenizer
+
+    model = tmp_path / "tiny_model"
+    tokenizer = demo_tokenizer()
+    tokenizer.save_pretrained(model)
+    shape = load_config(None, ["model.shape.max_position_embeddings=8192"]).model.shape
+    assert shape is not None
+    hf_config = architecture_to_hf(architecture_from_shape(shape, len(tokenizer)))
+    (model / "config.json").write_text(json.dumps(hf_config))
+    monkeypatch.setattr("sft_fast.hub.local_folder", lambda path, revision, key: model)
+    (tmp_path / "chats.jsonl").write_text("".join(ROW.format(number=n) for n in range(200)))
+    (tmp_path / "outputs").mkdir()
+    for name in ("demo", "my_run", "qwen2.5-0.5b-instruct"):
+        shutil.copytree(finished_run, tmp_path / "outputs" / name)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(
+    page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training is started up to the call of torchrun; everything else runs to its end."""
+    from sft_fast.cli import main
+
+    commands = [line for block in fenced(page, "bash") for line in block.splitlines()]
+    if not any(" init " in command for command in commands):
+        assert main(["init", HUB_MODEL, "chats.jsonl", "-o", "my.yaml"]) == 0
+    for command in commands:
+        program, *arguments = shlex.split(command.partition(" > ")[0])
+        assert program == "sft_fast", command
+        if arguments[0] == "train":
+            arguments.append("--dry-run")
+        if arguments[0] == "chat":
+            arguments += ["--max-new-tokens", "2", "--device", "cpu"]
+        assert main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_that_are_not_run_hold_other_programs_only(page: Path) -> None:
+    for block in fenced(page, "sh"):
+        for line in block.splitlines():
+            assert line.split()[0] in FOREIGN, line
+    shown = set(re.findall(r"```(\w*)\n", page.read_text(encoding="utf-8"))) - {""}
+    assert shown <= {"bash", "sh", "yaml", "python"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_configurations_of_a_page_load(page: Path, tmp_path: Path) -> None:
+    from sft_fast.config import load_config
+
+    for block in fenced(page, "yaml"):
+        (tmp_path / "x.yaml").write_text(block)
+        load_config(tmp_path / "x.yaml", ["model.path=org/model", "train.epochs=1"])
+
+
+def test_the_extensions_of_the_documentation_work() -> None:
+    from sft_fast.data.format_registry import get_format
+    from sft_fast.loss_registry import get_loss
+    from sft_fast.metric_registry import get_metric
+    from sft_fast.registry import get_trainer
+
+    names: dict[str, Any] = {}
+    for block in fenced(ROOT / "docs" / "extending.md", "python"):
+        exec(block, names)
+    chat = get_format("ticket").read({"request": "a", "answer": "b"}, {})
+    assert [message.content for message in chat.messages] == ["a", "b"]
+    assert get_loss("confident") is names["confident"]
+    assert get_metric("whole_answer").function is names["whole_answer"]
+    assert get_trainer("megatron", "score")(None) == 0
+
+
+def test_keys_that_the_documentation_names_exist() -> None:
+    from sft_fast.config import Config
+    from sft_fast.config_source import dotted_keys
+
+    known = set(dotted_keys(Config))
+    sections = "|".join(name for name in known if "." not in name)
+    named = re.compile(rf"`((?:{sections})(?:\.(?!jsonl)\w+)+)")
+    unknown = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if page.stem == "moving":
+            # In the tables the first column is the other trainer's.
+            text = "\n".join(
+                line.split("|")[2] for line in text.splitlines() if line.count("|") == 3
+            )
+            assert text.count("`") > 100
+        unknown |= {key for key in named.findall(text) if key not in known}
+    assert not unknown
+
+
+def test_the_table_of_layouts_is_what_plan_says() -> None:
+    from sft_fast.architecture import Architecture
+    from sft_fast.config import Config
+    from sft_fast.config_source import Tree, apply_overrides
+    from sft_fast.estimate import estimate_memory
+
+    models = {
+        "8B": Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192),
+        "70B": Architecture(128256, 8192, 80, 64, 8, 28672, 128, 8192),
+    }
+    text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (8B|70B) \| (\d+) \| `+([^`]*)`+ \| (\d+) \|$", text, re.M)
+    assert len(rows) == 9
+    for model, ranks, overrides, gigabytes in rows:
+        values = {
+            "model": {"path": "org/model"},
+            "data": {"train": "x.jsonl"},
+            "packing": {"capacity": 8192},
+            "train": {"epochs": 1, "global_batch_size": 64},
+        }
+        tree = Tree("docs", values)
+        apply_overrides(tree, overrides.split())
+        memory = estimate_memory(models[model], Config.model_validate(tree.data), int(ranks), 0.5)
+        assert round(memory.total / 1e9) == int(gigabytes), (model, ranks, overrides)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.rglob("index.html"))) >= len(PAGES)
+
+
+@pytest.mark.slow
+def test_the_screens_are_made_by_their_script(tmp_path: Path) -> None:
+    script = str(ROOT / "docs" / "screens.py")
+    subprocess.run([sys.executable, script, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    made, kept = ({p.name for p in f.glob("*.svg")} for f in (tmp_path, ROOT / "docs" / "images"))
+    assert made == kept
+    for path in tmp_path.glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        assert "url(http" not in text and "my_run" not in text

@@ -1,11 +1,9 @@
 """One short run, and every command that reads what it left."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,45 +13,22 @@ import pytest
 from sft_fast.cli import main
 from sft_fast.run_files import read_run
 
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    *("train.steps=4", "train.global_batch_size=4", "train.micro_batch_size=4"),
-    *("optim.warmup_steps=1", "evaluation.every_steps=2", "evaluation.max_samples=50"),
-    *("evaluation.exact_match_samples=0", "metrics.log_every_steps=1", "checkpoint.every_steps=2"),
-]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`sft_fast train` of the demo, four steps."""
-    folder = tmp_path_factory.mktemp("runs") / "short"
-    command = [sys.executable, "-m", "sft_fast", "train", "demo", f"output_dir={folder}", *SMALL]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "step 4/4  loss" in result.stdout and "pictures: " in result.stdout
-    return folder
-
 
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
+def run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of the run, to be spoilt."""
-    return Path(shutil.copytree(finished, tmp_path / "short"))
+    return Path(shutil.copytree(finished_run, tmp_path / "short"))
 
 
-def test_status_says_where_a_run_stands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(finished)]) == 0
+def test_status_says_where_a_run_stands(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", str(finished_run)]) == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert told["state"] == "finished" and told["step"] == "4 of 4"
     assert told["checkpoints"] == "step_00000002, step_00000004"
     assert re.fullmatch(r"[\d.]+ at 0, [\d.]+ at 2, [\d.]+ at 4", told["eval"])
-    assert told["export"] == str(finished / "export")
+    assert told["export"] == str(finished_run / "export")
 
 
 def test_a_silent_run_is_lost_and_a_failed_one_says_why(
@@ -107,12 +82,12 @@ def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_chat_answers_and_remembers(
-    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["--max-new-tokens", "4", "--device", "cpu"]
-    assert main(["chat", str(finished), "--ask", "upper bad", *asked]) == 0
+    assert main(["chat", str(finished_run), "--ask", "upper bad", *asked]) == 0
     first = capsys.readouterr().out
-    assert main(["chat", str(finished / "export"), "--ask", "upper bad", *asked]) == 0
+    assert main(["chat", str(finished_run / "export"), "--ask", "upper bad", *asked]) == 0
     assert capsys.readouterr().out == first
 
     lines = iter(["upper bad", "", "/new", "upper bad"])
@@ -124,14 +99,14 @@ def test_chat_answers_and_remembers(
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", typed)
-    assert main(["chat", str(finished), *asked]) == 0
+    assert main(["chat", str(finished_run), *asked]) == 0
     assert capsys.readouterr().out.count(first.strip()) >= 2
 
 
-def test_chat_keeps_the_turns_it_was_told(finished: Path) -> None:
+def test_chat_keeps_the_turns_it_was_told(finished_run: Path) -> None:
     from sft_fast.chat import Chat
 
-    chat = Chat(finished / "export", device="cpu", system="s", max_new_tokens=3)
+    chat = Chat(finished_run / "export", device="cpu", system="s", max_new_tokens=3)
     answer = chat.answer("a")
     chat.answer("b")
     roles = [turn["role"] for turn in chat._turns]
@@ -140,7 +115,7 @@ def test_chat_keeps_the_turns_it_was_told(finished: Path) -> None:
     chat.forget()
     assert [turn["role"] for turn in chat._turns] == ["system"]
     with pytest.raises(ValueError, match="temperature"):
-        Chat(finished / "export", temperature=-1.0)
+        Chat(finished_run / "export", temperature=-1.0)
 
 
 def test_plot_draws_the_run_and_its_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +153,8 @@ def test_the_smoothed_loss_starts_at_the_first_value_and_forgets() -> None:
     assert 1.0 < values[103] < 5.0
 
 
-def test_the_export_is_a_directory_that_transformers_and_vllm_read(finished: Path) -> None:
-    folder = finished / "export"
+def test_the_export_is_a_directory_that_transformers_and_vllm_read(finished_run: Path) -> None:
+    folder = finished_run / "export"
     names = {path.name for path in folder.iterdir()}
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert expected <= names and "README.md" in names and "curves.png" in names
@@ -194,13 +169,13 @@ def test_the_export_is_a_directory_that_transformers_and_vllm_read(finished: Pat
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_the_model_card_tells_how_the_model_was_made(finished: Path) -> None:
+def test_the_model_card_tells_how_the_model_was_made(finished_run: Path) -> None:
     import yaml
 
-    card = (finished / "export" / "README.md").read_text(encoding="utf-8")
+    card = (finished_run / "export" / "README.md").read_text(encoding="utf-8")
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["library_name"] == "transformers"
-    (store,) = (p for p in (finished / "data").iterdir() if fingerprint_of(p) in body)
+    (store,) = (p for p in (finished_run / "data").iterdir() if fingerprint_of(p) in body)
     assert store.is_dir()
     for words in ("optimizer steps | 4", "evaluation loss", "megatron-core", "curves.png"):
         assert words in body
@@ -244,7 +219,7 @@ def load(path: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_shows_the_report(finished: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_the_report(finished_run: Path, tmp_path: Path) -> None:
     import numpy as np
     from matplotlib.image import imread
 
@@ -253,7 +228,7 @@ def test_a_browser_shows_the_report(finished: Path, tmp_path: Path) -> None:
     command += [
         "--window-size=1200,2600",
         f"--screenshot={picture}",
-        f"file://{finished}/report.html",
+        f"file://{finished_run}/report.html",
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert picture.is_file(), result.stderr
