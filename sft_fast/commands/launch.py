@@ -39,6 +39,11 @@ def add(commands: Commands) -> None:
     )
     for flag, meaning in TORCHRUN_FLAGS.items():
         train.add_argument(flag, metavar="X", help=meaning)
+    train.add_argument(
+        "--allow-change",
+        metavar="FIELD,...",
+        help="go on although these differ from the checkpoint",
+    )
     train.add_argument("--dry-run", action="store_true", help="print the torchrun command")
     train.set_defaults(run=run)
 
@@ -59,6 +64,8 @@ def run(parsed: argparse.Namespace) -> None:
     command += [part for flag, value in given.items() if value for part in (flag, value)]
     command += [str(ENGINE), "--config", str(path)]
     command += ["--debug"] if parsed.debug else []
+    if parsed.allow_change:
+        command += ["--allow-change", parsed.allow_change]
     command += parsed.overrides
     if parsed.dry_run:
         print(shlex.join(command))

@@ -65,6 +65,7 @@ def test_train_starts_torchrun_with_what_the_layout_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["demo", "parallel.tensor=2", "--dry-run", "optim.lr=1e-3"]
+    arguments += ["--allow-change", "data,seed"]
     assert main(["train", *arguments]) == 0
     command = shlex.split(capsys.readouterr().out)
     engine = command.index(str(ROOT / "sft_fast/train.py"))
@@ -75,7 +76,8 @@ def test_train_starts_torchrun_with_what_the_layout_needs(
         "2",
         "--standalone",
     ]
-    assert command[engine + 3 :] == ["parallel.tensor=2", "optim.lr=1e-3"]
+    assert command[engine + 3 : engine + 5] == ["--allow-change", "data,seed"]
+    assert command[engine + 5 :] == ["parallel.tensor=2", "optim.lr=1e-3"]
 
 
 def test_train_passes_the_flags_of_several_machines_through(
