@@ -1,0 +1,135 @@
+"""Runs of a model with experts: checkpoints move between layouts, and the export is the model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rank_pool import RankPool
+
+CONFIG = """\
+output_dir: {output}
+model: {{path: {model}, dtype: fp32}}
+data: {{train: {train}}}
+packing: {{capacity: 64}}
+train: {{steps: 4, global_batch_size: 4}}
+optim: {{lr: 1.0e-3, eps: 1.0e-3, decay: constant}}
+checkpoint: {{every_steps: 2, keep_last: 9}}
+"""
+EXPERTS = ["parallel.expert=2"]
+SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
+
+
+def call_main(arguments: list[str]) -> tuple[int, str]:
+    """Runs the trainer inside a pool rank; returns (exit code, stderr)."""
+    import contextlib
+    import io
+
+    from sft_fast.train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return code, err.getvalue()
+
+
+def train(pool: RankPool, world_size: int, config: Path, *overrides: str) -> None:
+    arguments = ["--config", str(config), *overrides]
+    for code, err in pool.run(world_size, call_main, arguments):
+        assert code == 0, err
+
+
+def step_losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from sft_fast.data.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("experts")
+    with (folder / "train.jsonl").open("w") as file:
+        for number in range(60):
+            user = {"role": "user", "content": f"next of {number}"}
+            assistant = {"role": "assistant", "content": str(number + 1)}
+            file.write(json.dumps({"messages": [user, assistant]}) + "\n")
+    tokenizer = load_tokenizer("demo", None)
+    shape = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        initializer_range=0.3,
+    )
+    Qwen3MoeForCausalLM(shape).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    paths = {"train": folder / "train.jsonl", "model": folder / "model", "output": folder / "run"}
+    (folder / "config.yaml").write_text(CONFIG.format(**paths))
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(rank_pool: RankPool, config: Path) -> Path:
+    """Trained over two expert-parallel ranks."""
+    train(rank_pool, 2, config, *EXPERTS)
+    return config.parent / "run"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(1, []), (2, EXPERTS), (2, SEQUENCE), (2, ["parallel.pipeline=2"])]
+)
+def test_a_run_continues_at_any_layout(
+    rank_pool: RankPool, config: Path, run: Path, tmp_path: Path, world_size: int, layout: list[str]
+) -> None:
+    name = "checkpoints/step_00000002"
+    shutil.copytree(run / name, tmp_path / name)
+    train(rank_pool, world_size, config, f"output_dir={tmp_path}", *layout)
+    losses = step_losses(run)[2:]
+    if layout == EXPERTS:
+        assert step_losses(tmp_path) == losses
+    else:
+        assert step_losses(tmp_path) == pytest.approx(losses, rel=1e-5)
+
+
+def test_the_export_is_the_trained_model(rank_pool: RankPool, config: Path, run: Path) -> None:
+    """Exported by two ranks, and once more by one from the checkpoint."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    exported: dict = {}
+    for path in (run / "export").glob("*.safetensors"):
+        exported.update(load_file(path))
+    model, info = AutoModelForCausalLM.from_pretrained(run / "export", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    again = run.parent / "again"
+    overrides = [f"checkpoint.resume={run / 'checkpoints/step_00000004'}", f"output_dir={again}"]
+    train(rank_pool, 1, config, *overrides)
+    lone = load_file(again / "export/model.safetensors")
+    assert lone.keys() == exported.keys()
+    before = load_file(config.parent / "model/model.safetensors")
+    for name, tensor in lone.items():
+        assert tensor.equal(exported[name]), name
+        assert not tensor.equal(before[name]), name
+
+
+def test_adapters_go_beside_attention_only(
+    rank_pool: RankPool, config: Path, run: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", str(config), f"output_dir={tmp_path}", "lora.rank=2", "train.steps=2"]
+    ((code, err),) = rank_pool.run(1, call_main, arguments)
+    assert code != 0 and "'gate_proj' would be in the experts" in err
+    arguments += ["lora.targets=[q_proj,k_proj,v_proj,o_proj]", *EXPERTS]
+    for code, err in rank_pool.run(2, call_main, arguments):
+        assert code == 0, err
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    first, second = step_losses(tmp_path)
+    assert first == pytest.approx(step_losses(run)[0], rel=1e-5) and second != first
