@@ -121,6 +121,8 @@ class ModelConfig(Section):
     """Type of parameters and activations; the optimizer keeps fp32 copies."""
     shape: ShapeConfig | None = None
     """Architecture when `path` is null."""
+    new_embeddings: Literal["error", "mean"] = "error"
+    """Rows of tokens that the model's vocabulary does not have yet: mean = the mean of its rows."""
     attention: Literal["auto", "flash_attn", "aiter", "torch_varlen", "sdpa"] = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
     recompute: Literal["none", "selective", "block", "full"] = "none"
@@ -144,6 +146,9 @@ class TokenizerConfig(Section):
     chat_template: PathText | None = None
     """Jinja file, or alpaca, chatml, gemma, llama2, llama3, zephyr, that replaces the tokenizer's
     own chat template."""
+
+    add_tokens: list[Text] = []
+    """Special tokens to add to the tokenizer, see also model.new_embeddings."""
 
 
 class DataSource(Section):

@@ -54,12 +54,12 @@ def config_tokenizer(config: Config) -> Any:
     from sft_fast.data.tokenizer import load_tokenizer
     from sft_fast.hub import local_folder
 
-    path = config.tokenizer.path
+    path, tokens = config.tokenizer.path, config.tokenizer.add_tokens
     if path == "demo":
-        return load_tokenizer("demo", config.tokenizer.chat_template)
+        return load_tokenizer("demo", config.tokenizer.chat_template, add_tokens=tokens)
     if path is None:
         assert config.model.path is not None, "the configuration demands one of the two"
         folder = local_folder(config.model.path, config.model.revision, "model.path")
     else:
         folder = local_folder(path, None, "tokenizer.path")
-    return load_tokenizer(str(folder), config.tokenizer.chat_template)
+    return load_tokenizer(str(folder), config.tokenizer.chat_template, add_tokens=tokens)

@@ -109,6 +109,14 @@ TEMPLATES = {
 """Name -> template; a name can be given where the path of a template file can."""
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+# Of the families that have them as one token each; zephyr's <|user|> is plain text.
+_CONTROL_TOKENS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<start_of_turn>",
+    *_TURN_ENDS,
+)
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 """What a template that asks for today's date gets: the same data must not change overnight. It is
@@ -150,6 +158,26 @@ def fitted_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if puts_bos and "bos_token" not in template:
         return "{{- bos_token }}" + template
     return template if bos is not None else template.replace("bos_token", "''")
+
+
+def check_control_tokens(choice: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes sure that the tokenizer has the special tokens of a template that was asked for.
+
+    Raises:
+        ValueError: it would take one of them apart, like any text.
+    """
+    template = TEMPLATES.get(choice, tokenizer.chat_template)
+    vocabulary = tokenizer.get_vocab()
+    used = [token for token in _CONTROL_TOKENS if token in template]
+    missing = [token for token in used if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"tokenizer.chat_template: {choice} has special tokens that are not in the tokenizer: "
+            f"{', '.join(missing)}; choose the template that the model was trained with, or one "
+            "without special tokens (alpaca, llama2, zephyr), or add them: tokenizer.add_tokens="
+            f"[{', '.join(repr(token) for token in missing)}], and model.new_embeddings=mean if "
+            "the model has no rows for them"
+        )
 
 
 def freeze_clock(template: str) -> str:

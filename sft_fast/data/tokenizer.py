@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from sft_fast.data.templates import chat_template as find_template
-from sft_fast.data.templates import fitted_template
+from sft_fast.data.templates import check_control_tokens, fitted_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(
-    path: str, chat_template: str | None = None, revision: str | None = None
+    path: str,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """Loads a fast tokenizer whose `chat_template` is the one to train with, and to export.
 
@@ -27,10 +31,11 @@ def load_tokenizer(
         chat_template: path of a Jinja file, or name of one of our templates, that replaces the
             tokenizer's.
         revision: hub revision.
+        add_tokens: special tokens to add, where the tokenizer does not have them.
 
     Raises:
         ValueError: it cannot be loaded, or it is not a fast tokenizer (character offsets are
-            needed), or the template file is missing.
+            needed), or the template file is missing or has special tokens it does not know.
     """
     tokenizer = _load(path, revision)
     if not tokenizer.is_fast:
@@ -38,8 +43,10 @@ def load_tokenizer(
             f"tokenizer.path: {path} gives a slow tokenizer ({type(tokenizer).__name__}); "
             "expected one with a tokenizer.json"
         )
+    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
     if chat_template is not None:
         tokenizer.chat_template = find_template(chat_template, tokenizer)
+        check_control_tokens(chat_template, tokenizer)
     elif not tokenizer.chat_template:
         tokenizer.chat_template = fitted_template("chatml", tokenizer)
         logger.warning("the tokenizer %s has no chat template: using the embedded ChatML", path)

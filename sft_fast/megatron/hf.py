@@ -28,6 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
 ALL = slice(None)
+ROWS_AT_A_TIME = 4096
 
 
 class WeightSource(Protocol):
@@ -165,6 +166,40 @@ class RandomSource:
         return torch.randn(shape, generator=generator).mul_(std)[rows, columns]
 
 
+class GrownSource:
+    """A checkpoint with more tokens than it was trained with: the rows of the new ones, in the
+    embedding and the LM head, are the mean of the old rows, so that they are as likely as any.
+
+    Source: Hewitt 2021, "Initializing new word embeddings for pretrained language models".
+    """
+
+    def __init__(self, source: WeightSource, num_known: int, num_tokens: int):
+        self.source, self.num_known, self.num_tokens = source, num_known, num_tokens
+        self.means: dict[str, Tensor] = {}
+
+    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
+            return self.source.read(name, rows, columns)
+        start, stop, _ = rows.indices(self.num_tokens)
+        known = slice(min(start, self.num_known), min(stop, self.num_known))
+        weight = self.source.read(name, known, columns)
+        num_new = stop - start - len(weight)
+        if num_new == 0:
+            return weight
+        new = self.mean(name)[columns].to(weight.dtype).expand(num_new, -1)
+        return torch.cat([weight, new])
+
+    def mean(self, name: str) -> Tensor:
+        """fp32 [hidden], the same on every rank; few rows are in memory at a time."""
+        if name not in self.means:
+            total = torch.zeros((), dtype=torch.float64)
+            for start in range(0, self.num_known, ROWS_AT_A_TIME):
+                rows = slice(start, min(start + ROWS_AT_A_TIME, self.num_known))
+                total = total + self.source.read(name, rows, ALL).sum(0, dtype=torch.float64)
+            self.means[name] = (total / self.num_known).float()
+        return self.means[name]
+
+
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
     """Yields (name, rule with full Hugging Face names) for each base parameter of this rank."""
     table = FAMILIES[architecture.family].layer
@@ -199,8 +234,9 @@ def load_weights(
         if rule.split == "vocab":
             parameter.zero_()  # the rows that pad the vocabulary
         for piece in pieces(rule, parameter, architecture, *shard_of(rule, parallel)):
-            read = source.read(piece.source, piece.rows, piece.columns)
-            piece.view.copy_(read.reshape(piece.view.shape))
+            shape = piece.view.shape
+            # Not kept in a variable, or it would still be there while the next one is read.
+            piece.view.copy_(source.read(piece.source, piece.rows, piece.columns).reshape(shape))
 
 
 def part(total: int, size: int, rank: int) -> slice:

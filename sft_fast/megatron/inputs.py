@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sft_fast.data.source import Source
 from sft_fast.data.store import TokenStore, open_store
 from sft_fast.data.tokenizer import load_tokenizer
 from sft_fast.hub import local_folder
-from sft_fast.megatron.hf import RandomSource, SafetensorsSource, WeightSource
+from sft_fast.megatron.hf import GrownSource, RandomSource, SafetensorsSource, WeightSource
 from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
 
 logger = logging.getLogger(__name__)
@@ -82,12 +82,12 @@ def fetch(path: str, revision: str | None, key: str) -> Path:
 
 def read_tokenizer(config: Config, model_folder: Path | None) -> Any:
     path, template = config.tokenizer.path, config.tokenizer.chat_template
-    if path == "demo":
-        return load_tokenizer("demo", template)
     if path is None:
         assert model_folder is not None, "the config demands a tokenizer for a model without path"
-        return load_tokenizer(str(model_folder), template)
-    return load_tokenizer(str(fetch(path, None, "tokenizer.path")), template)
+        path = str(model_folder)
+    elif path != "demo":
+        path = str(fetch(path, None, "tokenizer.path"))
+    return load_tokenizer(path, template, add_tokens=config.tokenizer.add_tokens)
 
 
 def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
@@ -99,15 +99,15 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
     if folder is None:
         assert config.model.shape is not None, "the config demands model.path or model.shape"
         architecture = architecture_from_shape(config.model.shape, num_tokens)
-        weights = RandomSource(architecture, config.seed)
+        weights: WeightSource = RandomSource(architecture, config.seed)
         return Model(architecture, weights, None, architecture_to_hf(architecture))
     hf_config = read_hf_config(folder)
     architecture = architecture_from_hf(hf_config)
-    if num_tokens > architecture.vocab_size:
-        raise ValueError(
-            f"tokenizer.path: the tokenizer has {num_tokens} tokens, but vocab_size of "
-            f"{folder / 'config.json'} is {architecture.vocab_size}; use the model's own tokenizer"
-        )
+    num_known = architecture.vocab_size
+    if num_tokens > num_known:
+        check_growth(num_tokens, num_known, config, folder)
+        architecture = replace(architecture, vocab_size=num_tokens)
+        hf_config["vocab_size"] = num_tokens
     if config.packing.capacity > architecture.max_position_embeddings:
         raise ValueError(
             f"packing.capacity is {config.packing.capacity}, but max_position_embeddings of "
@@ -115,7 +115,25 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
         )
     if config.model.random_init:
         return Model(architecture, RandomSource(architecture, config.seed), folder, hf_config)
-    return Model(architecture, SafetensorsSource(folder, architecture), folder, hf_config)
+    weights = SafetensorsSource(folder, replace(architecture, vocab_size=num_known))
+    if num_tokens > num_known:
+        weights = GrownSource(weights, num_known, num_tokens)
+    return Model(architecture, weights, folder, hf_config)
+
+
+def check_growth(num_tokens: int, num_known: int, config: Config, folder: Path) -> None:
+    """Raises ValueError unless the config says that the model gets more tokens."""
+    if config.model.new_embeddings == "error":
+        raise ValueError(
+            f"tokenizer.path: the tokenizer has {num_tokens} tokens, but vocab_size of "
+            f"{folder / 'config.json'} is {num_known}; use the model's own tokenizer, or if it is "
+            f"that with {num_tokens - num_known} more tokens, set model.new_embeddings=mean"
+        )
+    if config.lora.rank > 0:
+        raise ValueError(
+            f"lora.rank: the embeddings of {num_tokens - num_known} new tokens would never be "
+            "trained; train all weights (lora.rank=0), or use the model's own tokens"
+        )
 
 
 def find_rows(config: Config) -> tuple[list[Source], list[Source] | None]:

@@ -297,6 +297,20 @@ def test_tokenizer_without_template_gets_chatml_that_ends_turns_with_one_token(
     assert sample.input_ids[sample.supervised].tolist() == [letters["b"], 99]
 
 
+def test_a_template_whose_special_tokens_are_unknown_is_refused(
+    make_tokenizer: MakeTokenizer, tmp_path: Any
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"gemma has special tokens.*<start_of_turn>.*add_tokens"):
+        load_tokenizer(str(tmp_path), "gemma")
+    (tmp_path / "own.jinja").write_text("{{ '<|im_start|><start_of_turn>' }}")
+    with pytest.raises(ValueError, match=r"not in the tokenizer: <start_of_turn>;"):
+        load_tokenizer(str(tmp_path), str(tmp_path / "own.jinja"))
+    tokens = ["<start_of_turn>", "<end_of_turn>"]
+    tokenizer = load_tokenizer(str(tmp_path), "gemma", add_tokens=tokens)
+    assert [len(tokenizer(token)["input_ids"]) for token in tokens] == [1, 1]
+
+
 def test_template_file_replaces_the_tokenizers(
     make_tokenizer: MakeTokenizer, tmp_path: Any
 ) -> None:

@@ -272,6 +272,69 @@ def check_export(name: str, source: Path, folder: Path) -> None:
         assert torch.equal(exported[key], tensor), f"{name} {key}"
 
 
+def peak_of_import(folder: str, parallel_section: dict[str, Any]) -> tuple[int, int, int]:
+    """(most bytes alive that were read, bytes of this rank's parameters, of its largest)."""
+    import weakref
+
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron.hf import SafetensorsSource, load_weights
+    from sft_fast.megatron.model import build_model
+    from sft_fast.megatron.parallel import init_parallel
+
+    config = make_config(parallel=parallel_section)
+    parallel = init_parallel(config)
+    architecture = architecture_from_hf(read_hf_config(Path(folder)))
+    (model,) = build_model(architecture, config, parallel)
+    source = SafetensorsSource(Path(folder), architecture)
+    alive, peak = 0, 0
+
+    class Counting:
+        def read(self, *arguments: Any) -> torch.Tensor:
+            nonlocal alive, peak
+            tensor = source.read(*arguments)
+            num_bytes = tensor.nbytes
+
+            def free() -> None:
+                nonlocal alive
+                alive -= num_bytes
+
+            weakref.finalize(tensor, free)
+            alive += num_bytes
+            peak = max(peak, alive)
+            return tensor
+
+    load_weights(model, Counting(), architecture, parallel)
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    return peak, sum(sizes), max(sizes)
+
+
+@pytest.mark.parametrize("name", ["untied", "phi3", "qwen3moe"])
+def test_import_has_one_tensor_in_memory_beside_the_parameters(
+    rank_pool: RankPool, models: Path, name: str
+) -> None:
+    for peak, share, largest in rank_pool.run(2, peak_of_import, str(models / name), SEQUENCE):
+        assert 0 < peak <= largest
+        assert share + peak <= 1.2 * share + largest
+
+
+def test_new_tokens_get_the_mean_of_the_old(models: Path) -> None:
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron import hf
+
+    folder = models / "untied"
+    source = hf.SafetensorsSource(folder, architecture_from_hf(read_hf_config(folder)))
+    grown = hf.GrownSource(source, VOCAB_SIZE, VOCAB_SIZE + 5)
+    original = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = original[name]
+        expected = torch.cat([old, old.mean(0, keepdim=True).expand(5, -1)])
+        for rows in (slice(None), slice(0, 70), slice(100, 136), slice(133, 136), slice(7, 7)):
+            torch.testing.assert_close(grown.read(name, rows, slice(None)), expected[rows])
+        assert torch.equal(grown.read(name, slice(0, VOCAB_SIZE), slice(None)), old)
+    other = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(grown.read(other, slice(3, 9), slice(None)), original[other][3:9])
+
+
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
     from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron.hf import SafetensorsSource
