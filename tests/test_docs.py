@@ -162,6 +162,24 @@ def test_keys_that_the_documentation_names_exist() -> None:
     assert not unknown
 
 
+def test_keys_of_other_trainers_get_the_hint_that_their_table_gives() -> None:
+    from sft_fast.config import OTHER_NAMES, Config
+    from sft_fast.config_source import dotted_keys
+    from sft_fast.errors import nearest_key
+
+    known = list(dotted_keys(Config))
+    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8").split("## Megatron-Bridge")[0]
+    wrong = {}
+    for theirs, ours in re.findall(r"^\| (`.*?) \| (.*?) \|$", text, re.M):
+        keys = re.findall(r"`([\w.]+)`", ours)
+        for name in re.findall(r"`(\w+)`", theirs):
+            hint = name if name in known else OTHER_NAMES.get(name) or nearest_key(name, known)
+            # "always" has no key, and our sections have names of their own.
+            if keys and hint not in keys and name not in ("packing", "dataset_dir"):
+                wrong[name] = hint
+    assert not wrong
+
+
 def test_the_table_of_layouts_is_what_plan_says() -> None:
     from sft_fast.architecture import Architecture
     from sft_fast.config import Config
