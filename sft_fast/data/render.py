@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sft_fast.data.conversation import Conversation, Message
-from sft_fast.data.template_limits import check_length, template_limits
+from sft_fast.data.template_limits import TemplateLimits, check_length
 from sft_fast.data.templates import fitted_template, freeze_clock
 from sft_fast.data.tokens import RenderedChat, Sample, Span, TextTokenizer
 from sft_fast.data.turn_bounds import TurnBounds, UnstableTemplateError
@@ -300,7 +300,7 @@ class ChatRenderer:
 
         conversation = [message.as_dict() for message in messages]
         try:
-            with template_limits():
+            with TemplateLimits():
                 texts, marks = render_jinja_template(
                     conversations=[conversation],
                     tools=[dict(tool) for tool in tools] or None,
@@ -315,7 +315,7 @@ class ChatRenderer:
             ) from error
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        check_length(texts[0], len(str(conversation)) + len(str(tools)))
+        check_length(texts[0], (conversation, tools))
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
 
     def _control_tokens(self) -> tuple[str, ...]:

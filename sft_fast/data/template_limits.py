@@ -1,40 +1,68 @@
 """Limits on what a chat template may use. jinja's sandbox keeps it from the machine, not from the
 machine's time and memory."""
 
-import contextlib
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from types import FrameType, TracebackType
 
 SECONDS = 2.0
 MEMORY_BYTES = 256 << 20
 LONGEST_FACTOR = 10
 LONGEST_BASE = 100_000
 """Characters that a template may add by itself: instructions, lists of tools."""
+MEMORY_IS_KNOWN_S = 0.05
+"""Age up to which what this process occupies is not asked for again: that takes as long as to
+render a conversation."""
+_occupied = (-1.0, 0)
+"""When it was asked for, and bytes."""
 
 
-@contextlib.contextmanager
-def template_limits() -> Iterator[None]:
+class TemplateLimits:
     """Ends the body when it takes too long (in the main thread) or too much memory (on Linux).
 
     Raises:
         ValueError: it did.
     """
-    with _time_limit(), _memory_limit():
-        try:
-            yield
-        except MemoryError:
+
+    def __enter__(self) -> None:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._handler = signal.signal(signal.SIGALRM, _stop)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        if sys.platform == "linux":
+            self._limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            most = _bytes_occupied() + MEMORY_BYTES
+            if soft != resource.RLIM_INFINITY:
+                most = min(most, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_AS, self._limits)
+        if self._is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._handler)
+        if isinstance(error, MemoryError):
             raise ValueError(
                 f"the chat template takes more than {MEMORY_BYTES >> 20} MiB for one conversation"
             ) from None
 
 
-def check_length(text: str, num_input: int) -> None:
-    """Raises ValueError when a rendered text is far longer than its conversation's characters."""
+def check_length(text: str, conversation: object) -> None:
+    """Raises ValueError when a rendered text is far longer than its conversation."""
+    if len(text) <= LONGEST_BASE:
+        return
+    num_input = len(str(conversation))
     most = LONGEST_FACTOR * num_input + LONGEST_BASE
     if len(text) > most:
         raise ValueError(
@@ -43,36 +71,15 @@ def check_length(text: str, num_input: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _stop(number: int, frame: object) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
     raise ValueError(f"the chat template takes more than {SECONDS:g} s for one conversation")
 
 
-@contextlib.contextmanager
-def _memory_limit() -> Iterator[None]:
-    if sys.platform != "linux":
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    most = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES
-    if soft != resource.RLIM_INFINITY:
-        most = min(most, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def _bytes_occupied() -> int:
+    """The address space of this process, as it was a moment ago."""
+    global _occupied
+    now = time.monotonic()
+    if now - _occupied[0] > MEMORY_IS_KNOWN_S:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+        _occupied = (now, pages * os.sysconf("SC_PAGE_SIZE"))
+    return _occupied[1]
