@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +7,11 @@ from typing import Any
 
 import pytest
 
+from sft_fast.architecture import (
+    architecture_from_hf,
+    architecture_from_shape,
+    architecture_to_hf,
+)
 from sft_fast.config import load_config
 from sft_fast.data.build import BuildOptions
 from sft_fast.data.configured import build_options, find_sources, open_configured_store
@@ -141,6 +147,28 @@ def test_the_tail_is_kept_where_experts_are_balanced(
     config = load(tmp_path, CONFIG.format(folder=tmp_path) + f"  trim_tail: {chosen}\n")
     architecture: Any = SimpleNamespace(num_experts=num_experts)
     assert build_options(config, architecture).mask.trim_tail is trims
+
+
+@pytest.mark.parametrize(("num_experts", "trims"), [(0, True), (4, False)])
+def test_experts_are_known_from_the_config_of_the_model(
+    tmp_path: Path, num_experts: int, trims: bool
+) -> None:
+    shape = load_config(None, []).model.shape
+    assert shape is not None
+    dense = architecture_from_shape(shape, 100)
+    experts = {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config_json = architecture_to_hf(dense) | (experts if num_experts else {})
+    (folder / "config.json").write_text(json.dumps(config_json))
+    assert architecture_from_hf(config_json).num_experts == num_experts
+    text = f"model: {{path: {folder}}}\ndata: {{train: a.jsonl}}\ntrain: {{steps: 1}}\n"
+    assert build_options(load(tmp_path, text)).mask.trim_tail is trims
 
 
 @pytest.mark.parametrize(
