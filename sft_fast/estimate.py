@@ -313,6 +313,7 @@ def best_knobs(
     """
     from sft_fast.config import Config as ConfigModel
     from sft_fast.config import check_world_size
+    from sft_fast.layout import layout_problems
 
     def cost(changed: Config) -> tuple[int, float]:
         memory = estimate_memory(architecture, changed, num_ranks, supervised_share)
@@ -331,7 +332,7 @@ def best_knobs(
             check_world_size(changed, num_ranks)
         except ValueError:
             continue
-        if not divides(architecture, changed):
+        if any(layout_problems(architecture, changed)):
             continue
         overrides = " ".join(
             f"{section}.{key}={str(value).lower()}"
@@ -347,10 +348,3 @@ def best_knobs(
     if not fits and all(knob.memory_bytes > memory_bytes for knob in knobs):
         knobs.sort(key=lambda knob: knob.memory_bytes)
     return knobs[:count]
-
-
-def divides(architecture: Architecture, config: Config) -> bool:
-    """True when the layout splits the model into equal parts."""
-    a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
-    split = (a.num_attention_heads, a.num_key_value_heads, a.ffn_hidden_size)
-    return all(size % tensor == 0 for size in split) and a.num_layers % pipeline == 0
