@@ -515,6 +515,8 @@ class ExportConfig(Section):
     """Write it."""
     dtype: Dtype | None = None
     """Type of the exported weights; null = model.dtype."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Load it with transformers and compare its logits; auto = up to 4e9 parameters."""
     best: bool = False
     """Write the best checkpoint in place of the last weights; needs checkpoint.keep_best."""
 

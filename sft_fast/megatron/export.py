@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from sft_fast.config import Config
 from sft_fast.curves import draw_curves, png
 from sft_fast.manifest import staged_directory
 from sft_fast.megatron.exchange import StoreExchange
+from sft_fast.megatron.export_check import check_export, is_checked
 from sft_fast.megatron.hf import export_weights
 from sft_fast.megatron.inputs import Inputs
 from sft_fast.megatron.model import DTYPES, SFTModel
@@ -37,6 +40,9 @@ def export_model(
             write_json(stage.path / "config.json", hf_config(inputs, dtype))
             write_json(stage.path / "generation_config.json", generation_config(inputs))
             write_card(stage.path, inputs, config, parallel.world_size)
+        if is_checked(inputs, config, parallel):
+            dist.barrier()  # the weights are there
+            check_export(models, stage.path, inputs, config, parallel)
 
 
 def write_card(folder: Path, inputs: Inputs, config: Config, world_size: int) -> None:

@@ -121,6 +121,32 @@ def test_the_export_is_the_trained_model(rank_pool: RankPool, config: Path, run:
         assert not tensor.equal(before[name]), name
 
 
+def broken_export(arguments: list[str]) -> tuple[int, str]:
+    """A run whose export loses the order of query heads."""
+    from sft_fast.megatron import hf
+
+    original = hf.merge_shards
+
+    def merge(rule: object, *rest: object) -> list:
+        tensors = original(rule, *rest)
+        return [tensor.flip(0) if rule.split == "qkv" else tensor for tensor in tensors]
+
+    hf.merge_shards = merge
+    try:
+        return call_main(arguments)
+    finally:
+        hf.merge_shards = original
+
+
+def test_an_export_that_computes_something_else_is_refused(
+    rank_pool: RankPool, config: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", str(config), f"output_dir={tmp_path}", "train.steps=1"]
+    ((code, err),) = rank_pool.run(1, broken_export, arguments)
+    assert code != 0 and "the logits of the exported model are off" in err
+    assert not (tmp_path / "export").exists()
+
+
 def test_adapters_go_beside_attention_only(
     rank_pool: RankPool, config: Path, run: Path, tmp_path: Path
 ) -> None:
