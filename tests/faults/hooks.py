@@ -1,6 +1,7 @@
 """What runs inside a rank of a fault test. Importing this imports all that a rank needs."""
 
 import errno
+import gc
 import io
 import os
 import pathlib
@@ -23,6 +24,10 @@ from sft_fast.data import (
 from sft_fast.megatron import checkpoint, evaluation
 
 torch.set_num_threads(1)
+# Pictures take longer than these runs.
+sys.modules["matplotlib"] = None  # type: ignore[assignment]
+# megatron collects garbage in every save: not what was imported, over and over.
+gc.freeze()
 
 
 def run_rank(arguments: list[str], environment: dict[str, str], log: str, hook: str) -> None:
