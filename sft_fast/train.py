@@ -77,7 +77,12 @@ if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A killed torchrun must not leave its ranks behind; they save if they can.
         die_with_parent(signal.SIGTERM)
-    exit_code = main()
+    try:
+        exit_code = main()
+    except Exception:  # recorded by the watch; connections and threads of a broken job may hang
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(exit_code)

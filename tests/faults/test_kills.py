@@ -205,8 +205,8 @@ PHASES = ("start", "data", "model", "first step", "step", "evaluate", "save", "e
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def leave_in(launcher: Launcher, unbroken: Path, phase: str, number: int) -> None:
-    name = f"left-{phase}-{number}".replace(" ", "-")
+def leave_in(launcher: Launcher, unbroken: Path, phase: str, number: int, name: str) -> None:
+    name = f"{name}-{phase}-{number}".replace(" ", "-")
     options = ("data.eval_overlap=allow", f"data.eval={launcher.rows}", "evaluation.max_samples=8")
     job = launcher.start(name, *options, hook=f"slow:{phase}")
     job.wait_until(f"slow {phase}")
@@ -226,7 +226,7 @@ def leave_in(launcher: Launcher, unbroken: Path, phase: str, number: int) -> Non
 @pytest.mark.fault("F9")
 @pytest.mark.parametrize("phase", slow_but({"data", "step", "export"}, *PHASES))
 def test_a_signal_saves_and_leaves(launcher: Launcher, unbroken: Path, phase: str) -> None:
-    leave_in(launcher, unbroken, phase, SIGNALS[PHASES.index(phase) % 3])
+    leave_in(launcher, unbroken, phase, SIGNALS[PHASES.index(phase) % 3], "left")
 
 
 @pytest.mark.slow
@@ -236,7 +236,7 @@ def test_a_signal_saves_and_leaves(launcher: Launcher, unbroken: Path, phase: st
 def test_every_signal_in_every_phase(
     launcher: Launcher, unbroken: Path, phase: str, number: int
 ) -> None:
-    leave_in(launcher, unbroken, phase, number)
+    leave_in(launcher, unbroken, phase, number, "each")
 
 
 @pytest.mark.fault("F9")
