@@ -43,15 +43,14 @@ def whole_checkpoints(run: Path) -> list[int]:
 
 def kill_until_done(launcher: Launcher, name: str, seed: int, most: int) -> int:
     """Kills a run at random moments, starting it again each time; returns the number of kills."""
-    rng, kills = random.Random(seed), 0
-    seconds = 0.6
+    rng, kills, seconds = random.Random(seed), 0, 0.6
+    done: list[int] = []
     while True:
         job = launcher.start(name, steps=KILLED_STEPS)
         if kills < most:
             time.sleep(rng.uniform(0.05, seconds))
         else:
             job.wait()
-        done = whole_checkpoints(job.output)
         if not job.ranks[0].is_alive():
             assert job.wait() == [0], job.said()
             assert "is damaged" not in job.said()
@@ -60,6 +59,7 @@ def kill_until_done(launcher: Launcher, name: str, seed: int, most: int) -> int:
         kills += 1
         after = whole_checkpoints(job.output)
         assert len(after) <= 3 and (not done or after[-1] >= done[-1])
+        done = after
 
 
 @pytest.mark.fault("F1")
