@@ -68,8 +68,13 @@ def steps_taken(output: Path) -> list[int]:
     path = output / "metrics.jsonl"
     if not path.exists():
         return []
-    records = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
-    return [record["step"] for record in records if record["kind"] == "step"]
+    steps = []
+    for line in path.read_text(errors="replace").splitlines():
+        # A killed run leaves half a line, and the next one writes behind it.
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            steps += [record["step"]] if record["kind"] == "step" else []
+    return steps
 
 
 def soak(arguments: argparse.Namespace) -> dict[str, Any]:
