@@ -341,9 +341,9 @@ class Watch:
         if silent_s < limit_s:
             return
         self.dump_stacks()
-        # So that every rank dumps before torchrun ends the others.
-        self.is_closed.wait(FOLLOW_S)
         self.publish("hangs")
+        # So that every rank dumps, and says how far it is, before torchrun ends the others.
+        self.is_closed.wait(FOLLOW_S)
         cause = f"no step ended for {silent_s:.0f} s; {self.suspects()}"
         if self.fail(cause):
             say(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")

@@ -92,7 +92,8 @@ class RankPool:
             theirs.close()
             self.ranks.append((process, ours))
         file = sys.modules[function.__module__].__file__
-        with tempfile.TemporaryDirectory() as folder:
+        # A rank may still hold the store's file when it has answered.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for _, connection in self.ranks[:world_size]:
                 job = (file, function.__name__, args, world_size, f"{folder}/store")
                 connection.send(job)

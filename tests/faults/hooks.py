@@ -23,9 +23,6 @@ from sft_fast.data import (
 )
 from sft_fast.megatron import checkpoint, evaluation
 
-torch.set_num_threads(1)
-# Pictures take longer than these runs.
-sys.modules["matplotlib"] = None  # type: ignore[assignment]
 # megatron collects garbage in every save: not what was imported, over and over.
 gc.freeze()
 
@@ -33,6 +30,9 @@ gc.freeze()
 def run_rank(arguments: list[str], environment: dict[str, str], log: str, hook: str) -> None:
     """One rank, as a process of its own; never returns."""
     os.environ.update(environment, TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
+    # Pictures take longer than these runs.
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

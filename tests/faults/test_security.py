@@ -306,8 +306,10 @@ def test_s12_redaction(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault("F27")
 def test_s13_the_kernel_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        # Set first: what is not there is not restored, and use_private_cache sets it.
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
     use_private_cache()
     folder = Path(os.environ["TRITON_CACHE_DIR"])
     assert folder.parents[1] == tmp_path / "cache" and str(os.getuid()) in folder.name
