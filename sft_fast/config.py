@@ -59,7 +59,10 @@ OTHER_NAMES = {
     "eval_dataset": "data.eval",
     "eval_steps": "evaluation.every_steps",
     "excess_length_strategy": "data.over_length",
+    "deepspeed": "parallel.distributed_optimizer",
     "flash_attn": "model.attention",
+    "fsdp": "parallel.distributed_optimizer",
+    "fsdp_config": "parallel.distributed_optimizer",
     "gradient_accumulation_steps": "train.global_batch_size",
     "gradient_checkpointing": "model.recompute",
     "learning_rate": "optim.lr",
@@ -164,8 +167,17 @@ class ModelConfig(Section):
     """Architecture when `path` is null."""
     new_embeddings: Literal["error", "mean"] = "error"
     """Rows of tokens that the model's vocabulary does not have yet: mean = the mean of its rows."""
-    attention: Literal["auto", "flash_attn", "aiter", "torch_varlen", "sdpa"] = "auto"
+    attention: Literal[
+        "auto", "transformer_engine", "flash_attn", "aiter", "torch_varlen", "flex", "sdpa"
+    ] = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
+    transformer_impl: Literal["auto", "te", "local"] = "auto"
+    """Linear layers: of Transformer Engine or of megatron-core; auto = te where fp8 needs it."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """8-bit products in the layers, by Transformer Engine: hybrid has gradients in e5m2."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """What shares a scale: a tensor; a block of 128 (Hopper and newer); 32 values (Blackwell,
+    MI355X). All of them scale by the tensor at hand, so a resumed run needs no history."""
     recompute: Literal["none", "selective", "block", "full"] = "none"
     """What the backward pass computes again to save memory: nothing; the parts of each layer in
     recompute_modules; the first recompute_layers layers of each pipeline stage; all layers."""
@@ -459,7 +471,8 @@ class CheckpointConfig(Section):
     keep_best: bool = False
     """Also save and keep the checkpoint of the best evaluation so far; see evaluation.best_by."""
     resume: PathText = "auto"
-    """auto = from the newest whole checkpoint of output_dir; never; or a checkpoint's path."""
+    """auto = from the newest whole checkpoint of output_dir; never; or a checkpoint's path, where
+    this run begins; started again, it goes on from what it has saved since."""
     allow_change: list[ChangeableField] = []
     """What may differ from the run that made the checkpoint; --allow-change sets it. With other
     data or another order of it the run goes on with a new epoch."""

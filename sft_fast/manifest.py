@@ -242,13 +242,24 @@ def complete(
     sync(temporary)
     if check is not None:
         check(temporary)
-    replaced = final.with_name(REPLACED_PREFIX + final.name)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.rename(final, replaced)
+    replaced = set_aside(final) if final.exists() else None
     os.rename(temporary, final)
     sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Takes a directory's name away, so that nobody takes what is left of it for a whole one."""
+    aside = folder.with_name(REPLACED_PREFIX + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return aside
+
+
+def remove_directory(folder: Path) -> None:
+    """Deletes a directory; when that is cut short, what is left has no name that counts."""
+    shutil.rmtree(set_aside(folder), ignore_errors=True)
 
 
 def manifest_text(records: dict[str, FileRecord]) -> str:

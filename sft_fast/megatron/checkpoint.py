@@ -27,6 +27,7 @@ from sft_fast.manifest import (
     TEMPORARY_PREFIX,
     Damage,
     find_damage,
+    remove_directory,
     staged_directory,
 )
 from sft_fast.megatron.exchange import StoreExchange
@@ -63,6 +64,8 @@ class TrainState:
     """What the numerical guard remembers; see guard.Guard."""
     standing: dict[str, Any] = field(default_factory=dict)
     """How the evaluations so far compare; see standing.Standing."""
+    resumed_from: str = ""
+    """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
 
 
 def sharded_state(
@@ -137,7 +140,7 @@ class CheckpointWriter:
                     stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
             self.saved_step = state.step
             if exchange.rank == 0:
-                self.prune(state.standing.get("best_step", 0))
+                self.prune(state.step, state.standing.get("best_step", 0))
         # Whatever it is, it belongs to the main thread; here nobody would see it.
         except BaseException as error:
             self.error = error
@@ -167,13 +170,18 @@ class CheckpointWriter:
             f"failures in a row allowed): {error}; training goes on"
         )
 
-    def prune(self, best_step: int) -> None:
-        """Deletes all whole checkpoints but the newest `keep_last` and, if wanted, the best."""
-        whole = [path for path in list_checkpoints(self.folder) if not quick_damage(path)]
+    def prune(self, step: int, best_step: int) -> None:
+        """Deletes whole checkpoints older than the newest `keep_last` and, if wanted, the best.
+
+        Only those up to `step` count: a later one was damaged when this run began.
+        """
+        newest = checkpoint_path(self.folder, step)
+        until = [path for path in list_checkpoints(self.folder) if path.name <= newest.name]
+        whole = [path for path in until if not quick_damage(path)]
         best = checkpoint_path(self.folder, best_step) if self.config.keep_best else None
         for old in whole[: -self.config.keep_last]:
             if old != best:
-                shutil.rmtree(old)
+                remove_directory(old)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -230,6 +238,35 @@ def read_train_state(checkpoint: Path) -> TrainState:
         return TrainState(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint: {error}") from None
+
+
+def continuations(origin: Path, existing: list[Path]) -> list[Path]:
+    """`origin` and what a run that began there has saved since, oldest first: so the command that
+    names a checkpoint can be given again after an interruption.
+
+    Args:
+        existing: the checkpoints in the run's own directory.
+
+    Raises:
+        ValueError: later ones there belong to another run.
+    """
+    own, others = [], []
+    for checkpoint in existing:
+        try:
+            state = read_train_state(checkpoint)
+        except ValueError:
+            continue
+        is_own = state.resumed_from == str(origin.absolute())
+        (own if is_own else others).append((state.step, checkpoint))
+    if not own and find_damage(origin, hash_content=False) == []:
+        step = read_train_state(origin).step
+        later = [checkpoint.name for other, checkpoint in others if other > step]
+        if later:
+            raise ValueError(
+                f"checkpoint.resume is {origin}, but {existing[0].parent} holds later checkpoints "
+                f"of another run, {', '.join(later)}; move them away, or choose another output_dir"
+            )
+    return [origin, *(checkpoint for _, checkpoint in own)]
 
 
 def load_checkpoint(

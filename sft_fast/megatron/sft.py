@@ -23,6 +23,7 @@ from sft_fast.megatron.checkpoint import (
     CheckpointWriter,
     TrainState,
     checkpoint_path,
+    continuations,
     list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -149,7 +150,7 @@ def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], Non
             "choose another output_dir, or checkpoint.resume=auto"
         )
     if options.resume not in ("auto", "never"):
-        existing = [Path(options.resume)]
+        existing = continuations(Path(options.resume), existing)
     dist.barrier()  # every rank has seen the same folder before rank 0 tidies it up
     if parallel.is_main:
         remove_leftovers(folder)
@@ -168,6 +169,8 @@ def continued_state(
         ValueError: the checkpoint belongs to other data, another order of it or another model.
     """
     found = read_train_state(checkpoint)
+    if config.checkpoint.resume != "auto":
+        found = replace(found, resumed_from=str(Path(config.checkpoint.resume).absolute()))
     changed = changed_fields(found.fields, fields, config.checkpoint.allow_change, checkpoint)
     if not changed & DECIDE_DATA_ORDER:
         return replace(found, fields=fields)

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -67,8 +68,18 @@ def before(module: Any, name: str, action: Callable[[], None], number: int = 1) 
     setattr(module, name, call)
 
 
+def die_deleting(folder: pathlib.Path, **options: Any) -> None:
+    for path in folder.glob("*"):
+        path.unlink()
+        die()
+
+
 def kill_at(point: str) -> None:
-    """Dies in the second save, just before it goes on to `point`."""
+    """Dies in the second save, just before it goes on to `point`; or in the third, which is the
+    first to delete an older checkpoint, when a file of that is gone."""
+    if point == "delete":
+        before(sft.CheckpointWriter, "prune", lambda: setattr(shutil, "rmtree", die_deleting), 3)
+        return
     module, name, number = {
         "directory": (manifest, "prepare", 1),
         "shards": (manifest.HashedFile, "write", 3),

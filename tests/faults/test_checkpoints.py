@@ -212,6 +212,39 @@ def test_a_run_resumes_in_another_layout(launcher: Launcher, unbroken: Path, lay
     assert back == pytest.approx({6: expected[6]}, rel=1e-6)
 
 
+@pytest.mark.fault("F20")
+def test_a_run_begun_at_a_named_checkpoint_goes_on_from_its_own(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    origin = f"checkpoint.resume={unbroken / 'checkpoints/step_00000002'}"
+    job = launcher.start("branch", origin, hook="die_in_step:3")
+    job.wait()
+    # What lies in the directory decides, not a name that is older.
+    again = launcher.run("branch", origin)
+    assert "step_00000004 at step 4 of 6" in again.said()
+    assert same_weights(unbroken, again.output)
+
+    copy_checkpoints(unbroken, launcher.folder / "rewound", 2, 3)
+    own = f"checkpoint.resume={launcher.folder / 'rewound/checkpoints/step_00000002'}"
+    refused = launcher.start("rewound", own)
+    assert refused.wait() == [2]
+    assert "later checkpoints of another run, step_00000003; move" in refused.said()
+
+
+@pytest.mark.fault("F3")
+def test_what_is_saved_beside_a_later_damaged_checkpoint_stays(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    target = launcher.folder / "beside"
+    copy_checkpoints(unbroken, target, 2, 5, 6)
+    for step in (5, 6):
+        flip(target / f"checkpoints/step_{step:08d}/common.json")
+    job = launcher.start("beside", hook="die_in_step:2")
+    job.wait()
+    assert "at step 3 of 6" in launcher.run("beside").said()
+    assert same_weights(unbroken, target)
+
+
 @pytest.mark.fault("F22")
 def test_epoch_ends_last_steps_and_finished_runs(launcher: Launcher, unbroken: Path) -> None:
     constant = ("optim.decay=constant",)

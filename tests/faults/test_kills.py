@@ -63,23 +63,19 @@ def kill_until_done(launcher: Launcher, name: str, seed: int, most: int) -> int:
 
 
 @pytest.mark.fault("F1")
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
-    launcher: Launcher, long_unbroken: Path
+@pytest.mark.parametrize("least", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_moments_end_with_the_same_weights(
+    launcher: Launcher, long_unbroken: Path, least: int
 ) -> None:
-    kills = kill_until_done(launcher, "killed", seed=0, most=10)
-    assert kills >= 3
-    assert same_weights(long_unbroken, launcher.folder / "killed")
-    assert step_losses(long_unbroken).items() <= step_losses(launcher.folder / "killed").items()
-
-
-@pytest.mark.slow
-@pytest.mark.fault("F1")
-def test_two_hundred_kills(launcher: Launcher, long_unbroken: Path) -> None:
-    kills, seed = 0, 1
-    while kills < 200:
-        kills += kill_until_done(launcher, f"killed{seed}", seed, most=20)
-        assert same_weights(long_unbroken, launcher.folder / f"killed{seed}")
+    kills = seed = 0
+    while kills < least:
+        name = f"killed-{least}-{seed}"
+        kills += kill_until_done(launcher, name, seed, most=min(25, least - kills))
+        assert same_weights(long_unbroken, launcher.folder / name)
+        losses = step_losses(launcher.folder / name)
+        assert step_losses(long_unbroken).items() <= losses.items()
         seed += 1
+    print(f"{kills} kills, {seed} runs")
 
 
 def slow_but(fast: set[str], *values: str) -> list[Any]:
@@ -87,18 +83,18 @@ def slow_but(fast: set[str], *values: str) -> list[Any]:
     return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
-POINTS = ("directory", "shards", "fsync", "manifest", "rename", "sync", "prune")
+POINTS = ("directory", "shards", "fsync", "manifest", "rename", "sync", "prune", "delete")
 
 
 @pytest.mark.fault("F2")
-@pytest.mark.parametrize("point", slow_but({"shards", "rename", "prune"}, *POINTS))
+@pytest.mark.parametrize("point", slow_but({"shards", "rename", "delete"}, *POINTS))
 def test_a_kill_inside_a_save_leaves_whole_checkpoints(
     launcher: Launcher, unbroken: Path, point: str
 ) -> None:
     job = launcher.start(f"at-{point}", hook=f"kill_at:{point}")
     assert job.wait() == [-signal.SIGKILL], job.said()
     found = whole_checkpoints(job.output)
-    assert found in ([1], [1, 2])
+    assert found in ([1], [1, 2]) or (point == "delete" and found == [2, 3])
     again = launcher.run(f"at-{point}")
     assert f"at step {found[-1]} of {STEPS}" in again.said()
     assert same_weights(unbroken, again.output)
