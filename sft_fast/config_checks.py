@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sft_fast.errors import Problem
+from sft_fast.layout import fp8_multiple, uses_engine
 
 if TYPE_CHECKING:
     from sft_fast.config import Config
@@ -15,6 +16,7 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     """Yields every contradiction between the keys of a configuration."""
     yield from _model_problems(config)
     yield from _memory_problems(config)
+    yield from _engine_problems(config)
     yield from _shape_problems(config)
     yield from _train_problems(config)
     yield from _packing_problems(config)
@@ -81,6 +83,40 @@ def _memory_problems(config: Config) -> Iterator[Problem]:
             f"{config.optim.offload_fraction} without the distributed optimizer",
             "parallel.distributed_optimizer true",
             "parallel.distributed_optimizer=true",
+        )
+
+
+def _engine_problems(config: Config) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    if model.fp8 != "none" and model.transformer_impl == "local":
+        yield Problem(
+            ("model.fp8", "model.transformer_impl"),
+            f"{model.fp8} with megatron-core's own linear layers, which have no 8-bit products",
+            "Transformer Engine",
+            "model.transformer_impl=auto, or model.fp8=none",
+        )
+    if model.fp8 != "none" and model.dtype != "bf16":
+        yield Problem(
+            ("model.fp8", "model.dtype"),
+            f"{model.fp8} with {model.dtype}",
+            "bf16 for what is not computed in 8 bits",
+            "model.dtype=bf16",
+        )
+    if uses_engine(model) and config.lora.rank > 0:
+        yield Problem(
+            ("lora.rank", "model.transformer_impl", "model.fp8"),
+            f"{config.lora.rank} with Transformer Engine's linear layers",
+            "adapters beside megatron-core's own, which know how to add them",
+            "model.transformer_impl=local model.fp8=none, or lora.rank=0",
+        )
+    rows = fp8_multiple(model) * parallel.tensor * parallel.context
+    if model.fp8 != "none" and parallel.pipeline > 1 and config.packing.capacity % rows != 0:
+        better = -(-config.packing.capacity // rows) * rows
+        yield Problem(
+            ("packing.capacity", "model.fp8"),
+            f"{config.packing.capacity} with model.fp8_recipe {model.fp8_recipe}",
+            f"a multiple of {rows}, so that each rank has a multiple of {fp8_multiple(model)}",
+            f"packing.capacity={better}",
         )
 
 

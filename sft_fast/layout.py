@@ -9,7 +9,19 @@ from sft_fast.errors import Problem
 
 if TYPE_CHECKING:
     from sft_fast.architecture import Architecture
-    from sft_fast.config import Config
+    from sft_fast.config import Config, ModelConfig
+
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def uses_engine(model: ModelConfig) -> bool:
+    """Whether the linear layers are Transformer Engine's."""
+    return model.transformer_impl == "te" or model.fp8 != "none"
+
+
+def fp8_multiple(model: ModelConfig) -> int:
+    """What divides the rows and columns of a matrix in an 8-bit product; 1 without them."""
+    return 1 if model.fp8 == "none" else FP8_MULTIPLES[model.fp8_recipe]
 
 
 def layout_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
@@ -47,3 +59,33 @@ def layout_problems(architecture: Architecture, config: Config) -> Iterator[Prob
             "parallel.sequence true, because each rank routes its own tokens",
             "parallel.sequence=true",
         )
+    yield from engine_problems(architecture, config)
+
+
+def engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
+    """Yields everything that Transformer Engine's linear layers cannot do for this model."""
+    model, tensor = config.model, config.parallel.tensor
+    if not uses_engine(model):
+        return
+    if architecture.num_experts:
+        yield Problem(
+            ("model.transformer_impl", "model.fp8"),
+            f"{model.transformer_impl} and {model.fp8} for a model with experts",
+            "local and none: Transformer Engine keeps experts in matrices of another form",
+            "model.transformer_impl=local model.fp8=none",
+        )
+    widths = {
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads x head_dim": architecture.num_attention_heads * architecture.head_dim,
+        "num_key_value_heads x head_dim": architecture.num_key_value_heads * architecture.head_dim,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+    }
+    for name, width in widths.items():
+        count = width if name == "hidden_size" else width // tensor
+        if count % fp8_multiple(model) != 0:
+            yield Problem(
+                ("model.fp8_recipe", "parallel.tensor"),
+                f"{model.fp8_recipe} with {count} columns on a rank ({name} of the model)",
+                f"a multiple of {fp8_multiple(model)}",
+                "a smaller parallel.tensor, model.fp8_recipe=tensorwise, or model.fp8=none",
+            )

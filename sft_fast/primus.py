@@ -302,6 +302,9 @@ class _Translation:
         lora = self.arguments.get("lora")
         enabled = lora.get("enabled", False) if isinstance(lora, dict) else lora
         if enabled is not None and enabled is not False:
-            expected = "false, because all weights are trained; there are no adapters"
+            expected = (
+                "false, because all weights are trained; Primus' adapters of fused matrices are "
+                "not ours, which are PEFT's: lora.rank=32 on the command line"
+            )
             path = (*self.base, "lora", *(("enabled",) if isinstance(lora, dict) else ()))
             self._problem(path, show(enabled), expected, "lora.enabled: false")

@@ -43,6 +43,10 @@ def _one_if_none(value: Any) -> Any:
     return 1 if value is None else value
 
 
+def _none_if_off(value: Any) -> Any:
+    return "none" if value in (False, 0) else value
+
+
 def _strategy(value: Any) -> Any:
     flag = as_flag(value)
     return ("auto" if flag else "none") if isinstance(flag, bool) else value
@@ -66,6 +70,10 @@ TARGETS = {
     "pipeline_model_parallel_size": Target("parallel.pipeline"),
     "context_parallel_size": Target("parallel.context"),
     "virtual_pipeline_model_parallel_size": Target("parallel.virtual_pipeline", _one_if_none),
+    "expert_model_parallel_size": Target("parallel.expert"),
+    "expert_tensor_parallel_size": Target("parallel.expert_tensor"),
+    "fp8": Target("model.fp8", _none_if_off),
+    "fp8_recipe": Target("model.fp8_recipe"),
     "sequence_parallel": Target("parallel.sequence", as_flag),
     "use_distributed_optimizer": Target("parallel.distributed_optimizer", as_flag),
     "overlap_grad_reduce": Target("parallel.overlap_grad_reduce", as_flag),
@@ -101,7 +109,9 @@ DETAILS = {
 }
 
 _LLAMA = "a random model here is a Llama: RMSNorm, SwiGLU, rotary positions, no biases, no dropout"
-_ONE_SIZE = "ranks are split by tensor, pipeline, context and data parallelism only"
+_ONE_SIZE = "the optimizer state is sharded by use_distributed_optimizer, not the weights"
+_EIGHT_BITS = "of 8-bit training only fp8 and fp8_recipe can be chosen"
+_EXPERTS = "a mixture-of-experts model is what the config.json of hf_path says"
 _SCHEDULE = "the schedule is lr, min_lr, lr_warmup_iters, lr_decay_iters and lr_decay_style"
 _STATES = "gradients and optimizer states are fp32"
 _BATCH = "the batch size is the same in every step"
@@ -130,10 +140,9 @@ FIXED = {
     "eod_mask_loss": Fixed(
         (False,), "the end of an answer is trained, so the model learns to stop"
     ),
-    "expert_model_parallel_size": Fixed((1,), _ONE_SIZE),
+    "fp8_wgrad": Fixed((True,), _EIGHT_BITS),
     "exp_avg_dtype": Fixed(("fp32",), _STATES),
     "exp_avg_sq_dtype": Fixed(("fp32",), _STATES),
-    "expert_tensor_parallel_size": Fixed((1,), _ONE_SIZE),
     "grad_reduce_in_bf16": Fixed((False,), "gradients are reduced in fp32"),
     "lr_decay_samples": Fixed((0,), _SCHEDULE),
     "lr_warmup_fraction": Fixed((0,), _SCHEDULE),
@@ -155,12 +164,15 @@ OFF = {
     "data_path": "training data comes from sft_dataset_name",
     "enable_odc": "on-demand communication is not part of this trainer",
     "fp4": "there is no 4-bit training",
-    "fp8": "there is no 8-bit training",
+    "fp8_dot_product_attention": _EIGHT_BITS,
+    "fp8_margin": _EIGHT_BITS,
+    "fp8_multi_head_attention": _EIGHT_BITS,
+    "fp8_param": _EIGHT_BITS,
     "mock_data": "training data comes from sft_dataset_name",
-    "moe_": "there are no mixture-of-experts models",
+    "moe_": _EXPERTS,
     "mtp_": "there is no multi-token prediction",
     "multi_latent_attention": "there is no multi-head latent attention",
-    "num_experts": "there are no mixture-of-experts models",
+    "num_experts": _EXPERTS,
     "num_layers_per_virtual_pipeline_stage": "write virtual_pipeline_model_parallel_size",
     "num_virtual_stages_per_pipeline_rank": "write virtual_pipeline_model_parallel_size",
     "pipeline_model_parallel_layout": "layers are split evenly over pipeline ranks",
@@ -189,6 +201,7 @@ IGNORED = _names(
     disable_wandb dist_ckpt_strictness distributed_backend empty_unused_memory_level
     enable_experimental enable_fused_linear_ce enable_gloo_process_groups enable_one_logger
     enable_primus_turbo exit_on_missing_checkpoint exit_signal_handler file_sink_level finetune
+    fp8_amax_compute_algo fp8_amax_history_len fp8_interval
     fully_parallel_save gradient_accumulation_fusion gradient_reduce_div_fusion lb_mini_cost_model
     lb_mini_max_token_len log_avg_reset_interval log_avg_skip_iterations
     log_batch_size_to_tensorboard log_learning_rate_to_tensorboard log_loss_scale_to_tensorboard

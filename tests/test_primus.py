@@ -226,7 +226,7 @@ swiglu: true
         ("lora: true", "all weights are trained"),
         ("moe_router_topk: 2", "mixture-of-experts"),
         ("num_experts: 8", "mixture-of-experts"),
-        ("fp8: hybrid", "8-bit"),
+        ("fp8_margin: 1", "8-bit"),
         ("pretrained_checkpoint: x", "hf_path"),
         ("num_layers_per_virtual_pipeline_stage: 2", "virtual_pipeline_model_parallel_size"),
         ("tokenizer_type: Llama2Tokenizer", "Hugging Face"),
@@ -235,7 +235,7 @@ swiglu: true
         ("num_layers: 4", "config.json"),
         ("eod_mask_loss: true", "learns to stop"),
         ("enable_packed_sequences: true\nuse_packed_attention: false", "never see each other"),
-        ("use_torch_fsdp2: true", "tensor, pipeline, context and data"),
+        ("use_torch_fsdp2: true", "use_distributed_optimizer"),
         ("exp_avg_dtype: bf16", "fp32"),
     ],
 )
@@ -256,6 +256,14 @@ def test_architecture_arguments_count_only_for_random_weights(load, line, caplog
     with caplog.at_level(logging.WARNING):
         load(MINIMAL + line)
     assert line.split(":")[0] in caplog.text
+
+
+def test_experts_and_8_bits_have_keys_of_ours(load):
+    config = load(MINIMAL + "expert_model_parallel_size: 8\nfp8: hybrid\nfp8_recipe: mxfp8")
+    assert config.parallel.expert == 8
+    assert (config.model.fp8, config.model.fp8_recipe) == ("hybrid", "mxfp8")
+    assert load(MINIMAL + "fp8: false").model.fp8 == "none"
+    assert "tensorwise" in only_problem(load, MINIMAL + "fp8_recipe: delayed").expected
 
 
 def test_load_resumes_when_finetune_is_off(load):

@@ -7,6 +7,7 @@ import numpy as np
 from sft_fast.batch import RowLayout
 from sft_fast.config import Config
 from sft_fast.data.store import TokenStore
+from sft_fast.layout import fp8_multiple
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.packing import StepPlan
 from sft_fast.prefetch import BatchLoader, Row
@@ -17,7 +18,7 @@ def packed_rows(
 ) -> Iterator[Row]:
     """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
     size, alignment = config.train.micro_batch_size, config.packing.alignment
-    num_parts = parallel.tp_size * parallel.cp_size
+    num_parts = parallel.tp_size * parallel.cp_size * fp8_multiple(config.model)
     for step in steps:
         for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
             sample_ids = np.concatenate(bins)
@@ -33,7 +34,7 @@ def open_batches(
     store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
 ) -> BatchLoader:
     """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
-    num_parts = parallel.tp_size * parallel.cp_size
+    num_parts = parallel.tp_size * parallel.cp_size * fp8_multiple(config.model)
     max_rows = round_up(config.packing.capacity * config.train.micro_batch_size, num_parts)
     return BatchLoader(
         store,

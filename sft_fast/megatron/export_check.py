@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sft_fast.batch import fill_micro_batch
 from sft_fast.config import Config
+from sft_fast.megatron.engine import without_fp8
 from sft_fast.megatron.forward_step import packed_samples
 from sft_fast.megatron.hf import gather_shards, hf_shapes
 from sft_fast.megatron.inputs import Inputs
@@ -44,7 +45,8 @@ def check_export(
     lengths = inputs.store.lengths[:NUM_SAMPLES_SEEN]
     sample = int(np.argmin(np.where(lengths > 1, lengths, lengths.max() + 1)))
     num_tokens = int(lengths[sample])
-    logits = trained_logits(models, sample, num_tokens, inputs, parallel)[:num_tokens]
+    with without_fp8(models):
+        logits = trained_logits(models, sample, num_tokens, inputs, parallel)[:num_tokens]
     if not parallel.is_main:
         return
     from transformers import AutoModelForCausalLM

@@ -43,6 +43,7 @@ from sft_fast.megatron.attention_backends import (
 )
 from sft_fast.megatron.context import ContextGroup, check_context, context_group
 from sft_fast.megatron.device import prepare_for_experts
+from sft_fast.megatron.engine import engine_options, use_engine
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
@@ -237,9 +238,12 @@ def block_spec(
     context: ContextGroup | None,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """megatron's local layers of this pipeline stage, with our attention core and our norm."""
+    """megatron's local layers of this pipeline stage, with our attention core and our norm, and
+    where the config says so with Transformer Engine's linear layers."""
     spec = get_gpt_layer_local_spec(architecture.num_experts or None, normalization="RMSNorm")
     layer = spec.submodules
+    if config.transformer_impl == "transformer_engine":
+        use_engine(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if architecture.is_gemma:
         params = {
@@ -302,6 +306,7 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu and architecture.activation == "silu",
         **memory_options(config, parallel),
+        **engine_options(config, parallel),
         **experts_config(architecture, parallel),
     )
 
