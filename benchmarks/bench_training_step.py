@@ -36,26 +36,25 @@ from sft_fast.run_plan import make_plan
 from timing import DEVICE, ON_GPU, matmul_flops_per_s
 from tiny import ListStore
 
-NUM_STEPS, NUM_WARMUP = (4, 2) if ON_GPU else (2, 1)
+NUM_STEPS = 4 if ON_GPU else 2
 GLOBAL_BATCH_SIZE = 4
 CAPACITY = 8192 if ON_GPU else 256
-PADDED_SAMPLES = 16
-"""Samples of the peer's micro-batch."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what of it trains."""
+    """A model, what of it trains, and how many samples the peer's micro-batch has."""
 
     architecture: Architecture
     lora_rank: int = 0
+    padded_samples: int = 16
 
 
 LLAMA_1B = Architecture(128256, 2048, 16, 32, 8, 8192, 64, 131072, tie_word_embeddings=True)
 LLAMA_8B = Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192)
 SMALL = Architecture(8192, 128, 2, 4, 2, 384, 32, 512)
 CASES = (
-    {"8B LoRA": Case(LLAMA_8B, lora_rank=16), "1B full": Case(LLAMA_1B)}
+    {"8B LoRA": Case(LLAMA_8B, lora_rank=16, padded_samples=8), "1B full": Case(LLAMA_1B)}
     if ON_GPU
     else {"small full": Case(SMALL), "small LoRA": Case(SMALL, lora_rank=4)}
 )
@@ -74,11 +73,19 @@ class DeviceWeights:
         return torch.empty(shape, device=DEVICE).normal_(std=0.02)[rows, columns]
 
 
-def make_store(vocab_size: int, num_tokens: int) -> ListStore:
-    """Samples of Alpaca's lengths: 16 to CAPACITY tokens, 150 on average."""
+def make_store(
+    vocab_size: int,
+    num_tokens: int,
+    longest: int = CAPACITY // 2,
+    mean: float = 150,
+    sigma: float = 0.65,
+) -> ListStore:
+    """At least `num_tokens` in samples of log-normal lengths from 16 on; by default Alpaca's."""
     rng = np.random.default_rng(0)
-    lengths = np.exp(rng.normal(np.log(150) - 0.65**2 / 2, 0.65, num_tokens // 100))
-    lengths = lengths.clip(16, CAPACITY // 2).astype(np.int64)
+    count = int(2 * num_tokens / min(mean, longest)) + 8
+    lengths = np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, count))
+    lengths = lengths.clip(16, longest).astype(np.int64)
+    lengths = lengths[: np.searchsorted(lengths.cumsum(), num_tokens) + 1]
     offsets = np.concatenate([[0], lengths.cumsum()])
     places = np.arange(offsets[-1]) - offsets[:-1].repeat(lengths)
     supervised = places >= lengths.repeat(lengths) // 2
@@ -86,19 +93,21 @@ def make_store(vocab_size: int, num_tokens: int) -> ListStore:
     return ListStore(tokens, np.packbits(supervised, bitorder="little"), offsets)
 
 
-def make_config(case: Case) -> Config:
-    return Config.model_validate(
-        {
-            "output_dir": "unused",
-            "model": {"dtype": "bf16" if ON_GPU else "fp32", "path": "unused"},
-            "data": {"train": "unused"},
-            "packing": {"capacity": CAPACITY, "strategy": "window"},
-            "train": {"steps": NUM_STEPS, "global_batch_size": GLOBAL_BATCH_SIZE},
-            "lora": {"rank": case.lora_rank},
-            # So small that both sides see the same weights in every step.
-            "optim": {"lr": 1e-12, "min_lr": 0.0},
-        }
-    )
+def make_config(case: Case, **sections: dict[str, Any]) -> Config:
+    """The config of a case; `sections` update the sections of that name."""
+    values: dict[str, Any] = {
+        "output_dir": "unused",
+        "model": {"dtype": "bf16" if ON_GPU else "fp32", "path": "unused"},
+        "data": {"train": "unused"},
+        "packing": {"capacity": CAPACITY, "strategy": "window"},
+        "train": {"steps": NUM_STEPS, "global_batch_size": GLOBAL_BATCH_SIZE},
+        "lora": {"rank": case.lora_rank},
+        # So small that both sides see the same weights in every step.
+        "optim": {"lr": 1e-12, "min_lr": 0.0},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return Config.model_validate(values)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -144,12 +153,12 @@ class PaddedBatch:
     num_supervised: int
 
 
-def padded_batches(store: ListStore, sample_ids: np.ndarray) -> list[PaddedBatch]:
-    """Micro-batches of PADDED_SAMPLES samples, in the order of the plan."""
+def padded_batches(store: ListStore, sample_ids: np.ndarray, size: int) -> list[PaddedBatch]:
+    """Micro-batches of `size` samples, in the order of the plan."""
     mask = np.unpackbits(store.supervised_bits, bitorder="little").astype(bool)
     batches = []
-    for first in range(0, len(sample_ids), PADDED_SAMPLES):
-        ids = sample_ids[first : first + PADDED_SAMPLES]
+    for first in range(0, len(sample_ids), size):
+        ids = sample_ids[first : first + size]
         longest = int(store.lengths[ids].max())
         tokens = np.zeros((len(ids), longest), dtype=np.int64)
         labels = np.full((len(ids), longest), IGNORE_INDEX, dtype=np.int64)
@@ -183,9 +192,9 @@ def padded_forward_step(batches: Iterator[PaddedBatch], model: torch.nn.Module) 
 def run_packed(
     config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: Any
 ) -> tuple[list[float], list[float], float]:
-    """Seconds and loss of each step, and the seconds spent waiting for data in the timed ones."""
+    """Seconds and loss of each step, and the seconds that the last half of them waited for data."""
     durations, losses, waited = [], [], 0.0
-    steps = range(NUM_STEPS)
+    steps = range(config.train.steps or 0)
     with open_batches(store, plan, steps, config, parallel) as loader:
         batches = TimedIterator(loader)
         for step in steps:
@@ -193,13 +202,13 @@ def run_packed(
             result = sft.train_step(run, batches, plan.counts(step), config, parallel)
             durations.append(time.perf_counter() - begin)
             losses.append(result.loss)
-            if step >= NUM_WARMUP:
+            if step >= len(steps) // 2:
                 waited += batches.waited_s - before
     return durations, losses, waited
 
 
 def run_padded(
-    config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: Any
+    config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: Any, size: int
 ) -> tuple[list[float], list[float]]:
     """The same samples in the same steps, megatron's way."""
     durations, losses = [], []
@@ -208,7 +217,7 @@ def run_padded(
         unwrap(chunk).config.cross_entropy_fusion_impl = "native"
     for step in range(NUM_STEPS):
         bins = plan.micro_batches(step, 0, 1, GLOBAL_BATCH_SIZE)[0]
-        batches = padded_batches(store, np.concatenate(bins))
+        batches = padded_batches(store, np.concatenate(bins), size)
         padded = config.model_copy(
             update={
                 "train": config.train.model_copy(update={"global_batch_size": len(batches)}),
@@ -251,10 +260,11 @@ def test_step(benchmark: BenchmarkFixture, trained: tuple[Any, ...]) -> None:
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    padded_durations, padded_losses = run_padded(config, parallel, run, store, plan)
+    size = case.padded_samples
+    padded_durations, padded_losses = run_padded(config, parallel, run, store, plan, size)
     padded_peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
     assert np.allclose(losses, padded_losses, rtol=2e-3 if ON_GPU else 1e-5)
-    timed = slice(NUM_WARMUP, None)
+    timed = slice(NUM_STEPS // 2, None)
     counts = [plan.counts(step) for step in range(NUM_STEPS)][timed]
     num_tokens = sum(count.num_tokens for count in counts)
     num_active = sum(count.num_supervised for count in counts)

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Checks and measures everything that needs one GPU. Results go to a folder, one log per stage.
-#   bash benchmarks/run_gpu.sh OUT [stage...]      stages: tests sanitizer demo tune loss head loader step
+# Checks and measures everything that needs GPUs. Results go to a folder, one log per stage.
+#   bash benchmarks/run_gpu.sh OUT [stage...]
+# Stages for one GPU: tests sanitizer demo tune loss head loader step; for several: ranks faults parallel.
 # A stage that fails or takes too long does not stop the others; the last lines are a summary.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: run_gpu.sh OUT [stage...]}"
 shift
 mkdir -p "$out"
-[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head loader step
+[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head loader step ranks faults parallel
+# The fault tests fork their ranks from a server, which must not open the GPU.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 run() { "${PYTHON:-python3}" -m "$@"; }
@@ -32,6 +35,10 @@ stage() {
     head) bench head benchmarks/bench_masked_linear_cross_entropy.py ;;
     loader) bench loader benchmarks/bench_loader.py ;;
     step) bench step benchmarks/bench_training_step.py ;;
+    ranks) check tests/megatron/test_layout_invariance.py tests/megatron/test_context.py \
+      tests/megatron/test_experts.py tests/test_train.py ;;
+    faults) check tests/faults/test_kills.py -k "torchrun or restarted or signal_to_one" ;;
+    parallel) bench parallel benchmarks/bench_parallel.py ;;
     *) echo "unknown stage $1" && return 2 ;;
   esac
 }
