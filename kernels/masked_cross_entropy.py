@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels.masked_cross_entropy_torch import Merged, merge_statistics
 
 
 class Backend(Protocol):
@@ -26,6 +25,17 @@ class Backend(Protocol):
         num_columns: int,
         softcap: float,
         with_logit_sum: bool,
+        with_outputs: bool,
+        /,
+    ) -> Tensor: ...
+
+    def row_losses(
+        self,
+        statistics: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        label_smoothing: float,
+        z_loss: float,
         with_outputs: bool,
         /,
     ) -> Tensor: ...
@@ -171,32 +181,21 @@ def write_gradient(
     )
 
 
-def row_losses(
-    statistics: Tensor, labels: Tensor, vocab_size: int, options: LossOptions
-) -> tuple[Tensor, Tensor, Merged]:
-    """(loss, logprob), each [N], and the merged statistics; NaN where the label has no column."""
-    merged = merge_statistics(statistics, options.label_smoothing > 0)
-    log_sum = merged.sum_exp.log()
-    logprob = (merged.target_logit - merged.logits_max) - log_sum
-    logprob = torch.where((labels >= 0) & (labels < vocab_size), logprob, torch.nan)
-    loss = -logprob
-    if merged.logit_sum is not None:
-        mean_logprob = (merged.logit_sum / vocab_size - merged.logits_max) - log_sum
-        loss = torch.lerp(loss, -mean_logprob, options.label_smoothing)
-    if options.z_loss > 0:
-        loss = loss + options.z_loss * (merged.logits_max + log_sum).square()
-    return loss, logprob, merged
-
-
 def row_outputs(
-    statistics: Tensor, labels: Tensor, vocab_size: int, options: LossOptions, with_outputs: bool
+    statistics: Tensor,
+    labels: Tensor,
+    shard: VocabShard,
+    kernels: Backend,
+    options: LossOptions,
+    with_outputs: bool,
 ) -> tuple[Tensor, ...]:
-    """Loss of each row, and with_outputs all fields of TokenOutputs."""
-    loss, logprob, merged = row_losses(statistics, labels, vocab_size, options)
-    if merged.argmax is None or merged.entropy is None:
-        assert not with_outputs
-        return (loss,)
-    return loss, logprob, merged.entropy, merged.argmax == labels
+    """Calls the backend: loss of each row, and with_outputs all fields of TokenOutputs."""
+    rates = options.label_smoothing, options.z_loss
+    rows = kernels.row_losses(statistics, labels, shard.vocab_size, *rates, with_outputs)
+    if not with_outputs:
+        return (rows[0],)
+    loss, logprob, entropy, correct = rows
+    return loss, logprob, entropy, correct != 0
 
 
 def stack_grads(
@@ -230,20 +229,21 @@ class MaskedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.kernels, ctx.options = shard, kernels, options
-        active = labels != IGNORE_INDEX
         rows, rows_logits, rows_labels = None, logits, labels
         if not kernels.SKIPS_MASKED_ROWS:
-            rows = active.nonzero().squeeze(1)
+            rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
             rows_logits, rows_labels = logits.index_select(0, rows), labels.index_select(0, rows)
-        statistics = global_statistics(
-            rows_logits, rows_labels, shard, kernels, options, with_outputs
-        )
+        how = shard, kernels, options
+        statistics = global_statistics(rows_logits, rows_labels, *how, with_outputs)
         ctx.save_for_backward(logits, rows_labels, rows, statistics)
-        outputs = row_outputs(statistics, rows_labels, shard.vocab_size, options, with_outputs)
-        ctx.mark_non_differentiable(*outputs[2:])
+        outputs = row_outputs(statistics, rows_labels, *how, with_outputs)
         if rows is None:
-            return tuple(torch.where(active, output, 0).to(output.dtype) for output in outputs)
-        return tuple(scatter_rows(output, rows, len(labels)) for output in outputs)
+            # Copied, because they are views of one tensor.
+            outputs = tuple(output.clone() for output in outputs)
+        else:
+            outputs = tuple(scatter_rows(output, rows, len(labels)) for output in outputs)
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
 
     @staticmethod
     @once_differentiable

@@ -125,6 +125,58 @@ def _(
     return new_statistics(logits, with_logit_sum, with_outputs)
 
 
+@torch.library.custom_op("sft_fast::native_masked_cross_entropy_losses", mutates_args=())
+def row_losses(
+    statistics: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    with_outputs: bool,
+) -> Tensor:
+    """Joins the statistics of all parts of the vocabulary into the loss of each row.
+
+    Arguments and result as in masked_cross_entropy_torch, but: labels may be IGNORE_INDEX: the
+    statistics of such rows are not read, and all their results are 0.
+    """
+    statistics, labels = statistics.contiguous(), labels.contiguous()
+    num_parts, _, num_rows = statistics.shape
+    shape = (num_parts, 3 + (label_smoothing > 0) + 2 * with_outputs, num_rows)
+    check("statistics", statistics, torch.float32, shape, statistics.device)
+    check("labels", labels, torch.int64, (num_rows,), statistics.device)
+    outputs = new_outputs(statistics, with_outputs)
+    with torch.cuda.device_of(statistics):
+        _gpu.losses(
+            statistics=statistics.data_ptr(),
+            labels=labels.data_ptr(),
+            num_parts=num_parts,
+            num_rows=num_rows,
+            vocab_size=vocab_size,
+            ignore_index=IGNORE_INDEX,
+            with_outputs=with_outputs,
+            out=outputs.data_ptr(),
+            options=make_options(label_smoothing, z_loss, vocab_size),
+            stream=stream_of(statistics),
+        )
+    return outputs
+
+
+def new_outputs(statistics: Tensor, with_outputs: bool) -> Tensor:
+    return statistics.new_empty((4 if with_outputs else 1, statistics.shape[2]))
+
+
+@row_losses.register_fake
+def _(
+    statistics: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    with_outputs: bool,
+) -> Tensor:
+    return new_outputs(statistics, with_outputs)
+
+
 @torch.library.custom_op(
     "sft_fast::native_masked_cross_entropy_gradient", mutates_args=("gradient",)
 )

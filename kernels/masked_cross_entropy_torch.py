@@ -88,6 +88,44 @@ def shard_statistics(
     return statistics
 
 
+def row_losses(
+    statistics: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    with_outputs: bool,
+) -> Tensor:
+    """Joins the statistics of all parts of the vocabulary into the loss of each row.
+
+    Args:
+        statistics: [num_parts, S, N], the shard statistics of every part of the vocabulary.
+        labels: [N] int64 global ids.
+        vocab_size: columns that count, over all shards.
+        label_smoothing, z_loss: as in LossOptions.
+        with_outputs: the statistics were collected with_outputs.
+
+    Returns:
+        [1, N], dtype of statistics: the loss, NaN where the label has no column. With_outputs
+        [4, N]: also log p(label), the entropy, and 1 where the label is the first argmax, else 0.
+    """
+    merged = merge_statistics(statistics, label_smoothing > 0)
+    log_sum = merged.sum_exp.log()
+    logprob = (merged.target_logit - merged.logits_max) - log_sum
+    logprob = torch.where((labels >= 0) & (labels < vocab_size), logprob, torch.nan)
+    loss = -logprob
+    if merged.logit_sum is not None:
+        mean_logprob = (merged.logit_sum / vocab_size - merged.logits_max) - log_sum
+        loss = (1 - label_smoothing) * loss - label_smoothing * mean_logprob
+    if z_loss > 0:
+        loss = loss + z_loss * (merged.logits_max + log_sum).square()
+    if not with_outputs:
+        return loss.unsqueeze(0)
+    assert merged.entropy is not None and merged.argmax is not None
+    correct = (merged.argmax == labels).to(loss.dtype)
+    return torch.stack([loss, logprob, merged.entropy, correct])
+
+
 def write_gradient(
     gradient: Tensor,
     logits: Tensor,

@@ -1,8 +1,9 @@
 """The loss kernels in Triton, for CUDA and ROCm.
 
 One program works on one row, or on every num_splits-th block of its columns when rows are few; the
-statistics of a split are then just one more part of the vocabulary, merged with those of the other
-ranks. The maths and the bytes moved are in kernels/README.md.
+statistics of a split are then just one more part of the vocabulary. A small kernel joins the parts
+of all ranks for the loss; each program of the gradient does so for itself. The maths and the bytes
+moved are in kernels/README.md.
 """
 
 import functools
@@ -136,6 +137,66 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
         candidates = tl.where(lane_max == row_max, lane_argmax, 1 << 30)
         argmax = vocab_start_index + tl.min(candidates, 0)
         tl.store(statistics_ptr + num_rows, argmax.to(tl.float32))
+
+
+@triton.jit
+def masked_cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
+    statistics_ptr,  # [num_parts, S, N] fp32
+    num_parts,
+    labels_ptr,  # [N] int64
+    outputs_ptr,  # [1 or 4, N] fp32
+    num_rows,
+    vocab_size,
+    smoothing,
+    z_loss,
+    WITH_LOGIT_SUM: tl.constexpr,
+    WITH_OUTPUTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    in_range = rows < num_rows
+    label = tl.load(labels_ptr + rows, mask=in_range, other=MASKED)
+    active = label != MASKED
+    parts = tl.arange(0, BLOCK_PARTS)
+    wanted = active[None, :] & (parts < num_parts)[:, None]
+    stride = num_rows.to(tl.int64)
+    part_stride = (3 + WITH_LOGIT_SUM + 2 * WITH_OUTPUTS) * stride
+    statistics_ptr += parts[:, None] * part_stride + rows[None, :]
+    part_max = tl.load(statistics_ptr, mask=wanted, other=LOWEST)
+    part_sum = tl.load(statistics_ptr + stride, mask=wanted, other=0.0)
+    target_logit = tl.sum(tl.load(statistics_ptr + 2 * stride, mask=wanted, other=0.0), 0)
+    row_max = tl.max(part_max, 0)
+    distance = part_max - row_max[None, :]
+    part_weight = tl.exp2(distance * LOG2E)
+    row_sum = tl.sum(part_sum * part_weight, 0)
+    log_sum = tl.log(row_sum)
+    logprob = (target_logit - row_max) - log_sum
+    logprob = tl.where((label >= 0) & (label < vocab_size), logprob, float("nan"))
+    loss = -logprob
+    if WITH_LOGIT_SUM:
+        logit_sum = tl.sum(tl.load(statistics_ptr + 3 * stride, mask=wanted, other=0.0), 0)
+        mean_logprob = (logit_sum / vocab_size - row_max) - log_sum
+        loss = (1.0 - smoothing) * loss - smoothing * mean_logprob
+    # z_loss 0 must not turn an infinite lse into NaN.
+    lse = row_max + log_sum
+    loss = tl.where(z_loss > 0, loss + z_loss * lse * lse, loss)
+    outputs_ptr += rows
+    tl.store(outputs_ptr, tl.where(active, loss, 0.0), mask=in_range)
+    if WITH_OUTPUTS:
+        statistics_ptr += (3 + WITH_LOGIT_SUM) * stride
+        weighted = tl.load(statistics_ptr, mask=wanted, other=0.0)
+        argmax = tl.load(statistics_ptr + stride, mask=wanted, other=0.0)
+        # Clamped, because 0 * -inf is NaN where it should add nothing.
+        distance = tl.where(distance < LOWEST, LOWEST, distance)
+        shifted_sum = tl.sum((weighted + part_sum * distance) * part_weight, 0)
+        entropy = log_sum - shifted_sum / row_sum
+        argmax = tl.min(tl.where(part_max == row_max[None, :], argmax, float("inf")), 0)
+        correct = argmax == label.to(tl.float32)
+        tl.store(outputs_ptr + stride, tl.where(active, logprob, 0.0), mask=in_range)
+        tl.store(outputs_ptr + 2 * stride, tl.where(active, entropy, 0.0), mask=in_range)
+        correct = tl.where(active & correct, 1.0, 0.0)
+        tl.store(outputs_ptr + 3 * stride, correct, mask=in_range)
 
 
 @triton.jit
@@ -323,6 +384,68 @@ def _(
     with_outputs: bool,
 ) -> Tensor:
     return new_statistics(logits, with_logit_sum, with_outputs)
+
+
+JOIN_WARPS = 4
+
+
+def rows_per_join(block_parts: int) -> int:
+    """Rows of a program of the loss kernel: a thread reads up to 8 numbers of a kind at once."""
+    return max(1, min(128, 1024 // block_parts))
+
+
+@torch.library.custom_op("sft_fast::masked_cross_entropy_losses", mutates_args=())
+def row_losses(
+    statistics: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    with_outputs: bool,
+) -> Tensor:
+    """Joins the statistics of all parts of the vocabulary into the loss of each row.
+
+    Arguments and result as in masked_cross_entropy_torch, but: labels may be IGNORE_INDEX: the
+    statistics of such rows are not read, and all their results are 0.
+    """
+    outputs = new_outputs(statistics, with_outputs)
+    num_parts, _, num_rows = statistics.shape
+    if num_rows > 0:
+        block_parts = triton.next_power_of_2(num_parts)
+        block_rows = rows_per_join(block_parts)
+        with torch.cuda.device_of(statistics):
+            masked_cross_entropy_loss_kernel[(triton.cdiv(num_rows, block_rows),)](
+                statistics.contiguous(),
+                num_parts,
+                labels.contiguous(),
+                outputs,
+                num_rows,
+                vocab_size,
+                label_smoothing,
+                z_loss,
+                WITH_LOGIT_SUM=label_smoothing > 0,
+                WITH_OUTPUTS=with_outputs,
+                BLOCK_PARTS=block_parts,
+                BLOCK_ROWS=block_rows,
+                num_warps=JOIN_WARPS,
+            )
+    return outputs
+
+
+def new_outputs(statistics: Tensor, with_outputs: bool) -> Tensor:
+    return statistics.new_empty((4 if with_outputs else 1, statistics.shape[2]))
+
+
+@row_losses.register_fake
+def _(
+    statistics: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    with_outputs: bool,
+) -> Tensor:
+    return new_outputs(statistics, with_outputs)
 
 
 @torch.library.custom_op("sft_fast::masked_cross_entropy_gradient", mutates_args=("gradient",))

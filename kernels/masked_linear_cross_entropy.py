@@ -25,7 +25,6 @@ from sft_fast.kernels.masked_cross_entropy import (
     OnePassBackend,
     VocabShard,
     global_statistics,
-    row_losses,
     row_outputs,
     scatter_rows,
     stack_grads,
@@ -134,9 +133,7 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
                 sums.add(chunk, logits, is_last=chunk is chunks[-1])
                 continue
             kept.append(global_statistics(logits, labels[chunk], *how, head.with_outputs))
-            parts.append(
-                row_outputs(kept[-1], labels[chunk], shard.vocab_size, options, head.with_outputs)
-            )
+            parts.append(row_outputs(kept[-1], labels[chunk], *how, head.with_outputs))
         outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]
         ctx.logits = logits if head.plan.policy == "stored" else None
         saved = (active_hidden, labels) if sums is None else sums.finish()
@@ -244,7 +241,7 @@ def loss_and_gradient(
     statistics = global_statistics(logits, labels, shard, kernels, options, False)
     grads = stack_grads(weights, None, statistics.dtype)
     write_gradient(logits, logits, labels, statistics, grads, shard, kernels, options)
-    return row_losses(statistics, labels, shard.vocab_size, options)[0]
+    return row_outputs(statistics, labels, shard, kernels, options, False)[0]
 
 
 def wide_zeros(weight: Tensor, ctx: Any) -> Tensor | None:

@@ -30,6 +30,18 @@ def num_splits(num_rows: int, width: int) -> int: ...
 def statistics(
     logits: Logits, out: int, with_logit_sum: bool, with_outputs: bool, stream: int
 ) -> None: ...
+def losses(
+    statistics: int,
+    labels: int,
+    num_parts: int,
+    num_rows: int,
+    vocab_size: int,
+    ignore_index: int,
+    with_outputs: bool,
+    out: int,
+    options: LossOptions,
+    stream: int,
+) -> None: ...
 def gradient(
     logits: Logits,
     out: int,

@@ -52,6 +52,19 @@ void statistics(const SftFastLogits& logits, uintptr_t out, bool with_logit_sum,
                                       pointer<void>(stream)));
 }
 
+void losses(uintptr_t statistics_in, uintptr_t labels, int64_t num_parts, int64_t num_rows,
+            int64_t vocab_size, int64_t ignore_index, bool with_outputs, uintptr_t out,
+            const SftFastLossOptions& options, uintptr_t stream) {
+  const SftFastStatistics parts{pointer<const float>(statistics_in),
+                                pointer<const int64_t>(labels),
+                                num_parts,
+                                num_rows,
+                                vocab_size,
+                                ignore_index,
+                                with_outputs};
+  check(sft_fast_masked_ce_losses(&parts, pointer<float>(out), &options, pointer<void>(stream)));
+}
+
 void gradient(const SftFastLogits& logits, uintptr_t out, int64_t out_stride,
               uintptr_t statistics_in, int64_t num_parts, int64_t num_statistics, uintptr_t grads,
               const SftFastLossOptions& options, uintptr_t stream) {
@@ -95,6 +108,9 @@ PYBIND11_MODULE(_gpu, module) {
   module.def("num_splits", &sft_fast_masked_ce_num_splits, py::arg("num_rows"), py::arg("width"));
   module.def("statistics", &statistics, py::arg("logits"), py::arg("out"),
              py::arg("with_logit_sum"), py::arg("with_outputs"), py::arg("stream"));
+  module.def("losses", &losses, py::arg("statistics"), py::arg("labels"), py::arg("num_parts"),
+             py::arg("num_rows"), py::arg("vocab_size"), py::arg("ignore_index"),
+             py::arg("with_outputs"), py::arg("out"), py::arg("options"), py::arg("stream"));
   module.def("gradient", &gradient, py::arg("logits"), py::arg("out"), py::arg("out_stride"),
              py::arg("statistics"), py::arg("num_parts"), py::arg("num_statistics"),
              py::arg("grads"), py::arg("options"), py::arg("stream"));

@@ -59,6 +59,11 @@ void run(int dtype, int64_t num_rows, int64_t width, int64_t num_columns, float 
     Buffer<unsigned char> gradient(num_rows * width * element);
     check(sft_fast_masked_ce_statistics(&described, statistics.data, with_outputs, with_outputs,
                                         nullptr));
+    const SftFastStatistics parts{statistics.data, labels.data, splits,      num_rows,
+                                  num_columns,     kIgnore,     with_outputs};
+    Buffer<float> outputs(static_cast<size_t>((with_outputs ? 4 : 1) * num_rows));
+    check(
+        sft_fast_masked_ce_losses(&parts, outputs.data, with_outputs ? &options : &plain, nullptr));
     check(sft_fast_masked_ce_gradient(&described, gradient.data, width, statistics.data, splits,
                                       count, grads.data, &options, nullptr));
     check(cudaDeviceSynchronize());

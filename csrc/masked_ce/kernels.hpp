@@ -8,6 +8,7 @@
 namespace sft_fast {
 
 constexpr int kThreads = 512;
+constexpr int kLossThreads = 128;
 constexpr int kOnePassThreads = 1024;
 constexpr int kPacksInFlight = 4;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -327,13 +328,51 @@ __device__ inline float row_loss(const RowState& state, float target_logit, floa
   float loss = log_sum - (target_logit - state.max);
   if (options.label_smoothing > 0.0f) {
     const float mean_loss = log_sum - (state.logits / columns - state.max);
-    loss += options.label_smoothing * (mean_loss - loss);
+    loss = (1.0f - options.label_smoothing) * loss + options.label_smoothing * mean_loss;
   }
   if (options.z_loss > 0.0f) {
     const float lse = state.max + log_sum;
     loss += options.z_loss * lse * lse;
   }
   return loss;
+}
+
+// A thread joins the parts of a row; its neighbours read the next rows' numbers.
+__global__ void __launch_bounds__(kLossThreads)
+    losses_kernel(SftFastStatistics parts, float* outputs, SftFastLossOptions options) {
+  const int64_t num_rows = parts.num_rows;
+  const int64_t row = block_x() * kLossThreads + thread_x();
+  if (row >= num_rows) return;
+  const int64_t label = parts.labels[row];
+  const int num_outputs = parts.with_outputs ? 4 : 1;
+  if (label == parts.ignore_index) {
+    for (int i = 0; i < num_outputs; ++i) outputs[i * num_rows + row] = 0.0f;
+    return;
+  }
+  const bool has_logit_sum = options.label_smoothing > 0.0f;
+  const int64_t part_size = (3 + has_logit_sum + 2 * (parts.with_outputs != 0)) * num_rows;
+  const auto load = [&](int64_t part, float& target_logit) {
+    const float* source = parts.statistics + part * part_size + row;
+    RowState state{source[0], source[num_rows], 0.0f, 0.0f, 0.0f};
+    target_logit += source[2 * num_rows];
+    source += 3 * num_rows;
+    if (has_logit_sum) state.logits = source[0], source += num_rows;
+    if (parts.with_outputs) state.weighted = source[0], state.argmax = source[num_rows];
+    return state;
+  };
+  float target_logit = 0.0f;
+  RowState state = load(0, target_logit);
+  for (int64_t part = 1; part < parts.num_parts; ++part) {
+    state = merge<true>(state, load(part, target_logit));
+  }
+  const bool is_known = label >= 0 && label < parts.vocab_size;
+  if (!is_known) target_logit = __builtin_nanf("");
+  outputs[row] = row_loss(state, target_logit, static_cast<float>(parts.vocab_size), options);
+  if (!parts.with_outputs) return;
+  const float log_sum = log_fast(state.sum);
+  outputs[num_rows + row] = (target_logit - state.max) - log_sum;
+  outputs[2 * num_rows + row] = log_sum - state.weighted / state.sum;
+  outputs[3 * num_rows + row] = state.argmax == static_cast<float>(label) ? 1.0f : 0.0f;
 }
 
 // The row stays on chip between its one read and its one write: its first packs in registers, the

@@ -122,6 +122,15 @@ int sft_fast_masked_ce_statistics(const SftFastLogits* logits, float* statistics
   return last_error();
 }
 
+int sft_fast_masked_ce_losses(const SftFastStatistics* statistics, float* outputs,
+                              const SftFastLossOptions* options, void* stream) {
+  if (statistics->num_rows == 0) return 0;
+  const int64_t blocks = (statistics->num_rows + kLossThreads - 1) / kLossThreads;
+  SFT_FAST_LAUNCH(losses_kernel, grid_of(blocks, 1), kLossThreads, 0, stream, *statistics, outputs,
+                  *options);
+  return last_error();
+}
+
 int sft_fast_masked_ce_gradient(const SftFastLogits* logits, void* gradient,
                                 int64_t gradient_stride, const float* statistics, int64_t num_parts,
                                 int64_t num_statistics, const float* grads,

@@ -34,12 +34,28 @@ struct SftFastLossOptions {
   float z_loss;
 };
 
+/* Statistics [num_parts, S, num_rows] of every part of a vocabulary, where S counts the sum of the
+   logits if label_smoothing > 0. */
+struct SftFastStatistics {
+  const float* statistics;
+  const int64_t* labels; /* [num_rows] global ids */
+  int64_t num_parts;
+  int64_t num_rows;
+  int64_t vocab_size; /* columns that count, over all ranks */
+  int64_t ignore_index;
+  int with_outputs; /* S counts two more numbers, and there are 4 outputs instead of 1 */
+};
+
 /* Into how many parts a row is cut; depends on the shape alone, so that all ranks agree. */
 int64_t sft_fast_masked_ce_num_splits(int64_t num_rows, int64_t width);
 
 /* statistics [num_splits, 3 + with_logit_sum + 2 * with_outputs, num_rows] fp32. */
 int sft_fast_masked_ce_statistics(const struct SftFastLogits* logits, float* statistics,
                                   int with_logit_sum, int with_outputs, void* stream);
+
+/* outputs [1 or 4, num_rows]: loss; log probability, entropy, 1 where the label is the argmax. */
+int sft_fast_masked_ce_losses(const struct SftFastStatistics* statistics, float* outputs,
+                              const struct SftFastLossOptions* options, void* stream);
 
 /* gradient [num_rows, width], may be the logits; statistics [num_parts, num_statistics, num_rows];
    grads [2, num_rows]: upstream gradients of loss and log probability. */

@@ -392,6 +392,55 @@ def test_outputs_with_minus_infinity(pool: RankPool, backend: str) -> None:
     pool.run(1, run_infinite_outputs, backend)
 
 
+def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
+    """Statistics of parts joined as the oracle joins them: empty parts, ties, masked rows."""
+    kernels, vocab_size, device = load_backend(backend, "cpu"), 997, torch.get_default_device()
+    generator = seeded(num_parts)
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    labels[::7] = IGNORE_INDEX
+    labels[3], labels[4] = vocab_size, -1
+    maxima = torch.randint(-3, 4, (num_parts, num_rows), generator=generator).float()
+    maxima[:, 5] += 1e4
+    sums = 1 + 9 * torch.rand(num_parts, num_rows, generator=generator)
+    targets = torch.zeros(num_parts, num_rows)
+    targets[-1] = torch.randn(num_rows, generator=generator)
+    if num_parts > 1:
+        maxima[0, ::2], sums[0, ::2] = torch.finfo(torch.float32).min, 0.0
+    maxima[:, 1], sums[:, 1], targets[-1, 1] = torch.finfo(torch.float32).min, 0.0, -torch.inf
+    sums[0, 2] = torch.nan
+    logit_sums, weighted = (torch.randn(num_parts, num_rows, generator=generator) for _ in range(2))
+    argmaxes = torch.randint(3, (num_parts, num_rows), generator=generator).float()
+    argmaxes[-1, 9::3] = labels[9::3].float()
+    maxima[-1, 9::3] = 9.0
+    argmaxes[0, 12], maxima[0, 12], labels[12] = 0.0, 9.0, 2  # an equal maximum comes first
+    argmaxes[-1, 12] = 2.0 if num_parts > 1 else 0.0
+    for smoothing, z_loss, with_outputs in ((0.0, 0.0, False), (0.1, 0.0, True), (0.7, 1e-2, True)):
+        columns = [maxima, sums, targets]
+        columns += [logit_sums] * (smoothing > 0) + [weighted, argmaxes] * with_outputs
+        statistics = torch.stack(columns, 1)
+        rates = vocab_size, smoothing, z_loss, with_outputs
+        exact = load_backend("torch", "cpu").row_losses(statistics.double(), labels, *rates)
+        exact[:, labels == IGNORE_INDEX] = 0
+        statistics[:, :, labels == IGNORE_INDEX] = torch.nan
+        ours = kernels.row_losses(statistics, labels, *rates)
+        assert (
+            ours.shape == (4 if with_outputs else 1, num_rows) and ours.device.type == device.type
+        )
+        assert ours[0, [1, 2, 3, 4]].isnan().all() and ours[0, 5].isfinite()
+        assert_bit_zero(ours[:, labels == IGNORE_INDEX])
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+        if with_outputs:
+            assert ours[3, 15] == 1 and ours[3, 12] == 0
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
+@pytest.mark.parametrize(("num_parts", "num_rows"), [(1, 129), (3, 128), (16, 70), (2048, 20)])
+def test_parts_are_joined_as_in_torch(
+    pool: RankPool, backend: str, num_parts: int, num_rows: int
+) -> None:
+    pool.run(1, run_joins, backend, num_parts, num_rows)
+
+
 def run_repeats(backend: str) -> None:
     """Two runs agree to the last bit."""
     logits, labels, upstream = make_logits(5, 9000, 9000, torch.bfloat16)
@@ -428,26 +477,32 @@ def run_operators(backend: str) -> None:
     arguments = (logits, labels, 0, 20000, 5.0, True, True)
     torch.library.opcheck(kernels.shard_statistics, arguments, test_utils=checks)
     statistics = kernels.shard_statistics(*arguments)
+    for rates in ((20000, 0.1, 0.1, True), (20000, 0.1, 0.1, False)):
+        counted = statistics if rates[3] else statistics[:, :4]
+        torch.library.opcheck(kernels.row_losses, (counted, labels, *rates), test_utils=checks)
     grads = torch.stack([upstream, upstream])
     arguments = (torch.zeros_like(logits), logits, labels, statistics, grads, 0, 20000)
     arguments += (20000, 0.1, 0.1, 5.0)
     torch.library.opcheck(kernels.write_gradient, arguments, test_utils=checks)
 
     @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    def compiled(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def compiled(logits: Tensor) -> tuple[Tensor, ...]:
         statistics = kernels.shard_statistics(logits * 2, labels, 0, 20000, 5.0, True, True)
+        losses = kernels.row_losses(statistics, labels, 20000, 0.1, 0.1, True)
         gradient = torch.empty_like(logits)
         arguments = labels, statistics, grads, 0, 20000, 20000, 0.1, 0.1, 5.0
         kernels.write_gradient(gradient, logits * 2, *arguments)
-        return statistics + 1, gradient
+        return statistics + 1, losses + 1, gradient
 
     plain_statistics = kernels.shard_statistics(logits * 2, labels, 0, 20000, 5.0, True, True)
     plain = torch.empty_like(logits)
     kernels.write_gradient(
         plain, logits * 2, labels, plain_statistics, grads, 0, 20000, 20000, 0.1, 0.1, 5.0
     )
-    statistics, gradient = compiled(logits)
+    statistics, losses, gradient = compiled(logits)
     assert torch.equal(statistics, plain_statistics + 1) and torch.equal(gradient, plain)
+    plain_losses = kernels.row_losses(plain_statistics, labels, 20000, 0.1, 0.1, True)
+    assert torch.equal(losses, plain_losses + 1)
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)

@@ -113,9 +113,6 @@ def compile_kernel(
     name: str, target: tuple[str, str | int, int], dtype: str, shape: str, variant: str
 ) -> Any:
     """Compiles as a launch on 16-byte aligned logits would."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from sft_fast.kernels import masked_cross_entropy_triton as kernels
 
     config = kernels.LaunchConfig.for_shape(5734, SHAPES[shape], target[2])
@@ -128,8 +125,23 @@ def compile_kernel(
     types |= {"statistics_ptr": "*fp32", "grads_ptr": "*fp32"}
     types |= dict.fromkeys(("smoothing", "uniform", "z_loss", "softcap"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
-    names = kernel.arg_names
     divisible = ("_ptr", "_stride", "width") if SHAPES[shape] % 16 == 0 else ("_ptr", "_stride")
+    return compile_for(kernel, target, types, constants, divisible, config.num_warps)
+
+
+def compile_for(
+    kernel: Any,
+    target: tuple[str, str | int, int],
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: tuple[str, ...],
+    num_warps: int,
+) -> Any:
+    """Compiles with arguments whose names end so divisible by 16; those without a type are i32."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
     aligned = [argument for argument in names if argument.endswith(divisible)]
     source = ASTSource(
         kernel,
@@ -137,7 +149,7 @@ def compile_kernel(
         {argument: value for argument, value in constants.items() if argument in names},
         {(names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
     )
-    options = {"num_warps": config.num_warps}
+    options = {"num_warps": num_warps}
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
@@ -180,14 +192,7 @@ def test_compiles_for_hopper(
     if SHAPES[shape] % 16 == 0:
         assert re.search(r"ld\.global\S*\.v4\.b32", assembly)
         assert name == "fwd" or re.search(r"st\.global\S*\.v4\.b32", assembly)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    usage = resource_usage(compiled, tmp_path)
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "registers were spilled"
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     threads = 32 * compiled.metadata.num_warps
@@ -197,6 +202,52 @@ def test_compiles_for_hopper(
     blocks = min(2048 // threads, 65536 // (-(-registers // 8) * 8 * threads), 32)
     share = f"{blocks * threads // 32}/64 warps"
     print_row("sm_90", name, dtype, shape, variant, registers, compiled.metadata.shared, share)
+
+
+JOINS = [
+    pytest.param(num_parts, variant, marks=() if num_parts == 8 else pytest.mark.slow)
+    for num_parts in (1, 8, 128)
+    for variant in VARIANTS
+]
+
+
+def compile_join(target: tuple[str, str | int, int], num_parts: int, variant: str) -> Any:
+    from sft_fast.kernels import masked_cross_entropy_triton as kernels
+
+    flags = {name: VARIANTS[variant][name] for name in ("WITH_LOGIT_SUM", "WITH_OUTPUTS")}
+    block_rows = kernels.rows_per_join(num_parts)
+    constants = {**flags, "BLOCK_PARTS": num_parts, "BLOCK_ROWS": block_rows}
+    types = {"statistics_ptr": "*fp32", "labels_ptr": "*i64", "outputs_ptr": "*fp32"}
+    types |= {"smoothing": "fp32", "z_loss": "fp32"} | dict.fromkeys(constants, "constexpr")
+    kernel = kernels.masked_cross_entropy_loss_kernel
+    return compile_for(kernel, target, types, constants, ("_ptr",), kernels.JOIN_WARPS)
+
+
+@pytest.mark.parametrize(("num_parts", "variant"), JOINS)
+@pytest.mark.usefixtures("compiler")
+def test_join_compiles(num_parts: int, variant: str, tmp_path: Path) -> None:
+    """The kernel that turns statistics into losses: no spills on any target."""
+    for arch in ("gfx942", "gfx950"):
+        assembly = compile_join(("hip", arch, 64), num_parts, variant).asm["amdgcn"]
+        for counter in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+            assert re.findall(rf"\.{counter}:\s*(\d+)", assembly) == ["0"], counter
+        vgprs = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
+        assert vgprs <= BUDGETS["vgprs"]
+        print_row(arch, "join", "fp32", num_parts, variant, vgprs, "", "")
+    compiled = compile_join(("cuda", 90, 32), num_parts, variant)
+    usage = resource_usage(compiled, tmp_path)
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "registers were spilled"
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    assert registers <= 2 * BUDGETS["registers"]
+    print_row("sm_90", "join", "fp32", num_parts, variant, registers, "", "")
+
+
+def resource_usage(compiled: Any, folder: Path) -> str:
+    """What cuobjdump says of a compiled kernel's registers and stack."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def print_row(*cells: object) -> None:
