@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -115,6 +116,86 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "aiter", SimpleNamespace())
     with pytest.raises(ValueError, match="aiter has no flash_attn_varlen_func"):
         choose("aiter")
+
+
+def test_transformer_engine_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that says no as the real one does, with an assertion."""
+    from types import SimpleNamespace
+
+    from sft_fast.megatron import attention_backends
+
+    class DotProductAttention:
+        def __init__(self, num_attention_heads: int, kv_channels: int, **options: Any):
+            self.shape = num_attention_heads, options["num_gqa_groups"], kv_channels
+            self.scale = options["softmax_scale"]
+            assert options["attention_dropout"] == 0.0
+
+        def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            assert (query.shape[1], key.shape[1], query.shape[2]) == self.shape
+            assert query.dtype != torch.bfloat16, "no bf16"
+            assert options["qkv_format"] == "thd"
+            assert options["attn_mask_type"] == "padding_causal"
+            left, right = options["window_size"]
+            assert right == 0
+            scoring = attention_backends.Scoring(self.scale, None if left < 0 else left + 1)
+            lengths = options["cu_seqlens_q"].diff().tolist()
+            assert options["max_seqlen_q"] == max(lengths)
+            parts = zip(*(t[:, None].split(lengths) for t in (query, key, value)), strict=True)
+            outputs = [attention_backends.dense_attention(*part, scoring) for part in parts]
+            return torch.cat(outputs).flatten(1)
+
+    library = SimpleNamespace(DotProductAttention=DotProductAttention)
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace(pytorch=library))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", library)
+    assert choose("transformer_engine").name == "transformer_engine"
+    attend = attention_backends.load_transformer_engine()
+    check = attention_backends.check_attention
+    check(attend, torch.device("cpu"), torch.float32, 4, 2, 16, attention_backends.Scoring(0.3, 5))
+    with pytest.raises(ValueError, match="no bf16"):
+        choose("transformer_engine", torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="no soft cap"):
+        attend(*3 * [torch.ones(1, 1, 1)], None, attention_backends.Scoring(1.0, None, 1.0))
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 0.7), (20, 0.7)])
+@pytest.mark.parametrize("has_prefixes", [False, True])
+def test_flex_attention_sees_what_sdpa_sees(
+    window: int | None, softcap: float | None, has_prefixes: bool
+) -> None:
+    """Forward only: it has no backward pass on a CPU."""
+    from sft_fast.megatron import attention_backends
+    from sft_fast.megatron.context import segments
+
+    query_lengths, cpu = np.array([5, 1, 40, 33, 2]), torch.device("cpu")
+    key_lengths = query_lengths + ([3, 9, 0, 60, 1] if has_prefixes else 0)
+    torch.manual_seed(0)
+    query = torch.randn(query_lengths.sum(), 4, 16)
+    key, value = torch.randn(2, key_lengths.sum(), 2, 16)
+    samples = segments(query_lengths, key_lengths, cpu)
+    scoring = attention_backends.Scoring(0.3, window, softcap)
+    expected = attention_backends.attend_sdpa(query, key, value, samples, scoring)
+    output = attention_backends.load_flex()(query, key, value, samples, scoring)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 0.7), (9, 0.7)])
+@pytest.mark.parametrize("name", ["transformer_engine", "flash_attn", "torch_varlen", "flex"])
+def test_what_is_installed_computes_it_or_says_that_it_cannot(
+    name: str, dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
+    from sft_fast.megatron import attention_backends
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    try:
+        attend = attention_backends.BACKENDS[name]()
+        scoring = attention_backends.Scoring(64**-0.5, window, softcap)
+        device = torch.device("cuda")
+        attention_backends.check_attention(attend, device, dtype, 8, 2, 64, scoring)
+    except (ImportError, NotImplementedError) as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(3, None), (33, None), (None, 0.7), (5, 0.7)])
