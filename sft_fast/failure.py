@@ -94,6 +94,8 @@ class Watch:
         self.slowest_s = 0.0
         self.leave_at = math.inf
         self.interrupted_at = -math.inf
+        self.stale: dict[str, dict[str, Any]] = {}
+        """Announcements of an earlier launch that had the same name."""
         self.lock: RunLock | None = None
         self.is_closed = threading.Event()
         self.thread: threading.Thread | None = None
@@ -114,6 +116,10 @@ class Watch:
             self.lock = RunLock(self.output, self.job)
             self.tidy()
         self.folder.mkdir(parents=True, exist_ok=True)
+        for name, _, _ in ANNOUNCEMENTS:
+            record = read_json(self.folder / name)
+            if record is not None and record["time"] < self.launched:
+                self.stale[name] = record
         self.publish("running")
         self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
@@ -179,7 +185,8 @@ class Watch:
         record = self.record() | {"phase": phase or self.phase, "cause": redact(cause), **details}
         if not self.announce("failed", record):
             return False
-        write_json(self.output / "error.json", record, mode=0o640)
+        with contextlib.suppress(OSError):
+            write_json(self.output / "error.json", record, mode=0o640)
         self.write_status("failed", cause=record["cause"])
         return True
 
@@ -369,16 +376,20 @@ class Watch:
 
     def dump_stacks(self) -> None:
         folder = self.output / "stacks"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"rank_{self.rank:05d}.txt").open("w") as file:
-            file.write(f"{json.dumps(self.record())}\n")
-            file.flush()
-            faulthandler.dump_traceback(file=file, all_threads=True)
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            with (folder / f"rank_{self.rank:05d}.txt").open("w") as file:
+                file.write(f"{json.dumps(self.record())}\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
 
     def guard_against_stuck_interpreter(self) -> None:
         """A C thread that ends the process when this thread no longer gets to run."""
         if self.stacks is None:
-            self.stacks = (self.folder / f"stuck_{self.rank:05d}.txt").open("w")
+            try:
+                self.stacks = (self.folder / f"stuck_{self.rank:05d}.txt").open("w")
+            except OSError:
+                return  # the disk is full for now
         limit_s = max(FIRST_STEP_FACTOR * self.hang_timeout_s, SLOW_STEP_FACTOR * self.slowest_s)
         faulthandler.dump_traceback_later(limit_s, file=self.stacks, exit=True)
 
@@ -416,8 +427,7 @@ class Watch:
         """Makes the file `name` unless another rank was first."""
         path, temporary = self.folder / name, self.folder / f".{name}_{self.rank}"
         try:
-            older = read_json(path)
-            if older is not None and older["time"] < self.launched:
+            if self.stale.get(name) is not None and read_json(path) == self.stale[name]:
                 path.unlink(missing_ok=True)
             write_json(temporary, record)
             os.link(temporary, path)
@@ -428,11 +438,12 @@ class Watch:
         return True
 
     def announced(self, name: str) -> dict[str, Any] | None:
-        """What another rank of this launch announced; launches may have the same name."""
+        """What another rank of this launch announced."""
         record = read_json(self.folder / name)
-        if record is None or record["pid"] == os.getpid() or record["time"] < self.launched:
+        if record is None or record == self.stale.get(name):
             return None
-        return record
+        # Not by process id: ranks in containers have the same ones.
+        return record if record.get("reported_by", record["rank"]) != self.rank else None
 
     def write_status(self, state: str, **more: Any) -> None:
         """Readable at any time; `heartbeat` is renewed every two seconds while the run lives."""
@@ -512,7 +523,8 @@ def ignore(number: int, frame: object) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:

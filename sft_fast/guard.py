@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sft_fast.config import GuardConfig
 from sft_fast.data.store import TokenStore
@@ -123,8 +123,21 @@ def report_complaint(
     verb = "skipped" if result.was_skipped else "warning"
     metrics.write("guard", step=step, **asdict(result))
     metrics.say(f"step {step} {verb}: {result.complaint}; its samples: {folder}")
+    try:
+        keep_samples(step, result, [int(sample) for sample in sample_ids], store, folder)
+    except OSError as error:
+        metrics.say(f"warning: the samples of step {step} could not be written: {error}")
+
+
+def keep_samples(
+    step: int, result: StepResult, ids: list[int], store: TokenStore, folder: Path
+) -> None:
+    """Writes the two files of `report_complaint`.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    ids = [int(sample) for sample in sample_ids]
     values = {name: finite(value) for name, value in asdict(result).items()}
     record = {
         "step": step,
@@ -140,4 +153,4 @@ def report_complaint(
         "supervised": np.concatenate([mask for _, mask in samples]),
         "lengths": store.lengths[ids].astype(np.int64),
     }
-    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.safetensors").write_bytes(save(tensors))

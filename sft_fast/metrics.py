@@ -3,6 +3,7 @@
 Only the main rank writes; on the others every method returns at once.
 """
 
+import contextlib
 import json
 import math
 import resource
@@ -84,6 +85,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, is_main: bool, trackers: "list[Tracker] | None" = None):
         self.is_main = is_main
         self.file = None
+        self.is_failing = False
         self.trackers = trackers or []
         self.progress: ProgressLine | None = None
         if is_main:
@@ -93,14 +95,21 @@ class MetricsWriter:
     def write(self, kind: str, **values: Any) -> None:
         """Appends one record; `kind` names it ("plan", "step", "eval", ...).
 
-        NaN and infinity are written as null: they are not JSON.
+        NaN and infinity are written as null: they are not JSON. A full disk does not end a run for
+        the sake of its log: it is said once, and tried again with the next record.
         """
         if self.file is None:
             return
         record = {"kind": kind, "time": round(time.time(), 3), **values}
         clean = {key: finite(value) for key, value in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+            self.is_failing = False
+        except OSError as error:
+            if not self.is_failing:
+                self.say(f"warning: {self.file.name} is not written: {error.strerror}")
+            self.is_failing = True
         if "step" in values:
             self._track(kind, values)
 
@@ -116,10 +125,12 @@ class MetricsWriter:
     def say(self, text: str) -> None:
         if not self.is_main:
             return
-        if self.progress is not None:
-            self.progress.print(text)
-        else:
-            print(text, flush=True)
+        # Standard output may be a file on a full disk, or a pipe that nobody reads any more.
+        with contextlib.suppress(OSError):
+            if self.progress is not None:
+                self.progress.print(text)
+            else:
+                print(text, flush=True)
 
     def close(self) -> None:
         if self.progress is not None:
@@ -129,7 +140,8 @@ class MetricsWriter:
             tracker.close()
         self.trackers = []
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
 
 
 class StepMeter:

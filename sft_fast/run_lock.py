@@ -1,7 +1,8 @@
 """One job per run directory, and a directory that can be written. Nothing here imports torch.
 
-The lock is a file made with O_EXCL whose modification time is a heartbeat: that works on network
-file systems, where flock often does not.
+The lock is a file whose modification time is a heartbeat: that works on network file systems, where
+flock often does not. No clock of a machine is trusted: heartbeats are compared with the time of the
+file system that holds them, and processes are told apart by their start since boot.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,7 +39,7 @@ class RunLock:
             {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "process_started": psutil.Process().create_time(),
+                "process_started": start_of(os.getpid()),
                 "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "job": job,
             }
@@ -111,14 +113,36 @@ def is_abandoned(path: Path, holder: dict[str, Any], job: str) -> bool:
         return True
     if holder.get("host") == socket.gethostname():
         try:
-            started = psutil.Process(holder["pid"]).create_time()
+            return start_of(holder["pid"]) != holder.get("process_started")
         except psutil.NoSuchProcess:
             return True
-        return started != holder.get("process_started")
     try:
-        return time.time() - path.stat().st_mtime > STALE_S
+        return file_system_time(path.parent) - path.stat().st_mtime > STALE_S
     except FileNotFoundError:
         return True
+
+
+def start_of(pid: int) -> float:
+    """When a process started: on Linux in clock ticks since boot, which setting the clock does not
+    change as it changes psutil's create_time.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    if sys.platform != "linux":
+        return psutil.Process(pid).create_time()
+    try:
+        # The name of the program, in brackets, may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return float(fields[19])
+
+
+def file_system_time(folder: Path) -> float:
+    """What the file system of `folder`, perhaps another machine's, takes the time to be."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def check_output_dir(folder: Path) -> None:

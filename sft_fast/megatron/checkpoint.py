@@ -250,7 +250,8 @@ def continuations(origin: Path, existing: list[Path]) -> list[Path]:
     Raises:
         ValueError: later ones there belong to another run.
     """
-    own, others = [], []
+    own: list[tuple[int, Path]] = []
+    others: list[tuple[int, Path]] = []
     for checkpoint in existing:
         try:
             state = read_train_state(checkpoint)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from sft_fast.config import Config, check_world_size
 from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
+from sft_fast.run_lock import start_of
 
 logger = logging.getLogger(__name__)
 SHORTEST_PAUSE_S = 0.02
@@ -250,7 +251,7 @@ def this_process() -> tuple[int, float, str]:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         namespace = "-"
-    return os.getpid(), psutil.Process().create_time(), namespace
+    return os.getpid(), start_of(os.getpid()), namespace
 
 
 def is_gone(pid: str, started: str, namespace: str) -> bool:
@@ -258,8 +259,7 @@ def is_gone(pid: str, started: str, namespace: str) -> bool:
     if namespace != this_process()[2]:
         return False
     try:
-        process = psutil.Process(int(pid))
-        is_zombie = process.status() == psutil.STATUS_ZOMBIE
-        return is_zombie or process.create_time() != float(started)
+        is_zombie = psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+        return is_zombie or start_of(int(pid)) != float(started)
     except psutil.NoSuchProcess:
         return True

@@ -17,7 +17,7 @@ import transformers  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import sft_fast.megatron.sft as sft
-from sft_fast import manifest
+from sft_fast import failure, manifest
 from sft_fast.data import (
     build,
     demo,  # noqa: F401
@@ -148,6 +148,19 @@ def full_disk(numbers: str) -> None:
         original(*args)
 
     checkpoint.write_snapshot = write
+
+
+def full_for_json(step: str) -> None:
+    """The rank fails in a step, when no small file can be written any more."""
+
+    def fill() -> None:
+        def write(*args: Any, **options: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        failure.write_json = write
+
+    fail_in_step(step)
+    before(sft, "train_step", fill, int(step))
 
 
 def broken_writer(number: str) -> None:

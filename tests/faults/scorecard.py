@@ -49,6 +49,10 @@ FAULTS = {
     "F23": ("other data, seed, packing, model", "list of what changed; --allow-change goes on"),
     "F24": ("two jobs, one output directory", "the second is refused; dead jobs give way"),
     "F25": ("a new config in an old output directory", "refused"),
+    "F26": (
+        "the clock is set; ranks wait for data that one of them prepares",
+        "no lock is lost, nobody is taken for dead; waiting has no time limit",
+    ),
     "F27": ("kernel cache that others can write to", "refused; own cache by default"),
     "F28": ("out of device memory", "phase named, with what to change"),
     "F29": ("soak: saves and random faults without end", "memory and files flat, goodput measured"),
@@ -61,7 +65,7 @@ def count_tests() -> dict[str, tuple[int, int]]:
     for path in (ROOT / "tests").rglob("test_*.py"):
         for marks in re.findall(MARKS, path.read_text(), re.MULTILINE):
             for fault in re.findall(r'fault\("(F\d+)"\)', marks):
-                counts[fault]["pytest.mark.slow" in marks] += 1
+                counts[fault]["@pytest.mark.slow\n" in marks] += 1
     return {fault: (fast, slow) for fault, (fast, slow) in counts.items()}
 
 

@@ -111,6 +111,25 @@ def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_there_is(launcher: L
 
 
 @pytest.mark.fault("F4")
+def test_a_log_on_a_full_disk_does_not_end_the_run(launcher: Launcher, unbroken: Path) -> None:
+    output = launcher.folder / "full-log"
+    output.mkdir()
+    (output / "metrics.jsonl").symlink_to("/dev/full")
+    (output / "skipped").symlink_to("/proc/nowhere")
+    job = launcher.run("full-log", hook="spoil:loss nan 3")
+    assert job.said().count("metrics.jsonl is not written: No space left on device") == 1
+    assert "the samples of step 3 could not be written" in job.said()
+    assert (output / "export/model.safetensors").exists()
+
+
+@pytest.mark.fault("F4")
+def test_a_failure_on_a_full_disk_keeps_its_cause(launcher: Launcher) -> None:
+    job = launcher.start("full-error", hook="full_for_json:2")
+    assert job.wait() == [1]
+    assert "the device gave up" in job.said()
+
+
+@pytest.mark.fault("F4")
 def test_a_real_full_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -6,10 +6,11 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from faults.launcher import Launcher
-from sft_fast.run_lock import STALE_S, RunLock, check_output_dir
+from sft_fast.run_lock import STALE_S, RunLock, check_output_dir, start_of
 
 
 def foreign(folder: Path, **holder: object) -> Path:
@@ -62,6 +63,33 @@ def test_a_lock_of_a_dead_process_or_of_the_same_job_is_taken_over(
 ) -> None:
     foreign(tmp_path, **holder)
     assert RunLock(tmp_path, "mine").beat()
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize("shift_s", [-90000.0, 1.0, 90000.0])
+def test_a_lock_holds_when_the_clock_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift_s: float
+) -> None:
+    now, booted = time.time, psutil.boot_time()
+    monkeypatch.setattr(time, "time", lambda: now() + shift_s)
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + shift_s)
+    parent = os.getppid()
+    for holder in ({}, {"host": socket.gethostname(), "pid": parent}):
+        foreign(tmp_path, process_started=start_of(parent), **holder)
+        with pytest.raises(ValueError, match="is in use"):
+            RunLock(tmp_path, "mine")
+
+
+@pytest.mark.fault("F26")
+def test_a_process_is_not_taken_for_gone_when_the_clock_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sft_fast.megatron.parallel import is_gone, this_process
+
+    pid, started, namespace = map(str, this_process())
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    assert not is_gone(pid, started, namespace)
+    assert is_gone(pid, "1.0", namespace)
 
 
 @pytest.mark.fault("F24")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch.distributed as dist
 
 from rank_pool import RankPool
+from sft_fast.run_lock import start_of
 
 KEY = "sft_fast/0/the store/0"
 
@@ -56,6 +56,7 @@ def work_as_rank_0(work: Callable[[Any], Path], said: list[str]) -> Path:
     return once_per_node("the store", work, said.append)
 
 
+@pytest.mark.fault("F26")
 def test_waiting_ranks_log_how_far_it_is(
     store: dist.Store, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,11 +103,12 @@ def test_a_failure_of_any_kind_reaches_the_others(
     assert waiter.outcome() == expected
 
 
+@pytest.mark.fault("F26")
 def test_a_killed_worker_is_noticed(store: dist.Store) -> None:
     from sft_fast.megatron.parallel import this_process
 
     worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = psutil.Process(worker.pid).create_time()
+    started = start_of(worker.pid)
     store.set(f"{KEY}/worker", f"{worker.pid} {started} {this_process()[2]}")
     waiter = Waiter(store)
     waiter.join(0.2)
