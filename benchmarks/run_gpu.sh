@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Checks and measures everything that needs GPUs. Results go to a folder, one log per stage.
 #   bash benchmarks/run_gpu.sh OUT [stage...]
-# Stages for one GPU: tests sanitizer demo tune loss head loader step; for several: ranks faults parallel.
+# Stages for one GPU: tests sanitizer demo tune loss head loader step; for several: ranks faults parallel stall.
 # A stage that fails or takes too long does not stop the others; the last lines are a summary.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: run_gpu.sh OUT [stage...]}"
 shift
 mkdir -p "$out"
-[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head loader step ranks faults parallel
+[ $# -gt 0 ] || set -- tests sanitizer demo tune loss head loader step ranks faults parallel stall
 # The fault tests fork their ranks from a server, which must not open the GPU.
 export PYTORCH_NVML_BASED_CUDA_CHECK=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -18,7 +18,7 @@ run_file() { "${PYTHON:-python3}" "$@"; }
 check() { run pytest -q -rs -p no:cacheprovider "$@"; }
 # A stage that hangs says where.
 bench() {
-  check -o faulthandler_timeout=60 --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"
+  check -o faulthandler_timeout=120 --benchmark-disable-gc --benchmark-json="$out/$1.json" "${@:2}"
   local code=$?
   run_file benchmarks/slim.py "$out/$1.json"
   return $code
@@ -38,7 +38,8 @@ stage() {
     ranks) check tests/megatron/test_layout_invariance.py tests/megatron/test_context.py \
       tests/megatron/test_experts.py tests/test_train.py ;;
     faults) check tests/faults/test_kills.py -k "torchrun or restarted or signal_to_one" ;;
-    parallel) bench parallel benchmarks/bench_parallel.py ;;
+    parallel) bench parallel benchmarks/bench_parallel.py -k "not stall" ;;
+    stall) bench stall benchmarks/bench_parallel.py -k stall ;;
     *) echo "unknown stage $1" && return 2 ;;
   esac
 }
@@ -48,7 +49,8 @@ export out
 summary=()
 for name in "$@"; do
   SECONDS=0
-  timeout -k 10 "${STAGE_TIMEOUT:-200}" bash -c "stage $name" >"$out/$name.log" 2>&1
+  # An interrupted pytest still reports what it has seen.
+  timeout -s INT -k 20 "${STAGE_TIMEOUT:-200}" bash -c "stage $name" >"$out/$name.log" 2>&1
   summary+=("$name: exit $? after ${SECONDS}s: $(tail -n 1 "$out/$name.log")")
 done
 printf '%s\n' "${summary[@]}"

@@ -269,7 +269,8 @@ def packed_minus_alone(folder: str) -> list[float]:
     store = make_store(random_samples(5, seed=8))
 
     def losses(sample_ids: list[int]) -> torch.Tensor:
-        batch = fill_micro_batch(store, sample_ids, int(store.lengths[sample_ids].sum()) + 3)
+        num_rows = int(store.lengths[sample_ids].sum()) + 3
+        batch = fill_micro_batch(store, sample_ids, num_rows).to(parallel.device)
         with torch.no_grad():
             samples = packed_samples(batch)
             row = model(
