@@ -1,6 +1,6 @@
 """The loss kernels in CUDA or HIP, from csrc/masked_ce through module _gpu.
 
-For a whole vocabulary there is a third kernel, which reads each logit once for loss and gradient.
+For a whole vocabulary there is one more kernel, which reads each logit once for loss and gradient.
 The maths and the bytes moved are in kernels/README.md.
 """
 
@@ -295,5 +295,5 @@ def _(
 
 
 def fits_one_pass(logits: Tensor, labels: Tensor) -> bool:
-    """Whether loss_and_gradient takes these logits; if not, use the other two kernels."""
+    """Whether loss_and_gradient takes these logits; if not, use the other kernels."""
     return logits.shape[1] <= describe(logits, labels, 0, 0, 0.0).one_pass_width

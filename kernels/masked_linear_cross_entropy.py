@@ -35,7 +35,8 @@ Policy = Literal["auto", "stored", "gradient_in_forward", "recompute"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 MIN_CHUNK_ROWS = 4096
-"""Below it the products become bound by reading and writing the weight and its gradient."""
+"""Rows that a chunk may have whatever the budget: with fewer, the products become bound by reading
+and writing the weight and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,32 @@ class MemoryPlan:
         num_rows: int,
         row_bytes: int,
         weight_grad_bytes: int,
+        adds_to_main_grad: bool,
         summed: bool,
     ) -> "MemoryPlan":
         """Chooses from numbers that are the same on all tensor-parallel ranks.
 
         Args:
-            policy: the one to use; `auto` chooses.
-            budget: bytes for logits.
+            policy: the one to use; `auto` chooses the first of POLICIES within the budget, and
+                `stored` also where no other would take less memory.
+            budget: bytes for logits, and as many again for a buffer that avoids computing twice.
             num_rows: active rows.
             row_bytes: size of one row of logits on this rank.
-            weight_grad_bytes: fp32 buffer that gradient_in_forward needs; 0 for a frozen head.
+            weight_grad_bytes: fp32 buffer in which gradient_in_forward sums the weight's gradient,
+                and recompute too unless it is added to main_grad; 0 for a frozen head.
+            adds_to_main_grad: it is.
             summed: see masked_linear_cross_entropy.
         """
-        chunk_rows = max(MIN_CHUNK_ROWS, budget // row_bytes)
+        num_chunks = max(1, -(-num_rows // max(MIN_CHUNK_ROWS, budget // row_bytes)))
+        chunk_rows = max(1, -(-num_rows // num_chunks))
         if policy == "auto":
-            policy = "recompute"
-            if num_rows <= chunk_rows:
+            in_forward = summed and (weight_grad_bytes <= budget or not adds_to_main_grad)
+            chunked_bytes = chunk_rows * row_bytes
+            if in_forward or not adds_to_main_grad:
+                chunked_bytes += weight_grad_bytes
+            policy = "gradient_in_forward" if in_forward else "recompute"
+            if num_rows * row_bytes <= chunked_bytes:
                 policy = "stored"
-            elif summed and weight_grad_bytes <= budget:
-                policy = "gradient_in_forward"
         return cls(policy, max(1, num_rows) if policy == "stored" else chunk_rows)
 
     def chunks(self, num_rows: int) -> list[slice]:
@@ -119,14 +127,15 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
         weights = None if row_weights is None else row_weights.index_select(0, rows.rows)
         chunks = head.plan.chunks(len(labels))
         how = shard, head.kernels, options
-        sums, kept, logits = None, [], None
+        sums, kept = None, []
+        buffer = logits_buffer(active_hidden, weight, head.plan)
         parts: list[tuple[Tensor, ...]] = []
         if head.plan.policy == "gradient_in_forward":
             # main_grad is for the backward pass, which alone knows the scale of the loss.
             total = wide_zeros(weight, ctx)
             sums = GradientSums(active_hidden, weight, rows, shard, ctx.needs_input_grad, total)
         for chunk in chunks:
-            logits = active_hidden[chunk] @ weight.t()
+            logits = project(active_hidden[chunk], weight, buffer)
             if sums is not None:
                 loss = loss_and_gradient(logits, labels[chunk], chunk_of(weights, chunk), *how)
                 parts.append((loss,))
@@ -135,7 +144,7 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
             kept.append(global_statistics(logits, labels[chunk], *how, head.with_outputs))
             parts.append(row_outputs(kept[-1], labels[chunk], *how, head.with_outputs))
         outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-        ctx.logits = logits if head.plan.policy == "stored" else None
+        ctx.logits = buffer[: len(labels)] if head.plan.policy == "stored" else None
         saved = (active_hidden, labels) if sums is None else sums.finish()
         ctx.save_for_backward(weight, weights, *saved, *kept)
         if weights is not None:
@@ -177,8 +186,9 @@ def fresh_gradients(
     elif len(chunks) > 1:
         total = wide_zeros(weight, ctx)
     sums = GradientSums(active_hidden, weight, head.rows, head.shard, ctx.needs_input_grad, total)
+    buffer = logits_buffer(active_hidden, weight, head.plan) if stored is None else stored
     for chunk, statistics in zip(chunks, kept, strict=True):
-        logits = active_hidden[chunk] @ weight.t() if stored is None else stored
+        logits = project(active_hidden[chunk], weight, buffer) if stored is None else stored
         arguments = logits, logits, labels[chunk], statistics, grads[:, chunk]
         write_gradient(*arguments, head.shard, head.kernels, head.options)
         sums.add(chunk, logits, is_last=chunk is chunks[-1])
@@ -201,7 +211,8 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor
         weight.main_grad.addcmul_(weight_total, scale)
         grad_weight = weight_gradient(weight, weight.main_grad, True)
     elif weight_total is not None:
-        grad_weight = (weight_total * scale).to(weight.dtype)
+        # Rounded as it is written: a product in fp32 would be one more tensor of this size.
+        grad_weight = torch.mul(weight_total, scale, out=torch.empty_like(weight))
     return scatter_hidden(own_grad, ctx), grad_weight
 
 
@@ -242,6 +253,16 @@ def loss_and_gradient(
     grads = stack_grads(weights, None, statistics.dtype)
     write_gradient(logits, logits, labels, statistics, grads, shard, kernels, options)
     return row_outputs(statistics, labels, shard, kernels, options, False)[0]
+
+
+def logits_buffer(hidden: Tensor, weight: Tensor, plan: MemoryPlan) -> Tensor:
+    """[chunk_rows, V/tp]: all chunks use it, for two at a time would be twice the budget."""
+    return hidden.new_empty((plan.chunk_rows, len(weight)))
+
+
+def project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """hidden @ weight.T in the first rows of buffer."""
+    return torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
 
 
 def wide_zeros(weight: Tensor, ctx: Any) -> Tensor | None:

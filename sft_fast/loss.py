@@ -132,8 +132,10 @@ def masked_linear_cross_entropy(
         policy: what happens to the logits between forward and backward. `stored`: they stay.
             `gradient_in_forward`: each chunk of rows becomes gradients at once (needs summed, and
             an fp32 buffer as large as weight). `recompute`: computed again. `auto`: the first of
-            these that memory_budget allows. All ranks of tp_group must choose alike.
-        memory_budget: bytes for logits. A chunk is never smaller than 4096 rows.
+            these that memory_budget allows, or that takes no more memory than those after it. All
+            ranks of tp_group must choose alike.
+        memory_budget: bytes for logits. Rows are cut into as few equal chunks as it allows, but
+            never into chunks of less than 4096 rows only to keep to it.
 
     Returns:
         [b, s] fp32 (fp64 for fp64 input) loss in nats, exactly 0 at masked tokens, not reduced.
@@ -253,12 +255,14 @@ def run_head(
     if active_rows is not None:
         check_active_rows(active_rows, row_labels)
     rows = select_rows(row_labels, active_rows, num_parts, shard.tp_rank)
+    is_trained = weight.requires_grad and torch.is_grad_enabled()
     plan = MemoryPlan.choose(
         policy,
         memory_budget,
         num_rows=len(rows.rows),
         row_bytes=weight.shape[0] * weight.itemsize,
-        weight_grad_bytes=4 * weight.numel() if weight.requires_grad else 0,
+        weight_grad_bytes=4 * weight.numel() if is_trained else 0,
+        adds_to_main_grad=accumulate_into_main_grad,
         summed=summed and torch.is_grad_enabled(),
     )
     head = HeadLoss(

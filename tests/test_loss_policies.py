@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from closeness import assert_bit_zero
 from rank_pool import RankPool
@@ -130,6 +131,41 @@ def test_gradient_in_forward_refuses_unequal_upstream_gradients() -> None:
         masked_linear_cross_entropy(hidden, weight, labels, policy="gradient_in_forward")
 
 
+@pytest.mark.parametrize(
+    ("policy", "is_training"),
+    [("gradient_in_forward", True), ("recompute", True), ("auto", False)],
+)
+def test_chunks_share_one_buffer(policy: str, is_training: bool) -> None:
+    """At no time are the logits of two chunks in memory."""
+    hidden, weight, labels, _ = make_inputs()
+    sizes = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            is_new = isinstance(result, Tensor) and func is torch.ops.aten.new_empty.default
+            if is_new and result.dim() == 2 and result.shape[1] == VOCAB:
+                sizes.append(result.shape[0])
+            return result
+
+    smallest = mock.patch.object(head_module, "MIN_CHUNK_ROWS", 8)
+    with smallest, torch.set_grad_enabled(is_training), Count():
+        loss = masked_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            summed=True,
+            policy=policy,  # type: ignore[arg-type]
+            memory_budget=1,
+        )
+        if is_training:
+            loss.sum().backward()
+    # 22 active rows are three chunks of at most 8; recompute has another buffer in backward.
+    assert sizes == [8] * (1 + (policy == "recompute"))
+
+
 def test_no_active_token_under_every_policy() -> None:
     hidden, weight, labels, _ = make_inputs()
     labels.fill_(IGNORE_INDEX)
@@ -145,32 +181,48 @@ def test_no_active_token_under_every_policy() -> None:
             assert_bit_zero(grad.detach())
 
 
+GIB = 1 << 30
+HEAD_70B = (128256 * 2, 128256 * 8192 * 4)
+"""bytes of a row of 16-bit logits, and of the weight's gradient in fp32"""
+
+
 @pytest.mark.parametrize(
-    ("num_rows", "budget", "summed", "weight_grad_bytes", "policy", "num_chunks"),
+    ("num_rows", "budget", "head", "summed", "main_grad", "policy", "num_chunks"),
     [
-        (1000, 1, True, 1, "stored", 1),  # fewer rows than the smallest chunk
-        (10000, 10000 * 512, True, 1, "stored", 1),
-        (10000, 5000 * 512, True, 1, "gradient_in_forward", 2),
-        (10000, 5000 * 512, True, 1 << 40, "recompute", 2),
-        (10000, 5000 * 512, False, 1, "recompute", 2),
-        (10000, 1, False, 1, "recompute", 3),  # 4096 rows, whatever the budget
-        (0, 1, False, 1, "stored", 1),
+        (1000, 1, (512, 1), True, True, "stored", 1),  # fewer rows than the smallest chunk
+        (10000, 10000 * 512, (512, 1), True, True, "stored", 1),
+        (10000, 5000 * 512, (512, 1), True, True, "gradient_in_forward", 2),
+        (10000, 5000 * 512, (512, 1 << 40), True, True, "recompute", 2),
+        (10000, 5000 * 512, (512, 1), False, True, "recompute", 2),
+        (12288, 1, (512, 1), False, True, "recompute", 3),  # 4096 rows, whatever the budget
+        (12289, 1, (512, 1), False, True, "recompute", 4),
+        (0, 1, (512, 1), False, True, "stored", 1),
+        # Without main_grad recompute needs the buffer too, and stored takes less than either.
+        (16384, 2 * GIB, HEAD_70B, True, False, "stored", 1),
+        (16384, 2 * GIB, HEAD_70B, False, False, "stored", 1),
+        (16384, 2 * GIB, HEAD_70B, True, True, "recompute", 2),
+        (65536, 2 * GIB, HEAD_70B, True, False, "gradient_in_forward", 8),
+        (65536, 2 * GIB, HEAD_70B, False, False, "recompute", 8),
+        (16384, 2 * GIB, (128256 * 2, 0), True, True, "gradient_in_forward", 2),  # frozen head
     ],
 )
 def test_policy_follows_the_budget(
     num_rows: int,
     budget: int,
+    head: tuple[int, int],
     summed: bool,
-    weight_grad_bytes: int,
+    main_grad: bool,
     policy: str,
     num_chunks: int,
 ) -> None:
-    plan = MemoryPlan.choose("auto", budget, num_rows, 512, weight_grad_bytes, summed)
+    plan = MemoryPlan.choose("auto", budget, num_rows, *head, main_grad, summed)
     assert plan.policy == policy
     chunks = plan.chunks(num_rows)
     assert len(chunks) == num_chunks
     assert [row for chunk in chunks for row in range(num_rows)[chunk]] == list(range(num_rows))
-    assert all(chunk.stop - chunk.start >= 4096 for chunk in chunks[:-1])
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert max(sizes) - min(sizes) < num_chunks, "a chunk of a few rows costs as much as a full one"
+    assert max(sizes) <= 4096 or num_chunks == 1 or max(sizes) * head[0] <= budget
 
 
 @pytest.mark.parametrize(
