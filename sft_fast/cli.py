@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from sft_fast import __version__
 from sft_fast.commands import (
@@ -23,12 +25,59 @@ from sft_fast.commands import (
     status,
     verify,
 )
+from sft_fast.redact import redact
+from sft_fast.telemetry import switch_off
 
 # In the order in which a new user meets them.
 MODULES = (
     *(recipes, check, preview, plan, launch, status, pictures),
     *(chat, export, verify, data, environment),
 )
+EPILOG = """\
+begin with:
+  sft_fast train demo                     # trains a small model in minutes
+  sft_fast init MODEL chats.jsonl         # a configuration for your own data
+  sft_fast COMMAND --help                 # what a command takes
+"""
+
+
+UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the longest command; argparse forgets that commands are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest command, and above the usage."""
+
+    commands: argparse._SubParsersAction[Parser]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        # Overrides, of which there may be none, are no requirement.
+        message = message.replace("required: config, a.b=c", "required: config")
+        unknown = UNKNOWN_COMMAND.match(message)
+        if unknown is not None:
+            from sft_fast.errors import nearest
+
+            near = nearest(unknown[1], self.commands.choices)
+            hint = f"did you mean {near}?" if near else "`sft_fast --help` lists them"
+            message = f"there is no command {unknown[1]}; {hint}"
+        self.exit(2, f"error: {message}\n{self.format_usage()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,13 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.overrides += rest
     if arguments is None and getattr(parsed, "hides_torch", False):
         hide_torch()
+    switch_off()
     try:
         return parsed.run(parsed) or 0
     except (ValueError, OSError) as error:
         if parsed.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            print(redact(traceback.format_exc()), file=sys.stderr)
+        print_error(error)
         return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def print_error(error: Exception) -> None:
+    """Prints `error`; with colours, and broken at words, on a terminal."""
+    from sft_fast.terminal import as_seen
+
+    print(as_seen(f"error: {redact(str(error))}", sys.stderr), file=sys.stderr)
 
 
 def hide_torch() -> None:
@@ -68,12 +127,16 @@ def hide_torch() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sft_fast", description="Supervised fine-tuning on megatron-core."
+    parser = Parser(
+        prog="sft_fast",
+        description="Supervised fine-tuning on megatron-core.",
+        epilog=EPILOG,
+        formatter_class=Formatter,
     )
+    parser.set_defaults(debug=False, run=lambda parsed: parser.print_help())
     parser.add_argument("--version", action="version", version=f"sft_fast {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in MODULES:
         module.add(commands)
+    parser.commands = commands
     return parser

@@ -5,6 +5,7 @@ Knows nothing of the schema itself: `config.py` holds that.
 
 import contextlib
 import copy
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from sft_fast.errors import (
-    SECRET_VALUE,
     ConfigError,
     Problem,
     is_secret_name,
@@ -23,12 +23,15 @@ from sft_fast.errors import (
     nearest_key,
     show,
 )
+from sft_fast.redact import SECRET_VALUE
 from sft_fast.yaml_source import Document, KeyPath, dotted, key_path, parse_value
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 FIELDS_ONLY = {"fields_only": True}
 """Validation context in which a model leaves its cross-field checks out."""
+MEANING_WIDTH = 90
+"""Characters of a key's description that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,19 @@ def inspect(
     try:
         config = model.model_validate(data)
     except ValidationError as error:
-        problems += _translate(model, tree, error, aliases)
+        # A secret under a secret's name is one problem.
+        translated = _translate(model, tree, error, aliases)
+        problems += [p for p in translated if not _is_known(p, problems)]
         rest, failed = _without_faults(data, error)
         if all(detail["loc"] for detail in error.errors()):
             problems += _located(tree, _cross_field_problems(model, rest, failed))
         with contextlib.suppress(ValidationError):
             config = model.model_validate(rest, context=FIELDS_ONLY)
     return config, problems
+
+
+def _is_known(problem: Problem, problems: list[Problem]) -> bool:
+    return any((p.keys, p.expected) == (problem.keys, problem.expected) for p in problems)
 
 
 def located(tree: Tree, problems: Iterable[Problem]) -> list[Problem]:
@@ -248,14 +257,16 @@ def _unknown_key(
             where,
         )
     near = aliases.get(name) or nearest_key(key, known)
-    fix = f"did you mean {near}?" if near else "see the keys in sft_fast/config.py"
-    return Problem((key,), f"an unknown key with {show(value)}", "a known key", fix, where)
+    fix = f"did you mean {near}?" if near else "`sft_fast schema` lists all keys"
+    found = f"an unknown {'section' if isinstance(value, dict) else 'key'} with {show(value)}"
+    return Problem((key,), found, "a known key", fix, where)
 
 
 def _wrong_value(model: type[BaseModel], tree: Tree, detail: Any) -> Problem:
     path: KeyPath = detail["loc"]
     value = detail["input"]
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("String should have ")
+    expected = expected.replace("a valid ", "a ").replace("a integer", "a whole number")
     if detail["type"] == "model_type":
         expected = "a section with keys of its own"
     expected += _meaning(model, path)
@@ -264,10 +275,11 @@ def _wrong_value(model: type[BaseModel], tree: Tree, detail: Any) -> Problem:
 
 
 def _meaning(model: type[BaseModel], path: KeyPath) -> str:
-    """Returns the key's description in brackets, or nothing."""
+    """Returns the beginning of the key's description in brackets, or nothing."""
     info = _field(model, path)
     text = (info.description or "") if info is not None else ""
-    return f" ({text.splitlines()[0].rstrip('.')})" if text else ""
+    short = textwrap.shorten(text.rstrip("."), MEANING_WIDTH, placeholder=" ...")
+    return f" ({short})" if text else ""
 
 
 def _value_fix(value: Any, detail: Any) -> str:
@@ -286,7 +298,8 @@ def _value_fix(value: Any, detail: Any) -> str:
             number = parse_value(value.replace("_", ""))
         except ValueError:
             return ""
-        return f"write {number}, without quotes" if isinstance(number, int | float) else ""
+        plain = value.replace("_", "").strip()
+        return f"write {plain}, without quotes" if isinstance(number, int | float) else ""
     return ""
 
 

@@ -4,14 +4,13 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from sft_fast.redact import redact
 
 # "tokenizer" and "max_new_tokens" are harmless; "hub_token" is not.
 SECRET_NAME = re.compile(r"token(?!iz|s(?:_|$))|secret|passw(?:or)?d|api_?key|credential", re.I)
-SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,14 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         count = len(self.problems)
         title = f"{count} problem{'s' if count > 1 else ''} in {self.source}"
-        return redact("\n".join([title, *(str(problem) for problem in self.problems)]))
+        in_order = sorted(self.problems, key=_place)
+        return redact("\n".join([title, *(str(problem) for problem in in_order)]))
 
 
-def redact(text: str) -> str:
-    """Returns `text` with anything that looks like an access token or a URL password hidden."""
-    return SECRET_VALUE.sub("<hidden>", text)
+def _place(problem: Problem) -> tuple[bool, int]:
+    """Lines of the file from its top; what has no line in it comes behind them."""
+    found = re.match(r"[^;]*:(\d+)(?:;|\Z)", problem.where)
+    return (found is None, int(found[1]) if found is not None else 0)
 
 
 def is_secret_name(name: str) -> bool:
@@ -83,6 +84,14 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     """Returns the candidate most like `word`, or None when none is close."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def nearest_file(path: Path) -> Path | None:
+    """Returns the entry of the folder of `path` whose name is most like its own, or None."""
+    if path.exists() or not path.parent.is_dir():
+        return None
+    name = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    return None if name is None else path.with_name(name)
 
 
 def nearest_key(unknown: str, known: Iterable[str]) -> str | None:

@@ -160,9 +160,8 @@ def _check_source(
     if name != "demo" and not path.exists() and not looks_local(str(path)) and "*" not in name:
         findings.notes.append(f"{key}: {name} is taken for a hub id and was not looked at")
         return
-    is_table = KINDS.get(path.suffix) in ("parquet", "arrow")
     is_large_list = path.is_file() and path.stat().st_size > LARGEST_LIST_BYTES
-    if is_table or (is_large_list and path.suffix == ".json"):
+    if is_large_list and path.suffix == ".json":
         findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
         return
     try:
@@ -173,7 +172,9 @@ def _check_source(
             return
         bad = list(_bad_rows(Source(rows, format_name, fields), findings, key))
     except ValueError as error:
-        yield Problem((key,), str(error), "rows that a format knows")
+        is_there = path.exists() or "*" in name
+        expected = "rows that a format knows" if is_there else "a file, directory, glob or hub id"
+        yield Problem((key,), str(error), expected)
         return
     for message in bad:
         yield Problem((key,), message, "rows that a format knows")

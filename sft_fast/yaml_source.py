@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 import yaml.composer
 
-from sft_fast.errors import ConfigError, Problem, show
+from sft_fast.errors import ConfigError, Problem, nearest_file, show
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -122,9 +122,9 @@ def read_yaml(path: Path) -> Document:
     """
     document = Document(str(path))
 
-    def fail(found: str, expected: str, line: int | None = None) -> ConfigError:
+    def fail(found: str, expected: str, line: int | None = None, fix: str = "") -> ConfigError:
         where = document.name if line is None else f"{document.name}:{line}"
-        return ConfigError([Problem((), found, expected, where=where)], document.name)
+        return ConfigError([Problem((), found, expected, fix, where)], document.name)
 
     try:
         with open(path, "rb") as file:
@@ -133,7 +133,9 @@ def read_yaml(path: Path) -> Document:
             raise fail("more than 1 MB", "a configuration file of at most 1 MB")
         root = _compose(raw.decode("utf-8"))
     except OSError as error:
-        raise fail(error.strerror or str(error), "a readable YAML file") from None
+        near = nearest_file(path)
+        fix = f"did you mean {near}?" if near else ""
+        raise fail(error.strerror or str(error), "a readable YAML file", fix=fix) from None
     except UnicodeDecodeError as error:
         raise fail(f"a byte that is not UTF-8 at offset {error.start}", "UTF-8 text") from None
     except yaml.YAMLError as error:

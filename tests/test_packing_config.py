@@ -101,7 +101,7 @@ def test_pool_size(store: ListStore) -> None:
         ("strategy=bdf", "did you mean bfd?"),
         ("capacity=1", "greater than or equal to 2"),
         ("capacity=16777217", "less than or equal to 16777216"),
-        ("capacity=2048.5", "a valid integer"),
+        ("capacity=2048.5", "a whole number"),
         ("capacity='2048'", "write 2048, without quotes"),
         ("alignment=0", "greater than or equal to 1"),
         ("alignment=-8", "greater than or equal to 1"),

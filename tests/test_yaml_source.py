@@ -24,7 +24,7 @@ def test_every_spelling_of_a_float_is_a_float(load, text):
 def test_quoted_number_is_refused_with_the_unquoted_one_as_fix(load):
     problem = only_problem(load, BASE + 'optim:\n  lr: "1e-5"\n')
     assert problem.keys == ("optim.lr",)
-    assert problem.fix == "write 1e-05, without quotes"
+    assert problem.fix == "write 1e-5, without quotes"
     assert line_of(problem) == 9
 
 

@@ -27,6 +27,7 @@ def run(parsed: argparse.Namespace) -> int:
     from sft_fast.config_source import located
     from sft_fast.errors import ConfigError
     from sft_fast.machine_checks import check_machine
+    from sft_fast.terminal import as_seen
 
     path = config_path(parsed)
     config, problems, tree = inspect_config(path, parsed.overrides)
@@ -43,9 +44,9 @@ def run(parsed: argparse.Namespace) -> int:
                 found += error.problems
         problems += located(tree, [p for p in found if not failed.intersection(p.keys)])
     if problems:
-        print(ConfigError(problems, str(path)), file=sys.stderr)
+        print(as_seen(str(ConfigError(problems, str(path))), sys.stderr), file=sys.stderr)
         return 1
-    print("\n".join([f"{path} is good", *notes]))
+    print("\n".join([f"{path} is good", *(f"  {note}" for note in notes)]))
     return 0
 
 

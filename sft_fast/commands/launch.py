@@ -59,7 +59,10 @@ def run(parsed: argparse.Namespace) -> None:
     # A range such as 1:4 is elastic: the ranks check the layout themselves.
     if nodes.isdecimal():
         check_world_size(config, int(nodes) * processes)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    # With --debug torchrun itself, which tells more than most want to know.
+    launcher = ["torch.distributed.run"] if parsed.debug else ["sft_fast.launcher"]
+    launcher += [] if parsed.debug else [config.output_dir]
+    command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(processes)]
     command += [] if nodes != "1" or given["--rdzv-endpoint"] else ["--standalone"]
     command += [part for flag, value in given.items() if value for part in (flag, value)]
     command += [str(ENGINE), "--config", str(path)]
@@ -70,6 +73,9 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
         print(shlex.join(command))
         return
+    if processes > 1:
+        # torchrun would set 1, and print a warning about it.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     sys.stdout.flush()
     # In place of this process, so that signals reach torchrun.
     os.execv(sys.executable, command)

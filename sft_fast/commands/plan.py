@@ -33,12 +33,15 @@ def run(parsed: argparse.Namespace) -> None:
     import json
 
     from sft_fast.config import check_world_size, model_parallel_size
+    from sft_fast.errors import nearest
     from sft_fast.hardware import GPUS
 
     config = read_config(parsed)
     gpu = GPUS.get(parsed.gpu.upper())
     if gpu is None:
-        raise ValueError(f"--gpu {parsed.gpu}; expected one of {', '.join(GPUS)}")
+        near = nearest(parsed.gpu.upper(), GPUS)
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"--gpu {parsed.gpu}; expected one of {', '.join(GPUS)}{hint}")
     if not 0 < parsed.mfu <= 1:
         raise ValueError(f"--mfu {parsed.mfu}; expected a share above 0, at most 1")
     ranks = parsed.ranks or model_parallel_size(config)

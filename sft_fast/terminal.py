@@ -1,0 +1,52 @@
+"""How messages look on a terminal: broken at words, with colours that dark and light ones show."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import textwrap
+from typing import TextIO
+
+# What errors.Problem writes: "  found:    ...".
+PART = re.compile(r"(  (?:found|expected|fix): +)(.*)")
+BOLD, RED, GREEN, RESET = "\x1b[1m", "\x1b[31m", "\x1b[32m", "\x1b[0m"
+
+
+def has_colours(stream: TextIO) -> bool:
+    """False for a file or a pipe, and where the user wants none (https://no-color.org)."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def as_seen(text: str, stream: TextIO) -> str:
+    """Returns the text of an error as `stream` shows it best; a file gets it as it is."""
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 40)
+    is_of_problems = PART.search(text) is not None
+    lines = []
+    for number, line in enumerate(text.splitlines()):
+        part = PART.fullmatch(line)
+        indent = " " * (len(part[1]) if part else 2)
+        broken = textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        shown = "\n".join(broken) or line
+        if has_colours(stream):
+            shown = coloured(shown, part[1] if part else "", is_of_problems or number == 0)
+        lines.append(shown)
+    return "\n".join(lines)
+
+
+def coloured(shown: str, name: str, is_title: bool) -> str:
+    """Colours a line: `name` is the beginning of a problem's part, or empty."""
+    if name:
+        colour = {"found": RED, "fix": GREEN}.get(name.strip(" :"), "")
+        return f"{colour}{shown}{RESET}" if colour else shown
+    if shown.startswith("error: "):
+        return f"{BOLD}{RED}error:{RESET}{BOLD}{shown[6:]}{RESET}"
+    return f"{BOLD}{shown}{RESET}" if is_title else shown
