@@ -38,7 +38,7 @@ from sft_fast.data.tokenizer import tokenizer_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised whenever the same rows and options give other tokens or another mask than before."""
 BATCH_ROWS = 512
 SHOWN_ROWS = 5

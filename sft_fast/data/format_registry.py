@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from sft_fast.data.conversation import Conversation, checked_text
+from sft_fast.data.json_rows import type_name
 
 
 class Record(dict[str, Any]):
@@ -64,6 +65,9 @@ class Record(dict[str, Any]):
         if text is None:
             raise ValueError(f"{self.label(field)} is empty; give it text or remove the row")
         return text
+
+
+MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ class Format:
                 )
         if not self.fields:
             return Record(row, {name: name for name in row} | dict(mapping))
+        for column in MEDIA_COLUMNS.intersection(row).difference(mapping.values()):
+            if _is_media(row, column):
+                raise ValueError(
+                    f"the row has {column!r}; only text is trained, so leave out such rows, or the "
+                    "column if the texts do not need it"
+                )
         columns = dict(mapping)
         for field, aliases in self.fields.items():
             if field in mapping:
@@ -132,6 +142,14 @@ class Format:
         record = Record(row, columns)
         record.aliases = self.fields
         return record
+
+
+def _is_media(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a column holds media, or the name of one that a text refers to."""
+    value = row[column]
+    if isinstance(value, str):
+        return bool(value) and f"<{column.removesuffix('s')}>" in repr(row)
+    return bool(value)
 
 
 RowFunction = Callable[[Conversation, random.Random], Conversation]
@@ -207,9 +225,29 @@ def detect_format(
         if candidate.detect is not None and candidate.detect(row):
             return candidate.name
     raise ValueError(
-        f"cannot tell the format from the columns {', '.join(columns)}; set data.format to one of "
-        f"{', '.join(format_names())}, and data.fields where the columns have other names"
+        f"cannot tell the format from the columns {', '.join(columns)}{_seen(row)}; set "
+        f"data.format to one of {', '.join(format_names())}, and data.fields where the columns "
+        "have other names"
     )
+
+
+def _seen(row: Mapping[str, Any]) -> str:
+    """What lists of objects in a row that no format recognises look like."""
+    texts = []
+    for column, value in row.items():
+        if not isinstance(value, list) or not value:
+            continue
+        if not isinstance(value[0], dict):
+            texts.append(f"the first entry of {column!r} is {type_name(value[0])}, not an object")
+        elif len(row) == 1 and column not in ("messages", "conversations", "conversation"):
+            texts.append(f"if {column!r} holds the rows, write that list alone to the file")
+        else:
+            keys = ", ".join(value[0]) or "nothing"
+            texts.append(
+                f"the first entry of {column!r} has {keys}; turns have role and content, or from "
+                "and value"
+            )
+    return "".join(f" ({text})" for text in texts[:1])
 
 
 def register_row_function(name: str) -> Callable[[RowFunction], RowFunction]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sft_fast.data.conversation import Conversation, Message, checked_text
+from sft_fast.data.conversation import ROLES, Conversation, Message, checked_text
 from sft_fast.data.format_registry import (
     Record,
     detect_format,
@@ -33,12 +33,14 @@ __all__ = [
 ]
 
 _CHATML_TURN = re.compile(r"\s*<\|im_start\|>([^\n<]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
-_SHAREGPT_ROLES = {
+# What others call the roles, in small letters.
+_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "function": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
@@ -171,8 +173,9 @@ def messages(record: Record) -> Conversation:
     """OpenAI's chat rows: a list of {role, content[, name, tool_calls, weight, train]}, `tools`.
 
     A content may be a list of text parts, and the list of turns a text that holds JSON, as in CSV
-    files. `weight` 0 or `train` false take an assistant turn out of the loss, another `weight` is
-    the factor of its loss. `reasoning_content` and other keys reach the chat template as they are.
+    files. `function_call`, the older form of a call, is read as one. `weight` 0 or `train` false
+    take an assistant turn out of the loss, another `weight` is the factor of its loss.
+    `reasoning_content` and other keys reach the chat template as they are.
     """
     turns = [
         _openai_message(turn, number)
@@ -188,7 +191,7 @@ def sharegpt(record: Record) -> Conversation:
     """ShareGPT's rows: a list of {from, value}; `function_call` values are JSON with a call."""
     turns = []
     for number, turn in enumerate(_turn_list(record, "messages"), start=1):
-        speaker = _key(turn, "from", number)
+        speaker = checked_text(_key(turn, "from", number), f"'from' of turn {number}")
         value = checked_text(_key(turn, "value", number), f"'value' of turn {number}")
         if speaker == "function_call":
             calls = _json(value, f"'value' of turn {number} (function_call)")
@@ -196,7 +199,7 @@ def sharegpt(record: Record) -> Conversation:
             tool_calls = tuple(_tool_call(call, number) for call in calls)
             turns.append(Message("assistant", "", tool_calls=tool_calls))
         else:
-            turns.append(Message(_SHAREGPT_ROLES.get(speaker, speaker), value))
+            turns.append(Message(_role(speaker), value))
     return _conversation(record, turns)
 
 
@@ -319,6 +322,13 @@ def _turn_list(record: Record, field: str) -> list[Any]:
     return turns
 
 
+def _role(name: str) -> str:
+    """Our name of a role; an unknown one as it is, for the message that refuses it."""
+    lower = name.lower()
+    lower = _ROLES.get(lower, lower)
+    return lower if lower in ROLES else name
+
+
 def _key(turn: Any, key: str, number: int) -> Any:
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number} is {type_name(turn)}; expected an object")
@@ -333,6 +343,10 @@ def _openai_message(turn: Any, number: int) -> Message:
     del keys["role"]
     content = keys.pop("content", None)
     calls = keys.pop("tool_calls", None) or []
+    if older := keys.pop("function_call", None):
+        if calls:
+            raise ValueError(f"turn {number} has tool_calls and function_call; keep one of the two")
+        calls = [older]
     if content is None and not calls:
         raise ValueError(f"turn {number} ({role}) has no content and no tool_calls")
     weight, train = keys.pop("weight", None), keys.pop("train", None)
@@ -348,7 +362,7 @@ def _openai_message(turn: Any, number: int) -> Message:
     if not isinstance(calls, list):
         raise ValueError(f"'tool_calls' of turn {number} is {type_name(calls)}; expected a list")
     return Message(
-        role,
+        _role(role),
         _content_text(content, number),
         train=train is not False and weight != 0,
         weight=float(weight),
@@ -367,7 +381,9 @@ def _content_text(content: Any, number: int) -> str:
     for part in content:
         kind = _key(part, "type", number)
         if kind != "text":
-            raise ValueError(f"turn {number} has a part of type {kind!r}; only text is trained")
+            raise ValueError(
+                f"turn {number} has a part of type {kind!r}; only text is trained: remove the row"
+            )
         texts.append(checked_text(_key(part, "text", number), f"a text part of turn {number}"))
     return "".join(texts)
 
@@ -378,9 +394,16 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
         raise ValueError(f"a tool call of turn {number} is {type_name(call)}; expected an object")
     function = call.get("function", call)
     name = _key(function, "name", number)
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _json(arguments, f"the arguments of {name!r} in turn {number}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = _json(arguments, f"'arguments' of the call of {name!r} in turn {number}")
+    if arguments is None or isinstance(arguments, str) and not arguments.strip():
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"'arguments' of the call of {name!r} in turn {number} is {type_name(arguments)}; "
+            "expected an object"
+        )
     call_id = {"id": call["id"]} if "id" in call else {}
     return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 

@@ -102,7 +102,13 @@ class JsonPart:
                 except UnicodeDecodeError as error:
                     yield self._bad(line, *_encoding_fault(error))
                 except json.JSONDecodeError as error:
-                    yield self._bad(line, error.colno, f"not valid JSON: {error.msg}", text)
+                    if line == 1 and text.strip() == "{":
+                        raise ValueError(
+                            f"{self.name}:1: one object over several lines; expected one object a "
+                            "line, or a list [{...}, {...}]"
+                        ) from None
+                    problem = f"not valid JSON: {_fault(error)}"
+                    yield self._bad(line, error.colno, problem, text)
                 except (ValueError, RecursionError) as error:
                     yield self._bad(line, 1, f"not usable JSON: {error}", text)
                 else:
@@ -137,6 +143,8 @@ class JsonPart:
             if not text.startswith(",", end):
                 raise self._syntax_error(text, end, "expected ',' or ']' after a row")
             position = _skip_space(text, end + 1)
+            if text.startswith("]", position):
+                raise self._syntax_error(text, end, "a comma behind the last row")
         end = _skip_space(text, end + 1)
         if end != len(text):
             raise self._syntax_error(text, end, "text after the end of the list")
@@ -215,6 +223,14 @@ def _skip_space(text: str, position: int) -> int:
     match = _JSON_SPACE.match(text, position)
     assert match is not None
     return match.end()
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    """What is wrong, in more words than the parser's where those mislead."""
+    if error.msg != "Extra data":
+        return error.msg
+    is_comma = error.doc[error.pos :].strip() == ","
+    return "a comma behind the object" if is_comma else "more text behind the object"
 
 
 def _encoding_fault(error: UnicodeDecodeError) -> tuple[int, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 from sft_fast.data.json_rows import BadRow, Row, count_lines, file_digest, open_content
 
+_OTHER_DELIMITER = re.compile(r"[;\t|,]")
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
 
 
@@ -41,6 +43,11 @@ class CsvPart:
             columns = next(reader, None)
             if not columns:
                 raise ValueError(f"{self.name}: the file is empty; expected column names and rows")
+            if len(columns) == 1 and (found := _OTHER_DELIMITER.search(columns[0])):
+                raise ValueError(
+                    f"{self.name}:1: the column names are separated by {found[0]!r}; expected "
+                    f"{delimiter!r}. Save it with that, or with tabs as .tsv"
+                )
             if len(set(columns)) != len(columns):
                 raise ValueError(f"{self.name}:1: a column name occurs twice: {', '.join(columns)}")
             yield from self._rows(reader, columns)

@@ -115,3 +115,11 @@ def test_help_imports_nothing_heavy() -> None:
     )
     assert done.stdout.strip().endswith("[]")
     assert "convert" in done.stdout and "data-report" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["none*.parquet", "none.parquet", "none*.jsonl"])
+def test_check_says_that_no_file_is_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "demo", f"data.train={tmp_path / name}"]) == 1
+    assert "no file matches" in (err := capsys.readouterr().err) or "does not exist" in err

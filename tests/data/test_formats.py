@@ -89,6 +89,16 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 ("assistant", "ha"),
             ],
         ),
+        (
+            "messages",
+            {"messages": [{"role": r, "content": c} for r, c in (("Human", "hi"), ("GPT", "ho"))]},
+            [("user", "hi"), ("assistant", "ho")],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": r, "value": "x"} for r in ("user", "function", "Model")]},
+            [("user", "x"), ("tool", "x"), ("assistant", "x")],
+        ),
         ("chatml", {"text": CHATML_TEXT}, [("user", "hi"), ("assistant", "ho\nho")]),
     ],
 )
@@ -159,7 +169,19 @@ def test_tool_calls_keep_name_and_arguments_in_both_formats() -> None:
     assert conversation.tools == ({"name": "weather"},)
 
 
+@pytest.mark.parametrize("arguments", [None, "", " ", {}, "{}"])
+def test_older_form_of_a_call_and_calls_without_arguments(arguments: Any) -> None:
+    call = {"name": "now", "arguments": arguments}
+    row = {"messages": [USER_HI, {"role": "assistant", "content": None, "function_call": call}]}
+    row["messages"].append({"role": "function", "name": "now", "content": "noon"})
+    row["messages"].append({"role": "assistant", "content": "noon", "function_call": None})
+    _, calls, result, answer = get_format("messages").read(row).messages
+    assert calls.tool_calls == ({"type": "function", "function": {"name": "now", "arguments": {}}},)
+    assert (result.role, result.name, answer.tool_calls) == ("tool", "now", ())
+
+
 MESSAGES_OK = [USER_HI, {"role": "assistant", "content": "ho"}]
+CALL = {"name": "f", "arguments": {}}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +219,7 @@ MESSAGES_OK = [USER_HI, {"role": "assistant", "content": "ho"}]
         ("messages", {"messages": [{"role": "system", "content": "s"}]}, "no assistant turn"),
         ("messages", {"messages": ["hi"]}, "turn 1 is text; expected an object"),
         ("messages", {"messages": [{"content": "hi"}]}, "turn 1 has no 'role'; it has content"),
-        ("messages", {"messages": [*MESSAGES_OK, {"role": "bot", "content": "x"}]}, "role 'bot'"),
+        ("messages", {"messages": [*MESSAGES_OK, {"role": "Robot", "content": ""}]}, "'Robot'"),
         ("messages", {"messages": [{"role": "user"}]}, r"turn 1 \(user\) has no content"),
         (
             "messages",
@@ -233,6 +255,31 @@ MESSAGES_OK = [USER_HI, {"role": "assistant", "content": "ho"}]
             "messages",
             {"messages": [USER_HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
             "turn 2 has no 'name'",
+        ),
+        (
+            "messages",
+            {"messages": MESSAGES_OK, "images": ["a.png"]},
+            "the row has 'images'; only text is trained",
+        ),
+        (
+            "sharegpt",
+            {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}]},
+            "the row has 'image'; only text is trained",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [CALL], "function_call": CALL}]},
+            "turn 1 has tool_calls and function_call; keep one of the two",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [CALL | {"arguments": "[1]"}]}]},
+            "'arguments' of the call of 'f' in turn 1 is a list; expected an object",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [CALL | {"arguments": "{a"}]}]},
+            "'arguments' of the call of 'f' in turn 1 is not valid JSON",
         ),
         (
             "messages",
@@ -275,6 +322,28 @@ def test_unknown_format_lists_the_known_ones_and_the_nearest() -> None:
 def test_detection_fails_with_the_columns() -> None:
     with pytest.raises(ValueError, match="cannot tell the format from the columns text, label"):
         detect_format(["text", "label"], {"text": "no markup", "label": "x"})
+
+
+def test_columns_that_hold_no_media_are_no_obstacle() -> None:
+    row = {"instruction": "draw", "output": "no", "image": "a.png", "images": [], "video": None}
+    assert turns("alpaca", row) == [("user", "draw"), ("assistant", "no")]
+    row = {"image": {"bytes": "x"}, "output": "no"}
+    with pytest.raises(ValueError, match="is an object; expected text"):
+        turns("alpaca", row, instruction="image")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"content": "hi"}]}, "'messages' has content; turns have role and content"),
+        ({"messages": [None]}, "the first entry of 'messages' is null, not an object"),
+        ({"data": [{"messages": []}]}, "if 'data' holds the rows, write that list alone"),
+        ({"chat": [{"role": "user"}], "id": 1}, "'chat' has role; turns have role and content"),
+    ],
+)
+def test_detection_fails_with_what_it_saw(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        detect_format(list(row), row)
 
 
 def test_reader_adds_file_and_line(write_rows: Callable[..., str]) -> None:

@@ -48,6 +48,8 @@ def test_json_list_gives_the_line_of_each_row(tmp_path: Path) -> None:
     [
         (f'{GOOD}\n{{"a" 1}}\n', ":2:6: ", "not valid JSON: Expecting ':' delimiter"),
         (f"{GOOD}\n[1, 2]\n", ":2:1: ", "the row is a list; expected an object"),
+        (f"{GOOD}\n{GOOD},\n", f":2:{len(GOOD) + 1}: ", "a comma behind the object"),
+        (f"{GOOD}\n{GOOD}{GOOD}\n", f":2:{len(GOOD) + 1}: ", "more text behind the object"),
         (f"{GOOD}\n42\n", ":2:1: ", "the row is a number; expected an object"),
         (f'{GOOD}\n{{"a": "cut', ":2:7: ", "Unterminated string"),
         (f"{GOOD}\n" + '{"a":' * 100_000 + "\n", ":2:1: ", "recursion"),
@@ -97,7 +99,8 @@ def test_scan_yields_bad_rows_and_goes_on(tmp_path: Path) -> None:
     [
         (b'[\n {"a": 1},\n {"a" 2}\n]', ":3:7: ", "Expecting ':' delimiter"),
         (b'[\n {"a": 1}\n {"a": 2}\n]', ":3:2: ", "expected ',' or ']' after a row"),
-        (b'[{"a": 1},\n]', ":2:1: ", "Expecting value"),
+        (b'[{"a": 1},\n]', ":1:10: ", "a comma behind the last row"),
+        (b'{\n "a": 1\n}\n', ":1: ", "one object over several lines; expected one object a line"),
         (b'[{"a": 1}', ":1:10: ", "expected ',' or ']' after a row"),
         (b'[{"a": 1}]\n{"a": 2}', ":2:1: ", "text after the end of the list"),
         (b'[{"a": 1},\n "text"]', ":2:1: ", "the row is text; expected an object"),
@@ -340,6 +343,7 @@ def test_every_kind_of_file_gives_the_same_text(tmp_path: Path, suffix: str) -> 
     [
         (b"", r"a\.csv: the file is empty"),
         (b"a,b\n", r"a\.csv: there are column names but no rows"),
+        (b"a;b\n1;2\n", r"a\.csv:1: the column names are separated by ';'; expected ','"),
         (b"a,a\n1,2\n", r"a\.csv:1: a column name occurs twice"),
         (b"a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 fields; expected 2 \(a, b\)"),
         (b'a,b\n1,"2\n', r"a\.csv:2: not valid CSV: unexpected end of data"),
