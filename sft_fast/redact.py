@@ -5,15 +5,21 @@ import re
 from typing import Any
 
 PLACEHOLDER = "[redacted]"
-# Tokens of Hugging Face, OpenAI-like services and GitHub; user:password in a URL. Not 40
-# hexadecimal digits: keys of wandb are, and commits too.
-PATTERNS = (
-    re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
-    re.compile(r"\bsk-[A-Za-z0-9_-]{8,}"),
-    re.compile(r"\bgh[pousr]_[A-Za-z0-9]{16,}"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+# Not 40 hexadecimal digits: older keys of wandb are, and commits too; `redact` knows the former
+# from the environment.
+SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v1_\w{16,}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    # user:password@ and token@ of a URL, up to the last @: a password may hold one.
+    r"|(?<=://)[^/\s:@]*:[^/\s]+(?=@)|(?<=https://)[^/\s:@]{8,}(?=@)"
+    r"|(?i:(?<=[?&]token=)|(?<=[?&]access_token=)|(?<=[?&]api_key=)|(?<=[?&]sig=)"
+    r"|(?<=[?&]X-Amz-Signature=)|(?<=[?&]X-Amz-Security-Token=))[^&\s\"']{8,}"
+    r"|(?i:(?<=\bbearer ))[\w.~+/=-]{8,}"
 )
-SECRET_NAME = re.compile(r"(^|_)(api_?key|token|secret|password|passwd)($|_)", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(^|_)(api_?key|access_?key|token|secret|password|passwd|credentials?)($|_)", re.IGNORECASE
+)
 SHORTEST_SECRET = 6
 
 
@@ -23,9 +29,7 @@ def redact(text: str) -> str:
         is_secret = SECRET_NAME.search(name) and not name.endswith(("_PATH", "_FILE", "_DIR"))
         if is_secret and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, PLACEHOLDER)
-    for pattern in PATTERNS:
-        text = pattern.sub(PLACEHOLDER, text)
-    return text
+    return SECRET_VALUE.sub(PLACEHOLDER, text)
 
 
 def redact_values(value: Any) -> Any:
