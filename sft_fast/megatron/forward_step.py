@@ -57,7 +57,8 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
     Returns: (loss_sum, num_tokens int32, report); the report's "lm loss" is [loss_sum, num_tokens].
     """
     loss_sum = losses.sum()
-    num_tokens = torch.tensor(num_supervised, dtype=torch.int32, device=losses.device)
+    # A fill, not a copy from the host, which would wait.
+    num_tokens = torch.full((), num_supervised, dtype=torch.int32, device=losses.device)
     report = torch.stack([loss_sum.detach(), num_tokens.to(loss_sum.dtype)])
     return loss_sum, num_tokens, {"lm loss": report}
 
