@@ -19,7 +19,7 @@ from sft_fast.cli import main
 from sft_fast.commands import preview as preview_command
 from sft_fast.config import load_config
 from sft_fast.data.tokenizer import load_tokenizer
-from sft_fast.metrics import Window, line
+from sft_fast.metrics import Window
 from sft_fast.packing import StepCounts
 from sft_fast.preview import make_preview
 from sft_fast.progress import ProgressLine
@@ -127,7 +127,7 @@ def progress(folder: Path) -> None:
     figures |= {"memory_gib": 96.2, "eta_s": 3725.0}
     console = screen()
     shown = ProgressLine(1200, console)
-    shown.update(420, line(figures))
+    shown.update(420, figures)
     save(console, folder, "progress", "sft_fast train my.yaml")
 
 

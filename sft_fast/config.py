@@ -518,6 +518,9 @@ class MetricsConfig(Section):
     """First and last step, from 1, of a profile of the main rank: <output_dir>/profile.json.gz."""
     pictures: bool = True
     """Write curves.png and report.html at the end."""
+    samples: NotNegative = 0
+    """Held-out questions that the models before and after training answer for report.html, in at
+    most evaluation.max_new_tokens tokens; needs pictures and the export."""
 
 
 class ExportConfig(Section):

@@ -322,3 +322,11 @@ def _metrics_problems(config: Config) -> Iterator[Problem]:
     if steps is not None and steps[0] > steps[1]:
         found = f"first step {steps[0]}, last step {steps[1]}"
         yield Problem(("metrics.profile_steps",), found, "first <= last")
+    if config.metrics.samples and not (config.metrics.pictures and config.export.enabled):
+        yield Problem(
+            ("metrics.samples", "metrics.pictures", "export.enabled"),
+            f"{config.metrics.samples} answers for a report that is not written, or of a model "
+            "that is not exported",
+            "pictures and the export, or no samples",
+            "metrics.samples=0",
+        )

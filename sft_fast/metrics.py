@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -132,10 +132,14 @@ class MetricsWriter:
             else:
                 print(text, flush=True)
 
-    def close(self) -> None:
+    def end_progress(self) -> None:
+        """Leaves the line as it is; what is said later is printed below it."""
         if self.progress is not None:
             self.progress.close()
             self.progress = None
+
+    def close(self) -> None:
+        self.end_progress()
         for tracker in self.trackers:
             tracker.close()
         self.trackers = []
@@ -197,7 +201,7 @@ class StepMeter:
         eta_s = (self.num_steps - step) * (speeds["elapsed_s"] or 0.0)
         figures = {**asdict(result), **speeds, "memory_gib": peak_memory_gib(), "eta_s": eta_s}
         if progress is not None:
-            progress.update(step, line(figures))
+            progress.update(step, figures)
         if is_due:
             self.writer.write("step", step=step, **asdict(counts), **figures)
             if progress is None:
@@ -208,8 +212,7 @@ class StepMeter:
 def line(figures: dict[str, Any]) -> str:
     """The figures of a step as text."""
     mfu = "" if figures["mfu"] is None else f"  mfu {figures['mfu']:.1%}"
-    complaint = f"  {'SKIPPED' if figures['was_skipped'] else 'WARNING'}: {figures['complaint']}"
-    skipped = complaint if figures["complaint"] else ""
+    skipped = f"  {complaint(figures)}" if figures["complaint"] else ""
     return (
         f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  grad_norm {figures['grad_norm']:.3f}"
         f"  tokens/s {figures['tokens_per_s']:,.0f} "
@@ -217,6 +220,13 @@ def line(figures: dict[str, Any]) -> str:
         f"  padding {figures['padding']:.1%}{mfu}  memory {figures['memory_gib']:.1f} GiB"
         f"  wait {figures['data_wait']:.1%}  eta {duration(figures['eta_s'])}{skipped}"
     )
+
+
+def complaint(figures: Mapping[str, Any]) -> str:
+    """What is wrong with the step; empty: nothing."""
+    if not figures["complaint"]:
+        return ""
+    return f"{'SKIPPED' if figures['was_skipped'] else 'WARNING'}: {figures['complaint']}"
 
 
 def duration(seconds: float) -> str:

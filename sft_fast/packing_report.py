@@ -91,22 +91,34 @@ class PackingReport:
         )
         return asdict(self) | {name: getattr(self, name) for name in names}
 
-    def __str__(self) -> str:
-        causes = {
+    def brief(self) -> str:
+        """What a run says of it."""
+        return (
+            f"{self.num_bins} rows of {self.capacity} by {self.strategy}, "
+            f"{self.samples_per_bin:.1f} samples a row, {self.padding_share:.2%} padding "
+            f"({self.causes()}), {self.num_steps} steps an epoch"
+        )
+
+    def causes(self) -> str:
+        """Shares of padding by what it is for."""
+        parts = {
             "alignment": self.alignment_padding,
             "row ends": self.tail_padding,
             "last step": self.empty_bin_padding,
         }
-        shares = ", ".join(f"{name} {part / self.num_slots:.2%}" for name, part in causes.items())
+        return ", ".join(f"{name} {part / self.num_slots:.2%}" for name, part in parts.items())
+
+    def __str__(self) -> str:
         moved = "" if self.max_places_moved is None else f", moved <= {self.max_places_moved}"
         return (
             f"{self.num_samples} samples, {self.num_tokens} tokens "
             f"({self.supervised_share:.1%} supervised) in {self.num_bins} rows of {self.capacity} "
             f"(bound {self.lower_bound}, efficiency {self.efficiency:.2%}), "
             f"{self.samples_per_bin:.1f} samples per row (at most {self.max_samples_per_bin}), "
-            f"{self.padding_share:.2%} padding ({shares}), {self.num_steps} steps per epoch; "
-            f"{self.strategy}: {self.reason}; length correlation {self.length_correlation:.2f}"
-            f"{moved}; cost imbalance {self.cost_imbalance:.3f} "
+            f"{self.padding_share:.2%} padding ({self.causes()}), "
+            f"{self.num_steps} steps per epoch; {self.strategy}: {self.reason}; "
+            f"length correlation {self.length_correlation:.2f}{moved}; "
+            f"cost imbalance {self.cost_imbalance:.3f} "
             f"(bins in turn: {self.cost_imbalance_in_turn:.3f})"
         )
 

@@ -1,9 +1,11 @@
-"""One line on a terminal that is drawn anew, with a bar; other output goes above it."""
+"""A few lines on a terminal that are drawn anew, with a bar; other output goes above them."""
 
 from __future__ import annotations
 
 import atexit
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,8 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sft_fast.metrics import complaint, duration
+
 SECONDS_BETWEEN_DRAWS = 0.5
 BAR_WIDTH = 30
+Field = tuple[str, str]
 
 
 class ProgressLine:
@@ -32,13 +37,19 @@ class ProgressLine:
         """True when the last drawing is old enough to be replaced."""
         return time.monotonic() - self._drawn_at >= SECONDS_BETWEEN_DRAWS
 
-    def update(self, step: int, text: str) -> None:
-        """Draws the line."""
+    def update(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Draws the lines; `figures` are those of `metrics.line`."""
         self._drawn_at = time.monotonic()
         head = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self._num_steps, completed=step, width=BAR_WIDTH)
-        head.add_row(Text(f"step {step}/{self._num_steps}"), bar)
-        self._live.update(Group(head, Text(text)), refresh=True)
+        left = f"{step / self._num_steps:4.0%}  eta {duration(figures['eta_s'])}"
+        head.add_row(Text(f"step {step}/{self._num_steps}"), bar, Text(left))
+        texts = [labelled(fields) for fields in (learning(figures), speed(figures))]
+        if sum(len(text) for text in texts) + 2 <= self._console.width:
+            texts = [Text("  ").join(texts)]
+        if warning := complaint(figures):
+            texts.append(Text(warning, "bold yellow"))
+        self._live.update(Group(head, *texts), refresh=True)
 
     def print(self, text: str) -> None:
         """Prints above the line."""
@@ -47,3 +58,30 @@ class ProgressLine:
     def close(self) -> None:
         self._live.stop()
         atexit.unregister(self._live.stop)
+
+
+def labelled(fields: list[Field]) -> Text:
+    """(name, value) pairs in a row; the names step back."""
+    parts = [Text.assemble((name, "dim"), " ", value) for name, value in fields]
+    return Text("  ").join(parts)
+
+
+def learning(figures: Mapping[str, Any]) -> list[Field]:
+    return [
+        ("loss", f"{figures['loss']:.4f}"),
+        ("lr", f"{figures['lr']:.2e}"),
+        ("grad norm", f"{figures['grad_norm']:.3f}"),
+        ("memory", f"{figures['memory_gib']:.1f} GiB"),
+        ("data wait", f"{figures['data_wait']:.1%}"),
+    ]
+
+
+def speed(figures: Mapping[str, Any]) -> list[Field]:
+    mfu = figures["mfu"]
+    return [
+        ("tokens/s", f"{figures['tokens_per_s']:,.0f}"),
+        ("trained", f"{figures['supervised_tokens_per_s']:,.0f}"),
+        ("slots", f"{figures['slots_per_s']:,.0f}"),
+        ("padding", f"{figures['padding']:.1%}"),
+        *([] if mfu is None else [("mfu", f"{mfu:.1%}")]),
+    ]

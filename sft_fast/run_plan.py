@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from sft_fast.data.store import TokenStore
 
 
+def warm_up_warning(config: Config, num_steps: int) -> str:
+    """What to say of a run that ends before its warm-up does; empty: nothing.
+
+    Where train.epochs decides, the number of steps is known only with the data.
+    """
+    steps = config.optim.warmup_steps
+    if steps < num_steps:
+        return ""
+    return (
+        f"warning: optim.warmup_steps is {steps} and the run has {num_steps} steps, so optim.lr is "
+        f"never reached; for example optim.warmup_steps={num_steps // 10}"
+    )
+
+
 def make_plan(
     store: TokenStore,
     config: Config,

@@ -19,7 +19,9 @@ def write_samples(run_dir: Path, count: int, max_new_tokens: int) -> None:
         ValueError: the run has no export yet.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = model_folder(run_dir)
     config = load_config(run_dir / "config.yaml", [])
     conversations = held_out(config, count)

@@ -2,8 +2,10 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +117,56 @@ def test_a_terminal_gets_one_line_drawn_anew_and_messages_above_it(
     for step in (1, 2, 3):
         meter.step(step, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     writer.say("eval at step 3")
+    skipped = replace(RESULT, was_skipped=True, complaint="overflow")
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWS", 1e9)
-    meter.step(4, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
+    meter.step(4, skipped, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
+    writer.end_progress()
+    drawn = terminal.getvalue()
+    monkeypatch.setattr("builtins.print", lambda text, flush: terminal.write(f"{text}\n"))
+    writer.say("exported")
+    assert terminal.getvalue() == f"{drawn}exported\n", "the line is not drawn again"
     writer.close()
     text = terminal.getvalue()
     for step in (1, 2, 3, 4):
         assert f"step {step}/4" in text
     assert text.index("eval at step 3") < text.index("step 4/4")
     assert "\x1b[?25h" in text, "the cursor is shown again"
+    assert "SKIPPED: overflow" in text and "loss" in text and "eta 0:00:0" in text
     assert [record["step"] for record in read(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_line_shows_every_figure_at_any_width(width: int) -> None:
+    from rich.console import Console
+
+    from sft_fast.progress import ProgressLine
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    figures = Window(2, 2.0, 0.5, 1e12, 1_234_567, 345_678, 1_300_000).speeds(1e12)
+    figures |= {"loss": 1.5, "lr": 1e-5, "grad_norm": 0.25, "memory_gib": 96.2, "eta_s": 3725.0}
+    shown = ProgressLine(1000, console)
+    shown.update(420, {**figures, "was_skipped": False, "complaint": ""})
+    shown.close()
+    assert isinstance(console.file, io.StringIO)
+    text = re.sub(r"\x1b\[[?\d;]*\w", "", console.file.getvalue())
+    words = " ".join(text.split())
+    for part in ("step 420/1000", "42%", "eta 1:02:05", "loss 1.5000", "lr 1.00e-05"):
+        assert part in words
+    for part in ("grad norm 0.250", "memory 96.2 GiB", "data wait 25.0%", "tokens/s 617,284"):
+        assert part in words
+    for part in ("trained 172,839", "slots 650,000", "padding 5.0%", "mfu 50.0%"):
+        assert part in words
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path: Path) -> None:
+    from sft_fast.run_plan import warm_up_warning
+
+    config = make_config(
+        str(tmp_path), train={"steps": None, "epochs": 1}, optim={"warmup_steps": 20}
+    )
+    assert "optim.warmup_steps=2" in warm_up_warning(config, 20)
+    assert warm_up_warning(config, 21) == ""
 
 
 def test_waiting_for_data_is_measured_once() -> None:

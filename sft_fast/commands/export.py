@@ -64,6 +64,7 @@ def run(parsed: argparse.Namespace) -> int:
             "metrics.trackers": "[]",
             "metrics.run_name": config.metrics.run_name or found.path.resolve().name,
             "metrics.pictures": "false",
+            "metrics.samples": 0,
             "export.enabled": "true",
             "export.best": "false",
         }

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
+from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.architecture import Architecture
 from sft_fast.batch import MicroBatch
@@ -58,7 +59,8 @@ from sft_fast.packing import StepCounts
 from sft_fast.profiling import ProfilerWindow
 from sft_fast.rendezvous import public_address_warning
 from sft_fast.report import length_histogram, write_report
-from sft_fast.run_plan import make_plan
+from sft_fast.run_plan import make_plan, warm_up_warning
+from sft_fast.samples import write_samples
 from sft_fast.standing import Standing
 from sft_fast.trackers import check_trackers
 
@@ -205,14 +207,10 @@ def train(config: Config) -> int:
         metrics.say(warning)
     watch.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.say)
-    metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
-    metrics.write("data", **asdict(inputs.store.report))
-    metrics.write("lengths", **length_histogram(inputs.store.lengths))
     metrics.say(inputs.store.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
     packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
-    metrics.write("packing", **packing.record())
-    metrics.say(f"packing: {packing}")
+    metrics.say(f"packing: {packing.brief()}")
     adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
     fields = run_fields(
         config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
@@ -229,6 +227,13 @@ def train(config: Config) -> int:
             f"checkpoint.resume: {checkpoint} has {start} steps, more than the {num_steps} of "
             "train.steps or train.epochs; raise them, or choose another output_dir"
         )
+    # Not before the run is known to belong here: a refused one leaves no records.
+    metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
+    metrics.write("data", **asdict(inputs.store.report))
+    metrics.write("lengths", **length_histogram(inputs.store.lengths))
+    metrics.write("packing", **packing.record())
+    if warning := warm_up_warning(config, num_steps):
+        metrics.say(warning)
     standing = Standing(**state.standing)
     if standing.is_over(config.evaluation.patience):
         num_steps = start
@@ -286,12 +291,14 @@ def train(config: Config) -> int:
                 save_run(checkpoints, state, run, is_last)
             if is_last:
                 break
+    metrics.end_progress()
     checkpoints.finish(is_last=True)
     if watch.all_stop:
         metrics.say(f"stopped at step {state.step} of {num_steps}; the same command goes on")
         return finish(metrics)
 
     watch.enter("export", can_leave=True)
+    disable_progress_bar()  # of transformers, for each look at the export
     evaluator.report_best()
     if config.export.best:
         load_best(run, state, config, metrics)
@@ -306,13 +313,17 @@ def train(config: Config) -> int:
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)
     if parallel.is_main and config.metrics.pictures:
-        draw(output, metrics)
+        draw(output, config, metrics)
+    if config.export.enabled:
+        metrics.say(f"talk to it: sft_fast chat {output}")
     return finish(metrics)
 
 
-def draw(output: Path, metrics: MetricsWriter) -> None:
+def draw(output: Path, config: Config, metrics: MetricsWriter) -> None:
     """Writes the pictures; a run that is done does not fail for want of them."""
     try:
+        if config.metrics.samples > 0:
+            write_samples(output, config.metrics.samples, config.evaluation.max_new_tokens)
         metrics.say(f"pictures: {', '.join(map(str, write_report(output)))}")
     except (ValueError, OSError) as error:
         metrics.say(f"no pictures: {error}")
@@ -326,9 +337,11 @@ def finish(metrics: MetricsWriter) -> int:
 
 
 def describe(parallel: Parallel) -> str:
+    kind = "CPU" if parallel.device.type == "cpu" else "GPU"
+    ranks = f"{parallel.world_size} {kind} rank{'s' if parallel.world_size > 1 else ''}"
     return (
-        f"{parallel.world_size} {parallel.device.type} ranks: tensor {parallel.tp_size} x "
-        f"pipeline {parallel.pp_size} x context {parallel.cp_size} x data {parallel.dp_size}"
+        f"{ranks}: tensor {parallel.tp_size} x pipeline {parallel.pp_size} x "
+        f"context {parallel.cp_size} x data {parallel.dp_size}"
     )
 
 

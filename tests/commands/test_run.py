@@ -119,6 +119,7 @@ def test_chat_keeps_the_turns_it_was_told(finished_run: Path) -> None:
 
 
 def test_plot_draws_the_run_and_its_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(json.loads((run / "samples.json").read_text())["samples"]) == 3
     (run / "curves.png").unlink()
     assert main(["plot", str(run), "--samples", "2", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{run}/curves.png", f"{run}/report.html"]
