@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft_fast.config import Config
+from sft_fast.redact import redact_values
 
 
 class Tracker(Protocol):
@@ -61,7 +62,7 @@ class Wandb:
             project=config.metrics.project,
             name=run_name(config),
             dir=config.output_dir,
-            config=dict(flat(config.model_dump())),
+            config=dict(flat(redact_values(config.model_dump()))),
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -78,7 +79,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        settings = dict(flat(config.model_dump()))
+        settings = dict(flat(redact_values(config.model_dump())))
         trackio.init(project=config.metrics.project, name=run_name(config), config=settings)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -97,7 +98,7 @@ class Mlflow:
         self._mlflow = mlflow
         mlflow.set_experiment(config.metrics.project)
         mlflow.start_run(run_name=run_name(config))
-        mlflow.log_params(dict(flat(config.model_dump())))
+        mlflow.log_params(dict(flat(redact_values(config.model_dump()))))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics(dict(values), step=step)

@@ -21,6 +21,7 @@ from sft_fast.failure import die_with_parent, watching  # noqa: E402
 from sft_fast.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
 from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
+from sft_fast.telemetry import switch_off  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -33,7 +34,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="go on from a checkpoint although these differ: checkpoint.allow_change",
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to replace")
-    return parser.parse_args(argv)
+    # Overrides may stand before and behind options.
+    return parser.parse_intermixed_args(argv)
 
 
 def changes(arguments: argparse.Namespace) -> list[str]:
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns: 0, or 2 after a message when the user can mend it.
     """
     arguments = parse_arguments(argv)
+    switch_off()
     try:
         config = load_config(arguments.config, arguments.overrides + changes(arguments))
         load_plugins(config)
@@ -56,12 +59,17 @@ def main(argv: list[str] | None = None) -> int:
             return get_trainer(config.backend, config.stage)(config)
     except (ValueError, OSError) as error:
         if arguments.debug:
-            traceback.print_exc()
+            print_traceback()
         elif is_first_to_fail():
             print(
                 f"error: {redact(str(error))}\n(--debug shows where)", file=sys.stderr, flush=True
             )
         return 2
+
+
+def print_traceback() -> None:
+    """The exception that is being handled, without the secrets that libraries put into theirs."""
+    print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
 
 
 def is_first_to_fail() -> bool:
@@ -80,7 +88,7 @@ if __name__ == "__main__":
     try:
         exit_code = main()
     except Exception:  # recorded by the watch; connections and threads of a broken job may hang
-        traceback.print_exc()
+        print_traceback()
         sys.stdout.flush()
         os._exit(1)
     sys.stdout.flush()

@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from sft_fast.errors import redact
+    from sft_fast.redact import redact
 
     for name, value in lines():
         print(f"{name:<22}{redact(value)}")

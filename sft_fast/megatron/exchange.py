@@ -11,6 +11,8 @@ from typing import Any
 import torch.distributed as dist
 
 LONGEST_PAUSE_S = 0.1
+_answers: dict[str, str] = {}
+"""Topic -> key of rank 0's last answer; the store would keep one for every save of a run."""
 
 
 class StoreExchange:
@@ -25,6 +27,7 @@ class StoreExchange:
         self.store = dist.distributed_c10d._get_default_store()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         serial = self.store.add(f"sft_fast/{topic}/{self.rank}", 1)
+        self.subject = topic
         self.topic, self.timeout_s = f"sft_fast/{topic}/{serial}", timeout_s
 
     def all_gather(self, name: str, value: Any) -> list[Any]:
@@ -34,8 +37,11 @@ class StoreExchange:
         if self.rank == 0:
             values = [json.loads(self.wait_for(key)) for key in keys]
             self.store.set(f"{topic}/all", json.dumps(values))
-            for key in keys:
-                self.store.delete_key(key)
+            # Whoever says something new has read the last answer.
+            for key in (*keys, _answers.pop(self.subject, None)):
+                if key is not None:
+                    self.store.delete_key(key)
+            _answers[self.subject] = f"{topic}/all"
             return values
         return json.loads(self.wait_for(f"{topic}/all"))
 

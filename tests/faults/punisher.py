@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--orphans-within", type=float, default=5.0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     found = soak(arguments)
     print(json.dumps(found, indent=1))
     return int(found["orphans"] > 0 or found["steps"] == 0)
