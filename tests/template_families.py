@@ -187,6 +187,11 @@ LLAMA2_CASES = (
         chat(" hi\n", f"\n{EMOJI} "),
         f"<s>[INST] hi [/INST][[ {EMOJI} </s>]]",
     ),
+    Case(
+        MULTI,
+        f"<s>[INST] hi [/INST][[ hello {EMOJI} </s>]]"
+        f"<s>[INST] 你好，世界 [/INST][[ {HEBREW} </s>]]",
+    ),
 )
 
 LLAMA3 = """\
@@ -326,6 +331,16 @@ PHI_CASES = (
         chat("hi", f"{EMOJI}\n"),
         f"<|user|>\nhi<|end|>\n<|assistant|>\n[[{EMOJI}\n<|end|>]]",
     ),
+    # Text that looks like the end of a turn, and is none.
+    Case(
+        chat("hi", "the end"),
+        "<|user|>\nhi<|end|>\n<|assistant|>\n[[the end<|end|>]]",
+    ),
+    Case(
+        MULTI,
+        f"<|user|>\nhi<|end|>\n<|assistant|>\n[[hello {EMOJI}<|end|>]]\n"
+        f"<|user|>\n你好，世界<|end|>\n<|assistant|>\n[[{HEBREW}<|end|>]]",
+    ),
 )
 
 ZEPHYR = """\
@@ -340,6 +355,15 @@ ZEPHYR_CASES = (
         "<|system|>\nBe brief.</s>\n<|user|>\nhi</s>\n<|assistant|>\n[[hello world</s>]]\n"
         "<|user|>\nhow</s>\n<|assistant|>\n[[you\n\nare</s>]]",
     ),
+    Case(
+        MULTI,
+        f"<|user|>\nhi</s>\n<|assistant|>\n[[hello {EMOJI}</s>]]\n"
+        f"<|user|>\n你好，世界</s>\n<|assistant|>\n[[{HEBREW}</s>]]",
+    ),
+    Case(
+        chat(f"{HEBREW}\n\n", "a\n\n", system="\n"),
+        f"<|system|>\n\n</s>\n<|user|>\n{HEBREW}\n\n</s>\n<|assistant|>\n[[a\n\n</s>]]",
+    ),
 )
 
 DEEPSEEK = """\
@@ -349,12 +373,22 @@ DEEPSEEK = """\
 {%- endfor %}
 {{- bos_token + state.system }}
 {%- for message in messages %}
+{%- if message.role == 'system' %}{% continue %}{% endif %}
 {%- if message.role == 'user' %}{{ '<｜User｜>' + message.content }}
-{%- elif message.role == 'assistant' %}
-{{- '<｜Assistant｜>' + message.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
+{%- elif message.role == 'tool' %}
+{{- '<｜tool▁outputs▁begin｜>' + message.content + '<｜tool▁outputs▁end｜>' }}
+{%- else %}
+{%- if loop.previtem and loop.previtem.role != 'tool' %}{{ '<｜Assistant｜>' }}{% endif %}
+{{- message.content.split('</think>')[-1] }}
+{%- if message.tool_calls %}{{ '<｜tool▁calls▁begin｜>' }}
+{%- for call in message.tool_calls %}
+{{- '<｜tool▁call▁begin｜>' + call.type + '<｜tool▁sep｜>' + call.function.name + '\\n' }}
+{{- call.function.arguments | tojson + '<｜tool▁call▁end｜>' }}
+{%- endfor %}{{ '<｜tool▁calls▁end｜>' }}
+{%- endif %}{{ '<｜end▁of▁sentence｜>' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}
+{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<｜Assistant｜>' }}{% endif %}
 """
 DEEPSEEK_CASES = (
     Case(
@@ -367,6 +401,22 @@ DEEPSEEK_CASES = (
         MULTI,
         f"<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>[[hello {EMOJI}<｜end▁of▁sentence｜>]]"
         f"<｜User｜>你好，世界<｜Assistant｜>[[{HEBREW}<｜end▁of▁sentence｜>]]",
+    ),
+    # Special tokens inside of a turn; behind the answer of a tool the next turn has no opening.
+    Case(
+        Conversation(
+            (
+                Message("user", "rain?"),
+                Message("assistant", "look", tool_calls=(CALL, CALL)),
+                Message("tool", "\n"),
+                Message("assistant", "no"),
+            )
+        ),
+        "<｜begin▁of▁sentence｜><｜User｜>rain?<｜Assistant｜>[[look<｜tool▁calls▁begin｜>"
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>rain\n{"city": "Bonn"}<｜tool▁call▁end｜>'
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>rain\n{"city": "Bonn"}<｜tool▁call▁end｜>'
+        "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>]]<｜tool▁outputs▁begin｜>\n<｜tool▁outputs▁end｜>"
+        "[[no<｜end▁of▁sentence｜>]]",
     ),
 )
 
@@ -386,6 +436,11 @@ SMOLLM2_CASES = (
         f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[hello {EMOJI}<|im_end|>]]\n"
         "<|im_start|>user\n你好，世界<|im_end|>\n"
         f"<|im_start|>assistant\n[[{HEBREW}<|im_end|>]]",
+    ),
+    Case(
+        chat("hi\n", "a\n", system="\n"),
+        "<|im_start|>system\n\n<|im_end|>\n<|im_start|>user\nhi\n<|im_end|>\n"
+        "<|im_start|>assistant\n[[a\n<|im_end|>]]",
     ),
 )
 
@@ -407,6 +462,37 @@ ALPACA_CASES = (
     ),
 )
 
+HARMONY = """\
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- if message.reasoning_content and loop.last %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + message.reasoning_content + '<|end|>' }}
+{%- endif %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+{{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+{%- else %}
+{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}
+"""
+# The answer stands in the reasoning too, and a special token behind that.
+HARMONY_CASES = (
+    Case(
+        Conversation((Message("user", "1+1"), thought("2", "1+1=2"))),
+        "<|start|>user<|message|>1+1<|end|><|start|>assistant"
+        "[[<|channel|>analysis<|message|>1+1=2<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>2<|return|>]]",
+    ),
+    Case(
+        MULTI,
+        "<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>final<|message|>hello "
+        f"{EMOJI}<|end|><|start|>user<|message|>你好，世界<|end|><|start|>assistant"
+        f"[[<|channel|>final<|message|>{HEBREW}<|return|>]]",
+        {"train_on": "last_turn"},
+    ),
+)
+
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 INST = (
@@ -414,7 +500,17 @@ INST = (
     *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
 )
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-FULLWIDTH = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+FULLWIDTH = (
+    *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"),
+    *(
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁outputs▁begin｜>",
+        "<｜tool▁outputs▁end｜>",
+    ),
+)
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 FAMILIES = (
     Family("qwen", QWEN, IM, None, "<|im_end|>", QWEN_CASES),
     Family("llama2", LLAMA2, (), "<s>", "</s>", LLAMA2_CASES, "llama2"),
@@ -434,6 +530,7 @@ FAMILIES = (
     Family("phi3", PHI, (*ROLES, "<|endoftext|>"), None, "<|endoftext|>", PHI_CASES),
     Family("zephyr", ZEPHYR, (), None, "</s>", ZEPHYR_CASES, "zephyr"),
     Family("deepseek", DEEPSEEK, FULLWIDTH, FULLWIDTH[0], FULLWIDTH[1], DEEPSEEK_CASES),
+    Family("harmony", HARMONY, CHANNELS, None, "<|return|>", HARMONY_CASES),
     Family("smollm2", SMOLLM2, IM, None, "<|im_end|>", SMOLLM2_CASES),
     Family("alpaca", ALPACA, (), "<s>", "</s>", ALPACA_CASES, "alpaca"),
 )

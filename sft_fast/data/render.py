@@ -5,8 +5,8 @@ are supervised is decided on the text. The rules:
 
 1. An assistant turn's span starts where the text of the turns before it, rendered with the
    generation prompt, ends: there the model starts to write. It ends with the end-of-turn token: the
-   first special token behind the content. Template text behind that token (a newline) is not
-   supervised.
+   first of the special tokens that end the turn, or the last one where it has calls. Template text
+   behind that token (a newline) is not supervised.
 2. Both ends are proven (turn_bounds.py). A template for which that fails is refused, or, with
    `changing_history="expand"`, every answer becomes a sample of its own, with its own history.
    Where the template marks the answers itself ({% generation %}), its marks are used instead, and
@@ -103,8 +103,8 @@ class ChatRenderer:
         self._bounds: dict[str, TurnBounds] = {}
         self._special = _special_tokens(tokenizer)
         self._text_tokenizer = TextTokenizer(tokenizer, self._special)
-        names = sorted(self._special, key=len, reverse=True)
-        any_special = "|".join(map(re.escape, names)) or r"(?!)"
+        self._special_names = tuple(sorted(self._special, key=len, reverse=True))
+        any_special = "|".join(map(re.escape, self._special_names)) or r"(?!)"
         self._special_pattern = re.compile(any_special)
         self._special_next = re.compile(rf"\s*(?:{any_special})")
         self._control = self._control_tokens()
@@ -239,17 +239,38 @@ class ChatRenderer:
     def _span(self, text: str, start: int, limit: int, message: Message) -> Span:
         """The span of the turn that the template wrote to text[start:limit]."""
         segment = text[start:limit]
+        found = self._end_of_turn(segment, message)
+        if found is None:
+            return Span(start, start + len(segment.rstrip()), None, message.weight)
+        place, token = found
+        return Span(start, start + place + len(token), token, message.weight)
+
+    def _end_of_turn(self, segment: str, message: Message) -> tuple[int, str] | None:
+        """Place and name of the special token that ends a turn.
+
+        Special tokens may stand inside of a turn: around calls, behind reasoning.
+        """
         content = message.content.strip()
-        found = segment.find(content) if content else -1
-        if found >= 0:
-            token = self._special_pattern.search(segment, found + len(content))
-        else:
-            token = None
-            for token in self._special_pattern.finditer(segment):  # noqa: B007
+        place = segment.rfind(content)
+        found: re.Match[str] | None = None
+        if message.tool_calls or not content or place < 0:
+            for found in self._special_pattern.finditer(segment):  # noqa: B007
                 continue
-        if token is not None:
-            return Span(start, start + token.end(), token[0], message.weight)
-        return Span(start, start + len(segment.rstrip()), None, message.weight)
+        elif not content.endswith(self._special_names) and (end := self._closing(segment)):
+            return end
+        else:
+            # A special token ends the content itself, or template text follows the turn's last one.
+            found = self._special_pattern.search(segment, place + len(content))
+        return None if found is None else (found.start(), found[0])
+
+    def _closing(self, segment: str) -> tuple[int, str] | None:
+        """The first of the special tokens that stand alone at the end of a text."""
+        first, end = None, len(segment.rstrip())
+        while segment.endswith(self._special_names, 0, end):
+            name = next(name for name in self._special_names if segment.endswith(name, 0, end))
+            first = (end - len(name), name)
+            end = len(segment[: end - len(name)].rstrip())
+        return first
 
     def _closed(self, text: str, spans: Sequence[Span], trimmed_turns: int) -> RenderedChat:
         """Cuts the text behind the last span, and closes that one with EOS if nothing does."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from sft_fast.data.pieces import PieceTokenizer, can_be_cut
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -79,8 +81,9 @@ class TextTokenizer:
 
     Where every token stands for bytes of its own (byte-level BPE without a normaliser), a table of
     their lengths gives the places of the tokens, and the tokenizer need not keep track of them:
-    that takes half the time. A text whose bytes the tokens do not add up to, and any other
-    tokenizer, goes the way of character offsets.
+    that takes half the time, and a third of that where texts can be cut into pieces (pieces.py). A
+    text whose bytes the tokens do not add up to, and any other tokenizer, goes the way of character
+    offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> None:
@@ -88,6 +91,9 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._special = special
         self._lengths = _byte_lengths(tokenizer)
+        self._pieces: PieceTokenizer | None = None
+        if self._lengths is not None and can_be_cut(tokenizer):
+            self._pieces = PieceTokenizer(tokenizer, self._lengths)
 
     def __call__(self, chats: Sequence[RenderedChat]) -> list[Sample]:
         """Tokenises texts.
@@ -102,10 +108,14 @@ class TextTokenizer:
         # What an earlier call of the tokenizer may have left behind.
         backend.no_truncation()
         backend.no_padding()
-        encoded = backend.encode_batch_fast([chat.text for chat in chats], add_special_tokens=False)
+        texts = [chat.text for chat in chats]
+        if self._pieces is not None:
+            found = self._pieces(texts)
+        else:
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+            found = [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
         samples = []
-        for chat, encoding in zip(chats, encoded, strict=True):
-            input_ids = np.array(encoding.ids, dtype=np.uint32)
+        for chat, input_ids in zip(chats, found, strict=True):
             ends = np.cumsum(self._lengths[input_ids])
             in_bytes = _in_bytes(chat)
             if not len(ends) or ends[-1] != len(chat.text.encode()):

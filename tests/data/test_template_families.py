@@ -4,28 +4,35 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 import template_families as families
 from masks import marked, sample_of, samples_of
+from sft_fast.data.pieces import can_be_cut
 from sft_fast.data.templates import chat_template
 
 MakeTokenizer = Callable[..., Any]
 
 
-def tokenizer_of(family: Any, make_tokenizer: MakeTokenizer) -> Any:
-    return make_tokenizer(
+def tokenizer_of(family: Any, make_tokenizer: MakeTokenizer, in_pieces: bool = False) -> Any:
+    tokenizer = make_tokenizer(
         family.template, special=family.special, bos_token=family.bos, eos_token=family.eos
     )
+    if in_pieces:
+        tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    assert can_be_cut(tokenizer) == in_pieces
+    return tokenizer
 
 
 CASES = [(family, case) for family in families.FAMILIES for case in family.cases]
 
 
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "in_pieces"])
 @pytest.mark.parametrize(("family", "case"), CASES, ids=lambda value: getattr(value, "name", ""))
 def test_mask_is_the_one_written_by_hand(
-    make_tokenizer: MakeTokenizer, family: Any, case: Any
+    make_tokenizer: MakeTokenizer, family: Any, case: Any, in_pieces: bool
 ) -> None:
-    tokenizer = tokenizer_of(family, make_tokenizer)
+    tokenizer = tokenizer_of(family, make_tokenizer, in_pieces)
     expected = (case.expected,) if isinstance(case.expected, str) else case.expected
     samples = samples_of(tokenizer, case.conversation, **case.options)
     assert tuple(marked(tokenizer, sample) for sample in samples) == expected
