@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sft_fast.run_files import RunFiles
 
 Record = dict[str, Any]
+BLUE, ORANGE, GREEN, RED = "#2f6fde", "#d9730d", "#2e8b57", "#c4314b"
 # The smoothed line remembers a thirtieth of the run.
 MEMORIES_A_RUN = 30
 
@@ -26,33 +27,54 @@ def draw_curves(found: RunFiles) -> Figure:
     figure = new_figure(11, 7)
     (loss, rate), (norm, speed) = figure.subplots(2, 2)
     draw_loss(loss, steps, found.of_kind("eval"))
-    rate.plot(*points(steps, "lr"), color="C1")
-    rate.set(title="learning rate", xlabel="step")
-    norm.plot(*points(steps, "grad_norm"), color="C2", linewidth=0.8)
-    norm.set(title="gradient norm", xlabel="step", yscale="log")
-    speed.plot(*points(steps, "tokens_per_s"), color="C0", label="all tokens")
-    speed.plot(*points(steps, "supervised_tokens_per_s"), color="C3", label="trained tokens")
-    speed.set(title="tokens per second", xlabel="step", ylim=(0, None))
+    rate.plot(*points(steps, "lr"), color=ORANGE)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    norm.plot(*points(steps, "grad_norm"), color=GREEN, linewidth=1)
+    norm.set_yscale("log")
+    speed.plot(*points(steps, "tokens_per_s"), color=BLUE, label="all")
+    speed.plot(*points(steps, "supervised_tokens_per_s"), color=RED, label="trained")
+    speed.set_ylim(0, None)
+    speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     speed.legend(frameon=False)
+    for axes, title in (
+        (loss, "loss, nats per trained token"),
+        (rate, "learning rate"),
+        (norm, "gradient norm"),
+        (speed, "tokens per second"),
+    ):
+        tidy(axes, title, "step")
     return figure
+
+
+def tidy(axes: Axes, title: str, xlabel: str) -> None:
+    """One look for all panels."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(xlabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def draw_loss(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) -> None:
     x, y = points(steps, "loss")
-    axes.plot(x, y, color="C0", alpha=0.35, linewidth=0.8)
-    axes.plot(x, smoothed(y), color="C0", label="training")
+    axes.plot(x, y, color=BLUE, alpha=0.35, linewidth=0.8)
+    axes.plot(x, smoothed(y), color=BLUE, label="training")
     if evaluations:
-        axes.plot(*points(evaluations, "loss"), "o-", color="C3", markersize=4, label="evaluation")
-    axes.set(title="loss, nats per trained token", xlabel="step")
+        x, y = points(evaluations, "loss")
+        axes.plot(x, y, "o--", color=RED, markersize=4, linewidth=1, label="evaluation")
     axes.legend(frameon=False)
 
 
 def draw_lengths(edges: Sequence[float], counts: Sequence[int]) -> Figure:
     """The histogram of sample lengths."""
     figure = new_figure(7, 2.8)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
-    axes.stairs(counts, edges, fill=True, alpha=0.8)
-    axes.set(xlabel="tokens of a sample", ylabel="samples", title="sample lengths")
+    axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.8)
+    axes.set_ylabel("samples")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tidy(axes, "sample lengths", "tokens of a sample")
     return figure
 
 

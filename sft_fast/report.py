@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_fast.curves import draw_curves, draw_lengths, png
-from sft_fast.html_page import page, table
+from sft_fast.html_page import page, table, tiles
 from sft_fast.run_files import RunFiles, read_object, read_run
 
 if TYPE_CHECKING:
@@ -20,10 +21,16 @@ LENGTH_BINS = 40
 
 
 def length_histogram(lengths: NDArray[Any]) -> dict[str, Any]:
-    """Edges and counts of sample lengths [N], for the record `lengths` of metrics.jsonl."""
+    """Edges and counts of sample lengths [N], for the record `lengths` of metrics.jsonl.
+
+    Every bin holds the same number of whole lengths, and each length is in the middle of its share.
+    """
     import numpy as np
 
-    counts, edges = np.histogram(lengths, bins=LENGTH_BINS)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = -(-(longest + 1 - shortest) // LENGTH_BINS)
+    edges = np.arange(shortest, longest + width + 1, width) - 0.5
+    counts, edges = np.histogram(lengths, bins=edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
@@ -44,16 +51,33 @@ def write_report(run_dir: Path) -> list[Path]:
 def report_html(found: RunFiles, curves: bytes) -> str:
     """The document; nothing in it comes from elsewhere."""
     sections = [
-        ("Result", result_section(found)),
+        ("", tiles(result_figures(found))),
         ("Curves", image(curves, "loss, learning rate, gradient norm, tokens per second")),
         ("Samples", samples_section(found.path)),
         ("Data", data_section(found)),
         ("Packing", packing_section(found)),
-        ("Memory", memory_section(found)),
+        ("Memory, planned and measured", memory_section(found)),
         ("Configuration", config_section(found.path)),
     ]
-    body = "".join(f"<h2>{name}</h2>\n{html}\n" for name, html in sections if html)
-    return page(f"Run {found.path.resolve().name}", body)
+    body = "".join(
+        f"<section>{f'<h2>{name}</h2>' if name else ''}\n{html}</section>\n"
+        for name, html in sections
+        if html
+    )
+    about = f'<p class="soft">{escape(headline(found))}</p>\n'
+    return page(f"Run {found.path.resolve().name}", about + body)
+
+
+def headline(found: RunFiles) -> str:
+    """When, where and how far."""
+    status, launch, last = found.status or {}, found.last("launch"), found.of_kind("step")[-1]
+    words = [str(status.get("state", "")), f"{last['step']:,} steps"]
+    if launch is not None:
+        kind = "CPU" if launch["device"] == "cpu" else "GPU"
+        words.append(f"{launch['world_size']} {kind} rank{'s' if launch['world_size'] > 1 else ''}")
+    when = datetime.fromtimestamp(last["time"], UTC)
+    words.append(f"last step {when:%Y-%m-%d %H:%M} UTC")
+    return ", ".join(word for word in words if word)
 
 
 def image(content: bytes, meaning: str) -> str:
@@ -61,29 +85,26 @@ def image(content: bytes, meaning: str) -> str:
     return f'<img alt="{escape(meaning)}" src="data:image/png;base64,{data}">'
 
 
-def result_section(found: RunFiles) -> str:
+def result_figures(found: RunFiles) -> list[tuple[str, str, str]]:
+    """(name, figure, remark) of what one wants to know first."""
     steps, evaluations = found.of_kind("step"), found.of_kind("eval")
     last = steps[-1]
     seconds = sum(record["elapsed_s"] for record in steps) / len(steps)
-    rows = [
-        ("steps", f"{last['step']:,}"),
-        ("training loss", f"{shown(steps[0]['loss'])} to {shown(last['loss'])}"),
-    ]
+    figures = []
     if evaluations:
         first, final = evaluations[0]["loss"], evaluations[-1]["loss"]
-        rows.append(("evaluation loss", f"{shown(first)} to {shown(final)}"))
-    rows += [
-        ("seconds a step", f"{seconds:.2f}"),
-        ("tokens per second", f"{last['tokens_per_s']:,.0f}"),
-        ("trained tokens per second", f"{last['supervised_tokens_per_s']:,.0f}"),
-    ]
-    if last.get("mfu") is not None:
-        rows.append(("MFU", f"{last['mfu']:.1%}"))
+        figures.append(("evaluation loss", shown(final), f"from {shown(first)}"))
+    figures.append(("training loss", shown(last["loss"]), f"from {shown(steps[0]['loss'])}"))
     answers = found.last("exact_match")
     if answers is not None:
-        text = f"{answers['exact_match']:.1%} of {answers['num_questions']} held-out questions"
-        rows.append(("exact match", text))
-    return table(rows)
+        remark = f"of {answers['num_questions']} held-out questions"
+        figures.append(("exact match", f"{answers['exact_match']:.1%}", remark))
+    trained = f"{last['supervised_tokens_per_s']:,.0f} of them trained"
+    figures.append(("tokens per second", f"{last['tokens_per_s']:,.0f}", trained))
+    figures.append(("seconds a step", f"{seconds:.2f}", f"{last['step']:,} steps"))
+    if last.get("mfu") is not None:
+        figures.append(("MFU", f"{last['mfu']:.1%}", "of the data sheet's rate"))
+    return figures
 
 
 def shown(value: float | None) -> str:
@@ -147,11 +168,22 @@ def memory_section(found: RunFiles) -> str:
         packing.get("supervised_share", 1.0),
         launch["device"] == "cuda",
     )
-    rows = [(f"estimated {name}", f"{size / 1e9:.3f} GB") for name, size in asdict(memory).items()]
-    rows.append(("estimated at the fullest moment", f"{memory.total / 1e9:.3f} GB"))
+    rows = [(name, gigabytes(size)) for name, size in asdict(memory).items() if size]
+    rows.append(("planned, at the fullest moment", gigabytes(memory.total)))
     what = "GPU" if launch["device"] == "cuda" else "process, libraries included"
-    rows.append((f"measured peak of the {what}", f"{last['memory_gib'] * 2**30 / 1e9:.3f} GB"))
-    return table(rows)
+    rows.append((f"measured peak of the {what}", gigabytes(last["memory_gib"] * 2**30)))
+    return table(rows, "figures")
+
+
+def readable(text: str) -> str:
+    """An answer without the empty lines and control characters that untrained models love."""
+    lines = (line.rstrip() for line in text.splitlines())
+    kept = "\n".join(line for line in lines if line)
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in kept)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3f} GB"
 
 
 def config_section(run_dir: Path) -> str:
@@ -167,16 +199,15 @@ def samples_section(run_dir: Path) -> str:
     found = read_object(run_dir / SAMPLES_FILE)
     if found is None:
         return ""
-    html = []
-    for sample in found["samples"]:
-        html.append(
-            table(
-                [
-                    ("question", sample["question"]),
-                    ("expected", sample["expected"]),
-                    (f"before ({found['before']})", sample["before"]),
-                    ("after", sample["after"]),
-                ]
-            )
+    return "".join(
+        table(
+            [
+                ("question", sample["question"]),
+                ("expected", sample["expected"]),
+                (f"before ({found['before']})", readable(sample["before"])),
+                ("after", readable(sample["after"])),
+            ],
+            "sample",
         )
-    return "<br>\n".join(html)
+        for sample in found["samples"]
+    )

@@ -128,9 +128,11 @@ def test_plot_draws_the_run_and_its_samples(run: Path, capsys: pytest.CaptureFix
     assert samples["before"] == "random weights" and len(samples["samples"]) == 2
     text = (run / "report.html").read_text(encoding="utf-8")
     assert samples["samples"][0]["question"] in text
-    for heading in ("Result", "Curves", "Samples", "Data", "Packing", "Memory", "Configuration"):
+    for heading in ("Curves", "Samples", "Data", "Packing", "Configuration"):
         assert f"<h2>{heading}</h2>" in text
     assert "measured peak" in text and "histogram of sample lengths" in text
+    assert "finished, 4 steps, 1 CPU rank, last step 20" in text
+    assert re.search(r"evaluation loss</span><b>[\d.]+</b><span>from [\d.]+</span>", text)
 
 
 def test_the_report_needs_nothing_from_elsewhere_and_escapes(run: Path) -> None:
@@ -218,7 +220,25 @@ def load(path: Path) -> dict[str, Any]:
     return load_file(path)
 
 
-@pytest.mark.slow
+def test_every_length_is_in_the_histogram_once() -> None:
+    import numpy as np
+
+    from sft_fast.report import LENGTH_BINS, length_histogram
+
+    for lengths in ([7], [27, 28, 31, 31], [1, 41], [3, 8192, 8192], list(range(5, 4000, 7))):
+        found = length_histogram(np.array(lengths, dtype=np.int32))
+        edges, counts = found["edges"], found["counts"]
+        assert sum(counts) == len(lengths) and len(counts) <= LENGTH_BINS
+        assert len({round(b - a) for a, b in zip(edges, edges[1:], strict=False)}) == 1
+        assert counts[0] >= lengths.count(min(lengths)) > 0 and counts[-1] > 0
+
+
+def test_untrained_answers_are_made_readable() -> None:
+    from sft_fast.report import readable
+
+    assert readable("a\n\n \n\x1b[31mb\x00") == "a\n\ufffd[31mb\ufffd"
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_shows_the_report(finished_run: Path, tmp_path: Path) -> None:
     import numpy as np
