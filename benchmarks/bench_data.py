@@ -1,13 +1,16 @@
 """Speed of the data stage: rows of text to a token store, beside TRL's own preparation.
 
-Run: `pytest benchmarks/bench_data.py`. `extra_info` has rows, tokens and bytes per second, the
-share of the time that the tokenizer alone needs for the same texts (the limit of this design), and,
-where TRL is installed, its rows per second on the same rows and tokenizer in the same run.
+Run: `pytest benchmarks/bench_data.py`. `extra_info` has rows, tokens and bytes per second, the time
+that the tokenizer alone needs for the same texts as a share of ours, and, where TRL is installed,
+its rows per second on the same rows and tokenizer in the same run. SFT_FAST_BENCH_ROWS names a
+.jsonl file of messages to use beside the generated ones, whose words come again more often than
+those of a language.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ from sft_fast.data.store import TokenStore, open_store
 OPTIONS = BuildOptions(capacity=1 << 20)
 # conversations, turns of each
 SHAPES = {"single_turn": (2000, 2), "ten_turns": (400, 10), "160_turns": (25, 160)}
+OWN_ROWS = [os.environ["SFT_FAST_BENCH_ROWS"]] if "SFT_FAST_BENCH_ROWS" in os.environ else []
 # TRL finds the answers with these marks, we without them.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
@@ -60,18 +64,27 @@ def write_chats(path: Path, count: int, turns: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=[*SHAPES, *OWN_ROWS])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param in OWN_ROWS:
+        return Path(request.param)
     path = tmp_path_factory.mktemp("data") / f"{request.param}.jsonl"
     return write_chats(path, *SHAPES[request.param])
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """A byte-level BPE of 8000 tokens for this language: 4 characters a token, as for English."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    """A byte-level BPE of 8000 tokens for this language: 4 characters a token, as for English.
 
+    SFT_FAST_BENCH_TOKENIZER names another one, with the tokens of ChatML.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if "SFT_FAST_BENCH_TOKENIZER" in os.environ:
+        own = AutoTokenizer.from_pretrained(os.environ["SFT_FAST_BENCH_TOKENIZER"])
+        own.eos_token, own.chat_template = "<|im_end|>", UNMARKED
+        return own
     rng = random.Random(1)
     texts = [" ".join(rng.choices(vocabulary(), k=20_000))]
     backend = Tokenizer(models.BPE())

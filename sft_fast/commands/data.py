@@ -58,7 +58,8 @@ def run_report(parsed: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from sft_fast.data.configured import find_sources, open_configured_store
+    from sft_fast.data.build import check_store
+    from sft_fast.data.configured import build_options, find_sources, open_configured_store
     from sft_fast.data.mixture import check_eval_is_not_train
     from sft_fast.data.statistics import store_statistics
 
@@ -69,13 +70,18 @@ def run_report(parsed: argparse.Namespace) -> None:
         sources = find_sources(config, part)
         if sources is None:
             continue
-        store = stores[part] = open_configured_store(config, sources, tokenizer, print_progress)
-        statistics = store_statistics(store, tokenizer)
+        # How long the samples are is what is asked: those that are too long are in the report.
+        store = stores[part] = open_configured_store(
+            config, sources, tokenizer, print_progress, any_length=True
+        )
+        statistics = store_statistics(store, tokenizer, config.packing.capacity)
         found[part] = {"build": asdict(store.report), "store": asdict(statistics)}
         if not parsed.json:
             print(f"data.{part}\n{store.summary()}\n{statistics.summary()}\n")
     if parsed.json:
         print(json.dumps(found, ensure_ascii=False))
+    for store in stores.values():
+        check_store(store, build_options(config))
     if "eval" in stores and config.data.eval_overlap == "error":
         check_eval_is_not_train(stores["train"], stores["eval"])
 

@@ -134,7 +134,7 @@ def prepare_store(
         except ValueError:
             shutil.rmtree(path)
         else:
-            _check_store(store, options)
+            check_store(store, options)
             return store
     return build_store(source, tokenizer, options, path, processes=processes, progress=progress)
 
@@ -167,7 +167,7 @@ def build_store(
     with StoreWriter(path) as writer:
         builder = _Builder(source, tokenizer, options, writer, progress)
         store = writer.commit(fingerprint, parts, builder.run(processes))
-    _check_store(store, options)
+    check_store(store, options)
     return store
 
 
@@ -270,7 +270,9 @@ class _Builder:
     def _add(self, outcome: Outcome) -> None:
         report = self._report
         report.longest = max(report.longest, outcome.longest)
-        report.truncated += outcome.truncated if outcome.rejected is None else 0
+        if outcome.rejected is None:
+            report.truncated += outcome.truncated
+            report.cut_tokens += outcome.cut_tokens
         report.split += len(outcome.samples) > 1
         report.trimmed_turns += outcome.trimmed_turns
         if outcome.rejected is not None:
@@ -305,8 +307,12 @@ class _Builder:
             self._progress(f"{self._source.rows.name}: {rows}{total} rows, {tokens} tokens")
 
 
-def _check_store(store: TokenStore, options: BuildOptions) -> None:
-    """Checks a store against the options that its fingerprint leaves out."""
+def check_store(store: TokenStore, options: BuildOptions) -> None:
+    """Checks a store against the options that its fingerprint leaves out.
+
+    Raises:
+        ValueError: rows that cannot be used or are too long, as `build_store`.
+    """
     report = store.report
     lines = store.rejected_path.read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]

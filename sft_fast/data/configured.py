@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -103,18 +105,24 @@ def open_configured_store(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress | None = None,
     architecture: Architecture | None = None,
+    *,
+    any_length: bool = False,
 ) -> TokenStore:
     """Opens the store of these sources, and builds what is missing.
 
-    Arguments as for `prepare_mixture` and `build_options`.
+    Arguments as for `prepare_mixture` and `build_options`. With `any_length` samples that are too
+    long do not stop it, as `data.over_length: error` would have it.
 
     Raises:
         ValueError: as `prepare_mixture`.
     """
+    options = build_options(config, architecture)
+    if any_length and options.over_length == "error":
+        options = replace(options, capacity=sys.maxsize)
     return prepare_mixture(
         sources,
         tokenizer,
-        build_options(config, architecture),
+        options,
         config.data.cache_dir or os.path.join(config.output_dir, "data"),
         processes=config.data.num_processes,
         progress=progress,

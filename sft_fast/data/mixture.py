@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_OVERLAPS = 3
+_SUMS = ("rows", "truncated", "cut_tokens", "split", "trimmed_turns", "boundary_tokens")
 
 
 def prepare_mixture(
@@ -157,7 +158,7 @@ def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport
     report.formats |= part.formats
     report.longest = max(report.longest, part.longest)
     for entry in fields(DataReport):
-        if entry.name in ("rows", "truncated", "split", "trimmed_turns", "boundary_tokens"):
+        if entry.name in _SUMS:
             total = getattr(report, entry.name) + getattr(part, entry.name)
             setattr(report, entry.name, total)
     for reason, number in part.rejected.items():

@@ -44,6 +44,7 @@ class Outcome:
         notes: (reason, message) of what happened to samples that are there.
         longest: tokens before any truncation.
         truncated: samples that were cut.
+        cut_tokens: tokens that were cut off.
         trimmed_turns: turns behind the last supervised one.
     """
 
@@ -54,6 +55,7 @@ class Outcome:
     notes: list[tuple[str, str]] = field(default_factory=list)
     longest: int = 0
     truncated: int = 0
+    cut_tokens: int = 0
     trimmed_turns: int = 0
 
 
@@ -170,6 +172,7 @@ class SampleMaker:
             start = length - capacity if policy == "truncate_left" else 0
             fitting = [sample.part(start, start + capacity)]
             outcome.truncated += 1
+            outcome.cut_tokens += length - capacity
             outcome.notes.append(("truncated", message))
         for part in fitting:
             if not part.supervised[1:].any():

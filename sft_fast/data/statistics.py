@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_ORIGINS = 3
+SHOWN_COUNTS = 8
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class StoreStatistics:
         lengths: percentile ("p50", and "min", "mean", "max") -> tokens of a sample.
         supervised_share: the same percentiles of each sample's supervised share, 0 to 1.
         answers: supervised runs of a sample -> samples.
+        too_long: samples longer than a packed row.
         duplicates: samples whose tokens another, earlier sample has as well.
         double_bos: samples that start with two BOS tokens.
         inner_bos: samples with a BOS token behind the first one.
         unended: supervised runs that end with no special token: the model would not learn to stop.
-        examples: name of one of the last four -> origins of the first samples it concerns.
+        examples: name of one of the last five -> origins of the first samples it concerns.
     """
 
     samples: int
@@ -39,6 +41,7 @@ class StoreStatistics:
     lengths: dict[str, float]
     supervised_share: dict[str, float]
     answers: dict[int, int]
+    too_long: int
     duplicates: int
     double_bos: int
     inner_bos: int
@@ -49,6 +52,9 @@ class StoreStatistics:
         """The statistics in a few lines of text."""
         share = self.supervised_tokens / max(self.tokens, 1)
         answers = ", ".join(f"{count} with {runs}" for runs, count in self.answers.items())
+        if len(self.answers) > SHOWN_COUNTS:
+            runs = np.repeat(list(self.answers), list(self.answers.values()))
+            answers = _listed(_percentiles(runs), "{:.0f}")
         lines = [
             f"samples: {self.samples}, tokens: {self.tokens}, supervised: {share:.1%}",
             "tokens a sample: " + _listed(self.lengths, "{:.0f}"),
@@ -56,6 +62,7 @@ class StoreStatistics:
             f"answers a sample: {answers}",
         ]
         for name, meaning in (
+            ("too_long", "samples are longer than packing.capacity"),
             ("duplicates", "samples are copies of another"),
             ("double_bos", "samples start with two BOS tokens"),
             ("inner_bos", "samples have a BOS token behind their first one"),
@@ -67,8 +74,10 @@ class StoreStatistics:
         return "\n".join(lines)
 
 
-def store_statistics(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> StoreStatistics:
-    """Reads a whole store, sample by sample."""
+def store_statistics(
+    store: TokenStore, tokenizer: PreTrainedTokenizerBase, capacity: int
+) -> StoreStatistics:
+    """Reads a whole store, sample by sample; `capacity`: tokens of a packed row."""
     bos: Any = tokenizer.bos_token_id
     special = np.array(sorted(tokenizer.all_special_ids) + _added(tokenizer), dtype=np.int64)
     seen: set[int] = set()
@@ -83,6 +92,7 @@ def store_statistics(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> S
         answers[len(ends)] += 1
         key = xxhash.xxh3_64_intdigest(tokens.data)
         found = {
+            "too_long": int(len(tokens) > capacity),
             "duplicates": int(key in seen),
             "double_bos": int(bos is not None and tokens[:2].tolist() == [bos, bos]),
             "inner_bos": int(bos is not None and bool((tokens[2:] == bos).any())),
@@ -100,6 +110,7 @@ def store_statistics(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> S
         lengths=_percentiles(store.lengths),
         supervised_share=_percentiles(shares),
         answers=dict(sorted(answers.items())),
+        too_long=counts["too_long"],
         duplicates=counts["duplicates"],
         double_bos=counts["double_bos"],
         inner_bos=counts["inner_bos"],

@@ -74,6 +74,7 @@ class DataReport:
         supervised_tokens: stored tokens that are targets.
         longest: tokens of the longest sample, before any truncation.
         truncated: samples cut to the capacity.
+        cut_tokens: tokens that were cut off them.
         split: rows that gave several samples, because they were too long or their template
             rewrites earlier answers.
         trimmed_turns: turns behind the last supervised one of their row; they are not stored.
@@ -90,6 +91,7 @@ class DataReport:
     supervised_tokens: int = 0
     longest: int = 0
     truncated: int = 0
+    cut_tokens: int = 0
     split: int = 0
     trimmed_turns: int = 0
     boundary_tokens: int = 0
@@ -107,7 +109,10 @@ class DataReport:
         ]
         lines += [f"not used: {count} rows, {why}" for why, count in self.rejected.items()]
         if self.truncated:
-            lines.append(f"truncated: {self.truncated} samples")
+            lost = f"{self.cut_tokens / (self.tokens + self.cut_tokens):.1%}"
+            lines.append(
+                f"truncated: {self.truncated} samples, {self.cut_tokens} tokens cut off ({lost})"
+            )
         if self.split:
             lines.append(f"split into several samples: {self.split} rows")
         if self.trimmed_turns:

@@ -55,12 +55,12 @@ def load_tokenizer(
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """xxh3_128 of what decides the token ids; the path and the chat template do not count."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # These two are left behind by the last call, they are not part of the vocabulary.
-    state.pop("truncation", None)
-    state.pop("padding", None)
+    state = tokenizer.backend_tokenizer.to_str()
+    # In front stand truncation and padding, that the last call has left behind.
+    start = state.find('"added_tokens":[')
+    assert start > 0, "the tokenizer's JSON has its keys in another order"
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    text = json.dumps([state, special], sort_keys=True)
+    text = json.dumps(special, sort_keys=True) + state[start:]
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 

@@ -321,6 +321,7 @@ def test_truncation_on_either_side(
     text = make_tokenizer().decode(tokens[supervised].tolist())
     assert (len(tokens), text) == (64, "world" * 10 + "<|im_end|>")
     assert store.report.truncated == 1
+    assert store.report.cut_tokens == store.report.longest - 64 > 0
 
 
 def test_long_conversation_is_split_at_its_turns(

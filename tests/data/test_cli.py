@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,16 @@ def test_data_report_finds_what_is_odd(
     )
     assert "  0 samples start with two BOS tokens" in text
     chatml = "tokenizer.chat_template=chatml"
+    whole = [chatml, "data.eval_fraction=null"]
+    assert main(["data-report", str(config), *whole, "packing.capacity=20"]) == 2
+    printed = capsys.readouterr()
+    assert f"! 1 samples are longer than packing.capacity, first {train}:2" in printed.out
+    assert "1 of 3 samples" in printed.err and "data.over_length to drop" in printed.err
+    cut = ["packing.capacity=20", "data.over_length=truncate_right"]
+    assert main(["data-report", str(config), *whole, *cut]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"truncated: 1 samples, (\d+) tokens cut off \(\d+\.\d%\)", text)
+    assert "  0 samples are longer than packing.capacity" in text
     assert main(["data-report", str(config), chatml, "data.eval_fraction=null", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["train"]["store"]["unended"] == 0
