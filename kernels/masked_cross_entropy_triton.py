@@ -160,7 +160,8 @@ def masked_cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
     active = label != MASKED
     parts = tl.arange(0, BLOCK_PARTS)
     wanted = active[None, :] & (parts < num_parts)[:, None]
-    stride = num_rows.to(tl.int64)
+    # Not num_rows.to(...): Triton makes an argument of 1 a Python number.
+    stride = tl.full((), 0, tl.int64) + num_rows
     part_stride = (3 + WITH_LOGIT_SUM + 2 * WITH_OUTPUTS) * stride
     statistics_ptr += parts[:, None] * part_stride + rows[None, :]
     part_max = tl.load(statistics_ptr, mask=wanted, other=LOWEST)
@@ -250,7 +251,9 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
     scale = (grad_lse - grad_logprob) / row_sum
     target_grad = grad_logprob - (1.0 - smoothing) * grad_loss
     uniform_grad = uniform * grad_loss
-    target = (label - vocab_start_index).to(tl.int32)
+    target = label - vocab_start_index
+    # Before it is cut to 32 bits, which could make another rank's label one of these columns.
+    target = tl.where((target >= 0) & (target < num_columns), target, -1).to(tl.int32)
     for first in range(first_column, width, step):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         is_whole = first + BLOCK_COLUMNS <= num_columns

@@ -242,6 +242,25 @@ def test_join_compiles(num_parts: int, variant: str, tmp_path: Path) -> None:
     print_row("sm_90", "join", "fp32", num_parts, variant, registers, "", "")
 
 
+@pytest.mark.parametrize("name", ["fwd", "bwd", "loss"])
+@pytest.mark.usefixtures("compiler")
+def test_compiles_where_every_number_is_one(name: str) -> None:
+    """Triton makes an integer argument of 1 a Python number: one row, one part, one column."""
+    from sft_fast.kernels import masked_cross_entropy_triton as kernels
+
+    kernel = getattr(kernels, f"masked_cross_entropy_{name}_kernel")
+    types = {"labels_ptr": "*i64"} | dict.fromkeys(("smoothing", "z_loss"), "fp32")
+    types |= dict.fromkeys(("logits_ptr", "gradient_ptr"), "*bf16")
+    types |= dict.fromkeys(("statistics_ptr", "grads_ptr", "outputs_ptr"), "*fp32")
+    types |= dict.fromkeys(("uniform", "softcap"), "fp32")
+    constants: dict[str, Any] = {"BLOCK_COLUMNS": 256, "GROUP_COLUMNS": 8, "NUM_STATISTICS": 6}
+    constants |= {"BLOCK_PARTS": 1, "BLOCK_ROWS": 128, **VARIANTS["full"]}
+    numbers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a not in types]
+    constants |= {argument: 1 for argument in numbers if argument not in constants}
+    types |= dict.fromkeys(constants, "constexpr")
+    compile_for(kernel, ("cuda", 90, 32), types, constants, (), 1)
+
+
 def resource_usage(compiled: Any, folder: Path) -> str:
     """What cuobjdump says of a compiled kernel's registers and stack."""
     cubin = folder / "kernel.cubin"
