@@ -74,8 +74,10 @@ def run(parsed: argparse.Namespace) -> int:
             overrides["export.dtype"] = parsed.dtype
         command = [sys.executable, str(ENGINE), "--config", str(found.path / "config.yaml")]
         command += [f"{key}={value}" for key, value in overrides.items()]
-        result = subprocess.run(command, check=False)
+        print(f"exporting step {state.get('step', step)} of {found.path}", flush=True)
+        result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if result.returncode != 0:
+            print(result.stdout, end="")
             return result.returncode
         os.rename(Path(work) / "export", target)
     print(target)

@@ -118,6 +118,7 @@ def figures(
 
     from sft_fast.estimate import best_knobs, estimate_memory, estimate_seconds
     from sft_fast.flops import Work, num_parameters, training_flops
+    from sft_fast.run_plan import warm_up_warning
 
     share, work = 1.0, Work(1, 0, 1)
     found: dict[str, Any] = {
@@ -139,6 +140,7 @@ def figures(
             "packing_efficiency": report.efficiency,
             "padding": report.padding_share,
             "packing": report.strategy,
+            "warning": warm_up_warning(config, steps),
             "flops": training_flops(architecture, work, lora=config.lora.rank > 0),
             "hours": seconds / 3600,
             "mfu": mfu,
@@ -158,23 +160,54 @@ def figures(
 def as_text(found: dict[str, Any]) -> str:
     memory, limit = dict(found["memory"]), found["memory_limit"]
     total = memory.pop("total")
-    lines = [f"model       {found['parameters'] / 1e9:.2f} billion parameters"]
+    lines = [("model", f"{count_text(found['parameters'])} parameters")]
     if "steps" in found:
         lines += [
-            f"data        {found['tokens']:,} tokens in {found['steps']:,} steps, "
-            f"{found['supervised_tokens'] / max(found['tokens'], 1):.1%} of them trained",
-            f"packing     {found['packing']}: {found['samples_per_row']:.1f} samples a row, "
-            f"{found['padding']:.2%} padding, {found['packing_efficiency']:.2%} of the bound",
-            f"work        {found['flops']:.3g} FLOPs, forward and backward",
-            f"time        {found['hours']:.2f} hours on {found['ranks']} x {found['gpu']} at "
-            f"{found['mfu']:.0%} of the data sheet's bf16 rate (an assumption)",
+            (
+                "data",
+                f"{found['tokens']:,} tokens in {found['steps']:,} steps, "
+                f"{found['supervised_tokens'] / max(found['tokens'], 1):.1%} of them trained",
+            ),
+            (
+                "packing",
+                f"{found['packing']}: {found['samples_per_row']:.1f} samples a row, "
+                f"{found['padding']:.2%} padding, {found['packing_efficiency']:.2%} of the bound",
+            ),
+            ("work", f"{found['flops']:.3g} FLOPs, forward and backward"),
+            (
+                "time",
+                f"{time_text(found['hours'] * 3600)} on {found['ranks']} x {found['gpu']} at "
+                f"{found['mfu']:.0%} of its bf16 rate (assumed)",
+            ),
         ]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    lines.append(
-        f"memory      {total / 1e9:.1f} of {limit / 1e9:.0f} GB on the fullest rank: {verdict}"
-    )
-    lines += [f"  {name:<12}{size / 1e9:8.2f} GB" for name, size in memory.items()]
-    for knob in found["knobs"]:
-        time = f", {knob['seconds'] / 3600:.2f} hours" if "steps" in found else ""
-        lines.append(f"would help  {knob['overrides']}: {knob['memory_bytes'] / 1e9:.1f} GB{time}")
-    return "\n".join(lines)
+    text = f"{size_text(total)} of {limit / 1e9:.0f} GB on the fullest rank: {verdict}"
+    lines.append(("memory", text))
+    lines += [("", f"{size_text(size):>9}  {name}") for name, size in memory.items() if size]
+    for number, knob in enumerate(found["knobs"]):
+        time = f", {time_text(knob['seconds'])}" if "steps" in found else ""
+        text = f"{knob['overrides']}: {size_text(knob['memory_bytes'])}{time}"
+        lines.append(("would help" if number == 0 else "", text))
+    if found.get("warning"):
+        lines.append(("", found["warning"]))
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def count_text(count: float) -> str:
+    """8030261248 -> "8.03 billion"."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} billion"
+    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,.0f}"
+
+
+def size_text(size: float) -> str:
+    """Bytes in powers of ten, as makers of memory count them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def time_text(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds:.0f} seconds" if seconds >= 1 else "under a second"

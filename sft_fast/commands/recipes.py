@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import textwrap
 from pathlib import Path
 
 from sft_fast.commands.arguments import Commands
 
 RECIPES = Path(__file__).parents[1] / "configs"
 LONGEST_ROW = 8192
+SMALL_BYTES = 2_000_000
 TEMPLATE = """\
-# Written by `sft_fast init`. Every key, its unit and its limits: `sft_fast schema`.
+# Written by `sft_fast init`. `sft_fast schema` lists every key.
 output_dir: {output_dir}
 
 model:
@@ -24,10 +27,10 @@ data:
 {evaluation}
   # format: messages          # default: told by the columns of the first row
   # fields: {{instruction: question}}   # our field: the name of your column
-  over_length: error          # or drop, truncate_right, truncate_left, split_turns
+  over_length: error          # or drop, truncate_right, split_turns, ...
 
 packing:
-  capacity: {capacity:<14} # tokens per row; samples share rows and never see each other
+  capacity: {capacity:<17} # tokens per row; samples of a row stay apart
 
 train:
   epochs: 2
@@ -35,21 +38,23 @@ train:
   micro_batch_size: 1         # rows per forward pass
 
 parallel:
-  tensor: 1                   # ranks that share one layer; `sft_fast plan` says what fits
+  tensor: 1                   # ranks that share a layer; see `sft_fast plan`
   # sequence: true            # with tensor > 1
   # overlap_grad_reduce: true
 
 optim:
-  lr: 1e-5
-  warmup_steps: 10
+  lr: 1e-5                    # about 2e-4 with lora
+  warmup_steps: {warmup:<13} # about a tenth of the steps
 
-# lora: {{rank: 16, alpha: 32}}         # train adapters instead, with optim.lr about 2e-4
+# lora: {{rank: 16, alpha: 32}}   # adapters in place of all weights
 
 evaluation:
   every_steps: 50
 
 checkpoint:
   every_steps: 200
+
+# metrics: {{samples: 3}}         # answers before and after, in report.html
 """
 
 
@@ -80,16 +85,23 @@ def run_init(parsed: argparse.Namespace) -> None:
         data_note=data_note(parsed.data),
         evaluation=f"  eval: {parsed.eval}" if parsed.eval else holding_out,
         capacity=min(limit or LONGEST_ROW, LONGEST_ROW),
+        warmup=0 if is_small(parsed.data) else 10,
     )
     write_new(parsed.output, text)
     print(f"{parsed.output} is written. Next:")
     for command, meaning in (
-        ("check", "finds what is wrong, at once"),
-        ("preview", "shows what is trained"),
-        ("plan", "says what fits and how long it takes"),
-        ("train", "trains, and exports to outputs/"),
+        (f"check {parsed.output}", "finds what is wrong, at once"),
+        (f"preview {parsed.output}", "shows what is trained"),
+        (f"plan {parsed.output}", "says what fits and how long it takes"),
+        (f"train {parsed.output}", "trains, evaluates, exports"),
+        (f"chat outputs/{name}", "talks to the result"),
     ):
-        print(f"  sft_fast {command + ' ' + str(parsed.output):<24} # {meaning}")
+        print(f"  sft_fast {command:<26} # {meaning}")
+
+
+def is_small(source: str) -> bool:
+    """True for a file whose training takes few steps, so that a warm-up would fill them."""
+    return os.path.isfile(source) and os.path.getsize(source) < SMALL_BYTES
 
 
 def model_limit(folder: Path) -> int | None:
@@ -117,8 +129,10 @@ def run_list(parsed: argparse.Namespace) -> None:
     paths = sorted(RECIPES.rglob("*.yaml"))
     names = [recipe_name(path) for path in paths]
     width = max(map(len, names))
+    room = max(shutil.get_terminal_size().columns - width - 2, 40)
     for name, path in zip(names, paths, strict=True):
-        print(f"{name:<{width}}  {first_comment(path)}")
+        lines = textwrap.wrap(first_comment(path), room) or [""]
+        print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
 def recipe_name(path: Path) -> str:

@@ -19,10 +19,12 @@ def test_init_writes_a_configuration_that_loads(
     config = load_config(output, [])
     assert (config.model.path, config.data.train) == ("org/Model-7B", str(data))
     assert config.data.eval_fraction == 0.02 and config.output_dir == "outputs/model-7b"
+    assert config.optim.warmup_steps == 0, "a warm-up would be all of so short a run"
+    assert "sft_fast chat outputs/model-7b" in capsys.readouterr().out
     assert "# columns: question, answer" in output.read_text()
     # Every commented key is one that exists.
     for line in output.read_text().splitlines():
-        if line.startswith("  # ") and ":" in line:
+        if line.strip().startswith("# ") and ":" in line:
             (output.parent / "u.yaml").write_text(
                 output.read_text().replace(line, line.replace("# ", "", 1))
             )
@@ -41,8 +43,12 @@ def test_init_fits_rows_to_the_model(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_listed_with_its_comment_and_can_be_copied(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["ls"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["ls"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert set(lines) == {

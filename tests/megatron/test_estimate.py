@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from sft_fast.architecture import Architecture, architecture_from_shape
+from sft_fast.commands.plan import count_text, size_text, time_text
 from sft_fast.config import Config
 from sft_fast.estimate import (
     Memory,
@@ -249,6 +251,28 @@ def test_plan_says_steps_time_and_memory(
     text = capsys.readouterr().out
     assert "120 steps" in text and "2 x MI355X at 40%" in text and ": fits" in text
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "train.steps=null", "train.epochs=1", "optim.warmup_steps=200"]) == 0
+    assert "optim.lr is never reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (count_text, 8_030_261_248, "8.03 billion"),
+        (count_text, 134_515_008, "134.5 million"),
+        (count_text, 820_096, "820,096"),
+        (size_text, 96.24e9, "96.2 GB"),
+        (size_text, 3_300_000, "3.3 MB"),
+        (time_text, 5400, "1.5 hours"),
+        (time_text, 90, "1.5 minutes"),
+        (time_text, 59, "59 seconds"),
+        (time_text, 0.26, "under a second"),
+    ],
+)
+def test_figures_of_a_plan_have_units_that_suit_them(
+    function: Callable[[float], str], value: float, text: str
+) -> None:
+    assert function(value) == text
 
 
 @pytest.mark.parametrize(
