@@ -6,10 +6,11 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --fg: #1c2024; --bg: #fff; --soft: #60646c; --line: #d9dce1;
-  --trained: #cdebd3; --special: #8a3fc4; --warn: #b4540a; --card: #f6f7f9; --accent: #2f6fde; }
+  --trained: #cdebd3; --special: #8a3fc4; --warn: #b4540a; --card: #f6f7f9; --accent: #2f9e57;
+  --idle: #c3c8d0; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e6e8eb; --bg: #15171a; --soft: #9aa0a8;
   --line: #33373d; --trained: #1f4d2c; --special: #cf9bf5; --warn: #f0a35e; --card: #1d2024;
-  --accent: #7aa7ff; } }
+  --accent: #43b06a; --idle: #4c525b; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg);
   max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -37,7 +38,7 @@ pre, .tokens { font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap;
 .bin { display: flex; height: 1.1rem; background: var(--card); border: 1px solid var(--line);
   margin: .15rem 0 .7rem; }
 .bin span { border-right: 1px solid var(--bg); background: linear-gradient(to right,
-  var(--soft) calc(100% - var(--share)), var(--accent) 0); min-width: 1px; }
+  var(--idle) calc(100% - var(--share)), var(--accent) 0); min-width: 1px; }
 img, svg { max-width: 100%; }
 img { background: #fff; border-radius: .4rem; display: block; margin: .8rem 0; }
 details > summary { cursor: pointer; }

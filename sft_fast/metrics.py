@@ -195,12 +195,13 @@ class StepMeter:
         self.window.add(counts, elapsed_s, data_wait_s, self.flops(counts))
         is_due = step == self.num_steps or step % self.every_steps == 0
         progress = self.writer.progress
-        if not is_due and (progress is None or not progress.is_due()):
+        is_drawn = progress is not None and (step == self.num_steps or progress.is_due())
+        if not is_due and not is_drawn:
             return
         speeds = self.window.speeds(self.peak_flops)
         eta_s = (self.num_steps - step) * (speeds["elapsed_s"] or 0.0)
         figures = {**asdict(result), **speeds, "memory_gib": peak_memory_gib(), "eta_s": eta_s}
-        if progress is not None:
+        if progress is not None and is_drawn:
             progress.update(step, figures)
         if is_due:
             self.writer.write("step", step=step, **asdict(counts), **figures)

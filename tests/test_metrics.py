@@ -113,13 +113,14 @@ def test_a_terminal_gets_one_line_drawn_anew_and_messages_above_it(
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWS", 0.0)
     writer = MetricsWriter(tmp_path, True)
-    meter = StepMeter(writer, 4, 2, lambda counts: 0.0)
+    meter = StepMeter(writer, 5, 2, lambda counts: 0.0)
     for step in (1, 2, 3):
         meter.step(step, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     writer.say("eval at step 3")
     skipped = replace(RESULT, was_skipped=True, complaint="overflow")
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWS", 1e9)
-    meter.step(4, skipped, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
+    meter.step(4, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
+    meter.step(5, skipped, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     writer.end_progress()
     drawn = terminal.getvalue()
     monkeypatch.setattr("builtins.print", lambda text, flush: terminal.write(f"{text}\n"))
@@ -127,12 +128,13 @@ def test_a_terminal_gets_one_line_drawn_anew_and_messages_above_it(
     assert terminal.getvalue() == f"{drawn}exported\n", "the line is not drawn again"
     writer.close()
     text = terminal.getvalue()
-    for step in (1, 2, 3, 4):
-        assert f"step {step}/4" in text
-    assert text.index("eval at step 3") < text.index("step 4/4")
+    for step in (1, 2, 3, 5):
+        assert f"step {step}/5" in text
+    assert "step 4/5" not in text, "drawing costs as much as a fast step"
+    assert text.index("eval at step 3") < text.index("step 5/5")
     assert "\x1b[?25h" in text, "the cursor is shown again"
     assert "SKIPPED: overflow" in text and "loss" in text and "eta 0:00:0" in text
-    assert [record["step"] for record in read(tmp_path)] == [2, 4]
+    assert [record["step"] for record in read(tmp_path)] == [2, 4, 5]
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
