@@ -24,7 +24,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECES = re.compile(r"\s*\S+(?:[^\S ]\s*+\S*+)*+|\s+")
+PIECES = re.compile(r"\s*+\S+(?:[^\S ]\s*+\S*+)*+|\s+")
 """Runs of white space that begin with a space begin a piece; those that begin with a line break do
 not: a part may hold a line break behind a full stop."""
 SPACE = r"\s+"

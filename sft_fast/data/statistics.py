@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from sft_fast.data.conversation import Conversation, Message
+from sft_fast.data.render import ChatRenderer, MaskOptions
 from sft_fast.data.store import TokenStore
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class StoreStatistics:
         too_long: samples longer than a packed row.
         duplicates: samples whose tokens another, earlier sample has as well.
         double_bos: samples that start with two BOS tokens.
-        inner_bos: samples with a BOS token behind the first one.
+        inner_bos: samples with a BOS token behind the first one, where turns do not begin with it.
         unended: supervised runs that end with no special token: the model would not learn to stop.
         examples: name of one of the last five -> origins of the first samples it concerns.
     """
@@ -79,6 +81,7 @@ def store_statistics(
 ) -> StoreStatistics:
     """Reads a whole store, sample by sample; `capacity`: tokens of a packed row."""
     bos: Any = tokenizer.bos_token_id
+    is_odd_inside = bos is not None and not _begins_turns(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids) + _added(tokenizer), dtype=np.int64)
     seen: set[int] = set()
     answers: Counter[int] = Counter()
@@ -95,7 +98,7 @@ def store_statistics(
             "too_long": int(len(tokens) > capacity),
             "duplicates": int(key in seen),
             "double_bos": int(bos is not None and tokens[:2].tolist() == [bos, bos]),
-            "inner_bos": int(bos is not None and bool((tokens[2:] == bos).any())),
+            "inner_bos": int(is_odd_inside and bool((tokens[2:] == bos).any())),
             "unended": int((~np.isin(tokens[ends], special)).sum()),
         }
         seen.add(key)
@@ -117,6 +120,17 @@ def store_statistics(
         unended=counts["unended"],
         examples=examples,
     )
+
+
+def _begins_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a BOS token for every exchange."""
+    turns = (Message("user", "a"), Message("assistant", "b")) * 2
+    try:
+        chat = ChatRenderer(tokenizer, MaskOptions("last_turn")).render(Conversation(turns))
+    except ValueError:
+        # It wants more than a plain exchange.
+        return False
+    return chat.text.count(str(tokenizer.bos_token)) > 1
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> list[int]:
