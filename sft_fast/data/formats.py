@@ -188,18 +188,22 @@ def messages(record: Record) -> Conversation:
     "sharegpt", fields=_TURN_FIELDS, detect=lambda row: _has_turns(row, "from", "value")
 )
 def sharegpt(record: Record) -> Conversation:
-    """ShareGPT's rows: a list of {from, value}; `function_call` values are JSON with a call."""
+    """ShareGPT's rows: a list of {from, value}; `function_call` values are JSON with a call.
+
+    `weight` and `train` as in the format `messages`.
+    """
     turns = []
     for number, turn in enumerate(_turn_list(record, "messages"), start=1):
         speaker = checked_text(_key(turn, "from", number), f"'from' of turn {number}")
         value = checked_text(_key(turn, "value", number), f"'value' of turn {number}")
+        train, weight = _loss(turn.get("train"), turn.get("weight"), number)
         if speaker == "function_call":
             calls = _json(value, f"'value' of turn {number} (function_call)")
             calls = calls if isinstance(calls, list) else [calls]
             tool_calls = tuple(_tool_call(call, number) for call in calls)
-            turns.append(Message("assistant", "", tool_calls=tool_calls))
+            turns.append(Message("assistant", "", train, weight, tool_calls=tool_calls))
         else:
-            turns.append(Message(_role(speaker), value))
+            turns.append(Message(_role(speaker), value, train, weight))
     return _conversation(record, turns)
 
 
@@ -232,7 +236,12 @@ def chatml(record: Record) -> Conversation:
 
 @register_format(
     "prompt_completion",
-    fields={"prompt": ("prompt",), "completion": ("completion",), "system": ("system",)},
+    fields={
+        "prompt": ("prompt",),
+        "completion": ("completion",),
+        "system": ("system",),
+        "tools": ("tools",),
+    },
     detect=lambda row: "prompt" in row and "completion" in row,
 )
 def prompt_completion(record: Record) -> Conversation:
@@ -270,6 +279,7 @@ def question_answer(record: Record) -> Conversation:
         "input": ("input", "context"),
         "response": ("response", "output", "answer"),
         "system": ("system",),
+        "history": ("history",),
     },
     detect=lambda row: (
         any(name in row for name in ("instruction", "prompt", "question"))
@@ -277,9 +287,14 @@ def question_answer(record: Record) -> Conversation:
     ),
 )
 def alpaca(record: Record) -> Conversation:
-    """An instruction, an optional input (put on the next line), a response, an optional system."""
+    """An instruction, an optional input (put on the next line), a response, an optional system.
+
+    `history` has the exchanges before, a list of [instruction, response]; their responses are
+    trained too.
+    """
     parts = [record.text("instruction"), record.optional_text("input")]
     turns = [
+        *_history(record),
         Message("user", "\n".join(part for part in parts if part is not None)),
         Message("assistant", record.text("response")),
     ]
@@ -309,6 +324,21 @@ def _conversation(record: Record, turns: Sequence[Message]) -> Conversation:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{record.label('tools')} must be a list of JSON schemas")
     return Conversation(tuple(turns), tuple(tools))
+
+
+def _history(record: Record) -> Iterator[Message]:
+    """The turns of the exchanges in `history`."""
+    history, label = record.get("history") or [], record.label("history")
+    if isinstance(history, str):
+        history = _json(history, label) or []
+    for number, pair in enumerate(history if isinstance(history, list) else [None], start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(
+                f"exchange {number} of {label} is {type_name(pair)}; expected a list of exchanges, "
+                "[instruction, response] each"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield Message(role, checked_text(text, f"the {role}'s text of exchange {number}"))
 
 
 def _turn_list(record: Record, field: str) -> list[Any]:
@@ -349,7 +379,23 @@ def _openai_message(turn: Any, number: int) -> Message:
         calls = [older]
     if content is None and not calls:
         raise ValueError(f"turn {number} ({role}) has no content and no tool_calls")
-    weight, train = keys.pop("weight", None), keys.pop("train", None)
+    train, weight = _loss(keys.pop("train", None), keys.pop("weight", None), number)
+    name = keys.pop("name", None)
+    if not isinstance(calls, list):
+        raise ValueError(f"'tool_calls' of turn {number} is {type_name(calls)}; expected a list")
+    return Message(
+        _role(role),
+        _content_text(content, number),
+        train=train,
+        weight=weight,
+        name=None if name is None else checked_text(name, f"'name' of turn {number}"),
+        tool_calls=tuple(_tool_call(call, number) for call in calls),
+        extra={key: value for key, value in keys.items() if value is not None},
+    )
+
+
+def _loss(train: Any, weight: Any, number: int) -> tuple[bool, float]:
+    """`train` and `weight` of a turn, either of which may be absent (None)."""
     weight = 1 if weight is None else weight
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not (weight == 0 or 1e-4 <= weight <= 100):
@@ -358,18 +404,7 @@ def _openai_message(turn: Any, number: int) -> Message:
         )
     if train not in (None, True, False):
         raise ValueError(f"'train' of turn {number} is {train!r}; expected true or false")
-    name = keys.pop("name", None)
-    if not isinstance(calls, list):
-        raise ValueError(f"'tool_calls' of turn {number} is {type_name(calls)}; expected a list")
-    return Message(
-        _role(role),
-        _content_text(content, number),
-        train=train is not False and weight != 0,
-        weight=float(weight),
-        name=None if name is None else checked_text(name, f"'name' of turn {number}"),
-        tool_calls=tuple(_tool_call(call, number) for call in calls),
-        extra={key: value for key, value in keys.items() if value is not None},
-    )
+    return train is not False and weight != 0, float(weight)
 
 
 def _content_text(content: Any, number: int) -> str:

@@ -99,6 +99,21 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             {"conversations": [{"from": r, "value": "x"} for r in ("user", "function", "Model")]},
             [("user", "x"), ("tool", "x"), ("assistant", "x")],
         ),
+        (
+            "alpaca",
+            {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"},
+            list(zip(["system", *["user", "assistant"] * 2], "sabcd", strict=True)),
+        ),
+        (
+            "alpaca",
+            {"instruction": "c", "output": "d", "history": '[["a", "b"]]'},
+            list(zip(["user", "assistant"] * 2, "abcd", strict=True)),
+        ),
+        (
+            "alpaca",
+            {"instruction": "c", "output": "d", "history": None},
+            [("user", "c"), ("assistant", "d")],
+        ),
         ("chatml", {"text": CHATML_TEXT}, [("user", "hi"), ("assistant", "ho\nho")]),
     ],
 )
@@ -121,7 +136,16 @@ def test_weight_zero_and_prompt_turns_are_not_trained() -> None:
     row = {"messages": [USER_HI, {**answer, "weight": 0}, USER_HI, {**answer, "weight": 1}]}
     trained = [message.supervised for message in get_format("openai").read(row).messages]
     assert trained == [False, False, False, True]
-    row = {"prompt": [USER_HI, answer, USER_HI], "completion": [answer]}
+    gpt = {"from": "gpt", "value": "ho"}
+    row = {"conversations": [{**gpt, "weight": 0}, {**gpt, "train": False}, {**gpt, "weight": 2}]}
+    messages = get_format("sharegpt").read(row).messages
+    assert [(turn.supervised, turn.weight) for turn in messages] == [
+        (False, 0),
+        (False, 1),
+        (True, 2),
+    ]
+    row = {"prompt": [USER_HI, answer, USER_HI], "completion": [answer], "tools": [{"name": "f"}]}
+    assert get_format("prompt_completion").read(row).tools == ({"name": "f"},)
     conversation = get_format("prompt_completion").read(row)
     assert [message.supervised for message in conversation.messages] == [False, False, False, True]
 
@@ -210,6 +234,19 @@ CALL = {"name": "f", "arguments": {}}
             "'output' and 'answer' could both be 'response'; choose with data.fields",
         ),
         ("alpaca", {"instruction": "a", "output": "cut \ud83d"}, "surrogate pair at character 5"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "history": [["a"]]},
+            r"exchange 1 of 'history' is a list; expected a list of exchanges, \[instruction",
+        ),
+        ("alpaca", {"instruction": "a", "output": "b", "history": {"a": "b"}}, "exchange 1 of 'hi"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["a", 2]]}, "is a number"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["a", " "]]}, "turn 2 .*empty"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "gpt", "value": "x", "weight": "1"}]},
+            "'weight' of turn 1 is '1'; expected 0, or a number",
+        ),
         ("question_answer", {"question": "a"}, "no column for 'answer'"),
         ("prompt_completion", {"prompt": "a", "completion": []}, "no assistant turn"),
         ("messages", {"text": "a"}, "no column for 'messages'"),
