@@ -30,7 +30,7 @@ class StoreStatistics:
         supervised_share: the same percentiles of each sample's supervised share, 0 to 1.
         answers: supervised runs of a sample -> samples.
         too_long: samples longer than a packed row.
-        duplicates: samples whose tokens another, earlier sample has as well.
+        duplicates: samples whose tokens an earlier sample of another row has as well.
         double_bos: samples that start with two BOS tokens.
         inner_bos: samples with a BOS token behind the first one, where turns do not begin with it.
         unended: supervised runs that end with no special token: the model would not learn to stop.
@@ -83,7 +83,7 @@ def store_statistics(
     bos: Any = tokenizer.bos_token_id
     is_odd_inside = bos is not None and not _begins_turns(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids) + _added(tokenizer), dtype=np.int64)
-    seen: set[int] = set()
+    first: dict[int, int] = {}
     answers: Counter[int] = Counter()
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
@@ -93,15 +93,16 @@ def store_statistics(
         shares[number] = supervised.mean()
         ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False))
         answers[len(ends)] += 1
-        key = xxhash.xxh3_64_intdigest(tokens.data)
+        earlier = first.setdefault(xxhash.xxh3_64_intdigest(tokens.data), number)
+        # A source that is repeated has the same rows again.
+        is_copy = earlier != number and store.origin(earlier) != store.origin(number)
         found = {
             "too_long": int(len(tokens) > capacity),
-            "duplicates": int(key in seen),
+            "duplicates": int(is_copy),
             "double_bos": int(bos is not None and tokens[:2].tolist() == [bos, bos]),
             "inner_bos": int(is_odd_inside and bool((tokens[2:] == bos).any())),
             "unended": int((~np.isin(tokens[ends], special)).sum()),
         }
-        seen.add(key)
         for name, count in found.items():
             counts[name] += count
             if count and len(examples.setdefault(name, [])) < SHOWN_ORIGINS:
