@@ -24,7 +24,7 @@ from sft_fast.packing import StepCounts
 from sft_fast.preview import make_preview
 from sft_fast.progress import ProgressLine
 
-WIDTH = 110
+WIDTH = 100
 WRONG = """\
 output_dir: outputs/my_run
 model:
@@ -72,9 +72,18 @@ def screen(**options: object) -> Console:
     )
 
 
+class Terminal(io.StringIO):
+    """So that commands show their colours."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def printed(arguments: list[str]) -> str:
     """What a command says, on either stream."""
-    text = io.StringIO()
+    text = Terminal()
+    os.environ |= {"COLUMNS": str(WIDTH), "TERM": "xterm"}
+    os.environ.pop("NO_COLOR", None)
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         main(arguments)
     return text.getvalue().rstrip()
@@ -95,7 +104,7 @@ def check(folder: Path) -> None:
         Path("chats.jsonl").write_text(ROW)
         text = printed(["check", "my.yaml"]).replace(os.path.realpath(work), "/home/me")
     console = screen()
-    console.print(Text(text))
+    console.print(Text.from_ansi(text))
     save(console, folder, "check", "sft_fast check my.yaml")
 
 
@@ -107,7 +116,7 @@ def plan(folder: Path) -> None:
         arguments = ["plan", "llama3_8b", *options, "--gpu", "H100", "--ranks", "8", "--no-data"]
         text = printed(arguments)
     console = screen()
-    console.print(Text(text))
+    console.print(Text.from_ansi(text))
     save(console, folder, "plan", "sft_fast plan llama3_8b --gpu H100 --ranks 8 parallel.tensor=1")
 
 

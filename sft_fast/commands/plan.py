@@ -186,7 +186,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [("", f"{size_text(size):>9}  {name}") for name, size in memory.items() if size]
     for number, knob in enumerate(found["knobs"]):
         time = f", {time_text(knob['seconds'])}" if "steps" in found else ""
-        text = f"{knob['overrides']}: {size_text(knob['memory_bytes'])}{time}"
+        text = f"{size_text(knob['memory_bytes']):>9}{time}  {knob['overrides']}"
         lines.append(("would help" if number == 0 else "", text))
     if found.get("warning"):
         lines.append(("", found["warning"]))
@@ -202,7 +202,7 @@ def count_text(count: float) -> str:
 
 def size_text(size: float) -> str:
     """Bytes in powers of ten, as makers of memory count them."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def time_text(seconds: float) -> str:

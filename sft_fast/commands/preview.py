@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sft_fast.preview import Preview, Shown
 
 STYLES = {
-    "trained": "white on #1a6b35",
+    "trained": "#ffffff on #1a6b35",
     "trained special": "bold bright_yellow on #1a6b35",
     "masked": "bright_black",
     "masked special": "magenta",

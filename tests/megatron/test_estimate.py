@@ -262,6 +262,7 @@ def test_plan_says_steps_time_and_memory(
         (count_text, 134_515_008, "134.5 million"),
         (count_text, 820_096, "820,096"),
         (size_text, 96.24e9, "96.2 GB"),
+        (size_text, 838.9e6, "0.8 GB"),
         (size_text, 3_300_000, "3.3 MB"),
         (time_text, 5400, "1.5 hours"),
         (time_text, 90, "1.5 minutes"),
