@@ -50,6 +50,7 @@ SECOND_INTERRUPT_S = 0.5
 FIRST_STEP_FACTOR = 10
 SLOW_STEP_FACTOR = 10
 OLD_LAUNCH_S = 60.0
+HALF_WRITTEN = (".status.json.*", ".error.json.*", ".config.yaml.*", ".lock-*")
 # What a rank announces, the state that follows from it, and the exit code of who follows.
 ANNOUNCEMENTS = (("failed", "failed", EXIT_FAILED), ("left", "preempted", 0))
 OUT_OF_MEMORY_HINT = (
@@ -455,9 +456,18 @@ class Watch:
 
     def tidy(self) -> None:
         """Removes what earlier launches left; this launch's other ranks may be here already."""
-        for path in self.folder.parent.glob("*"):
-            if path != self.folder and path.stat().st_mtime < self.started - OLD_LAUNCH_S:
-                shutil.rmtree(path, ignore_errors=True)
+        old = [path for path in self.folder.parent.glob("*") if path != self.folder]
+        # What a kill left between writing a file and giving it its name.
+        for pattern in HALF_WRITTEN:
+            old += self.output.glob(pattern)
+        for path in old:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= self.started - OLD_LAUNCH_S:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
         (self.output / "error.json").unlink(missing_ok=True)
         shutil.rmtree(self.output / "stacks", ignore_errors=True)
 

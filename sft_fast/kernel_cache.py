@@ -4,6 +4,8 @@ Nothing here imports torch or triton."""
 import os
 import socket
 import stat
+import sys
+import tempfile
 from pathlib import Path
 
 VARIABLES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
@@ -15,12 +17,29 @@ def use_private_cache() -> None:
     Raises:
         ValueError: a cache belongs to another user, or others may write to it.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for variable, name in VARIABLES.items():
         if not os.environ.get(variable):
-            folder = home / "sft_fast" / f"{name}-{os.getuid()}-{socket.gethostname()}"
-            os.environ[variable] = str(folder)
+            os.environ[variable] = str(default_folder(name))
         check_private(Path(os.environ[variable]), variable)
+
+
+def default_folder(name: str) -> Path:
+    """A directory in the user's cache; where that cannot be written, with a warning one in the
+    directory for temporary files."""
+    leaf = f"{name}-{os.getuid()}-{socket.gethostname()}"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "sft_fast" / leaf
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    # RuntimeError: a user without a home, as containers have them.
+    except (OSError, RuntimeError) as error:
+        # Right in a directory where only the owner of an entry may rename it.
+        other = Path(tempfile.gettempdir()) / f"sft_fast-{leaf}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: compiled kernels go to {other}: {error}", file=sys.stderr)
+        return other
 
 
 def check_private(folder: Path, variable: str) -> None:

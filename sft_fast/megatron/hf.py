@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sft_fast.architecture import Architecture
 from sft_fast.families import FAMILIES, MODEL, Rule
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.megatron.shards import open_safetensors
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -108,7 +108,7 @@ class SafetensorsSource:
     def slice_of(self, name: str) -> Any:
         file = self.file_of[name]
         if file not in self.open_files:
-            self.open_files[file] = safe_open(self.folder / file, framework="pt")
+            self.open_files[file] = open_safetensors(self.folder / file)
         return self.open_files[file].get_slice(name)
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
@@ -120,7 +120,10 @@ def tensor_files(folder: Path) -> dict[str, str]:
     """Maps each tensor name of a model directory to the file that holds it."""
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index}: expected a weight_map, found damage ({error!r})") from None
         for file in set(weight_map.values()):
             if Path(file).name != file or not (folder / file).is_file():
                 raise ValueError(f"{index}: weight_map names {file!r}, not a file of {folder}")
@@ -130,7 +133,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
         raise ValueError(f"model.path: {folder} holds no *.safetensors; convert the model first")
     file_of = {}
     for file in files:
-        with safe_open(folder / file, framework="pt") as opened:
+        with open_safetensors(folder / file) as opened:
             file_of.update(dict.fromkeys(opened.keys(), file))
     return file_of
 

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft_fast.manifest import HashedFile, StagedDirectory, read_manifest
@@ -166,14 +166,30 @@ def write_tensors(snapshot: Snapshot, file: HashedFile) -> None:
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def open_safetensors(path: Path) -> Any:
+    """safe_open, with an error that users can read.
+
+    Raises:
+        ValueError: the file is missing, cut short or no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found {path.stat().st_size:,} bytes with "
+            f"damage ({error}); copy or download it again"
+            if path.is_file()
+            else f"{path}: expected a safetensors file, found none"
+        ) from None
+
+
 class ShardReader:
     """The tensors of a directory of shards; to be used in a `with`."""
 
     def __init__(self, folder: Path):
         """
         Raises:
-            ValueError: the manifest is damaged.
-            safetensors.SafetensorError: a file is not safetensors.
+            ValueError: the manifest is damaged, or a file is no safetensors file of ours.
         """
         self.folder, self.stack = folder, ExitStack()
         self.pieces: dict[str, list[tuple[Shard, Any]]] = {}
@@ -181,12 +197,33 @@ class ShardReader:
         for name in read_manifest(folder):
             if not name.endswith(".safetensors"):
                 continue
-            file = self.stack.enter_context(safe_open(folder / name, framework="pt"))
-            metadata = file.metadata()
-            self.objects |= decode(json.loads(metadata["objects"]))
-            for key, *sizes in json.loads(metadata["shards"]).values():
-                shard = Shard(key, *map(tuple, sizes))
-                self.pieces.setdefault(key, []).append((shard, file))
+            file = self.stack.enter_context(open_safetensors(folder / name))
+            try:
+                self.add(file)
+            except (AssertionError, LookupError, TypeError, ValueError, RecursionError) as error:
+                self.stack.close()
+                raise ValueError(
+                    f"{folder / name}: expected shards as this version writes them ({error!r})"
+                ) from None
+
+    def add(self, file: Any) -> None:
+        """Takes in what the header of a file says, where that is what the file holds."""
+        metadata = file.metadata()
+        self.objects |= decode(json.loads(metadata["objects"]))
+        names = set(file.keys())
+        for name, (key, *sizes) in json.loads(metadata["shards"]).items():
+            if name not in names:
+                raise ValueError(f"{name} is not in the file, or twice")
+            shard = Shard(key, *map(tuple, sizes))
+            shape = tuple(file.get_slice(name).get_shape())
+            if name != shard.name or shape != shard.shape:
+                raise ValueError(f"{name} has shape {list(shape)}, not {list(shard.shape)}")
+            if not len(shard.offset) == len(shape) == len(shard.global_shape):
+                raise ValueError(f"{name} has {len(shape)} dimensions")
+            names.remove(name)
+            self.pieces.setdefault(key, []).append((shard, file))
+        if names:
+            raise ValueError(f"nothing says what {sorted(names)[0]} is")
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -240,7 +277,11 @@ class ShardReader:
 
 def check_complete(folder: Path) -> None:
     """Raises OSError unless the files of all ranks hold each tensor wholly, and once."""
-    with ShardReader(folder) as reader:
+    try:
+        reader = ShardReader(folder)
+    except ValueError as error:
+        raise OSError(errno.EIO, str(error), str(folder)) from None
+    with reader:
         for key, pieces in reader.pieces.items():
             shapes = {piece.global_shape for piece, _ in pieces}
             held = sum(math.prod(piece.shape) for piece, _ in pieces)

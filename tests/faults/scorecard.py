@@ -53,7 +53,10 @@ FAULTS = {
         "the clock is set; ranks wait for data that one of them prepares",
         "no lock is lost, nobody is taken for dead; waiting has no time limit",
     ),
-    "F27": ("kernel cache that others can write to", "refused; own cache by default"),
+    "F27": (
+        "kernel cache that others can write to, or nobody",
+        "refused, or another one with a warning; own cache by default",
+    ),
     "F28": ("out of device memory", "phase named, with what to change"),
     "F29": ("soak: saves and random faults without end", "memory and files flat, goodput measured"),
 }

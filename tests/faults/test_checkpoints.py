@@ -168,6 +168,20 @@ def test_an_output_directory_that_cannot_be_written_is_refused(
     assert "output_dir" in job.said() and "ranks: tensor" not in job.said()
 
 
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("folder", ["/proc/nowhere/run", "{file}/run"])
+def test_check_refuses_an_output_directory_that_cannot_be_written(
+    launcher: Launcher, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_fast import cli
+
+    (tmp_path / "file").touch()
+    folder = folder.format(file=tmp_path / "file")
+    assert cli.main(["check", str(launcher.config("checked")), f"output_dir={folder}"]) == 1
+    said = "".join(capsys.readouterr())
+    assert "output_dir" in said and "a directory that can be written" in " ".join(said.split())
+
+
 @pytest.mark.fault("F12")
 def test_a_broken_writer_ends_the_run_with_its_error(launcher: Launcher) -> None:
     job = launcher.start("broken", "checkpoint.asynchronous=true", hook="broken_writer:2")
@@ -268,7 +282,7 @@ def test_what_is_saved_beside_a_later_damaged_checkpoint_stays(
 def test_epoch_ends_last_steps_and_finished_runs(launcher: Launcher, unbroken: Path) -> None:
     constant = ("optim.decay=constant",)
     twelve = launcher.run("twelve", *constant, "train.steps=12")
-    assert "6 steps per epoch" in twelve.said()
+    assert "6 steps an epoch" in twelve.said()
     launcher.run("epochs", *constant, "train.steps=6")
     second = launcher.run("epochs", *constant, "train.steps=null", "train.epochs=2")
     assert "at step 6 of 12" in second.said()
@@ -296,6 +310,7 @@ def test_what_changed_is_listed_and_may_be_allowed(launcher: Launcher, unbroken:
         "packing": "packing.strategy=bfd",
         "batch": "train.global_batch_size=2",
         "template": "tokenizer.chat_template=zephyr",
+        "tokenizer": "tokenizer.add_tokens=[<new>]",
         "model": "model.dtype=bf16",
     }
     copy_checkpoints(unbroken, launcher.folder / "changed", 2)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from faults.launcher import Launcher
+from sft_fast.failure import watching
 from sft_fast.run_lock import STALE_S, RunLock, check_output_dir, start_of
 
 
@@ -106,6 +107,22 @@ def test_a_damaged_lock_is_not_taken_for_free(tmp_path: Path, text: str) -> None
     (tmp_path / ".lock").write_text(text)
     with pytest.raises(ValueError, match="is in use"):
         RunLock(tmp_path, "mine")
+
+
+def test_what_kills_left_half_written_is_removed(tmp_path: Path) -> None:
+    names = (".status.json.1-2", ".error.json.1-2", ".config.yaml.7", ".lock-abc")
+    others = ("metrics.jsonl", ".hidden", "config.yaml", ".lock-of-now")
+    long_ago = time.time() - 3600
+    for name in names + others:
+        (tmp_path / name).touch()
+        if name != ".lock-of-now":
+            os.utime(tmp_path / name, (long_ago, long_ago))
+    (tmp_path / ".launch/old").mkdir(parents=True)
+    os.utime(tmp_path / ".launch/old", (long_ago, long_ago))
+    with watching(tmp_path, 60.0):
+        assert not [name for name in names if (tmp_path / name).exists()]
+        assert all((tmp_path / name).exists() for name in others)
+        assert not (tmp_path / ".launch/old").exists()
 
 
 def test_an_output_directory_is_checked_without_being_made(tmp_path: Path) -> None:
