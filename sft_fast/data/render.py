@@ -102,6 +102,7 @@ class ChatRenderer:
         self._templates: dict[bool, str] = {}
         self._bounds: dict[str, TurnBounds] = {}
         self._special = _special_tokens(tokenizer)
+        self._token_of_name = tokenizer.special_tokens_map
         self._text_tokenizer = TextTokenizer(tokenizer, self._special)
         self._special_names = tuple(sorted(self._special, key=len, reverse=True))
         any_special = "|".join(map(re.escape, self._special_names)) or r"(?!)"
@@ -328,7 +329,7 @@ class ChatRenderer:
                     chat_template=self._template(tools),
                     return_assistant_tokens_mask=marked,
                     add_generation_prompt=add_generation_prompt,
-                    **self._tokenizer.special_tokens_map,
+                    **self._token_of_name,
                 )
         except TemplateSyntaxError as error:
             raise TemplateCompileError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -79,11 +80,10 @@ class Sample:
 class TextTokenizer:
     """Tokenises rendered chats, each once and whole.
 
-    Where every token stands for bytes of its own (byte-level BPE without a normaliser), a table of
-    their lengths gives the places of the tokens, and the tokenizer need not keep track of them:
-    that takes half the time, and a third of that where texts can be cut into pieces (pieces.py). A
-    text whose bytes the tokens do not add up to, and any other tokenizer, goes the way of character
-    offsets.
+    Where every token stands for bytes of its own (byte-level BPE), a table of their lengths gives
+    the places of the tokens, and the tokenizer need not keep track of them: that takes half the
+    time, and a third of that where texts can be cut into pieces (pieces.py). A text whose bytes the
+    tokens do not add up to, and any other tokenizer, goes the way of character offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> None:
@@ -91,6 +91,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._special = special
         self._lengths = _byte_lengths(tokenizer)
+        self._is_nfc = tokenizer.backend_tokenizer.normalizer is not None
         self._pieces: PieceTokenizer | None = None
         if self._lengths is not None and can_be_cut(tokenizer):
             self._pieces = PieceTokenizer(tokenizer, self._lengths)
@@ -104,26 +105,36 @@ class TextTokenizer:
         """
         if self._lengths is None:
             return self._by_characters(chats)
+        if self._is_nfc:
+            chats = [_composed(chat) for chat in chats]
+        samples = []
+        for chat, ids in zip(chats, self._ids([chat.text for chat in chats]), strict=True):
+            sample = self._by_bytes(chat, ids, self._lengths)
+            samples += self._by_characters([chat]) if sample is None else [sample]
+        return samples
+
+    def _ids(self, texts: Sequence[str]) -> Sequence[npt.NDArray[np.uint32]]:
         backend = self._tokenizer.backend_tokenizer
         # What an earlier call of the tokenizer may have left behind.
         backend.no_truncation()
         backend.no_padding()
-        texts = [chat.text for chat in chats]
         if self._pieces is not None:
-            found = self._pieces(texts)
-        else:
-            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-            found = [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
-        samples = []
-        for chat, input_ids in zip(chats, found, strict=True):
-            ends = np.cumsum(self._lengths[input_ids])
-            in_bytes = _in_bytes(chat)
-            if not len(ends) or ends[-1] != len(chat.text.encode()):
-                samples += self._by_characters([chat])
-                continue
-            starts = ends - self._lengths[input_ids]
-            samples.append(self._sample(in_bytes, input_ids, starts, ends))
-        return samples
+            return self._pieces(texts)
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
+
+    def _by_bytes(
+        self,
+        chat: RenderedChat,
+        input_ids: npt.NDArray[np.uint32],
+        byte_lengths: npt.NDArray[np.int64],
+    ) -> Sample | None:
+        """None where the tokens are not the bytes of the text."""
+        lengths = byte_lengths[input_ids]
+        ends = np.cumsum(lengths)
+        if not len(ends) or ends[-1] != len(chat.text.encode()):
+            return None
+        return self._sample(_in_bytes(chat), input_ids, ends - lengths, ends)
 
     def _by_characters(self, chats: Sequence[RenderedChat]) -> list[Sample]:
         if not chats:
@@ -189,13 +200,17 @@ class TextTokenizer:
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
-    """Id -> bytes of the token; None for a tokenizer whose tokens are no bytes."""
+    """Id -> bytes of the token; None for a tokenizer whose tokens are no bytes.
+
+    With a normaliser to NFC they are the bytes of texts that are in that form.
+    """
+    from tokenizers.normalizers import NFC
     from tokenizers.pre_tokenizers import ByteLevel
 
     backend = tokenizer.backend_tokenizer
     steps = "" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__().decode()
-    is_plain = backend.normalizer is None and '"add_prefix_space":true' not in steps
-    if not is_plain or '"ByteLevel"' not in steps:
+    is_plain = backend.normalizer is None or isinstance(backend.normalizer, NFC)
+    if not is_plain or '"add_prefix_space":true' in steps or '"ByteLevel"' not in steps:
         return None
     alphabet = set(ByteLevel.alphabet())
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
@@ -207,6 +222,21 @@ def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] |
     for number, content in added.items():
         lengths[number] = len(content.encode())
     return lengths
+
+
+def _composed(chat: RenderedChat) -> RenderedChat:
+    """The same chat in NFC, as a tokenizer that normalises would read it."""
+    if is_normalized("NFC", chat.text):
+        return chat
+    text, spans, characters = "", [], 0
+    for span in chat.spans:
+        text += normalize("NFC", chat.text[characters : span.start])
+        start = len(text)
+        text += normalize("NFC", chat.text[span.start : span.end])
+        characters = span.end
+        spans.append(replace(span, start=start, end=len(text)))
+    text += normalize("NFC", chat.text[characters:])
+    return replace(chat, text=text, spans=tuple(spans))
 
 
 def _in_bytes(chat: RenderedChat) -> RenderedChat:

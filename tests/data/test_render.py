@@ -1,3 +1,4 @@
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.render import ChatRenderer
 from sft_fast.data.templates import CHATML_TEMPLATE, TEMPLATE_DATE, TEMPLATES, freeze_clock
 from sft_fast.data.tokenizer import load_tokenizer
-from sft_fast.data.tokens import Span, _check_covered
+from sft_fast.data.tokens import Span, _check_covered, _composed
 from sft_fast.data.turn_bounds import TurnBounds
 
 MakeTokenizer = Callable[..., Any]
@@ -595,16 +596,42 @@ def test_characters_that_no_token_covers_are_noticed() -> None:
         _check_covered(span, "ab cd", np.array([(0, 1), (3, 5)]))
 
 
+COMPOSED = st.sampled_from(["é", "e\u0301", "\u0958", "\u0915\u093c", "각", "a ", "\u0344", "Å"])
+
+
+@pytest.mark.parametrize("is_nfc", [False, True])
 @settings(max_examples=60, deadline=None)
-@given(contents=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=4))
+@given(
+    contents=st.lists(
+        (st.text(min_size=1) | st.lists(COMPOSED, min_size=1).map("".join)).filter(str.strip),
+        min_size=2,
+        max_size=4,
+    )
+)
 def test_places_by_bytes_and_by_characters_give_the_same_masks(
-    make_tokenizer: MakeTokenizer, contents: list[str]
+    make_tokenizer: MakeTokenizer, is_nfc: bool, contents: list[str]
 ) -> None:
-    renderer = ChatRenderer(make_tokenizer(LLAMA3))
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer = make_tokenizer(LLAMA3)
+    if is_nfc:
+        # As Qwen's.
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = byte_level
+    renderer = ChatRenderer(tokenizer)
+    assert (renderer._text_tokenizer._pieces is not None) == is_nfc
     rendered = renderer.render(chat(*contents[: len(contents) // 2 * 2]))
     by_bytes = renderer._text_tokenizer
     assert by_bytes._lengths is not None
-    (first,), (second,) = by_bytes([rendered]), by_bytes._by_characters([rendered])
+    composed = _composed(rendered) if is_nfc else rendered
+    (first,), (second,) = by_bytes([rendered]), by_bytes._by_characters([composed])
+    if is_nfc:
+        text = unicodedata.normalize("NFC", rendered.text)
+        assert tokenizer.decode(first.input_ids.tolist()) == text
+        answers = [unicodedata.normalize("NFC", content.strip()) for content in contents[1::2]]
+        trained = tokenizer.decode(first.input_ids[first.supervised].tolist())
+        assert trained == "".join(f"{answer}<|eot_id|>" for answer in answers)
     assert first.input_ids.tolist() == second.input_ids.tolist()
     assert first.supervised.tolist() == second.supervised.tolist()
     assert first.boundary_tokens == second.boundary_tokens
