@@ -25,7 +25,12 @@ MARKS = ("\u27e6", "\u27e7")
 
 
 def add(commands: Commands) -> None:
-    preview = commands.add_parser("preview", help="show what is trained, and how rows are packed")
+    preview = commands.add_parser(
+        "preview",
+        help="show what is trained, and how rows are packed",
+        description="Renders and packs the first rows as a run would. Exit status 1: none of them "
+        "can be used.",
+    )
     add_config(preview)
     preview.add_argument("-n", "--samples", type=int, default=3, help="samples to show (3)")
     preview.add_argument("--rows", type=int, default=100, help="rows of each source to read (100)")
@@ -35,7 +40,7 @@ def add(commands: Commands) -> None:
     preview.set_defaults(run=run, hides_torch=True)
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(parsed: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sft_fast.preview import make_preview
@@ -49,10 +54,11 @@ def run(parsed: argparse.Namespace) -> None:
         text = preview_html(preview, title, max(parsed.bins, 10))
         parsed.html.write_text(text, encoding="utf-8")
         print(f"{parsed.html}: {len(preview.samples)} samples")
-        return
+        return 0 if preview.samples else 1
     console = Console(highlight=False, soft_wrap=True)
     show_samples(console, preview, parsed.samples)
     show_bins(console, preview, parsed.bins)
+    return 0 if preview.samples else 1
 
 
 def show_samples(console: Console, preview: Preview, count: int) -> None:

@@ -94,7 +94,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_lines(tmp_path: Path) ->
 def test_nothing_usable_still_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("[1]\n")
-    assert main(["preview", "demo", f"data.train={path}", f"output_dir={tmp_path}"]) == 0
+    assert main(["preview", "demo", f"data.train={path}", f"output_dir={tmp_path}"]) == 1
     assert f"not used as it is: {path}:1" in capsys.readouterr().out
 
 
