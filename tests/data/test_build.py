@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 from sft_fast.data import format_registry
 from sft_fast.data.build import BuildOptions, build_store, prepare_store, store_fingerprint
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.formats import register_format
+from sft_fast.data.pieces import can_be_cut
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Rows, Source, load_rows
 from sft_fast.data.store import REJECTED_FILE, TokenStore
@@ -362,6 +364,10 @@ def test_stores_of_one_and_of_four_processes_are_the_same_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sft_fast.data.build.BATCH_ROWS", 16)
+    tokenizer = make_tokenizer()
+    # Each process keeps the pieces that it has seen.
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    assert can_be_cut(tokenizer)
     rows: list[Any] = []
     for number in range(150):
         rows.append({"question": f"how {number} 🎉", "answer": "world " * (number % 40)})
@@ -372,7 +378,7 @@ def test_stores_of_one_and_of_four_processes_are_the_same_files(
     stores = [
         build_store(
             source,
-            make_tokenizer(),
+            tokenizer,
             options,
             tmp_path / str(processes),
             processes=processes,
