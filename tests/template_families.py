@@ -343,6 +343,17 @@ PHI_CASES = (
     ),
 )
 
+# Without line breaks EOS stands beside the last end of a turn, and is still no part of it.
+PHI4 = PHI.replace("<|end|>\\n", "<|end|>").replace("|>\\n", "|>")
+PHI4_CASES = (
+    Case(
+        WITH_SYSTEM,
+        "<|system|>Be brief.<|end|><|user|>hi<|end|><|assistant|>[[hello world<|end|>]]"
+        "<|user|>how<|end|><|assistant|>[[you\n\nare<|end|>]]",
+    ),
+    Case(chat("hi", "ho"), "<|user|>hi<|end|><|assistant|>[[ho<|end|>]]"),
+)
+
 ZEPHYR = """\
 {%- for message in messages %}
 {{- '<|' + message.role + '|>\\n' + message.content + eos_token + '\\n' }}
@@ -493,6 +504,31 @@ HARMONY_CASES = (
     ),
 )
 
+COMMAND = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- set kind = 'CHATBOT' if message.role == 'assistant' else message.role | upper %}
+{{- '<|START_OF_TURN_TOKEN|><|' + kind + '_TOKEN|>' }}
+{%- if message.role == 'assistant' %}
+{{- '<|START_RESPONSE|>' + message.content + '<|END_RESPONSE|>' }}
+{%- else %}{{ message.content }}{% endif %}
+{{- '<|END_OF_TURN_TOKEN|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}
+"""
+# Two special tokens end an answer, and both have to be learnt.
+COMMAND_CASES = (
+    Case(
+        MULTI,
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        f"[[<|START_RESPONSE|>hello {EMOJI}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>]]"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>你好，世界<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        f"[[<|START_RESPONSE|>{HEBREW}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>]]",
+    ),
+)
+
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 INST = (
@@ -511,7 +547,12 @@ FULLWIDTH = (
     ),
 )
 CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+COMMANDS = (
+    *("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>"),
+    *("<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+)
 FAMILIES = (
+    Family("command", COMMAND, COMMANDS, COMMANDS[0], COMMANDS[2], COMMAND_CASES),
     Family("qwen", QWEN, IM, None, "<|im_end|>", QWEN_CASES),
     Family("llama2", LLAMA2, (), "<s>", "</s>", LLAMA2_CASES, "llama2"),
     Family("llama3", LLAMA3, HEADERS, "<s>", "<|eot_id|>", LLAMA3_CASES, "llama3"),
@@ -528,6 +569,7 @@ FAMILIES = (
         "gemma",
     ),
     Family("phi3", PHI, (*ROLES, "<|endoftext|>"), None, "<|endoftext|>", PHI_CASES),
+    Family("phi4", PHI4, (*ROLES, "<|endoftext|>"), None, "<|endoftext|>", PHI4_CASES),
     Family("zephyr", ZEPHYR, (), None, "</s>", ZEPHYR_CASES, "zephyr"),
     Family("deepseek", DEEPSEEK, FULLWIDTH, FULLWIDTH[0], FULLWIDTH[1], DEEPSEEK_CASES),
     Family("harmony", HARMONY, CHANNELS, None, "<|return|>", HARMONY_CASES),

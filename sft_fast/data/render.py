@@ -4,9 +4,10 @@ A conversation is rendered by the chat template, tokenised once (tokens.py), and
 are supervised is decided on the text. The rules:
 
 1. An assistant turn's span starts where the text of the turns before it, rendered with the
-   generation prompt, ends: there the model starts to write. It ends with the end-of-turn token: the
-   first of the special tokens that end the turn, or the last one where it has calls. Template text
-   behind that token (a newline) is not supervised.
+   generation prompt, ends: there the model starts to write. It ends with the end-of-turn token, the
+   special token that ends the turn; of neighbours (<|END_RESPONSE|><|END_OF_TURN_TOKEN|>) the last
+   one. Template text behind that token (a newline) is not supervised, nor is an EOS token that
+   stands behind the last turn only.
 2. Both ends are proven (turn_bounds.py). A template for which that fails is refused, or, with
    `changing_history="expand"`, every answer becomes a sample of its own, with its own history.
    Where the template marks the answers itself ({% generation %}), its marks are used instead, and
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -101,6 +103,7 @@ class ChatRenderer:
         self._embedded = None if has_template else fitted_template("chatml", tokenizer)
         self._templates: dict[bool, str] = {}
         self._bounds: dict[str, TurnBounds] = {}
+        self._has_eos_behind_all: dict[str, bool] = {}
         self._special = _special_tokens(tokenizer)
         self._token_of_name = tokenizer.special_tokens_map
         self._text_tokenizer = TextTokenizer(tokenizer, self._special)
@@ -203,11 +206,31 @@ class ChatRenderer:
         text, bounds = self._bounds[template].find(
             messages, answers, repr(tools), lambda turns, prompt: self._apply(turns, tools, prompt)
         )
+        stop = len(text)
+        if bounds[-1][1] == stop and self._writes_eos_behind_all(template, tools):
+            stop -= len(str(self._tokenizer.eos_token))
         spans = [
-            self._span(text, start, limit, messages[number])
+            self._span(text, start, min(limit, stop), messages[number])
             for number, (start, limit) in zip(answers, bounds, strict=True)
         ]
         return text, spans
+
+    def _writes_eos_behind_all(self, template: str, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the EOS token that ends a rendered chat is a part of no turn."""
+        if template not in self._has_eos_behind_all:
+            turns = (Message("user", "a"), Message("assistant", "b"))
+            eos, alone, more = self._tokenizer.eos_token or "", "", ""
+            # One that demands more than a plain exchange is taken at its word.
+            with suppress(ValueError):
+                alone, more = self._apply(turns, tools), self._apply((*turns, turns[0]), tools)
+            rest = alone.removesuffix(eos)
+            self._has_eos_behind_all[template] = (
+                rest != alone
+                and more.startswith(rest)
+                and not more.startswith(alone)
+                and self._closing(rest) is not None
+            )
+        return self._has_eos_behind_all[template]
 
     def _marked_spans(
         self,
@@ -265,13 +288,21 @@ class ChatRenderer:
         return None if found is None else (found.start(), found[0])
 
     def _closing(self, segment: str) -> tuple[int, str] | None:
-        """The first of the special tokens that stand alone at the end of a text."""
-        first, end = None, len(segment.rstrip())
+        """The special token that ends a text.
+
+        Of several with white space in between the first one: only white space follows the answer.
+        Of neighbours the last one.
+        """
+        found, end = None, len(segment.rstrip())
+        is_neighbour = False
         while segment.endswith(self._special_names, 0, end):
             name = next(name for name in self._special_names if segment.endswith(name, 0, end))
-            first = (end - len(name), name)
-            end = len(segment[: end - len(name)].rstrip())
-        return first
+            if not is_neighbour:
+                found = (end - len(name), name)
+            start = end - len(name)
+            end = len(segment[:start].rstrip())
+            is_neighbour = end == start
+        return found
 
     def _closed(self, text: str, spans: Sequence[Span], trimmed_turns: int) -> RenderedChat:
         """Cuts the text behind the last span, and closes that one with EOS if nothing does."""
