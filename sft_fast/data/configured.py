@@ -147,7 +147,7 @@ def _load(config: Config, part: Part, key: str) -> list[Source]:
                 streaming=data.streaming,
             )
         except ValueError as error:
-            raise ValueError(f"{key}{f'.{number}' if own else ''}: {error}") from None
+            raise ValueError(f"{key}{f'[{number}]' if own else ''}: {error}") from None
         format_name = (own and own.format) or data.format
         fields = data.fields if own is None or own.fields is None else own.fields
         weight, repeat = (own.weight, own.repeat) if own else (None, 1)

@@ -192,5 +192,5 @@ def test_wrong_source_is_named(tmp_path: Path, old: str, new: str, key: str) -> 
 def test_missing_source_of_a_list_is_named_with_its_number(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     config = load(tmp_path, CONFIG.format(folder=tmp_path))
-    with pytest.raises(ValueError, match=r"data\.train\.1: .*named\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"data\.train\[1\]: .*named\.jsonl does not exist"):
         find_sources(config, "train")
