@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-TORCHRUN_LOGGER = "torch.distributed.elastic.multiprocessing.api"
+# They repeat that a rank failed, and that a signal has come.
+TORCHRUN_LOGGERS = ("multiprocessing.api", "agent.server.api")
 USER_ERROR = 2
 
 
@@ -29,7 +30,8 @@ def main(run_dir: Path, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger(TORCHRUN_LOGGER).setLevel(logging.CRITICAL)
+    for name in TORCHRUN_LOGGERS:
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     began = time.time()
     try:
         torchrun(arguments)
@@ -42,6 +44,8 @@ def main(run_dir: Path, arguments: list[str]) -> int:
             print(f"error: {recorded_failure(run_dir, began) or ended}", file=sys.stderr)
         return max(failure.exitcode, 1)
     except SignalException as error:
+        if failure_text := recorded_failure(run_dir, began):
+            print(f"error: {failure_text}", file=sys.stderr)
         return 128 + int(error.sigval)
     return 0
 
@@ -54,7 +58,8 @@ def recorded_failure(run_dir: Path, began: float) -> str:
     record = read_object(path)
     if record is None or path.stat().st_mtime < began:
         return ""
-    return f"rank {record.get('rank')}, phase {record.get('phase')}: {record.get('cause')} ({path})"
+    place = f"rank {record.get('rank')}, phase {record.get('phase')}"
+    return f"{place}: {record.get('cause')} ({path})"
 
 
 if __name__ == "__main__":

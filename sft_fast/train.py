@@ -22,6 +22,7 @@ from sft_fast.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
 from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
 from sft_fast.telemetry import switch_off  # noqa: E402
+from sft_fast.terminal import as_seen  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -61,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             print_traceback()
         elif is_first_to_fail():
-            print(
-                f"error: {redact(str(error))}\n(--debug shows where)", file=sys.stderr, flush=True
-            )
+            text = f"error: {redact(str(error))}\n(--debug shows where)"
+            print(as_seen(text, sys.stderr), file=sys.stderr, flush=True)
         return 2
 
 

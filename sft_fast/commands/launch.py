@@ -62,7 +62,8 @@ def run(parsed: argparse.Namespace) -> None:
     # With --debug torchrun itself, which tells more than most want to know.
     launcher = ["torch.distributed.run"] if parsed.debug else ["sft_fast.launcher"]
     launcher += [] if parsed.debug else [config.output_dir]
-    command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(processes)]
+    # -P: a folder of our name in the working directory is not this package.
+    command = [sys.executable, "-P", "-m", *launcher, "--nproc-per-node", str(processes)]
     command += [] if nodes != "1" or given["--rdzv-endpoint"] else ["--standalone"]
     command += [part for flag, value in given.items() if value for part in (flag, value)]
     command += [str(ENGINE), "--config", str(path)]

@@ -75,7 +75,7 @@ def test_train_starts_torchrun_with_what_the_layout_needs(
     assert main(["train", *arguments]) == 0
     command = shlex.split(capsys.readouterr().out)
     engine = command.index(str(ROOT / "sft_fast/train.py"))
-    launcher = ["-m", "sft_fast.launcher", "outputs/demo"]
+    launcher = ["-P", "-m", "sft_fast.launcher", "outputs/demo"]
     assert command[1:engine] == [*launcher, "--nproc-per-node", "2", "--standalone"]
     assert command[engine + 3 : engine + 5] == ["--allow-change", "data,seed"]
     assert command[engine + 5 :] == ["parallel.tensor=2", "optim.lr=1e-3"]
