@@ -140,6 +140,7 @@ def test_a_folder_of_our_name_is_not_taken_for_us(tmp_path: Path) -> None:
     """Such as another clone, in which the command is run."""
     (tmp_path / "sft_fast").mkdir()
     (tmp_path / "sft_fast" / "__init__.py").touch()
+    (tmp_path / "sft_fast" / "launcher.py").write_text("raise SystemExit(7)")
     # The installed command does not look into the working directory either.
     command = [sys.executable, "-P", "-c", "from sft_fast.cli import main; main()"]
     command += ["train", "demo", "output_dir=/proc/nothing"]
