@@ -114,7 +114,10 @@ def print_error(error: Exception) -> None:
     """Prints `error`; with colours, and broken at words, on a terminal."""
     from sft_fast.terminal import as_seen
 
-    print(as_seen(f"error: {redact(str(error))}", sys.stderr), file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(as_seen(f"error: {redact(text)}", sys.stderr), file=sys.stderr)
 
 
 def hide_torch() -> None:

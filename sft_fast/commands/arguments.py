@@ -25,13 +25,28 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="OUT", help="output_dir of a run")
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, 0 or more")
+    return int(text)
+
+
 def config_path(parsed: argparse.Namespace) -> Path:
     """The file that the user means: a path, or a recipe's name."""
     from sft_fast.commands.recipes import find_recipe
 
     path: Path = parsed.config
     is_name = not path.suffix and path.parent == Path(".")
-    return find_recipe(str(path)) if is_name and not path.exists() else path
+    # A folder may have a recipe's name, and no folder is a configuration.
+    return find_recipe(str(path)) if is_name and not path.is_file() else path
 
 
 def read_config(parsed: argparse.Namespace) -> Config:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sft_fast.commands.arguments import Commands
+from sft_fast.commands.arguments import Commands, positive
 
 
 def add(commands: Commands) -> None:
@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
     chat.add_argument("model", type=Path, metavar="OUT", help="output_dir of a run, or a model")
     chat.add_argument("--ask", action="append", metavar="TEXT", help="answer this and end; again")
     chat.add_argument("--system", metavar="TEXT", help="system turn")
-    chat.add_argument("--max-new-tokens", type=int, default=512)
+    chat.add_argument("--max-new-tokens", type=positive, default=512)
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     chat.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     chat.set_defaults(run=run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sft_fast.commands.arguments import Commands, add_config, config_path
+from sft_fast.commands.arguments import Commands, add_config, config_path, positive
 
 
 def add(commands: Commands) -> None:
@@ -16,7 +16,9 @@ def add(commands: Commands) -> None:
         "Exit status 1: there are problems.",
     )
     add_config(check)
-    check.add_argument("--ranks", type=int, metavar="N", help="also check the layout of N ranks")
+    check.add_argument(
+        "--ranks", type=positive, metavar="N", help="also check the layout of N ranks"
+    )
     check.set_defaults(run=run)
     schema = commands.add_parser("schema", help="print the JSON schema of configurations")
     schema.set_defaults(run=run_schema)

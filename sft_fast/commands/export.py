@@ -10,14 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sft_fast.commands.arguments import Commands, add_run
+from sft_fast.commands.arguments import Commands, add_run, positive
 from sft_fast.commands.launch import ENGINE
 
 
 def add(commands: Commands) -> None:
     export = commands.add_parser("export", help="write a Hugging Face model from a checkpoint")
     add_run(export)
-    export.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    export.add_argument("--step", type=positive, help="of the checkpoint; default: the newest")
     export.add_argument("--to", type=Path, metavar="DIR", help="default: OUT/export_STEP")
     export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: as trained")
     export.set_defaults(run=run)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_fast.commands.arguments import Commands, add_config, config_path
+from sft_fast.commands.arguments import Commands, add_config, config_path, positive
 
 if TYPE_CHECKING:
     from sft_fast.config import Config
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     add_config(train)
     train.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=positive,
         metavar="N",
         help="processes on this machine; default: one per GPU, without GPUs as few as fit",
     )

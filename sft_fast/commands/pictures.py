@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sft_fast.commands.arguments import Commands, add_run
+from sft_fast.commands.arguments import Commands, add_run, not_negative, positive
 
 
 def add(commands: Commands) -> None:
@@ -12,12 +12,12 @@ def add(commands: Commands) -> None:
     add_run(plot)
     plot.add_argument(
         "--samples",
-        type=int,
+        type=not_negative,
         default=0,
         metavar="N",
         help="also let the models before and after answer N held-out questions",
     )
-    plot.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (128)")
+    plot.add_argument("--max-new-tokens", type=positive, default=128, help="longest answer (128)")
     plot.set_defaults(run=run)
 
 

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, read_config
+from sft_fast.commands.arguments import (
+    Commands,
+    add_config,
+    config_tokenizer,
+    positive,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from sft_fast.architecture import Architecture
@@ -21,7 +27,9 @@ def add(commands: Commands) -> None:
     plan = commands.add_parser("plan", help="say what fits, how long it takes, and what would help")
     add_config(plan)
     plan.add_argument("--gpu", default="MI300X", help="MI300X, MI325X, MI355X, H100, H200 or B200")
-    plan.add_argument("--ranks", type=int, metavar="N", help="GPUs; default: the smallest layout")
+    plan.add_argument(
+        "--ranks", type=positive, metavar="N", help="GPUs; default: the smallest layout"
+    )
     plan.add_argument("--mfu", type=float, default=0.4, help="utilisation to assume (0.4)")
     plan.add_argument("--no-data", action="store_true", help="memory only, without tokenising")
     plan.add_argument("--plot", type=Path, metavar="FILE", help="draw the packing (.png, .svg)")

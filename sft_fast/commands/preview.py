@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, read_config
+from sft_fast.commands.arguments import (
+    Commands,
+    add_config,
+    config_tokenizer,
+    not_negative,
+    positive,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,11 +39,15 @@ def add(commands: Commands) -> None:
         "can be used.",
     )
     add_config(preview)
-    preview.add_argument("-n", "--samples", type=int, default=3, help="samples to show (3)")
-    preview.add_argument("--rows", type=int, default=100, help="rows of each source to read (100)")
+    preview.add_argument(
+        "-n", "--samples", type=not_negative, default=3, help="samples to show (3)"
+    )
+    preview.add_argument(
+        "--rows", type=positive, default=100, help="rows of each source to read (100)"
+    )
     preview.add_argument("--part", choices=("train", "eval"), default="train")
     preview.add_argument("--html", type=Path, metavar="FILE", help="write all samples to a file")
-    preview.add_argument("--bins", type=int, default=3, help="packed rows to show (3)")
+    preview.add_argument("--bins", type=not_negative, default=3, help="packed rows to show (3)")
     preview.set_defaults(run=run, hides_torch=True)
 
 
@@ -65,10 +76,11 @@ def show_samples(console: Console, preview: Preview, count: int) -> None:
     from rich.text import Text
 
     legend = Text("legend: ")
-    for kind, style in STYLES.items():
-        legend.append(kind, style if console.color_system else "").append("  ")
-    if not console.color_system:
-        legend.append(f"{MARKS[0]}trained{MARKS[1]}")
+    if console.color_system:
+        for kind, style in STYLES.items():
+            legend.append(kind, style).append("  ")
+    else:
+        legend.append(f"{MARKS[0]}trained{MARKS[1]} masked")
     console.print(legend, "\n")
     for sample in preview.samples[:count]:
         console.print(Text(sample.summary(), "bold"))

@@ -12,6 +12,7 @@ from sft_fast.commands.arguments import Commands
 
 RECIPES = Path(__file__).parents[1] / "configs"
 LONGEST_ROW = 8192
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 SMALL_BYTES = 2_000_000
 TEMPLATE = """\
 # Written by `sft_fast init`. `sft_fast schema` lists every key.
@@ -88,6 +89,9 @@ def run_init(parsed: argparse.Namespace) -> None:
         warmup=0 if is_small(parsed.data) else 10,
     )
     write_new(parsed.output, text)
+    for name_given in (parsed.model, parsed.data):
+        if is_missing(name_given):
+            print(f"note: {name_given} does not exist yet")
     print(f"{parsed.output} is written. Next:")
     for command, meaning in (
         (f"check {parsed.output}", "finds what is wrong, at once"),
@@ -97,6 +101,12 @@ def run_init(parsed: argparse.Namespace) -> None:
         (f"chat outputs/{name}", "talks to the result"),
     ):
         print(f"  sft_fast {command:<26} # {meaning}")
+
+
+def is_missing(path: str) -> bool:
+    """True for what can only be a path, and is not there."""
+    is_path = path.startswith(("/", "./", "../", "~")) or Path(path).suffix in FILE_SUFFIXES
+    return is_path and "*" not in path and not os.path.exists(os.path.expanduser(path))
 
 
 def is_small(source: str) -> bool:

@@ -67,6 +67,29 @@ def test_a_file_that_is_not_there_has_a_nearest_name(
     assert "did you mean MI300X?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "demo", "--nproc-per-node", "0"],
+        ["plan", "demo", "--ranks", "-1"],
+        ["check", "demo", "--ranks", "two"],
+        ["preview", "demo", "--rows", "0"],
+        ["chat", "x", "--max-new-tokens", "1.5"],
+    ],
+)
+def test_counts_are_whole_numbers(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert f"error: argument {arguments[2]}: '{arguments[3]}'; expected a whole number" in text
+
+
+def test_files_that_cannot_be_written_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", "demo", "--rows", "2", "--html", "/nowhere/x.html"]) == 2
+    assert capsys.readouterr().err == "error: /nowhere/x.html: No such file or directory\n"
+
+
 @pytest.mark.parametrize("arguments", [["--debug", "plan"], ["plan", "--debug"]])
 def test_debug_stands_anywhere(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "demo", "--gpu", "x"]) == 2

@@ -1,3 +1,4 @@
+import re
 import shlex
 from pathlib import Path
 
@@ -32,6 +33,32 @@ def test_init_writes_a_configuration_that_loads(
             load_config(output.parent / "u.yaml", overrides)
     assert main(["init", "org/m", str(data), "-o", str(output)]) == 2
     assert "exists; name another file" in capsys.readouterr().err
+
+
+def test_init_says_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text("{}")
+    for number, (model, data, missing) in enumerate(
+        [
+            ("org/m", "nothere.jsonl", ["nothere.jsonl"]),
+            ("./nomodel", "org/data", ["./nomodel"]),
+            ("org/m.5", str(tmp_path / "*.jsonl"), []),
+            (str(tmp_path), "demo", []),
+        ]
+    ):
+        assert main(["init", model, data, "-o", str(tmp_path / f"{number}.yaml")]) == 0
+        text = capsys.readouterr().out
+        assert re.findall("note: (.*) does not exist yet", text) == missing
+
+
+def test_a_folder_does_not_hide_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "other"):
+        (tmp_path / name).mkdir()
+    assert main(["train", "demo", "--dry-run"]) == 0
+    assert main(["train", "other", "--dry-run"]) == 2
+    assert "there is no file and no recipe other" in capsys.readouterr().err
 
 
 def test_init_fits_rows_to_the_model(tmp_path: Path) -> None:
