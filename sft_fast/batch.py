@@ -109,8 +109,11 @@ class MicroBatch:
         names = ["tokens", "labels", "position_ids", "cu_seqlens"]
         if self.weights is not None:
             names.append("weights")
+        # A copy to the host must be there when it is read.
+        is_host = torch.device(device).type == "cpu"
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True, copy=copy) for name in names
+            name: getattr(self, name).to(device, non_blocking=not is_host, copy=copy)
+            for name in names
         }
         if copy:
             moved["active_rows"] = self.active_rows.clone()

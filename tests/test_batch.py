@@ -247,6 +247,21 @@ def test_reads_memory_maps(tmp_path: Path) -> None:
     assert torch.equal(batch.labels, expected.labels)
 
 
+def test_a_copy_on_the_host_is_there_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only copies to a device may go on behind the host's back."""
+    store, seen = chat_store(), {}
+    batch = fill_micro_batch(store, [0, 1], 16)
+
+    def to(tensor: torch.Tensor, device: Any, non_blocking: bool, copy: bool) -> torch.Tensor:
+        seen[str(device)] = non_blocking
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for device in ("cpu", torch.device("cpu"), "cuda:1"):
+        batch.to(device)
+        assert seen.pop(str(device)) is (str(device) != "cpu")
+
+
 def test_to_leaves_on_the_host_what_the_host_reads() -> None:
     batch = fill_micro_batch(chat_store(), [0, 1], 16)
     moved = batch.to("meta")
