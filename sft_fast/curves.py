@@ -98,9 +98,12 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    # Room at the edges, in inches: reports show the picture on a card.
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def png(figure: Figure) -> bytes:
