@@ -32,6 +32,7 @@ from sft_fast.megatron.checkpoint import (
     remove_leftovers,
     sharded_state,
 )
+from sft_fast.megatron.device import free_memory
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
 from sft_fast.megatron.export import export_model
 from sft_fast.megatron.hf import WeightSource, load_weights
@@ -311,6 +312,8 @@ def train(config: Config) -> int:
         if config.lora.rank > 0:
             export_adapter(run.model, output / "adapter", config, parallel)
         metrics.say(f"exported to {output / 'export'}")
+        del run  # its memory is wanted for the models that answer
+        free_memory()
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)
     if parallel.is_main and config.metrics.pictures:
