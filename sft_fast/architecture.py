@@ -7,12 +7,7 @@ from typing import Any, Literal
 
 from sft_fast.config import ShapeConfig
 from sft_fast.families import FAMILIES, REFUSED, Family
-
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from sft_fast.rope import RopeScaling, rope_scaling
 
 
 @dataclass(frozen=True)
@@ -30,9 +25,8 @@ class Architecture:
     max_position_embeddings: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Literal["llama3", "linear"] | None = None
-    """How the rotary frequencies are lowered: as Llama 3.1 does, or all by the same factor."""
-    rope_scaling_factor: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies change for long samples; None = they do not."""
     local_rope_theta: float | None = None
     """Of the layers with a sliding window, which then have no scaling; None = as the others."""
     rotary_fraction: float = 1.0
@@ -132,7 +126,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         attention_softcap=config.get("attn_logit_softcapping"),
         logit_softcap=config.get("final_logit_softcapping"),
         family=name,
-        **rope_from_hf(config),
+        **rope_from_hf(config, family),
         **windows_from_hf(config, family),
         **experts_from_hf(config, family),
     )
@@ -171,55 +165,39 @@ def experts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     }
 
 
-def rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:
+def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The fields of rotary positions, from either spelling of the keys."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     fields: dict[str, Any] = {}
     local = rope.get("sliding_attention")
     if local is not None:
         rope = rope["full_attention"]
-        if rope_scaling(local) != (None, 1.0):
+        if rope_scaling(local, config) is not None:
             raise ValueError(f"config.json: sliding_attention of rope_parameters is {local}")
         fields["local_rope_theta"] = local["rope_theta"]
     elif "rope_local_base_freq" in config:
         fields["local_rope_theta"] = config["rope_local_base_freq"]
-    uses_rope = config.get("no_rope_layers") or ()
-    fields["layers_without_rope"] = frozenset(i for i, used in enumerate(uses_rope) if not used)
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    kind, factor = rope_scaling(rope)
     return fields | {
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        "rope_scaling": kind,
-        "rope_scaling_factor": factor,
+        "rope_scaling": rope_scaling(rope, config),
         "rotary_fraction": fraction,
+        "layers_without_rope": layers_without_rope(config, family),
     }
 
 
-def rope_scaling(rope: dict[str, Any]) -> tuple[str | None, float]:
-    """(kind, factor) of the frequencies' scaling.
-
-    Raises:
-        ValueError: a kind that we do not know.
-    """
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None, 1.0
-    is_llama3 = kind == "llama3" and all(rope.get(key) == LLAMA3_ROPE[key] for key in LLAMA3_ROPE)
-    if kind != "linear" and not is_llama3:
-        raise ValueError(
-            f"config.json: rotary scaling {rope} is not supported; supported: default, linear, and "
-            f"llama3 with {LLAMA3_ROPE}"
-        )
-    return kind, float(rope["factor"])
+def layers_without_rope(config: dict[str, Any], family: Family) -> frozenset[int]:
+    used, period = config.get("no_rope_layers"), family.no_rope_period
+    if used is None and period is not None:
+        period = config.get("no_rope_layer_interval", period)
+        used = [(layer + 1) % period for layer in range(config["num_hidden_layers"])]
+    return frozenset(layer for layer, is_used in enumerate(used or ()) if not is_used)
 
 
 def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     """The config.json of a model that has no source directory."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": architecture.rope_theta}
-    if architecture.rope_scaling is not None:
-        rope.update(rope_type=architecture.rope_scaling, factor=architecture.rope_scaling_factor)
-    if architecture.rope_scaling == "llama3":
-        rope.update(LLAMA3_ROPE)
+    assert architecture.rope_scaling is None, "model.shape knows no scaling"
+    rope = {"rope_type": "default", "rope_theta": architecture.rope_theta}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

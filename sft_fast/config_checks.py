@@ -145,6 +145,12 @@ def _shape_problems(config: Config) -> Iterator[Problem]:
                 f"{values[key]} is not a multiple of {values[divisor]}",
                 f"{divisor} divides {key}",
             )
+    if parallel.expert > 1 or parallel.expert_tensor > 1:
+        yield Problem(
+            ("parallel.expert", "parallel.expert_tensor", "model.shape"),
+            f"{parallel.expert} and {parallel.expert_tensor} for a model without experts",
+            "1 and 1; model.shape describes a Llama",
+        )
     head_dim, rest = divmod(shape.hidden_size, shape.num_attention_heads)
     if rest == 0 and head_dim % 2 != 0:
         yield Problem(

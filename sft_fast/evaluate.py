@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 
+from sft_fast.data.questions import Question
+
 BATCH_SIZE = 32
 
 
-def exact_match(
-    folder: Path, conversations: list[list[dict[str, Any]]], max_new_tokens: int
-) -> list[bool]:
-    """Answers the last assistant turn of each conversation greedily.
+def exact_match(folder: Path, questions: list[Question], max_new_tokens: int) -> list[bool]:
+    """Answers questions greedily.
 
     Args:
         folder: a directory that transformers loads, such as the export of a run.
-        conversations: messages that end with the expected assistant answer.
+        questions: with the expected answers.
         max_new_tokens: longest answer, tokens.
 
-    Returns: for each conversation, whether the answer is the expected text, outer spaces aside.
+    Returns: for each question, whether the answer is the expected text, outer spaces aside.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,11 +27,13 @@ def exact_match(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     matches = []
-    for start in range(0, len(conversations), BATCH_SIZE):
-        batch = conversations[start : start + BATCH_SIZE]
-        answers = generate(model, tokenizer, [chat[:-1] for chat in batch], max_new_tokens, device)
-        expected = [chat[-1]["content"].strip() for chat in batch]
-        matches += [answer == text for answer, text in zip(answers, expected, strict=True)]
+    for start in range(0, len(questions), BATCH_SIZE):
+        batch = questions[start : start + BATCH_SIZE]
+        prompts, tools = [item.turns for item in batch], [item.tools for item in batch]
+        answers = generate(model, tokenizer, prompts, max_new_tokens, device, tools)
+        matches += [
+            answer == item.answer.strip() for answer, item in zip(answers, batch, strict=True)
+        ]
     return matches
 
 
@@ -42,11 +44,18 @@ def generate(
     prompts: list[list[dict[str, Any]]],
     max_new_tokens: int,
     device: torch.device,
+    tools: list[list[dict[str, Any]]] | None = None,
 ) -> list[str]:
-    """The greedy answers to a batch of prompts, special tokens removed."""
+    """The greedy answers to a batch of prompts, special tokens removed.
+
+    Args:
+        tools: those on offer with each prompt; None = none.
+    """
     texts = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
+        tokenizer.apply_chat_template(
+            prompt, tools=offered or None, tokenize=False, add_generation_prompt=True
+        )
+        for prompt, offered in zip(prompts, tools or [[]] * len(prompts), strict=True)
     ]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -120,6 +120,8 @@ class Family:
     """Key of config.json with the width of an expert; None = no experts."""
     window_period: int | None = None
     """Every n-th layer sees the whole sample, where config.json has no layer_types."""
+    no_rope_period: int | None = None
+    """Every n-th layer knows no positions, where config.json has no no_rope_layers."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -177,7 +179,7 @@ FAMILIES = {
     ),
     "Phi3ForCausalLM": Family(LLAMA | FUSED, (("resid_pdrop", 0.0), ("embd_pdrop", 0.0))),
     "SmolLM3ForCausalLM": Family(
-        fixed=(*NO_BIAS, ("use_sliding_window", False)), tie_word_embeddings=True
+        fixed=(*NO_BIAS, ("use_sliding_window", False)), tie_word_embeddings=True, no_rope_period=4
     ),
 }
 REFUSED = {

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sft_fast.errors import Problem
+from sft_fast.families import FAMILIES
 
 if TYPE_CHECKING:
     from sft_fast.architecture import Architecture
@@ -60,6 +61,14 @@ def layout_problems(architecture: Architecture, config: Config) -> Iterator[Prob
             "parallel.sequence=true",
         )
     yield from engine_problems(architecture, config)
+    if config.lora.rank > 0 and FAMILIES[architecture.family].is_fused:
+        yield Problem(
+            ("lora.rank", "model.path"),
+            f"{config.lora.rank} for {architecture.family}, which keeps queries, keys and values "
+            "in one matrix",
+            "a model with a matrix for each, or all weights trained",
+            "lora.rank=0, or another model.path",
+        )
 
 
 def engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.errors import Problem
-from sft_fast.layout import layout_problems
+from sft_fast.layout import engine_problems, layout_problems, uses_engine
 
 if TYPE_CHECKING:
     from sft_fast.architecture import Architecture
@@ -44,7 +44,14 @@ class Findings:
 def check_machine(config: Config) -> Findings:
     """Looks at everything that `config` names."""
     findings = Findings([], [])
-    for check in (_check_plugins, _check_model, _check_tokenizer, _check_data, _check_disk):
+    for check in (
+        _check_plugins,
+        _check_model,
+        _check_engine,
+        _check_tokenizer,
+        _check_data,
+        _check_disk,
+    ):
         findings.problems += check(config, findings)
     return findings
 
@@ -56,10 +63,16 @@ def _check_plugins(config: Config, findings: Findings) -> Iterator[Problem]:
 
 
 def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.architecture import (
+        architecture_from_hf,
+        architecture_from_shape,
+        read_hf_config,
+    )
 
     path = config.model.path
     if path is None:
+        assert config.model.shape is not None, "the configuration has a path or a shape"
+        yield from engine_problems(architecture_from_shape(config.model.shape, 1), config)
         return
     folder = Path(path)
     if not folder.is_dir():
@@ -74,6 +87,18 @@ def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
     findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
     yield from _check_weights(folder, config)
     yield from _check_layout(architecture, config, folder)
+
+
+def _check_engine(config: Config, findings: Findings) -> list[Problem]:
+    """The run may be on another machine, so this is a note."""
+    from importlib.util import find_spec
+
+    if uses_engine(config.model) and find_spec("transformer_engine") is None:
+        findings.notes.append(
+            "model.transformer_impl, model.fp8: need Transformer Engine, which is not installed "
+            "on this machine"
+        )
+    return []
 
 
 def _check_weights(folder: Path, config: Config) -> Iterator[Problem]:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]
 
 # "module:attribute", imported by get_trainer only, so that the registry itself costs nothing.
-_BUILT_IN: dict[Pair, str] = {("megatron", "sft"): "sft_fast.megatron.sft:train"}
+_BUILT_IN: dict[Pair, str] = {
+    ("megatron", "sft"): "sft_fast.megatron.sft:train",
+    ("megatron", "export"): "sft_fast.megatron.export_run:export",
+}
 _registered: dict[Pair, Trainer] = {}
 
 

@@ -13,9 +13,11 @@ from sft_fast.architecture import (
     read_hf_config,
 )
 from sft_fast.families import FAMILIES
+from sft_fast.rope import RopeScaling
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096,
     "vocab_size": 100,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -39,13 +41,17 @@ LLAMA31_ROPE = {
         ({"architectures": ["GptOssForCausalLM"]}, "sinks and experts in MXFP4 are not supported"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text model alone"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]}, "mlp_only_layers"),
-        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "lacks"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": LLAMA31_ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "linear lacks 'factor'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.5}},
+            "attention_factor of rotary scaling yarn is 0.5",
+        ),
         ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "sliding"),
     ],
 )
@@ -58,16 +64,13 @@ def test_old_and_new_spelling_of_rope_mean_the_same() -> None:
     old = LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA31_ROPE}
     new = LLAMA | {"rope_parameters": LLAMA31_ROPE | {"rope_theta": 5e5}}
     assert architecture_from_hf(old) == architecture_from_hf(new)
-    assert architecture_from_hf(old).rope_scaling_factor == 32.0
+    assert architecture_from_hf(old).rope_scaling == RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
     assert architecture_from_hf(LLAMA | {"rope_theta": 7.0}).rope_theta == 7.0
 
 
 def test_a_written_config_reads_back_as_the_same_architecture() -> None:
     plain = architecture_from_hf(LLAMA)
-    scaling = {"rope_scaling": "llama3", "rope_scaling_factor": 8.0}
-    scaled = replace(plain, **scaling, tie_word_embeddings=True, head_dim=16)
-    linear = replace(scaled, rope_scaling="linear")
-    for architecture in (plain, scaled, linear):
+    for architecture in (plain, replace(plain, tie_word_embeddings=True, head_dim=16)):
         assert architecture_from_hf(architecture_to_hf(architecture)) == architecture
 
 
@@ -84,6 +87,17 @@ def test_a_window_that_is_switched_off_does_not_count() -> None:
     qwen = mistral | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
     assert architecture_from_hf(qwen).sliding_window is None
     assert set(FAMILIES) >= {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"}
+
+
+def test_layers_without_positions_are_every_fourth_unless_they_are_listed() -> None:
+    smollm = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 9}
+    assert architecture_from_hf(smollm).layers_without_rope == {3, 7}
+    assert architecture_from_hf(smollm | {"no_rope_layer_interval": 3}).layers_without_rope == {
+        *(2, 5, 8)
+    }
+    listed = architecture_from_hf(smollm | {"no_rope_layers": [1, 0, *[1] * 7]})
+    assert listed.layers_without_rope == {1}
+    assert not architecture_from_hf(LLAMA).layers_without_rope
 
 
 def test_gemma_as_the_hub_has_it() -> None:

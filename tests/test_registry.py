@@ -54,7 +54,7 @@ def test_unknown_pair_lists_all_pairs():
     with pytest.raises(ValueError) as caught:
         get_trainer("megatron", "dpo")
     assert "(megatron, dpo)" in str(caught.value)
-    assert "(megatron, sft), (torch, dpo)" in str(caught.value)
+    assert "(megatron, export), (megatron, sft), (torch, dpo)" in str(caught.value)
 
 
 def test_backend_and_stage_are_not_mixed_up():

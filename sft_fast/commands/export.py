@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     from sft_fast.config import load_config
-    from sft_fast.run_files import read_object, read_run
+    from sft_fast.run_files import read_run
 
     found = read_run(parsed.run_dir)
     steps = {int(path.name[5:]): path for path in found.checkpoints}
@@ -37,20 +37,18 @@ def run(parsed: argparse.Namespace) -> int:
     if target.exists():
         raise ValueError(f"{target} exists; name another directory with --to")
     config = load_config(found.path / "config.yaml", [])
-    state = read_object(steps[step] / "train_state.json") or {}
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_") as work:
         # The model card tells what the run measured.
         shutil.copy(found.path / "metrics.jsonl", work)
-        # A run that starts at its last step has nothing to do but its export.
         overrides = {
+            "stage": "export",
             "output_dir": work,
             "data.cache_dir": str(config.data.cache_dir or found.path.absolute() / "data"),
             "checkpoint.resume": str(steps[step].absolute()),
-            "train.steps": state.get("step", step),
-            "train.epochs": "null",
-            "optim.warmup_steps": 0,
-            "optim.decay_steps": "null",
+            "model.transformer_impl": "local",
+            "model.fp8": "none",
+            "model.offload_layers": 0,
             "parallel.tensor": 1,
             "parallel.pipeline": 1,
             "parallel.virtual_pipeline": 1,
@@ -58,23 +56,13 @@ def run(parsed: argparse.Namespace) -> int:
             "parallel.expert": 1,
             "parallel.expert_tensor": 1,
             "parallel.sequence": "false",
-            "evaluation.every_steps": "null",
-            "evaluation.exact_match_samples": 0,
-            "evaluation.patience": "null",
-            "metrics.trackers": "[]",
             "metrics.run_name": config.metrics.run_name or found.path.resolve().name,
-            "metrics.pictures": "false",
-            "metrics.samples": 0,
-            "export.enabled": "true",
-            "export.best": "false",
         }
-        if config.data.eval is not None or config.data.eval_fraction is not None:
-            overrides["evaluation.max_samples"] = 1
         if parsed.dtype is not None:
             overrides["export.dtype"] = parsed.dtype
         command = [sys.executable, str(ENGINE), "--config", str(found.path / "config.yaml")]
         command += [f"{key}={value}" for key, value in overrides.items()]
-        print(f"exporting step {state.get('step', step)} of {found.path}", flush=True)
+        print(f"exporting step {step} of {found.path}", flush=True)
         result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if result.returncode != 0:
             print(result.stdout, end="")

@@ -7,6 +7,7 @@ only when no GPU is visible, so the CUDA and ROCm path is untouched.
 
 import contextlib
 import functools
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,12 @@ def init_device() -> torch.device:
     # It prepares every new shape for a long time, and packed rows bring new shapes all the time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def free_memory() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def distributed_backend() -> str:

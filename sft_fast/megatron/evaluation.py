@@ -7,7 +7,6 @@ custom loss, so that runs with other training losses can be compared.
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from torch.nn import ModuleList
 
 from sft_fast.batch import MicroBatch
 from sft_fast.config import Config
-from sft_fast.data.conversation import Conversation
 from sft_fast.data.demo import chance_accuracy
-from sft_fast.data.formats import read_conversations
+from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluate import exact_match
 from sft_fast.failure import current_watch
@@ -312,27 +310,25 @@ def divide(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator else math.nan
 
 
-def up_to_last_answer(chat: Conversation) -> list[dict[str, Any]]:
-    turns = [turn.as_dict() for turn in chat.messages]
-    while turns[-1]["role"] != "assistant":
-        turns.pop()
-    return turns
-
-
 def report_exact_match(
     folder: Path, inputs: Inputs, config: Config, metrics: MetricsWriter
 ) -> None:
     """Lets transformers answer held-out questions with the exported model."""
     assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
-    chats = read_conversations(inputs.eval_rows, config.data.format, config.data.fields)
-    questions = list(islice(chats, config.evaluation.exact_match_samples))
-    messages = [up_to_last_answer(chat) for _, chat in questions]
-    matches = exact_match(folder, messages, config.evaluation.max_new_tokens)
+    questions = read_questions(inputs.eval_rows, config.evaluation.exact_match_samples)
+    if not questions:
+        metrics.say("no exact match: the evaluation rows hold no question with an answer in words")
+        return
+    try:
+        matches = exact_match(folder, questions, config.evaluation.max_new_tokens)
+    except torch.OutOfMemoryError:
+        metrics.say(f"no exact match: {folder} does not fit one device beside the run")
+        return
     accuracy = sum(matches) / len(matches)
     text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
     values = {"exact_match": accuracy, "num_questions": len(matches)}
     if config.data.eval == "demo":
-        values["chance"] = chance_accuracy([row for row, _ in questions])
+        values["chance"] = chance_accuracy([question.row for question in questions])
         text += f" (chance {values['chance']:.1%})"
     metrics.write("exact_match", **values)
     metrics.say(text)

@@ -39,7 +39,6 @@ from torch.nn import Parameter, functional
 
 from sft_fast.architecture import Architecture
 from sft_fast.config import Config, LoraConfig
-from sft_fast.families import FAMILIES
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -283,11 +282,6 @@ def target_names(architecture: Architecture, lora: LoraConfig, num_stages: int) 
     Raises:
         ValueError: a pattern selects nothing, or a pipeline stage is left without adapters.
     """
-    if FAMILIES[architecture.family].is_fused:
-        raise ValueError(
-            f"lora.rank: {architecture.family} keeps queries, keys and values in one matrix, which "
-            "adapters do not support; train all weights (lora.rank=0), or choose another model"
-        )
     suffix = "_proj.weight"
     names = [name.removesuffix(".weight") for name in hf_shapes(architecture) if suffix in name]
     names = [name for name in names if ".experts." not in name]

@@ -49,6 +49,9 @@ from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.rotary import (
     ChoosingAttention,
+    concentration_option,
+    frequencies_by_length,
+    longest_short_sample,
     rotary_angles,
     rotary_frequencies,
     rotary_kind,
@@ -151,6 +154,7 @@ class SFTModel(GPTModel):
     ):
         super().__init__(*args, **kwargs)
         self.rotary_frequencies = rotary_frequencies(architecture)
+        self.longest_short_sample = longest_short_sample(architecture)
         scale = math.sqrt(architecture.hidden_size)
         # Gemma has rounded the factor to the type of the weights.
         self.embedding_scale = torch.tensor(scale) if architecture.is_gemma else None
@@ -175,7 +179,16 @@ class SFTModel(GPTModel):
         if self.noise is not None and self.training and decoder_input is not None and samples:
             decoder_input = self.noise.add(decoder_input, position_ids, samples)
         self.rotary_frequencies = self.rotary_frequencies.to(position_ids.device)
-        return (decoder_input, rotary_angles(position_ids, self.rotary_frequencies), *rest)
+        frequencies = self.rotary_frequencies
+        if self.longest_short_sample is not None:
+            frequencies = frequencies_by_length(
+                frequencies,
+                self.longest_short_sample,
+                samples.cu_seqlens_q if samples else None,
+                position_ids.shape[1],
+                self.config.context_parallel_size,
+            )
+        return (decoder_input, rotary_angles(position_ids, frequencies), *rest)
 
     def _postprocess(
         self,
@@ -270,7 +283,7 @@ def transformer_config(
     """megatron's own config for this architecture and run."""
     dtype = DTYPES[config.model.dtype]
     on_gpu = parallel.device.type == "cuda"
-    return TransformerConfig(
+    made = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -309,6 +322,9 @@ def transformer_config(
         **engine_options(config, parallel),
         **experts_config(architecture, parallel),
     )
+    if (concentration := concentration_option(architecture)) is not None:
+        made.yarn_rotary_scaling_factor = concentration
+    return made
 
 
 def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, Any]:

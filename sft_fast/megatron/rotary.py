@@ -10,39 +10,117 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from sft_fast.architecture import LLAMA3_ROPE, Architecture
+from sft_fast.architecture import Architecture
+from sft_fast.rope import RopeScaling
 
 
 def rotary_frequencies(architecture: Architecture) -> Tensor:
-    """fp32 [kinds, rotated channels / 2], radians per position: of the layers that see the whole
-    sample, and second, where those differ, of the layers with a sliding window."""
-    frequencies = [scaled(plain_frequencies(architecture, architecture.rope_theta), architecture)]
+    """fp32 [kinds, rotated channels / 2], radians per position.
+
+    The kinds, where there are two: layers that see the whole sample and layers with a sliding
+    window; or, with longrope, samples of up to and of more than original_positions tokens.
+    """
+    plain = plain_frequencies(architecture, architecture.rope_theta)
+    scaling = architecture.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        factors = torch.tensor([scaling.short_factors, scaling.long_factors])
+        if factors.shape[1] != len(plain):
+            raise ValueError(
+                f"config.json: longrope has {factors.shape[1]} factors, the model {len(plain)} "
+                "rotary frequencies"
+            )
+        return plain / factors
+    frequencies = [scaled(plain, architecture)]
     if architecture.local_rope_theta is not None:
         frequencies.append(plain_frequencies(architecture, architecture.local_rope_theta))
     return torch.stack(frequencies)
 
 
 def plain_frequencies(architecture: Architecture, theta: float) -> Tensor:
-    channels = int(architecture.head_dim * architecture.rotary_fraction)
+    channels = rotated_channels(architecture)
     return 1.0 / theta ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+
+
+def rotated_channels(architecture: Architecture) -> int:
+    return int(architecture.head_dim * architecture.rotary_fraction)
 
 
 def scaled(frequencies: Tensor, architecture: Architecture) -> Tensor:
     """Lowers the frequencies for samples longer than those of the first training."""
-    if architecture.rope_scaling is None:
+    scaling = architecture.rope_scaling
+    if scaling is None:
         return frequencies
-    low = frequencies / architecture.rope_scaling_factor
-    if architecture.rope_scaling == "linear":
+    low = frequencies / scaling.factor
+    if scaling.kind == "linear":
         return low
-    # Llama 3.1: long waves are lowered, short ones are not, and those between them in part.
-    turns = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    from_turns, to_turns = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
-    kept = ((turns - from_turns) / (to_turns - from_turns)).clamp(0, 1)
+    few, many = scaling.few_turns, scaling.many_turns
+    if scaling.kind == "llama3":
+        turns = scaling.original_positions * frequencies / (2 * math.pi)
+        kept = ((turns - few) / (many - few)).clamp(0, 1)
+    else:
+        # yarn mixes by the number of the channel, which is linear in the logarithm of the turns.
+        first, last = (channel_of(turns, architecture, scaling) for turns in (many, few))
+        if scaling.has_whole_bounds:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotated_channels(architecture) - 1)
+        width = last - first or 0.001
+        kept = 1 - ((torch.arange(len(frequencies)) - first) / width).clamp(0, 1)
     return (1 - kept) * low + kept * frequencies
 
 
+def channel_of(turns: float, architecture: Architecture, scaling: RopeScaling) -> float:
+    """Number of the frequency that turns so often within the original positions."""
+    positions = scaling.original_positions / (turns * 2 * math.pi)
+    channels = rotated_channels(architecture)
+    return channels * math.log(positions) / (2 * math.log(architecture.rope_theta))
+
+
+def longest_short_sample(architecture: Architecture) -> int | None:
+    """Tokens up to which a sample of a longrope model is a short one; None = length is nothing."""
+    scaling = architecture.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return None
+    return scaling.original_positions
+
+
+def frequencies_by_length(
+    frequencies: Tensor, longest_short: int, cu_seqlens: Tensor | None, num_rows: int, cp_size: int
+) -> Tensor:
+    """Chooses between the two kinds of a longrope model for each row.
+
+    Args:
+        frequencies: [2, n], of short and of long samples.
+        longest_short: tokens of the longest sample that is short.
+        cu_seqlens: int32 [samples + 1], of the whole row; None: one sample of num_rows rows.
+        num_rows: of this context-parallel rank.
+
+    Returns: [num_rows, 1, n].
+    """
+    if cu_seqlens is None:
+        return frequencies[int(num_rows * cp_size > longest_short)].expand(num_rows, 1, -1)
+    rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int32)
+    ends = cu_seqlens[1:] // cp_size
+    sample = torch.searchsorted(ends, rows, right=True).clamp_(max=len(ends) - 1)
+    is_long = (cu_seqlens.diff() > longest_short)[sample]
+    return frequencies[is_long.long()].unsqueeze(1)
+
+
+def concentration_option(architecture: Architecture) -> float | None:
+    """What makes megatron multiply cosine and sine by the scaling's attention_factor: it takes
+    0.1 * log(option) + 1."""
+    scaling = architecture.rope_scaling
+    if scaling is None or scaling.attention_factor == 1.0:
+        return None
+    return math.exp((scaling.attention_factor - 1.0) / 0.1)
+
+
 def rotary_angles(position_ids: Tensor, frequencies: Tensor) -> Tensor:
-    """position_ids [b, s], frequencies [kinds, n] -> fp32 [s, b, 1, kinds * 2n], radians."""
+    """position_ids [b, s], frequencies [kinds, n] -> fp32 [s, b, 1, kinds * 2n], radians.
+
+    Frequencies may also be of the rows: [s, 1, n], one kind.
+    """
+    if frequencies.dim() == 3:
+        frequencies = frequencies.unsqueeze(1)
     angles = position_ids.t()[:, :, None, None] * frequencies  # [s, b, kinds, n]
     return torch.cat([angles, angles], dim=-1).flatten(2).unsqueeze(2)
 

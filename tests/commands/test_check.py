@@ -70,6 +70,26 @@ def test_a_good_configuration_says_what_was_seen(
     assert "2 ranks give data parallel size 2" in text and "are free" in text
 
 
+def test_transformer_engine_is_missed_where_it_is_wanted(
+    model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, is_told in (("local", False), ("te", True)):
+        text = good(model, chats, tmp_path)
+        assert run(tmp_path, text, f"model.transformer_impl={kind}") == 0
+        assert ("need Transformer Engine" in capsys.readouterr().out) == is_told
+
+
+def test_random_models_too_are_held_to_their_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "demo", "parallel.expert=2"]) == 1
+    assert (
+        "without experts"
+        in problems_of(capsys)["parallel.expert, parallel.expert_tensor, model.shape"]
+    )
+    eight_bits = ["model.fp8=hybrid", "model.dtype=bf16", "model.shape.ffn_hidden_size=380"]
+    assert main(["check", "demo", *eight_bits]) == 1
+    assert "tensorwise with 380 columns" in problems_of(capsys)["model.fp8_recipe, parallel.tensor"]
+
+
 def test_wrong_keys_paths_and_layouts_are_told_at_once_with_their_lines(
     model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

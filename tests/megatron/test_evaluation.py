@@ -205,3 +205,39 @@ def test_early_stopping_resumes_exactly_and_exports_the_best(
     ]
     for name, tensor in exports[0].items():
         assert torch.equal(tensor, exports[1][name]), name
+
+
+def test_questions_come_from_rows_of_any_format(rank_pool: RankPool, tmp_path: Path) -> None:
+    """The model learns to say no; rows that ask for nothing it could say are passed over."""
+
+    def write(name: str, rows: list[dict[str, Any]]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def asked(number: int, answer: str) -> dict[str, str]:
+        return {"prompt": f"next of {number}", "completion": answer}
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    user = {"role": "user", "content": "next of 39"}
+    chats = [
+        {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"messages": [user, {"role": "assistant", "content": "no"}, user]},
+    ]
+    train = write("train.jsonl", [asked(number, "no") for number in range(20)])
+    first = write("a.jsonl", [asked(30, "no"), asked(31, "now"), {"prompt": 3}, asked(32, "no")])
+    second = write("b.jsonl", [{"q": "next of 33", "a": "no"}])
+    third = write("c.jsonl", chats)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        CONFIG.format(output=tmp_path / "run", plugin=PLUGIN, lr=0.01, train=train, eval=first)
+    )
+    sources = f"[{first}, {{path: {second}, fields: {{question: q, answer: a}}}}, {third}]"
+    overrides = [f"data.eval={sources}", "data.on_bad_row=skip", "data.max_rejected=1.0"]
+    overrides += ["evaluation.patience=null", "checkpoint.keep_best=false", "export.best=false"]
+    overrides += ["evaluation.exact_match_samples=9", "evaluation.max_new_tokens=4"]
+    overrides += ["packing.capacity=128", "evaluation.every_steps=null"]
+    (code,) = rank_pool.run(1, call_main, ["--config", str(path), *overrides])
+    assert code == 0
+    (record,) = records_of(tmp_path / "run", "exact_match")
+    assert record == {"kind": "exact_match", "exact_match": 0.8, "num_questions": 5}

@@ -26,6 +26,28 @@ MODELS = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    "yarn": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 20,  # some of the samples are longer
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 5.0],
+        },
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
@@ -65,16 +87,17 @@ MODELS = {
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
 }
 MOE = ["qwen3moe", "mixtral"]
+SPLIT = [name for name in MODELS if name not in ("linear", "yarn")]  # the others differ in a layer
 SEQUENCE = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
 Layout = tuple[int, dict[str, Any], list[str]]
 LAYOUTS: dict[str, Layout] = {  # ranks, parallel section, models
     "one": (1, {}, list(MODELS)),
     "tp2": (2, {"tensor": 2}, ["tied", "untied", "qwen2"]),
-    "tp2-sequence": (2, SEQUENCE, list(MODELS)),
+    "tp2-sequence": (2, SEQUENCE, SPLIT),
     "tp2-sequence-etp2": (2, SEQUENCE | {"expert_tensor": 2}, MOE),
     "tp2-sequence-ep2": (2, SEQUENCE | {"expert": 2}, MOE),
     "ep2": (2, {"expert": 2, "distributed_optimizer": False}, MOE),
-    "pp2": (2, {"pipeline": 2}, list(MODELS)),
+    "pp2": (2, {"pipeline": 2}, SPLIT),
 }
 SLOW_LAYOUTS: dict[str, Layout] = {
     "tp2-pp2-sequence": (4, SEQUENCE | {"pipeline": 2}, list(MODELS)),

@@ -230,14 +230,38 @@ def test_nor_do_they_with_experts(
             assert got == pytest.approx(expected, rel=1e-5), f"rank {rank}"
 
 
+CAPPED = {
+    "model_type": "gemma2",
+    "head_dim": 16,
+    "sliding_window": 9,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+}
+LONGROPE = {
+    "model_type": "phi3",
+    "original_max_position_embeddings": 20,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 500.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [1.0, 3.0, 5.0, 9.0],
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "layout", ["cp2", pytest.param("tp2-pp2-sequence", marks=pytest.mark.slow)]
+    ("options", "layout"),
+    [
+        (CAPPED, "cp2"),
+        (LONGROPE, "cp2"),
+        pytest.param(CAPPED, "tp2-pp2-sequence", marks=pytest.mark.slow),
+        pytest.param(LONGROPE, "cp2-pp2-vpp2", marks=pytest.mark.slow),
+    ],
 )
-def test_nor_do_they_with_windows_and_soft_caps(
-    rank_pool: RankPool, tmp_path: Path, layout: str
+def test_nor_do_they_with_windows_soft_caps_and_positions_by_length(
+    rank_pool: RankPool, tmp_path: Path, options: Section, layout: str
 ) -> None:
-    options = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
-    save_tiny_llama(tmp_path, "gemma2", head_dim=16, sliding_window=9, **options)
+    save_tiny_llama(tmp_path, **options)
     (truth,) = rank_pool.run(1, run_steps, str(tmp_path), BFD, 1, {}, {})
     world_size, *arguments = LAYOUTS[layout]
     for steps in rank_pool.run(world_size, run_steps, str(tmp_path), *arguments):

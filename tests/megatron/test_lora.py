@@ -461,6 +461,16 @@ def test_a_resumed_run_is_bit_identical(
             assert torch.equal(value, expected[name]), name
             assert "lora_B" not in name or value.any(), name
 
+    if dtype == "bf16":  # one process, without optimizer: the same as at the end of the run
+        from sft_fast.cli import main
+
+        again = tmp_path / "again"
+        assert main(["export", str(tmp_path / "unbroken"), "--to", str(again)]) == 0
+        exported = load_file(again / "model.safetensors")
+        expected = load_file(tmp_path / "unbroken/export/model.safetensors")
+        assert exported.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in exported.items())
+
     names = saved_names(tmp_path / "unbroken/checkpoints/step_00000004")
     weights = {name for name in names if name.startswith(("decoder", "embedding", "output"))}
     assert weights and all(".lora_" in name for name in weights), weights
@@ -521,6 +531,16 @@ def test_adapters_are_refused_on_another_base(
 def test_dora_with_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lora\.dora"):
         make_config(lora={"rank": 2, "dora": True, "dropout": 0.1})
+
+
+def test_adapters_of_fused_matrices_are_refused_before_the_start() -> None:
+    from sft_fast.architecture import Architecture
+    from sft_fast.layout import layout_problems
+
+    phi = Architecture(99, 32, 4, 4, 2, 48, 8, 128, family="Phi3ForCausalLM")
+    (problem,) = layout_problems(phi, make_config(lora={"rank": 2}))
+    assert problem.keys == ("lora.rank", "model.path") and "one matrix" in str(problem)
+    assert not list(layout_problems(phi, make_config()))
 
 
 def test_a_stage_without_adapters_is_refused() -> None:

@@ -1,0 +1,58 @@
+"""The `("megatron", "export")` trainer: a checkpoint's weights as a Hugging Face model.
+
+Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
+"""
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sft_fast.config import Config
+from sft_fast.megatron.checkpoint import SHARDING, newest_whole_checkpoint
+from sft_fast.megatron.export import export_model
+from sft_fast.megatron.hf import load_weights
+from sft_fast.megatron.inputs import read_inputs
+from sft_fast.megatron.lora import add_adapters, is_adapter
+from sft_fast.megatron.model import SFTModel, build_model
+from sft_fast.megatron.parallel import init_parallel
+from sft_fast.megatron.shards import load_state
+
+logger = logging.getLogger(__name__)
+
+
+def export(config: Config) -> int:
+    """Writes <output_dir>/export from the checkpoint that `checkpoint.resume` names.
+
+    Returns: the process exit code, 0.
+
+    Raises:
+        ValueError: the checkpoint does not hold this model, or the export is not what it holds.
+    """
+    parallel = init_parallel(config)
+    inputs = read_inputs(config)
+    checkpoint = newest_whole_checkpoint(
+        [Path(config.checkpoint.resume)], logger.warning, config.checkpoint.timeout_minutes * 60
+    )
+    assert checkpoint is not None, "one was named"
+    architecture, is_lora = inputs.model.architecture, config.lora.rank > 0
+    models = build_model(architecture, config, parallel)
+    for number, model in enumerate(models):
+        if is_lora:
+            load_weights(model, inputs.model.weights, architecture, parallel)
+            add_adapters(model, architecture, config, parallel)
+        load_trained(model, number, checkpoint, is_lora)
+    export_model(models, Path(config.output_dir) / "export", inputs, config, parallel)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def load_trained(model: SFTModel, number: int, checkpoint: Path, is_lora: bool) -> None:
+    """Fills chunk `number` from a checkpoint; of a run with LoRA it holds the adapters only."""
+    tensors = model.sharded_state_dict(metadata=dict(SHARDING))
+    if is_lora:
+        tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+    chunk = f"chunk{number}"
+    loaded = load_state(checkpoint, {"model": {chunk: tensors}})["model"][chunk]
+    model.load_state_dict(loaded, strict=not is_lora)
