@@ -47,7 +47,7 @@ PARTS = {
     *(r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+", "[一-龥぀-ゟ゠-ヿ]+"),
 }
 """Of the pre-tokenizers of GPT-2, Llama 3, Qwen 2 and 3, GPT-4o, Mistral's Tekken, DeepSeek."""
-MOST_PIECES = 1 << 16
+MOST_PIECES = 1 << 17
 LONGEST_KEPT = 64
 """Characters; a longer piece hardly comes again."""
 PIECES_AT_ONCE = 256
@@ -56,7 +56,7 @@ PIECES_AT_ONCE = 256
 class PieceTokenizer:
     """Tokenises texts that share their words.
 
-    Keeps at most about MOST_PIECES pieces and their ids: some 10 MB.
+    Keeps at most about MOST_PIECES pieces and their ids: some 30 MB.
     """
 
     def __init__(
