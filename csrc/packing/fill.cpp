@@ -11,7 +11,9 @@
 namespace sft_fast {
 namespace {
 
-constexpr size_t kPrefetchDistance = 4;
+constexpr size_t kPrefetchDistance = 2;
+constexpr int64_t kPrefetchTokens = 128;
+constexpr int64_t kTokensPerLine = 16;
 constexpr int64_t kMaxCpSize = int64_t{1} << 16;
 constexpr int64_t kMaxAlignment = int64_t{1} << 24;
 
@@ -107,8 +109,25 @@ int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> samp
   return longest;
 }
 
+// Code compiled for several instruction sets; the loader takes the best. All of a row is one such
+// function, because a call of each loop costs as much as the loop where samples are short.
+// Sanitizers are not ready yet when it chooses.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(SFT_FAST_SANITIZE) && \
+    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#define SFT_FAST_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SFT_FAST_CLONES
+#endif
+#if defined(__GNUC__)
+#define SFT_FAST_INLINE __attribute__((always_inline)) inline
+#else
+#define SFT_FAST_INLINE inline
+#endif
+
 // Returns the first t in [begin, end) whose bit differs from `value`, or end.
-int64_t run_end(std::span<const uint8_t> bits, int64_t begin, int64_t end, bool value) {
+SFT_FAST_INLINE int64_t run_end(std::span<const uint8_t> bits, int64_t begin, int64_t end,
+                                bool value) {
   static_assert(std::endian::native == std::endian::little);
   const uint64_t flip = value ? ~uint64_t{0} : 0;
   int64_t t = begin;
@@ -128,18 +147,8 @@ int64_t run_end(std::span<const uint8_t> bits, int64_t begin, int64_t end, bool 
   return end;
 }
 
-// The loops that take the time, compiled for several instruction sets; the loader takes the best.
-// Sanitizers are not ready yet when it chooses.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(SFT_FAST_SANITIZE) && \
-    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
-#define SFT_FAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SFT_FAST_CLONES
-#endif
-
 // Returns all ids or-ed.
-SFT_FAST_CLONES uint32_t copy_ids(const uint32_t* __restrict from, int64_t count,
+SFT_FAST_INLINE uint32_t copy_ids(const uint32_t* __restrict from, int64_t count,
                                   int32_t* __restrict to) {
   uint32_t any = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -149,26 +158,26 @@ SFT_FAST_CLONES uint32_t copy_ids(const uint32_t* __restrict from, int64_t count
   return any;
 }
 
-SFT_FAST_CLONES uint32_t copy_ids(const uint32_t* __restrict from, int64_t count,
+SFT_FAST_INLINE uint32_t copy_ids(const uint32_t* __restrict from, int64_t count,
                                   int64_t* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   return 0;
 }
 
-SFT_FAST_CLONES void count_up(int32_t first, int64_t count, int32_t* __restrict to) {
+SFT_FAST_INLINE void count_up(int32_t first, int64_t count, int32_t* __restrict to) {
   const auto last = static_cast<int32_t>(count);
   for (int32_t i = 0; i < last; ++i) to[i] = first + i;
 }
 
-SFT_FAST_CLONES void count_up(int64_t first, int64_t count, int64_t* __restrict to) {
+SFT_FAST_INLINE void count_up(int64_t first, int64_t count, int64_t* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = first + i;
 }
 
-SFT_FAST_CLONES void repeat(int32_t value, int64_t count, int32_t* __restrict to) {
+SFT_FAST_INLINE void repeat(int32_t value, int64_t count, int32_t* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-SFT_FAST_CLONES void repeat(int64_t value, int64_t count, int64_t* __restrict to) {
+SFT_FAST_INLINE void repeat(int64_t value, int64_t count, int64_t* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
@@ -185,15 +194,28 @@ float from_half(uint16_t bits) {
   return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
 
-float checked_weight(const TokenStoreView& store, int64_t t) {
-  const float weight = from_half(store.weights[static_cast<size_t>(t)]);
-  if (!(weight > 0.0f) || weight > std::numeric_limits<float>::max()) {
-    fail("the token store is damaged: token " + std::to_string(t) +
-         " is supervised with the weight " + std::to_string(weight) +
-         "; expected a positive number");
-  }
-  return weight;
+float weight_of(const TokenStoreView& store, int64_t t) {
+  return from_half(store.weights[static_cast<size_t>(t)]);
 }
+
+bool is_valid_weight(float weight) {
+  return weight > 0.0f && weight <= std::numeric_limits<float>::max();
+}
+
+[[noreturn]] void fail_on_weight(const TokenStoreView& store, int64_t t) {
+  fail("the token store is damaged: token " + std::to_string(t) +
+       " is supervised with the weight " + std::to_string(weight_of(store, t)) +
+       "; expected a positive number");
+}
+
+// What a row holds, and what is wrong with it: code compiled for several instruction sets must not
+// throw, or the program is ended.
+struct RowResult {
+  int64_t num_tokens = 0;
+  int64_t num_supervised = 0;
+  uint32_t all_ids = 0;     // or-ed, where rows are int32
+  int64_t bad_weight = -1;  // the first target whose weight is not positive and finite
+};
 
 // Writes a row from left to right.
 template <typename Id>
@@ -203,7 +225,7 @@ class RowWriter {
       : store_(store), ignore_index_(static_cast<Id>(ignore_index)), out_(out) {}
 
   // Appends positions [begin, end) of the slot of the sample that is store[first, last).
-  void append(int64_t first, int64_t last, int64_t begin, int64_t end) {
+  SFT_FAST_INLINE void append(int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t length = last - first;
     const int64_t num_real = std::clamp(length - begin, int64_t{0}, end - begin);
     copy_tokens(first + begin, num_real);
@@ -212,33 +234,29 @@ class RowWriter {
     const int64_t num_labels = std::clamp(length - 1 - begin, int64_t{0}, end - begin);
     label(first + begin + 1, num_labels);
     ignore(row_ + num_labels, row_ + (end - begin));
-    num_tokens_ += num_real;
+    result_.num_tokens += num_real;
     row_ += num_real;
     const int64_t num_padding = end - begin - num_real;
     repeat(Id{0}, num_padding, out_.tokens.data() + row_);
     row_ += num_padding;
   }
 
-  void pad() {
+  SFT_FAST_INLINE void pad() {
     const auto num_rows = static_cast<int64_t>(out_.tokens.size());
     repeat(Id{0}, num_rows - row_, out_.tokens.data() + row_);
     repeat(Id{0}, num_rows - row_, out_.position_ids.data() + row_);
     ignore(row_, num_rows);
   }
 
-  int64_t num_tokens() const { return num_tokens_; }
-  int64_t num_supervised() const { return num_supervised_; }
+  const RowResult& result() const { return result_; }
 
  private:
-  void copy_tokens(int64_t t, int64_t count) {
-    const uint32_t any = copy_ids(store_.tokens.data() + t, count, out_.tokens.data() + row_);
-    if (any > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
-      fail("the token store holds an id of 2^31 or more; int32 rows cannot");
-    }
+  SFT_FAST_INLINE void copy_tokens(int64_t t, int64_t count) {
+    result_.all_ids |= copy_ids(store_.tokens.data() + t, count, out_.tokens.data() + row_);
   }
 
   // Labels `count` rows from row_ on with the tokens from t on.
-  void label(int64_t t, int64_t count) {
+  SFT_FAST_INLINE void label(int64_t t, int64_t count) {
     const std::span<const uint8_t> bits = store_.supervised_bits;
     const int64_t to_row = row_ - t;
     const int64_t end = t + count;
@@ -247,16 +265,19 @@ class RowWriter {
       ignore(t + to_row, first + to_row);
       t = run_end(bits, first, end, true);
       copy_ids(store_.tokens.data() + first, t - first, out_.labels.data() + (first + to_row));
-      count_up(first + to_row, t - first, out_.active_rows.data() + num_supervised_);
+      count_up(first + to_row, t - first, out_.active_rows.data() + result_.num_supervised);
       if (!out_.weights.empty()) {
         float* weights = out_.weights.data() + to_row;
-        for (int64_t i = first; i < t; ++i) weights[i] = checked_weight(store_, i);
+        for (int64_t i = first; i < t; ++i) {
+          weights[i] = weight_of(store_, i);
+          if (result_.bad_weight < 0 && !is_valid_weight(weights[i])) result_.bad_weight = i;
+        }
       }
-      num_supervised_ += t - first;
+      result_.num_supervised += t - first;
     }
   }
 
-  void ignore(int64_t begin, int64_t end) {
+  SFT_FAST_INLINE void ignore(int64_t begin, int64_t end) {
     repeat(ignore_index_, end - begin, out_.labels.data() + begin);
     if (!out_.weights.empty()) {
       std::fill(out_.weights.begin() + begin, out_.weights.begin() + end, 0.0f);
@@ -267,30 +288,24 @@ class RowWriter {
   Id ignore_index_;
   const MicroBatchView<Id>& out_;
   int64_t row_ = 0;
-  int64_t num_tokens_ = 0;
-  int64_t num_supervised_ = 0;
+  RowResult result_;
 };
 
 // Samples lie anywhere in a store that is larger than any cache: their first lines are asked for
 // early, the hardware finds the rest.
-void prefetch(const TokenStoreView& store, int64_t id) {
+SFT_FAST_INLINE void prefetch(const TokenStoreView& store, int64_t id) {
   const int64_t begin = store.offsets[static_cast<size_t>(id)];
-  __builtin_prefetch(store.tokens.data() + begin);
+  const int64_t end = std::min(store.offsets[static_cast<size_t>(id) + 1], begin + kPrefetchTokens);
+  for (int64_t t = begin; t < end; t += kTokensPerLine) {
+    __builtin_prefetch(store.tokens.data() + t);
+  }
   __builtin_prefetch(store.supervised_bits.data() + begin / 8);
 }
 
-}  // namespace
-
 template <typename Id>
-MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const int64_t> sample_ids,
-                                  int64_t ignore_index, const RowLayout& layout,
-                                  const MicroBatchView<Id>& out) {
-  check_layout(layout);
-  check_buffers(store, sample_ids.size(), layout, out);
-  if (!std::in_range<Id>(ignore_index)) {
-    fail("ignore_index is " + std::to_string(ignore_index) + "; the labels' type cannot hold it");
-  }
-  const int64_t max_seqlen = check_samples(store, sample_ids, layout, out.tokens.size());
+SFT_FAST_INLINE RowResult write_row(const TokenStoreView& store,
+                                    std::span<const int64_t> sample_ids, int64_t ignore_index,
+                                    const RowLayout& layout, const MicroBatchView<Id>& out) {
   RowWriter<Id> writer(store, ignore_index, out);
   out.cu_seqlens[0] = 0;
   for (size_t i = 0; i < sample_ids.size(); ++i) {
@@ -312,7 +327,39 @@ MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const i
     out.cu_seqlens[i + 1] = out.cu_seqlens[i] + static_cast<int32_t>(slot);
   }
   writer.pad();
-  return {writer.num_tokens(), writer.num_supervised(), max_seqlen};
+  return writer.result();
+}
+
+SFT_FAST_CLONES RowResult write(const TokenStoreView& store, std::span<const int64_t> sample_ids,
+                                int64_t ignore_index, const RowLayout& layout,
+                                const MicroBatchView<int32_t>& out) {
+  return write_row(store, sample_ids, ignore_index, layout, out);
+}
+
+SFT_FAST_CLONES RowResult write(const TokenStoreView& store, std::span<const int64_t> sample_ids,
+                                int64_t ignore_index, const RowLayout& layout,
+                                const MicroBatchView<int64_t>& out) {
+  return write_row(store, sample_ids, ignore_index, layout, out);
+}
+
+}  // namespace
+
+template <typename Id>
+MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const int64_t> sample_ids,
+                                  int64_t ignore_index, const RowLayout& layout,
+                                  const MicroBatchView<Id>& out) {
+  check_layout(layout);
+  check_buffers(store, sample_ids.size(), layout, out);
+  if (!std::in_range<Id>(ignore_index)) {
+    fail("ignore_index is " + std::to_string(ignore_index) + "; the labels' type cannot hold it");
+  }
+  const int64_t max_seqlen = check_samples(store, sample_ids, layout, out.tokens.size());
+  const RowResult row = write(store, sample_ids, ignore_index, layout, out);
+  if (row.all_ids > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
+    fail("the token store holds an id of 2^31 or more; int32 rows cannot");
+  }
+  if (row.bad_weight >= 0) fail_on_weight(store, row.bad_weight);
+  return {row.num_tokens, row.num_supervised, max_seqlen};
 }
 
 void count_targets(const TokenStoreView& store, std::span<int32_t> counts,
@@ -331,7 +378,11 @@ void count_targets(const TokenStoreView& store, std::span<int32_t> counts,
       t = run_end(bits, first, end, true);
       count += t - first;
       if (weights.empty()) continue;
-      for (int64_t i = first; i < t; ++i) weight += checked_weight(store, i);
+      for (int64_t i = first; i < t; ++i) {
+        const float one = weight_of(store, i);
+        if (!is_valid_weight(one)) fail_on_weight(store, i);
+        weight += one;
+      }
     }
     if (count > std::numeric_limits<int32_t>::max()) {
       fail("sample " + std::to_string(id) + " has " + std::to_string(count) +
