@@ -27,6 +27,7 @@ STYLES = {
     "masked": "bright_black",
     "masked special": "magenta",
 }
+KEPT = "\n\t\u200c\u200d"
 # Where there are no colours, trained text stands between these.
 MARKS = ("\u27e6", "\u27e7")
 
@@ -105,8 +106,8 @@ def sample_text(sample: Shown, in_colours: bool) -> Text:
         if not in_colours and is_trained != was_trained:
             text.append(MARKS[0] if is_trained else MARKS[1])
         was_trained = is_trained
-        # Control characters of the data would reach the terminal.
-        plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in part)
+        # Control characters of the data would reach the terminal; joiners only make one character.
+        plain = "".join(c if c.isprintable() or c in KEPT else "\ufffd" for c in part)
         text.append(plain, STYLES[kind] if in_colours else "")
     if not in_colours and was_trained:
         text.append(MARKS[1])

@@ -101,11 +101,11 @@ def test_nothing_usable_still_says_why(tmp_path: Path, capsys: pytest.CaptureFix
 def test_without_colours_trained_text_stands_between_marks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_chats(tmp_path, ("hi \x1b[31m", "ho"))
+    path = write_chats(tmp_path, ("hi \x1b[31m \u202e", "ho 👩\u200d👧"))
     assert main(["preview", "demo", f"data.train={path}"]) == 0
     text = capsys.readouterr().out
-    assert "<|im_start|>assistant\n⟦ho<|im_end|>⟧" in text
-    assert "\x1b" not in text
+    assert "<|im_start|>assistant\n⟦ho 👩\u200d👧<|im_end|>⟧" in text
+    assert "\x1b" not in text and "\u202e" not in text
     assert "1 samples, " in text and "of 256 tokens" in text
 
 
