@@ -6,6 +6,7 @@ pytest benchmarks/bench_packing.py -m "not slow"
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,20 @@ def fastest_s(benchmark: BenchmarkFixture) -> float:
     return float(benchmark.stats.stats.min)
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Resident memory that a call needs at most, beyond what was there before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_resident_bytes()
+    kept = function()
+    peak = peak_resident_bytes() - before
+    del kept
+    return peak
+
+
+def peak_resident_bytes() -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def loads(plan: BinPlan, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.add.reduceat(lengths[plan.sample_ids].astype(np.int64), plan.bin_offsets[:-1])
 
@@ -82,12 +97,13 @@ def test_plan(
     oracle_s = seconds(lambda: best_fit_decreasing(few.tolist(), capacity), rounds=1)
     ns_per_sample = fastest_s(benchmark) / num_samples * 1e9
     bound = -(-int(lengths.sum(dtype=np.int64)) // capacity)
-    outputs = (plan.sample_ids, plan.bin_offsets, plan.order)
     benchmark.extra_info.update(
         ns_per_sample=round(ns_per_sample, 2),
         bins_over_bound=round(plan.num_bins / bound - 1, 6),
         length_correlation=round(length_correlation(plan, lengths), 3),
-        bytes=lengths.nbytes + sum(array.nbytes for array in outputs),
+        peak_bytes_per_sample=round(
+            peak_bytes(lambda: plan_bins(lengths, capacity, strategy)) / num_samples, 1
+        ),
         times_oracle_per_sample=round(oracle_s / NUM_ORACLE_SAMPLES * 1e9 / ns_per_sample),
     )
 
