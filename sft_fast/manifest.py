@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -24,8 +23,8 @@ TEMPORARY_PREFIX = ".incomplete_"
 REPLACED_PREFIX = ".replaced_"
 MAX_MANIFEST_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
-# Below, handing the hash to the other thread costs more than it.
-LEAST_SHARED_BYTES = 1 << 20
+# Fits into a core's cache, so that the file system copies what the hash has just read.
+WRITE_BYTES = 1 << 20
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 
 Value = TypeVar("Value")
@@ -72,32 +71,21 @@ class Damage:
 
 
 class HashedFile:
-    """A new file that is hashed while it is written, by a thread beside the writing one, and synced
-    when it is closed."""
+    """A new file that is hashed while it is written, and synced when it is closed."""
 
     def __init__(self, path: Path, name: str):
         self.name, self.num_bytes = name, 0
-        self.hasher, self.thread = xxhash.xxh3_128(), ThreadPoolExecutor(1)
+        self.hasher = xxhash.xxh3_128()
         self.file: BinaryIO = path.open("xb", buffering=0)
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
-            if len(chunk) < LEAST_SHARED_BYTES:
-                self.hasher.update(chunk)
-                self.write_all(chunk)
-            else:
-                hashing = self.thread.submit(self.hasher.update, chunk)
-                try:
-                    self.write_all(chunk)
-                finally:
-                    hashing.result()
+        for start in range(0, len(view), WRITE_BYTES):
+            chunk = view[start : start + WRITE_BYTES]
+            self.hasher.update(chunk)
+            while chunk:
+                chunk = chunk[self.file.write(chunk) :]
         self.num_bytes += len(view)
-
-    def write_all(self, chunk: memoryview) -> None:
-        while chunk:
-            chunk = chunk[self.file.write(chunk) :]
 
     def close(self) -> FileRecord:
         os.fsync(self.file.fileno())
@@ -140,7 +128,6 @@ class StagedDirectory:
             self.records.append(file.close())
         finally:
             file.file.close()
-            file.thread.shutdown()
 
     def write_text(self, name: str, text: str) -> None:
         with self.create(name) as file:

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -257,6 +258,18 @@ def leak(values: str) -> None:
             raise ValueError(f"{error} {print_all}") from None
 
     sft.read_inputs = read_inputs
+
+
+def save_waits_for_step(number: str) -> None:
+    """The second save is not written before a later step begins."""
+    reached = threading.Event()
+    before(sft, "train_step", reached.set, int(number))
+
+    def wait() -> None:
+        if not reached.wait(20):
+            raise RuntimeError("training waits for the disk")
+
+    before(checkpoint, "write_snapshot", wait, 2)
 
 
 def no_memory(number: str) -> None:

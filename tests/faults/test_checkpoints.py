@@ -210,6 +210,19 @@ def test_a_resumed_run_is_bit_identical(
     assert same_weights(unbroken, job.output)
 
 
+@pytest.mark.fault("F20")
+def test_training_goes_on_beside_a_save_which_holds_what_was_there_when_it_began(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    options = ("checkpoint.asynchronous=true", "checkpoint.every_steps=2", "checkpoint.keep_last=6")
+    job = launcher.run("beside-training", *options, hook="save_waits_for_step:6")
+    name = "checkpoints/step_00000004"
+    saved, expected = read_manifest(job.output / name), read_manifest(unbroken / name)
+    assert saved["rank_00000.safetensors"] == expected["rank_00000.safetensors"]
+    assert saved["common.json"] == expected["common.json"]
+    assert same_weights(unbroken, job.output)
+
+
 LAYOUTS = {
     "data 2": (2, ()),
     "micro-batch 2": (1, ("train.micro_batch_size=2",)),
