@@ -11,7 +11,6 @@ first that fails or has to leave says so, the others follow. Nothing here import
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import math
@@ -30,6 +29,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from sft_fast.processes import die_with_parent, end_children, is_alive, is_stopped
 from sft_fast.redact import redact
 from sft_fast.run_lock import HEARTBEAT_S, RunLock, check_output_dir
 
@@ -57,7 +57,6 @@ OUT_OF_MEMORY_HINT = (
     "\nlower train.micro_batch_size or packing.capacity, or set model.recompute=full; "
     "parallel.tensor and parallel.pipeline spread the model over more ranks"
 )
-PR_SET_PDEATHSIG = 1
 
 
 class Watch:
@@ -259,6 +258,9 @@ class Watch:
             if announced is not None:
                 self.is_closed.wait(FOLLOW_S if patient else 0.0)
                 if not self.is_closed.is_set():
+                    code = announced.get("exit_code", code)
+                    if code == EXIT_HANG:
+                        self.dump_stacks()
                     self.leave(state, code, announced["cause"])
         for rank, peer in dead:
             cause = f"process {peer['pid']} of rank {rank} is gone: killed, or crashed"
@@ -353,7 +355,7 @@ class Watch:
         # So that every rank dumps, and says how far it is, before torchrun ends the others.
         self.is_closed.wait(FOLLOW_S)
         cause = f"no step ended for {silent_s:.0f} s; {self.suspects()}"
-        if self.fail(cause):
+        if self.fail(cause, exit_code=EXIT_HANG):
             say(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")
         self.leave("failed", EXIT_HANG, cause)
 
@@ -362,7 +364,8 @@ class Watch:
         now, peers = time.time(), self.peers()
         limit_s = 3 * self.publish_every_s
         silent = [rank for rank, peer in peers if now - peer["time"] > limit_s]
-        stopped = [rank for rank, peer in peers if is_stopped(peer)]
+        host = socket.gethostname()
+        stopped = [r for r, peer in peers if peer["host"] == host and is_stopped(peer["pid"])]
         if stopped:
             return f"ranks that are stopped by a signal: {sorted(stopped)}"
         if silent:
@@ -483,40 +486,12 @@ def launch_name() -> tuple[str, str]:
     return f"{job}-attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", job
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Asks Linux for a signal when the parent ends; elsewhere does nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
     """None when it is not there, or half-written as some file systems show it for a moment."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def is_stopped(peer: dict[str, Any]) -> bool:
-    if peer["host"] != socket.gethostname():
-        return False
-    try:
-        return psutil.Process(peer["pid"]).status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
-
-
-def end_children() -> None:
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
 
 
 def take(path: Path) -> bool:

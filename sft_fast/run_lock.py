@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from sft_fast.processes import start_of
 
 LOCK_FILE = ".lock"
 HEARTBEAT_S = 10.0
@@ -120,23 +121,6 @@ def is_abandoned(path: Path, holder: dict[str, Any], job: str) -> bool:
         return file_system_time(path.parent) - path.stat().st_mtime > STALE_S
     except FileNotFoundError:
         return True
-
-
-def start_of(pid: int) -> float:
-    """When a process started: on Linux in clock ticks since boot, which setting the clock does not
-    change as it changes psutil's create_time.
-
-    Raises:
-        psutil.NoSuchProcess: there is none.
-    """
-    if sys.platform != "linux":
-        return psutil.Process(pid).create_time()
-    try:
-        # The name of the program, in brackets, may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        raise psutil.NoSuchProcess(pid) from None
-    return float(fields[19])
 
 
 def file_system_time(folder: Path) -> float:

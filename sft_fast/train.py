@@ -17,8 +17,9 @@ if sys.path and sys.path[0] == str(FOLDER):
     sys.path[0] = str(FOLDER.parent)
 
 from sft_fast.config import load_config  # noqa: E402
-from sft_fast.failure import die_with_parent, watching  # noqa: E402
+from sft_fast.failure import watching  # noqa: E402
 from sft_fast.kernel_cache import use_private_cache  # noqa: E402
+from sft_fast.processes import die_with_parent  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
 from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
 from sft_fast.telemetry import switch_off  # noqa: E402

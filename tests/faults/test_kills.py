@@ -283,7 +283,8 @@ def test_a_signal_waits_for_a_save_in_the_background(launcher: Launcher, unbroke
 ORPHAN = """
 import os, signal, sys, time
 from pathlib import Path
-from sft_fast.failure import die_with_parent, watching
+from sft_fast.failure import watching
+from sft_fast.processes import die_with_parent
 child = os.fork()
 if child:
     print(child, flush=True)

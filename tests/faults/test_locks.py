@@ -11,7 +11,8 @@ import pytest
 
 from faults.launcher import Launcher
 from sft_fast.failure import watching
-from sft_fast.run_lock import STALE_S, RunLock, check_output_dir, start_of
+from sft_fast.processes import start_of
+from sft_fast.run_lock import STALE_S, RunLock, check_output_dir
 
 
 def foreign(folder: Path, **holder: object) -> Path:

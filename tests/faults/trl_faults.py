@@ -335,7 +335,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"trl {trl.__version__}, transformers {transformers.__version__}, "
           f"torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)  # fmt: skip
-    shutil.rmtree(arguments.work, ignore_errors=True)
+    if arguments.work.exists():
+        parser.error(f"{arguments.work} exists; name a new directory")
     lab = Lab(arguments.work)
     print(f"unbroken: {lab.run('unbroken')}", flush=True)
     lab.run("again", at_step(5, die))
