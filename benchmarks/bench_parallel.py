@@ -383,7 +383,7 @@ def save_in_background(case: Case, sections: Section, folder: str, rounds: int) 
     num_tokens = 2 * num_steps * config.train.global_batch_size * config.packing.capacity
     store = make_store(architecture.vocab_size, num_tokens, config.packing.capacity)
     plan = make_plan(store, config, architecture)
-    checkpoints = CheckpointWriter(Path(folder), config.checkpoint, print)
+    checkpoints = CheckpointWriter(Path(folder), config.checkpoint, print, run.copier)
     stalls, steps, saves = [], [], []
     with sft.open_batches(store, plan, range(num_steps), config, parallel) as batches:
         for step in range(num_steps):

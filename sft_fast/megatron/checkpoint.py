@@ -5,19 +5,16 @@ later damages it is found before it is loaded. What is in it: shards.py. A run m
 parallel sizes.
 """
 
-import contextlib
 import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
 
@@ -31,13 +28,23 @@ from sft_fast.manifest import (
     staged_directory,
 )
 from sft_fast.megatron.exchange import StoreExchange
+from sft_fast.megatron.host_snapshot import HostCopier
 from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.optim import torch_adam_parts
+from sft_fast.megatron.optimizer_shards import (
+    SHARDING,
+    is_distributed,
+    load_optimizer,
+    load_weights,
+    state_to_save,
+)
 from sft_fast.megatron.shards import (
+    ShardReader,
     Snapshot,
     check_complete,
     load_state,
+    read_common,
     take_snapshot,
     write_snapshot,
 )
@@ -45,9 +52,6 @@ from sft_fast.megatron.shards import (
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "train_state.json"
-# The one optimizer layout that loads at any data-parallel size. megatron adds process groups to the
-# mapping it is given, so it gets copies.
-SHARDING: Mapping[str, str] = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -68,29 +72,26 @@ class TrainState:
     """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
 
 
-def sharded_state(
-    model: ModuleList,
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
-    is_loading: bool,
-) -> dict[str, Any]:
-    """The state dict of this rank, in dist_checkpointing's sharded form.
-
-    With LoRA it holds the adapters and their optimizer state, no base weights.
-    """
-    weights: Any = {}
+def model_weights(model: ModuleList) -> dict[str, Any]:
+    """The weights of each chunk in dist_checkpointing's sharded form; with LoRA, the adapters."""
+    weights = {}
     for number, chunk in enumerate(model):
         tensors = unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING))
         if has_adapters(model):
             tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
         weights[f"chunk{number}"] = tensors
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=dict(SHARDING)
-        ),
-        "lr_schedule": schedule.state_dict(),
-    }
+    return weights
+
+
+def sharded_state(
+    model: ModuleList, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+) -> dict[str, Any]:
+    """What this rank saves, in dist_checkpointing's sharded form; its tensors stay where they are.
+
+    With LoRA it holds the adapters and their optimizer state, no base weights.
+    """
+    state = state_to_save(model_weights(model), optimizer)
+    return {**state, "lr_schedule": schedule.state_dict()}
 
 
 class CheckpointWriter:
@@ -99,8 +100,20 @@ class CheckpointWriter:
     A save that fails is reported and training goes on, until `max_failures` in a row or the last.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        copier: HostCopier,
+    ):
+        """
+        Args:
+            copier: the one whose `before_update` comes before each optimizer update.
+        """
         self.folder, self.config, self.say = folder, config, say
+        self.copier = copier
+        copier.say = say
         self.num_failures = 0
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -108,7 +121,7 @@ class CheckpointWriter:
         self.saved_step: int | None = None
 
     def save(self, state: TrainState, sharded: dict[str, Any], is_last: bool = False) -> None:
-        """Writes `folder/step_<n>`; with `asynchronous` returns after a copy to host memory.
+        """Writes `folder/step_<n>`; with `asynchronous` a thread does, from a copy in host memory.
 
         Raises:
             OSError: the disk is full or not writable, and it was the last save or one failure too
@@ -117,7 +130,7 @@ class CheckpointWriter:
         """
         self.finish()
         in_background = self.config.asynchronous and not is_last
-        snapshot = take_snapshot(sharded, keep=in_background)
+        snapshot = take_snapshot(sharded, self.copier if in_background else None)
         exchange = StoreExchange("save", self.config.timeout_minutes * 60)
         self.saving = checkpoint_path(self.folder, state.step)
         # A thread, so that a write which never returns does not take the time limit with it.
@@ -134,6 +147,7 @@ class CheckpointWriter:
         """Runs in the thread."""
         try:
             needed = snapshot.num_bytes
+            self.copier.wait()
             with staged_directory(final, exchange, needed, check_complete) as stage:
                 write_snapshot(snapshot, stage, exchange.rank)
                 if exchange.rank == 0:
@@ -277,37 +291,20 @@ def load_checkpoint(
     schedule: OptimizerParamScheduler,
 ) -> None:
     """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
-    request = sharded_state(model, optimizer, schedule, is_loading=True)
-    loaded = load_state(checkpoint, request)
-    for number, chunk in enumerate(model):
-        weights = loaded["model"][f"chunk{number}"]
-        unwrap(chunk).load_state_dict(weights, strict=not has_adapters(model))
-    with torch_adam_loads():
+    weights = model_weights(model)
+    common = read_common(checkpoint)
+    with ShardReader(checkpoint) as reader:
+        for number, chunk in enumerate(model):
+            others = load_weights(weights[f"chunk{number}"], reader)
+            unwrap(chunk).load_state_dict(others, strict=False)
+        if is_distributed(optimizer):
+            load_optimizer(optimizer, common["optimizer"], weights, reader)
+    if not is_distributed(optimizer):
+        request = optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(SHARDING))
+        loaded = load_state(checkpoint, {"optimizer": request})
         optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counts(optimizer)
-    schedule.load_state_dict(loaded["lr_schedule"])
-
-
-@contextlib.contextmanager
-def torch_adam_loads() -> Iterator[None]:
-    """Lets megatron's reshardable load work with torch's AdamW.
-
-    torch keeps a step count per parameter, which megatron restores by itself and then, seen in
-    0.16.1 and 0.19.2, demands again from the sharded tensors, where it is not.
-    """
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        restored = {"step": state["step"]} if "step" in state else {}
-        original(self, model_param, restored | tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    try:
-        yield
-    finally:
-        DistributedOptimizer._set_main_param_and_optimizer_states = original
+    schedule.load_state_dict(common["lr_schedule"])
 
 
 def separate_step_counts(optimizer: MegatronOptimizer) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from sft_fast.megatron.device import free_memory
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
 from sft_fast.megatron.export import export_model
 from sft_fast.megatron.hf import WeightSource, load_weights
+from sft_fast.megatron.host_snapshot import HostCopier
 from sft_fast.megatron.inputs import read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
 from sft_fast.megatron.lora_export import export_adapter
@@ -76,6 +77,8 @@ class Run:
     """DistributedDataParallel parts: one, or one for each interleaved pipeline stage."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    copier: HostCopier = field(default_factory=HostCopier)
+    """What a save in the background still reads; the update waits for it."""
 
 
 def train_step(
@@ -107,6 +110,7 @@ def train_step(
         nonlocal verdict
         loss = float(total[0]) / (counts.loss_weight or 1.0)
         verdict = (True, "") if guard is None else guard.accepts(loss, grad_norm)
+        run.copier.before_update()
         return verdict[0]
 
     was_updated, grad_norm = step_if(run.optimizer, accepts)
@@ -250,7 +254,9 @@ def train(config: Config) -> int:
         metrics.say(f"resumed from {checkpoint} at step {start} of {num_steps}")
     if parallel.is_main:
         save_config(config, output / "config.yaml")
-    checkpoints = CheckpointWriter(output / "checkpoints", config.checkpoint, metrics.say)
+    checkpoints = CheckpointWriter(
+        output / "checkpoints", config.checkpoint, metrics.say, run.copier
+    )
     guard = Guard(config.guard, config.optim.clip_grad, state.guard)
 
     evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, standing)
@@ -295,6 +301,7 @@ def train(config: Config) -> int:
                 break
     metrics.end_progress()
     checkpoints.finish(is_last=True)
+    run.copier.release()
     if watch.all_stop:
         metrics.say(f"stopped at step {state.step} of {num_steps}; the same command goes on")
         return finish(metrics)
@@ -368,6 +375,5 @@ def load_best(run: Run, state: TrainState, config: Config, metrics: MetricsWrite
 
 def save_run(checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool) -> None:
     with current_watch().paused("save"):
-        gather_parameters(run.model)
-        parts = sharded_state(run.model, run.optimizer, run.schedule, is_loading=False)
+        parts = sharded_state(run.model, run.optimizer, run.schedule)
         checkpoints.save(state, parts, is_last)

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft_fast.manifest import HashedFile, StagedDirectory, read_manifest
+from sft_fast.megatron.host_snapshot import HostCopier
 
 COMMON_FILE = "common.json"
 DTYPE_NAMES = {
@@ -99,11 +100,11 @@ class Snapshot:
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
 
 
-def take_snapshot(state: dict[str, Any], keep: bool) -> Snapshot:
+def take_snapshot(state: dict[str, Any], copier: HostCopier | None = None) -> Snapshot:
     """What this rank has to write of a sharded state dict.
 
     Args:
-        keep: copy to host memory (page-locked beside a GPU), so that training may go on.
+        copier: copies the tensors to host memory, so that training may go on; None = as they are.
     """
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     tensors, objects = [], {}
@@ -114,18 +115,11 @@ def take_snapshot(state: dict[str, Any], keep: bool) -> Snapshot:
             objects[value.unique_key] = value.data
         else:
             tensors.append((Shard.of(value), value.data.detach()))
-    if keep:
-        tensors = [(shard, copy_to_host(tensor)) for shard, tensor in tensors]
+    if copier is not None:
+        copies = copier.copy([tensor for _, tensor in tensors])
+        tensors = [(shard, copy) for (shard, _), copy in zip(tensors, copies, strict=True)]
         objects, common = decode(encode(objects)), decode(encode(common))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
     return Snapshot(tensors, objects, common)
-
-
-def copy_to_host(tensor: Tensor) -> Tensor:
-    # torch caches page-locked blocks, so later snapshots do not pay for the locking again.
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def write_snapshot(snapshot: Snapshot, stage: StagedDirectory, rank: int) -> None:
@@ -294,6 +288,12 @@ def volume(first: Sizes, last: Sizes) -> int:
     return math.prod(b - a for a, b in zip(first, last, strict=True))
 
 
+def read_common(folder: Path) -> dict[str, Any]:
+    """What was equal on every rank."""
+    common: dict[str, Any] = decode(json.loads((folder / COMMON_FILE).read_text()))
+    return common
+
+
 def load_state(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Fills a sharded state dict from `folder`, as dist_checkpointing.load does.
 
@@ -301,7 +301,7 @@ def load_state(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         ValueError: the checkpoint does not hold what is asked for.
     """
     sharded, local, factories = load_preprocess(request)
-    state = decode(json.loads((folder / COMMON_FILE).read_text()))
+    state = read_common(folder)
     merge(state, local)
     sharded, _ = extract_sharded_base(sharded)
     with ShardReader(folder) as reader:

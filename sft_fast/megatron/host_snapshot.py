@@ -1,0 +1,113 @@
+"""Copies of a GPU's tensors in host memory that training does not wait for.
+
+The copies run on a stream of their own beside the next step's forward and backward. Only the
+optimizer's update changes what is copied, so only the update waits for them, on the GPU; the thread
+that writes waits on the host.
+"""
+
+import contextlib
+import mmap
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes between the first elements of two tensors is a multiple of this
+
+
+class HostBuffer:
+    """Host memory of an exact size, page-locked where that works.
+
+    torch's own page-locked memory comes in powers of two for each tensor, up to twice too much.
+    """
+
+    def __init__(self, num_bytes: int):
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Without large pages, locking them takes longer; a child process must not copy them.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with contextlib.suppress(AttributeError, OSError):
+                memory.madvise(getattr(mmap, advice))
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        status = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0)
+        self.is_locked = int(status) == 0
+        if not self.is_locked:
+            forget_last_error()
+
+    def release(self) -> None:
+        if self.is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            self.is_locked = False
+
+
+def forget_last_error() -> None:
+    """Takes the error of a call that failed, which else the next kernel would be blamed for."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+
+
+class HostCopier:
+    """The copies of one save after the other, in one buffer; a new save overwrites the last."""
+
+    def __init__(self, say: Callable[[str], None] = print):
+        self.say = say
+        self.buffer: HostBuffer | None = None
+        self.stream: torch.cuda.Stream | None = None
+        self.copied: torch.cuda.Event | None = None
+
+    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Starts copies of contiguous tensors and returns them; `wait` says when they are there.
+
+        Without a GPU's tensors they are made at once.
+        """
+        if not any(tensor.is_cuda for tensor in tensors):
+            return [tensor.detach().clone() for tensor in tensors]
+        hosts = self.places(tensors)
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for host, tensor in zip(hosts, tensors, strict=True):
+                host.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+                if tensor.is_cuda:
+                    tensor.record_stream(self.stream)
+            self.copied = self.stream.record_event()
+        return hosts
+
+    def places(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Host tensors of the same shapes, one after the other in the buffer."""
+        begins, end = [], 0
+        for tensor in tensors:
+            begins.append(end)
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        data = self.reserve(max(end, ALIGNMENT))
+        return [
+            data[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for begin, tensor in zip(begins, tensors, strict=True)
+        ]
+
+    def reserve(self, num_bytes: int) -> Tensor:
+        if self.buffer is None or self.buffer.bytes.numel() < num_bytes:
+            self.release()
+            self.buffer = HostBuffer(num_bytes)
+            if not self.buffer.is_locked:
+                self.say(
+                    f"warning: {num_bytes / 1e9:.1f} GB of host memory could not be page-locked "
+                    "for checkpoint.asynchronous; saves hold training up while they copy"
+                )
+        return self.buffer.bytes
+
+    def before_update(self) -> None:
+        """To be called before what is copied changes: the current stream waits, the host not."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def wait(self) -> None:
+        """Waits until the copies are in host memory; for the thread that reads them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def release(self) -> None:
+        """Gives the memory back; nothing may read or write copies any more."""
+        if self.buffer is not None:
+            self.wait()
+            self.buffer.release()
+        self.buffer = None

@@ -1,0 +1,282 @@
+"""Each rank saves its own part of the optimizer, and finds it again at any layout."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rank_pool import RankPool
+from tiny import VOCAB_SIZE, make_config, make_store, random_samples, save_tiny_llama
+
+NUM_SAMPLES = 16
+COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "gather", "gather_object"),
+    *("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
+    *("broadcast_object_list", "scatter", "all_to_all", "all_to_all_single", "barrier"),
+)
+Section = dict[str, Any]
+
+
+def layout(name: str, world_size: int, *marks: Any, **parallel: Any) -> Any:
+    return pytest.param(world_size, parallel, id=name, marks=marks)
+
+
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+SLOW = pytest.mark.slow
+LAYOUTS = [
+    layout("dp1", 1),
+    layout("dp2-overlap", 2, **OVERLAP),
+    layout("dp4-overlap", 4, SLOW, **OVERLAP),
+    layout("dp2-tp2", 4, tensor=2, sequence=True),
+    layout("dp2-pp2", 4, SLOW, pipeline=2),
+    layout("pp2-vpp2", 2, pipeline=2, virtual_pipeline=2),
+    layout("cp2", 2, SLOW, context=2),
+]
+EXPERT_LAYOUTS = [
+    layout("dp2", 2, SLOW),
+    layout("dp4-ep2", 4, expert=2),
+    layout("tp2-etp2", 2, SLOW, tensor=2, sequence=True, expert_tensor=2),
+]
+
+
+@settings(deadline=None)
+@given(st.data(), st.lists(st.integers(0, 5), max_size=4))
+def test_rectangles_are_the_range_in_order(data: st.DataObject, shape: list[int]) -> None:
+    from sft_fast.megatron.optimizer_shards import rectangles
+
+    elements = np.arange(math.prod(shape)).reshape(shape)
+    begin = data.draw(st.integers(0, elements.size))
+    end = data.draw(st.integers(begin, elements.size))
+    found = list(rectangles(tuple(shape), begin, end))
+    assert len(found) <= max(2 * len(shape) - 1, 1)
+    parts = [
+        elements[tuple(slice(a, a + n) for a, n in zip(offset, sizes, strict=True))].ravel()
+        for offset, sizes in found
+    ]
+    np.testing.assert_array_equal(np.concatenate([[], *parts]), np.arange(begin, end))
+
+
+def work(
+    model: str,
+    parallel: Section,
+    source: str,
+    targets: dict[int, str],
+    first_step: int = 0,
+    is_old: bool = False,
+) -> list[float]:
+    """Losses of a run that begins at `source`, or anew, and saves after so many steps.
+
+    Args:
+        first_step: of the data.
+        is_old: save megatron's gathered state, as earlier versions did.
+    """
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron import checkpoint, sft
+    from sft_fast.megatron.hf import SafetensorsSource
+    from sft_fast.megatron.parallel import init_parallel
+
+    config = make_config(
+        model={"path": model, "shape": None, "dtype": "fp32"},
+        tokenizer={"path": None},
+        packing={"strategy": "bfd", "alignment": 4},
+        train={"global_batch_size": NUM_SAMPLES, "micro_batch_size": 2},
+        parallel=parallel,
+        optim={"eps": 1e-3},
+    )
+    ranks = init_parallel(config)
+    architecture = architecture_from_hf(read_hf_config(Path(model)))
+    run = sft.build_run(
+        config, architecture, SafetensorsSource(Path(model), architecture), 9, ranks
+    )
+    if source:
+        checkpoint.load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
+    store = make_store(random_samples(NUM_SAMPLES, seed=3))
+    plan = sft.make_plan(store, config)
+    num_steps = max(targets)
+    losses: list[float] = []
+    with sft.open_batches(
+        store, plan, range(first_step, first_step + num_steps), config, ranks
+    ) as batches:
+        for step in range(num_steps + 1):
+            if step in targets:
+                writer = checkpoint.CheckpointWriter(
+                    Path(targets[step]), config.checkpoint, print, run.copier
+                )
+                parts = old_state(run) if is_old else state_without_collectives(run)
+                writer.save(checkpoint.TrainState(0, {}), parts, is_last=True)
+            if step < num_steps:
+                result = sft.train_step(run, batches, plan.counts(0), config, ranks)
+                losses.append(result.loss)
+    return losses
+
+
+def old_state(run: Any) -> dict[str, Any]:
+    from sft_fast.megatron.checkpoint import SHARDING, model_weights
+
+    weights = model_weights(run.model)
+    optimizer = run.optimizer.sharded_state_dict(weights, metadata=dict(SHARDING))
+    return {"model": weights, "optimizer": optimizer, "lr_schedule": run.schedule.state_dict()}
+
+
+def state_without_collectives(run: Any) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from sft_fast.megatron.checkpoint import sharded_state
+    from sft_fast.megatron.shards import take_snapshot
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a collective while the state is taken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLLECTIVES:
+            patch.setattr(dist, name, refuse)
+            patch.setattr(dist.distributed_c10d, name, refuse)
+        take_snapshot(sharded_state(run.model, run.optimizer, run.schedule), run.copier)
+        return sharded_state(run.model, run.optimizer, run.schedule)
+
+
+def read_tensors(folder: str) -> dict[str, Any]:
+    """The global tensors of a checkpoint, without padding of the vocabulary."""
+    import torch
+
+    from sft_fast.megatron.checkpoint import checkpoint_path
+    from sft_fast.megatron.shards import ShardReader
+
+    tensors = {}
+    with ShardReader(checkpoint_path(Path(folder), 0)) as reader:
+        for key, found in reader.pieces.items():
+            whole = torch.full(found[0][0].global_shape, math.nan)
+            for shard, file in found:
+                sizes = zip(shard.offset, shard.shape, strict=True)
+                place = tuple(slice(begin, begin + size) for begin, size in sizes)
+                assert whole[place].isnan().all(), f"{key}: an element twice"
+                whole[place] = file.get_tensor(shard.name)
+            assert not whole.isnan().any(), f"{key}: an element is missing"
+            is_vocabulary = "word_embeddings" in key or "output_layer" in key
+            tensors[key] = whole[:VOCAB_SIZE] if is_vocabulary else whole
+    return tensors
+
+
+def assert_same(folder: str, other: str) -> None:
+    import torch
+
+    tensors, expected = read_tensors(folder), read_tensors(other)
+    assert tensors.keys() == expected.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_llama(folder, tie_word_embeddings=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("experts")
+    counts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    save_tiny_llama(folder, "qwen3_moe", head_dim=16, **counts)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(rank_pool: RankPool, llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two steps of four data-parallel ranks."""
+    folder = str(tmp_path_factory.mktemp("saved"))
+    rank_pool.run(4, work, llama, {}, "", {2: folder})
+    return folder
+
+
+def checkpoint_in(folder: str | Path) -> str:
+    return f"{folder}/step_00000000"
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS)
+def test_a_change_of_layout_changes_no_bit(
+    rank_pool: RankPool,
+    llama: str,
+    saved: str,
+    tmp_path: Path,
+    world_size: int,
+    parallel: Section,
+) -> None:
+    rank_pool.run(world_size, work, llama, parallel, checkpoint_in(saved), {0: str(tmp_path)})
+    assert_same(str(tmp_path), saved)
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), EXPERT_LAYOUTS)
+def test_a_change_of_layout_changes_no_bit_of_experts(
+    rank_pool: RankPool, experts: str, tmp_path: Path, world_size: int, parallel: Section
+) -> None:
+    first, middle = str(tmp_path / "first"), str(tmp_path / "middle")
+    rank_pool.run(2, work, experts, {"expert": 2}, "", {1: first})
+    rank_pool.run(world_size, work, experts, parallel, checkpoint_in(first), {0: middle})
+    assert_same(middle, first)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=SLOW)])
+def test_resume_is_bit_identical(
+    rank_pool: RankPool, llama: str, tmp_path: Path, world_size: int
+) -> None:
+    half, whole, resumed = (str(tmp_path / name) for name in ("half", "whole", "resumed"))
+    losses = rank_pool.run(world_size, work, llama, {}, "", {1: half, 3: whole})[0]
+    again = rank_pool.run(world_size, work, llama, {}, checkpoint_in(half), {2: resumed}, 1)[0]
+    assert again == losses[1:]
+    for path in Path(checkpoint_in(whole)).glob("rank_*"):
+        assert path.read_bytes() == (Path(checkpoint_in(resumed)) / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "most"),
+    [
+        ({}, 1.01),
+        pytest.param({"context": 2}, 1.01, marks=SLOW),
+        pytest.param({"tensor": 2}, 1.05, marks=SLOW),
+    ],
+)
+def test_every_rank_writes_its_share(
+    rank_pool: RankPool, llama: str, tmp_path: Path, parallel: Section, most: float
+) -> None:
+    rank_pool.run(4, work, llama, parallel, "", {0: str(tmp_path)})
+    sizes = tensor_bytes(tmp_path)
+    assert max(sizes) < most * sum(sizes) / 4
+
+
+def test_replicas_are_spread_where_every_rank_has_all(
+    rank_pool: RankPool, llama: str, tmp_path: Path
+) -> None:
+    plain = {"distributed_optimizer": False}
+    first, again = str(tmp_path / "first"), str(tmp_path / "again")
+    rank_pool.run(4, work, llama, plain, "", {1: first})
+    sizes = tensor_bytes(Path(first))
+    assert max(sizes) - min(sizes) < 64
+    rank_pool.run(2, work, llama, plain, checkpoint_in(first), {0: again})
+    assert_same(again, first)
+
+
+def tensor_bytes(folder: Path) -> list[int]:
+    from safetensors import safe_open
+
+    sizes = []
+    for path in sorted(folder.glob("step_*/rank_*")):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            sizes.append(sum(file.get_tensor(name).nbytes for name in names))
+    return sizes
+
+
+def test_a_checkpoint_of_gathered_state_loads(
+    rank_pool: RankPool, llama: str, tmp_path: Path
+) -> None:
+    old, new, loaded = (str(tmp_path / name) for name in ("old", "new", "loaded"))
+    rank_pool.run(2, work, llama, {}, "", {1: old}, 0, True)
+    rank_pool.run(2, work, llama, {}, "", {1: new})
+    assert_same(old, new)
+    rank_pool.run(4, work, llama, {"tensor": 2}, checkpoint_in(old), {0: loaded})
+    assert_same(loaded, new)
