@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ def without_extra_state(linear: Any) -> Any:
 def use_engine(layer: TransformerLayerSubmodules) -> None:
     """Puts Transformer Engine's linear layers into a layer spec."""
     column, row = linear_classes()
-    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    attention, mlp = layer.self_attention.submodules, layer.mlp
+    # A ModuleSpec, or in newer releases a function with the submodules as an argument.
+    mlp = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
     attention.linear_qkv = mlp.linear_fc1 = column
     attention.linear_proj = mlp.linear_fc2 = row
 

@@ -139,7 +139,9 @@ def run_all(folder: str, parallel_section: dict[str, Any], names: list[str], out
     """On each rank: imports, runs one micro-batch, exports; for each of the models."""
     from sft_fast.megatron.parallel import init_parallel
 
-    config = make_config(parallel=parallel_section)
+    config = make_config(
+        model={"path": folder, "shape": None}, tokenizer={"path": None}, parallel=parallel_section
+    )
     parallel = init_parallel(config)
     return {
         name: run_imported(Path(folder, name), config, parallel, Path(out, name)) for name in names
