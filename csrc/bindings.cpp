@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <span>
 #include <string>
@@ -49,7 +50,7 @@ std::span<T> output(py::array& array, const char* name) {
 template <typename T>
 py::array_t<T> to_numpy(sft_fast::Array<T> array) {
   T* data = array.data.get();
-  py::capsule owner(data, [](void* memory) { delete[] static_cast<T*>(memory); });
+  py::capsule owner(data, [](void* memory) { std::free(memory); });
   array.data.release();
   return py::array_t<T>(static_cast<py::ssize_t>(array.size), data, owner);
 }

@@ -2,8 +2,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace sft_fast {
 namespace {
@@ -19,6 +24,24 @@ void check_range(const char* key, int64_t value, int64_t least, int64_t greatest
 }
 
 }  // namespace
+
+void* allocate(size_t num_bytes) {
+  void* memory = nullptr;
+#if defined(__linux__)
+  constexpr size_t kHugePage = size_t{1} << 21;
+  // Of memory in pieces, the kernel may have to move other pages to make many huge ones.
+  constexpr size_t kMostBytes = size_t{1} << 26;
+  if (num_bytes >= kHugePage && num_bytes <= kMostBytes) {
+    const size_t rounded = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+    memory = std::aligned_alloc(kHugePage, rounded);
+    // Advice only: where there are no huge pages, small ones do.
+    if (memory != nullptr) madvise(memory, rounded, MADV_HUGEPAGE);
+  }
+#endif
+  if (memory == nullptr) memory = std::malloc(std::max(num_bytes, size_t{1}));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
 
 void check_options(const PlanOptions& options) {
   check_range("packing.capacity", options.capacity, 1, kMaxCapacity, " tokens");
