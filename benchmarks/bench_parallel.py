@@ -378,7 +378,7 @@ def save_in_background(
     Args:
         folder: None = nothing is written to disk.
     """
-    from sft_fast.megatron.checkpoint import CheckpointWriter, TrainState
+    from sft_fast.megatron.checkpoint import CheckpointWriter, TrainState, sharded_state
 
     release_memory()
     config = make_config(case, **sections)
@@ -391,6 +391,7 @@ def save_in_background(
     plan = make_plan(store, config, architecture)
     checkpoints = CheckpointWriter(Path(folder or "unused"), config.checkpoint, print, run.copier)
     stalls, steps, saves, copies = [], [], [], []
+    checkpoints.prepare(sharded_state(run.model, run.optimizer, run.schedule))
 
     def wait_for_copy(
         self: CheckpointWriter, final: Path, state: Any, snapshot: Any, _: Any
@@ -419,12 +420,14 @@ def save_in_background(
             saves.append(step)
     begin = time.perf_counter()
     checkpoints.finish(is_last=True)
+    last_finish_s = time.perf_counter() - begin
+    run.copier.release()
     return {
         "stalls_s": stalls,
         "steps_s": steps,
         "after_save": [step + 1 for step in saves],
         "bytes_and_seconds_of_copies": copies,
-        "last_finish_s": time.perf_counter() - begin,
+        "last_finish_s": last_finish_s,
         "peak": torch.cuda.max_memory_allocated() if ON_GPU else 0,
     }
 

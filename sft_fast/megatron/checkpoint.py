@@ -44,6 +44,7 @@ from sft_fast.megatron.shards import (
     Snapshot,
     check_complete,
     load_state,
+    own_share,
     read_common,
     take_snapshot,
     write_snapshot,
@@ -120,6 +121,10 @@ class CheckpointWriter:
         self.saving: Path | None = None
         self.saved_step: int | None = None
 
+    def prepare(self, sharded: dict[str, Any]) -> None:
+        """Reserves host memory for saves of such a state beside the first steps."""
+        self.copier.prepare([tensor for _, tensor in own_share(sharded).tensors])
+
     def save(self, state: TrainState, sharded: dict[str, Any], is_last: bool = False) -> None:
         """Writes `folder/step_<n>`; with `asynchronous` a thread does, from a copy in host memory.
 
@@ -130,7 +135,7 @@ class CheckpointWriter:
         """
         self.finish()
         in_background = self.config.asynchronous and not is_last
-        snapshot = take_snapshot(sharded, self.copier if in_background else None)
+        snapshot = take_snapshot(sharded, self.copier) if in_background else own_share(sharded)
         exchange = StoreExchange("save", self.config.timeout_minutes * 60)
         self.saving = checkpoint_path(self.folder, state.step)
         # A thread, so that a write which never returns does not take the time limit with it.

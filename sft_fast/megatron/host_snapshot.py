@@ -7,6 +7,8 @@ that writes waits on the host.
 
 import contextlib
 import mmap
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,11 +34,19 @@ class HostBuffer:
         self.is_locked = int(status) == 0
         if not self.is_locked:
             forget_last_error()
+            return
+        # Memory that goes while it is locked leaves a mapping that later allocations run into.
+        self.unlock = weakref.finalize(self, unlock, self.bytes.data_ptr())
+        self.unlock.atexit = False
 
     def release(self) -> None:
         if self.is_locked:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            self.unlock()
             self.is_locked = False
+
+
+def unlock(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def forget_last_error() -> None:
@@ -51,8 +61,24 @@ class HostCopier:
     def __init__(self, say: Callable[[str], None] = print):
         self.say = say
         self.buffer: HostBuffer | None = None
+        self.reserving: threading.Thread | None = None
         self.stream: torch.cuda.Stream | None = None
         self.copied: torch.cuda.Event | None = None
+
+    def prepare(self, tensors: Sequence[Tensor]) -> None:
+        """Reserves memory for such tensors in a thread: locking it takes a second for 5 GB."""
+        if not any(tensor.is_cuda for tensor in tensors):
+            return
+        _, num_bytes = places(tensors)
+        self.reserving = threading.Thread(
+            target=self.reserve_on, args=(torch.cuda.current_device(), num_bytes), daemon=True
+        )
+        self.reserving.start()
+
+    def reserve_on(self, device: int, num_bytes: int) -> None:
+        """Runs in the thread, which begins on the first GPU."""
+        torch.cuda.set_device(device)
+        self.reserve(num_bytes)
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Starts copies of contiguous tensors and returns them; `wait` says when they are there.
@@ -61,7 +87,7 @@ class HostCopier:
         """
         if not any(tensor.is_cuda for tensor in tensors):
             return [tensor.detach().clone() for tensor in tensors]
-        hosts = self.places(tensors)
+        hosts = self.host_tensors(tensors)
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -72,13 +98,13 @@ class HostCopier:
             self.copied = self.stream.record_event()
         return hosts
 
-    def places(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Host tensors of the same shapes, one after the other in the buffer."""
-        begins, end = [], 0
-        for tensor in tensors:
-            begins.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        data = self.reserve(max(end, ALIGNMENT))
+    def host_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of the same shapes and dtypes, in the buffer."""
+        if self.reserving is not None:
+            self.reserving.join()
+            self.reserving = None
+        begins, num_bytes = places(tensors)
+        data = self.reserve(num_bytes)
         return [
             data[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for begin, tensor in zip(begins, tensors, strict=True)
@@ -107,7 +133,19 @@ class HostCopier:
 
     def release(self) -> None:
         """Gives the memory back; nothing may read or write copies any more."""
+        if self.reserving is not None:
+            self.reserving.join()
+            self.reserving = None
         if self.buffer is not None:
             self.wait()
             self.buffer.release()
         self.buffer = None
+
+
+def places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins in a buffer, and its size; bytes."""
+    begins, end = [], 0
+    for tensor in tensors:
+        begins.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return begins, max(end, ALIGNMENT)

@@ -257,6 +257,8 @@ def train(config: Config) -> int:
     checkpoints = CheckpointWriter(
         output / "checkpoints", config.checkpoint, metrics.say, run.copier
     )
+    if config.checkpoint.asynchronous and config.checkpoint.every_steps is not None:
+        checkpoints.prepare(sharded_state(run.model, run.optimizer, run.schedule))
     guard = Guard(config.guard, config.optim.clip_grad, state.guard)
 
     evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, standing)

@@ -100,12 +100,8 @@ class Snapshot:
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
 
 
-def take_snapshot(state: dict[str, Any], copier: HostCopier | None = None) -> Snapshot:
-    """What this rank has to write of a sharded state dict.
-
-    Args:
-        copier: copies the tensors to host memory, so that training may go on; None = as they are.
-    """
+def own_share(state: dict[str, Any]) -> Snapshot:
+    """What this rank has to write of a sharded state dict, its tensors as they are."""
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     tensors, objects = [], {}
     for value in nested_values(sharded):
@@ -115,11 +111,16 @@ def take_snapshot(state: dict[str, Any], copier: HostCopier | None = None) -> Sn
             objects[value.unique_key] = value.data
         else:
             tensors.append((Shard.of(value), value.data.detach()))
-    if copier is not None:
-        copies = copier.copy([tensor for _, tensor in tensors])
-        tensors = [(shard, copy) for (shard, _), copy in zip(tensors, copies, strict=True)]
-        objects, common = decode(encode(objects)), decode(encode(common))
     return Snapshot(tensors, objects, common)
+
+
+def take_snapshot(state: dict[str, Any], copier: HostCopier) -> Snapshot:
+    """What this rank has to write, in host memory, so that training may go on."""
+    share = own_share(state)
+    copies = copier.copy([tensor for _, tensor in share.tensors])
+    shards = [shard for shard, _ in share.tensors]
+    objects, common = decode(encode(share.objects)), decode(encode(share.common))
+    return Snapshot(list(zip(shards, copies, strict=True)), objects, common)
 
 
 def write_snapshot(snapshot: Snapshot, stage: StagedDirectory, rank: int) -> None:

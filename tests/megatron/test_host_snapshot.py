@@ -29,7 +29,8 @@ class FakeGPU:
         self.registered: dict[int, int] = {}
         self.status = status
         self.current = "main"
-        for name in ("Stream", "stream", "current_stream", "cudart"):
+        names = ("Stream", "stream", "current_stream", "cudart", "current_device", "set_device")
+        for name in names:
             patch.setattr(torch.cuda, name, getattr(self, name))
         original = torch.Tensor.copy_
 
@@ -53,6 +54,12 @@ class FakeGPU:
 
     def cudart(self) -> "FakeGPU":
         return self
+
+    def current_device(self) -> int:
+        return 3
+
+    def set_device(self, device: int) -> None:
+        self.log.append(f"device {device}")
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         if self.status == 0:
@@ -122,6 +129,30 @@ def test_memory_is_of_exact_size_reused_and_given_back(monkeypatch: pytest.Monke
     assert list(gpu.registered.values()) == [256], "the smaller one is given back"
     copier.release()
     assert not gpu.registered and not said
+
+
+def test_memory_is_reserved_ahead_on_the_rank_s_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_fast.megatron.host_snapshot import HostCopier
+
+    gpu, copier = FakeGPU(monkeypatch), HostCopier()
+    tensors = [device_tensor(*range(48)), device_tensor(1)]
+    copier.prepare(tensors)
+    (first, _) = copier.copy(tensors)
+    assert gpu.log[0] == "device 3"
+    assert list(gpu.registered.items()) == [(first.data_ptr(), 256)]
+    copier.release()
+    copier.prepare([torch.zeros(3)])
+    assert not gpu.registered, "tensors of the host need nothing"
+
+
+def test_forgotten_memory_is_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_fast.megatron.host_snapshot import HostCopier
+
+    gpu, copier = FakeGPU(monkeypatch), HostCopier()
+    copies = copier.copy([device_tensor(1, 2)])
+    assert gpu.registered
+    del copier
+    assert not gpu.registered and copies[0].tolist() == [1, 2]
 
 
 def test_memory_that_cannot_be_locked_is_used_and_said_once(
