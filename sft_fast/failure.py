@@ -66,6 +66,7 @@ class Watch:
         phase: what the process does; named in every report.
         stop_requested, save_requested: what this rank was told.
         all_stop, all_save: what all ranks agreed on at the end of a step.
+        is_on_trial: a finished run is here, and nothing says yet that this one goes on from it.
     """
 
     def __init__(self, output: Path, hang_timeout_s: float = 120.0):
@@ -86,7 +87,7 @@ class Watch:
             self.launched = psutil.Process(self.parent).create_time()
         self.phase, self.can_leave = "start", True
         self.stop_requested = self.save_requested = False
-        self.all_stop = self.all_save = False
+        self.all_stop = self.all_save = self.is_on_trial = False
         self.stop_reason = ""
         self.progress: dict[str, Any] = {}
         self.first_step: tuple[int, float] | None = None
@@ -120,6 +121,7 @@ class Watch:
             record = read_json(self.folder / name)
             if record is not None and record["time"] < self.launched:
                 self.stale[name] = record
+        self.is_on_trial = (read_json(self.output / "status.json") or {}).get("state") == "finished"
         self.publish("running")
         self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
@@ -139,6 +141,10 @@ class Watch:
         self.phase, self.can_leave = phase, can_leave
         if self.thread is not None:
             self.publish("running")
+
+    def accept(self) -> None:
+        """Says that the run belongs here; a refused one leaves a finished run's records alone."""
+        self.is_on_trial = False
 
     def beat(self, **progress: Any) -> None:
         """Says that a step ended; from now on the next one must within the time limit."""
@@ -178,13 +184,21 @@ class Watch:
         if self.all_save:
             self.save_requested = False
 
-    def fail(self, cause: str, phase: str | None = None, **details: Any) -> bool:
-        """Records a failure; True when it is the launch's first."""
+    def fail(
+        self, cause: str, phase: str | None = None, is_refusal: bool = False, **details: Any
+    ) -> bool:
+        """Records a failure; True when it is the launch's first.
+
+        Args:
+            is_refusal: by something that the user can mend.
+        """
         if self.thread is None:
             return True
         record = self.record() | {"phase": phase or self.phase, "cause": redact(cause), **details}
         if not self.announce("failed", record):
             return False
+        if is_refusal and self.is_on_trial:
+            return True
         with contextlib.suppress(OSError):
             write_json(self.output / "error.json", record, mode=0o640)
         self.write_status("failed", cause=record["cause"])
@@ -223,7 +237,7 @@ class Watch:
                 next_publish = now + self.publish_every_s
                 self.publish("running")
                 self.guard_against_stuck_interpreter()
-                if self.rank == 0:
+                if self.rank == 0 and not self.is_on_trial:
                     self.write_status("stopping" if self.stop_requested else "running")
             if self.lock is not None and now >= next_lock:
                 next_lock = now + HEARTBEAT_S
@@ -296,7 +310,8 @@ class Watch:
                 self.follow_others(patient=False)
                 time.sleep(POLL_S / 5)
         hint = OUT_OF_MEMORY_HINT if "OutOfMemory" in type(error).__name__ else ""
-        self.fail(f"{type(error).__name__}: {error}{hint}")
+        is_refusal = isinstance(error, ValueError | OSError)
+        self.fail(f"{type(error).__name__}: {error}{hint}", is_refusal=is_refusal)
 
     def peers(self) -> list[tuple[int, dict[str, Any]]]:
         """All other ranks, as they last showed themselves."""
@@ -399,7 +414,7 @@ class Watch:
 
     def leave(self, state: str, code: int, cause: str | None = None) -> NoReturn:
         """Ends the process at once: the main thread may be stuck where no exception reaches it."""
-        if self.rank == 0:
+        if self.rank == 0 and not self.is_on_trial:
             self.write_status(state, cause=cause or self.stop_reason)
         self.publish("done")
         if self.lock is not None:

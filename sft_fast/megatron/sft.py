@@ -233,6 +233,7 @@ def train(config: Config) -> int:
             "train.steps or train.epochs; raise them, or choose another output_dir"
         )
     # Not before the run is known to belong here: a refused one leaves no records.
+    watch.accept()
     metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.write("lengths", **length_histogram(inputs.store.lengths))

@@ -350,6 +350,22 @@ def test_an_old_run_is_not_overwritten(launcher: Launcher, unbroken: Path) -> No
     assert "choose another output_dir" in job.said()
 
 
+@pytest.mark.fault("F25")
+def test_a_refused_run_leaves_the_records_of_the_finished_one(launcher: Launcher) -> None:
+    output = launcher.run("done", "train.steps=2").output
+    records = {name: (output / name).read_bytes() for name in ("status.json", "metrics.jsonl")}
+    assert json.loads(records["status.json"])["state"] == "finished"
+    for change in (
+        "checkpoint.resume=never",
+        "seed=8",
+        "train.steps=1",
+        "data.train=nowhere.jsonl",
+    ):
+        assert launcher.start("done", "train.steps=2", change, ranks=2).wait() == [2, 2]
+        assert {name: (output / name).read_bytes() for name in records} == records, change
+        assert not (output / "error.json").exists()
+
+
 def test_a_directory_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), staged_directory(tmp_path / "a", LoneRank()) as stage:
         stage.write_text("b", "c")
