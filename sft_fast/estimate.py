@@ -9,6 +9,7 @@ train.micro_batch_size / context-parallel size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from sft_fast.flops import (
     mlp_parameters,
     training_flops,
 )
+from sft_fast.kernels.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
     from sft_fast.architecture import Architecture
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 VOCAB_MULTIPLE = 128
-MIN_CHUNK_ROWS = 4096
-"""The loss never takes fewer rows of logits at a time, see kernels/README.md."""
 RUNTIME_BYTES = 3 * 10**9
 """Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
 DEFAULT_MFU = 0.4
@@ -47,7 +47,8 @@ class Memory:
         gradients: fp32, of what is trained.
         optimizer: fp32 master weights (not with fp32 parameters) and two moments.
         activations: what the layers keep for the backward pass, at the fullest moment.
-        logits: rows of logits in memory at a time, and the rows' hidden states.
+        logits: rows of logits in memory at a time, what sums the head's gradient until the backward
+            pass, and the rows' hidden states.
         workspace: what one layer's backward pass needs: gradients of its activations, and with
             recomputation the activations too.
         runtime: what is neither tensor nor cache, on a GPU.
@@ -81,8 +82,7 @@ def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, i
     matrix. The vocabulary is padded to a multiple of 128 t.
     """
     a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
-    multiple = VOCAB_MULTIPLE * tensor
-    vocab = -(-a.vocab_size // multiple) * multiple // tensor
+    vocab = shard_columns(a, config)
     layers = a.num_layers // pipeline
     experts = a.num_experts * mlp_parameters(a)
     per_layer = (layer_matrix_parameters(a) - experts) // tensor + layer_vector_parameters(a)
@@ -96,6 +96,30 @@ def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, i
         return base, base
     adapters = adapter_parameters(a, config.lora.rank, config.lora.targets)
     return base, adapters // (pipeline * tensor)
+
+
+def shard_columns(architecture: Architecture, config: Config) -> int:
+    """Columns of the padded vocabulary on a tensor-parallel rank."""
+    multiple = VOCAB_MULTIPLE * config.parallel.tensor
+    return math.ceil(architecture.vocab_size / multiple) * VOCAB_MULTIPLE
+
+
+def logits_bytes(architecture: Architecture, config: Config, rows: int) -> int:
+    """What the loss of that many trained rows holds, by the rule that the loss itself follows."""
+    loss, size = config.loss, BYTES[config.model.dtype]
+    columns, is_trained = shard_columns(architecture, config), config.lora.rank == 0
+    sums = 4 * columns * architecture.hidden_size if is_trained else 0
+    plan = MemoryPlan.choose(
+        loss.policy,
+        round(loss.memory_budget_gib * 2**30),
+        num_rows=rows,
+        row_bytes=columns * size,
+        weight_grad_bytes=sums,
+        adds_to_main_grad=is_trained,
+        summed=loss.custom is None,
+    )
+    held = plan.chunk_rows * columns * size + rows * architecture.hidden_size * size
+    return held + (sums if plan.policy == "gradient_in_forward" else 0)
 
 
 def stage_expert_parameters(architecture: Architecture, config: Config) -> int:
@@ -185,19 +209,12 @@ def estimate_memory(
     kept = again * layer_input + (layers - again) * (one_layer - recomputed_part(a, config, tokens))
     kept *= 1 - min(config.model.offload_layers, layers) / layers
     activations = kept * in_flight(config, micro_batches)
-    rows = tokens * supervised_share
-    vocab = -(-a.vocab_size // parallel.tensor)
-    held_rows = rows
-    if config.loss.policy != "stored":
-        budget = config.loss.memory_budget_gib * 2**30
-        held_rows = min(rows, max(MIN_CHUNK_ROWS, budget / (vocab * size)))
-    logits = held_rows * vocab * size + rows * a.hidden_size * size
     return Memory(
         weights=size * base,
         gradients=4 * trained,
         optimizer=state,
         activations=round(activations),
-        logits=round(logits),
+        logits=logits_bytes(a, config, round(tokens * supervised_share)),
         workspace=round(workspace),
         runtime=RUNTIME_BYTES if is_gpu else 0,
     )

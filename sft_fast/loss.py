@@ -18,13 +18,8 @@ from sft_fast.kernels.masked_cross_entropy import (
     TokenOutputs,
     VocabShard,
 )
-from sft_fast.kernels.masked_linear_cross_entropy import (
-    POLICIES,
-    HeadLoss,
-    MaskedLinearCrossEntropy,
-    MemoryPlan,
-    Policy,
-)
+from sft_fast.kernels.masked_linear_cross_entropy import HeadLoss, MaskedLinearCrossEntropy
+from sft_fast.kernels.memory_plan import POLICIES, MemoryPlan, Policy
 from sft_fast.loss_backends import load_backend
 from sft_fast.loss_registry import get_loss
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from closeness import assert_bit_zero
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels import masked_linear_cross_entropy as head_module
-from sft_fast.kernels.masked_linear_cross_entropy import MemoryPlan
+from sft_fast.kernels import memory_plan
+from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.loss import LossOptions, custom_losses, masked_linear_cross_entropy
 from sft_fast.loss_registry import get_loss, register_loss
 from sft_fast.reference import cross_entropy as reference
@@ -53,7 +53,7 @@ def run_policy(policy: str, sequence_parallel: bool) -> None:
     for trained in ((0, 1), (0,), (1,)):
         own = [hidden.detach().chunk(parts)[rank % parts], weight.detach().chunk(size)[rank]]
         own = [tensor.clone().requires_grad_(i in trained) for i, tensor in enumerate(own)]
-        with mock.patch.object(head_module, "MIN_CHUNK_ROWS", 7):
+        with mock.patch.object(memory_plan, "MIN_CHUNK_ROWS", 7):
             loss = masked_linear_cross_entropy(
                 *own,
                 labels,
@@ -102,7 +102,7 @@ def test_main_grad_sums_depths_and_micro_batches(policy: str, dtype: torch.dtype
     for shift in range(3):
         for depth in range(2):
             rolled = labels.roll(-depth - shift, 1)
-            with mock.patch.object(head_module, "MIN_CHUNK_ROWS", 7):
+            with mock.patch.object(memory_plan, "MIN_CHUNK_ROWS", 7):
                 loss = masked_linear_cross_entropy(
                     hidden,
                     weight,
@@ -150,7 +150,7 @@ def test_chunks_share_one_buffer(policy: str, is_training: bool) -> None:
                 sizes.append(result.shape[0])
             return result
 
-    smallest = mock.patch.object(head_module, "MIN_CHUNK_ROWS", 8)
+    smallest = mock.patch.object(memory_plan, "MIN_CHUNK_ROWS", 8)
     with smallest, torch.set_grad_enabled(is_training), Count():
         loss = masked_linear_cross_entropy(
             hidden,

@@ -174,6 +174,26 @@ def test_logits_stay_inside_their_budget_and_never_below_a_chunk() -> None:
     assert small.logits == 4096 * 2 * 128256 + 8192 * 2 * 4096
 
 
+def test_logits_are_counted_as_the_loss_chooses() -> None:
+    """A head of 2.10 GB in fp32, rows of 256,512 bytes, the budget of 2.15 GB."""
+
+    def logits(micro_batch_size: int, **sections: dict[str, Any]) -> int:
+        train = {"train": {"micro_batch_size": micro_batch_size}}
+        memory = estimate_memory(LLAMA3_8B, llama3_config(**train, **sections), 1)
+        hidden = micro_batch_size * 8192 * 2 * 4096
+        return memory.logits - hidden
+
+    row_bytes, sums = 2 * 128256, 4 * 128256 * 4096
+    # Two chunks and the sums would be no less than all rows are.
+    assert logits(2) == 2 * 8192 * row_bytes
+    assert logits(4) == 8192 * row_bytes + sums
+    assert logits(4, loss={"policy": "recompute"}) == 8192 * row_bytes
+    assert logits(4, loss={"memory_budget_gib": 1.5}) == -(-32768 // 6) * row_bytes
+    # A frozen head has no gradient, and a loss of one's own is not made one in the forward pass.
+    assert logits(4, lora={"rank": 8}) == 8192 * row_bytes
+    assert logits(4, loss={"custom": "own"}) == 8192 * row_bytes
+
+
 def test_pipeline_stages_hold_as_many_micro_batches_as_there_are_stages() -> None:
     parallel = {"pipeline": 4}
     config = llama3_config(parallel=parallel)
