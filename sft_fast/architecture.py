@@ -177,10 +177,17 @@ def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
         fields["local_rope_theta"] = local["rope_theta"]
     elif "rope_local_base_freq" in config:
         fields["local_rope_theta"] = config["rope_local_base_freq"]
+    scaling = rope_scaling(rope, config)
+    # Both would reach the layers with a sliding window, which have no scaling.
+    if fields and scaling and (scaling.kind == "longrope" or scaling.attention_factor != 1.0):
+        raise ValueError(
+            f"config.json: rotary scaling {scaling.kind} is not supported in a model whose layers "
+            "with a sliding window have rotary positions of their own"
+        )
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     return fields | {
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        "rope_scaling": rope_scaling(rope, config),
+        "rope_scaling": scaling,
         "rotary_fraction": fraction,
         "layers_without_rope": layers_without_rope(config, family),
     }

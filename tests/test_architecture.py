@@ -52,6 +52,10 @@ LLAMA31_ROPE = {
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.5}},
             "attention_factor of rotary scaling yarn is 0.5",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_local_base_freq": 1e4},
+            "yarn is not supported in a model whose layers with a sliding window",
+        ),
         ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "sliding"),
     ],
 )
