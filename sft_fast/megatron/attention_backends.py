@@ -322,21 +322,18 @@ def load_transformer_engine() -> Attend:
             raise NotImplementedError("it has no soft cap of the attention scores")
         is_prefix = samples.key_lengths is not None
         module = attention(query.shape[1], key.shape[1], query.shape[2], scoring.scale)
-        try:
-            output = module(
-                query,
-                key,
-                value,
-                qkv_format="thd",
-                cu_seqlens_q=samples.cu_seqlens_q,
-                cu_seqlens_kv=samples.cu_seqlens_kv,
-                max_seqlen_q=samples.max_seqlen_q,
-                max_seqlen_kv=samples.max_seqlen_kv,
-                attn_mask_type="padding_causal_bottom_right" if is_prefix else "padding_causal",
-                window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
-            )
-        except AssertionError as error:  # how it says that it cannot
-            raise NotImplementedError(str(error)) from error
+        output = module(
+            query,
+            key,
+            value,
+            qkv_format="thd",
+            cu_seqlens_q=samples.cu_seqlens_q,
+            cu_seqlens_kv=samples.cu_seqlens_kv,
+            max_seqlen_q=samples.max_seqlen_q,
+            max_seqlen_kv=samples.max_seqlen_kv,
+            attn_mask_type="padding_causal_bottom_right" if is_prefix else "padding_causal",
+            window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
+        )
         return output.view_as(query)
 
     return attend
@@ -357,6 +354,12 @@ BACKENDS: dict[str, Callable[[], Attend]] = {
     "sdpa": lambda: attend_sdpa,
 }
 """In the order in which `auto` tries them on a GPU."""
+BROKEN = (
+    *(ImportError, OSError, AttributeError),  # built for another torch, or a file is missing
+    *(RuntimeError, NotImplementedError, ValueError, TypeError),
+    AssertionError,  # how Transformer Engine says that it cannot, or that its parts do not fit
+)
+"""What a library that cannot be used raises, as it is imported or called."""
 
 
 @dataclass(frozen=True)
@@ -413,7 +416,7 @@ def choose_attention(
                 if further_test is not None:
                     further_test(scoring, attend)
             return AttentionChoice(candidate, attend, tuple(passed_over))
-        except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except BROKEN as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             passed_over.append(f"not {candidate}: {first_line}")
     raise ValueError(f"model.attention: {'; '.join(passed_over)}")

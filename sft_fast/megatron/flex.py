@@ -17,11 +17,16 @@ from torch.nn import functional
 from sft_fast.megatron.attention_backends import Attend, PackedSamples, Scoring, size_class
 
 BLOCK = 128
+MOST_KERNELS = 128
+"""One for each length of a row, window, and whether there are gradients."""
 
 
 def load_flex() -> Attend:
+    from torch._dynamo import config as compiler
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # Beyond it the plain version would run, which holds the scores of all pairs of rows.
+    compiler.recompile_limit = max(compiler.recompile_limit, MOST_KERNELS)
     make_mask: Any = torch.compile(create_block_mask, dynamic=False)
     kernel: Any = torch.compile(flex_attention, dynamic=False)
 

@@ -67,6 +67,24 @@ def test_a_backend_that_computes_something_else_is_refused(
         choose("flash_attn")
 
 
+@pytest.mark.parametrize(
+    "error", [OSError("libcudart.so"), AssertionError("found two wheels"), AttributeError("no _C")]
+)
+def test_auto_passes_over_a_broken_installation(
+    backends: dict, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from sft_fast.megatron import attention_backends
+
+    def load() -> object:
+        raise error
+
+    monkeypatch.setattr(attention_backends, "on_cpu_only", lambda device: False)
+    for name in set(backends) - {"sdpa"}:
+        backends[name] = load
+    choice = choose("auto")
+    assert choice.name == "sdpa" and f"not transformer_engine: {error}" in choice.passed_over
+
+
 def test_auto_takes_the_first_that_works_and_says_why(
     backends: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
