@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
@@ -37,6 +38,7 @@ from sft_fast.megatron.optimizer_shards import (
     is_distributed,
     load_optimizer,
     load_weights,
+    state_of_parts,
     state_to_save,
 )
 from sft_fast.megatron.shards import (
@@ -306,10 +308,20 @@ def load_checkpoint(
             load_optimizer(optimizer, common["optimizer"], weights, reader)
     if not is_distributed(optimizer):
         request = optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(SHARDING))
-        loaded = load_state(checkpoint, {"optimizer": request})
-        optimizer.load_state_dict(loaded["optimizer"])
+        loaded = load_state(checkpoint, {"optimizer": request})["optimizer"]
+        add_step_zero(optimizer, loaded)
+        optimizer.load_state_dict(loaded)
     separate_step_counts(optimizer)
     schedule.load_state_dict(common["lr_schedule"])
+
+
+def add_step_zero(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
+    """Adds the step count that megatron leaves out where all steps so far were skipped; torch's
+    Adam does not load without it."""
+    for part, state in state_of_parts(optimizer, loaded):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            of_parameters = state.get("optimizer", state)["state"]
+            of_parameters.setdefault("common_step", torch.tensor(0.0))
 
 
 def separate_step_counts(optimizer: MegatronOptimizer) -> None:

@@ -112,6 +112,13 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def state_of_parts(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Each optimizer with its own part of a state in megatron's form."""
+    parts = optimizer_parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    return list(zip(parts, states, strict=True))
+
+
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether each data-parallel rank has its own part of the state."""
     kinds = {isinstance(part, DistributedOptimizer) for part in optimizer_parts(optimizer)}
@@ -277,9 +284,8 @@ def load_optimizer(
     reader: ShardReader,
 ) -> None:
     """Restores a distributed optimizer; this rank reads what it owns."""
-    parts = optimizer_parts(optimizer)
-    states = [common] if len(parts) == 1 else [common[number] for number in range(len(parts))]
-    for part, state in zip(parts, states, strict=True):
+    parts = state_of_parts(optimizer, common)
+    for part, state in parts:
         if not part.is_stub_optimizer:
             fields = {name: value for name, value in state.items() if name != SHARDING_FIELD}
             part.load_state_dict(fields)

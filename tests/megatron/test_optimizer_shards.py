@@ -1,6 +1,7 @@
 """Each rank saves its own part of the optimizer, and finds it again at any layout."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,22 @@ def layout(name: str, world_size: int, *marks: Any, **parallel: Any) -> Any:
 
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+PLAIN = {"distributed_optimizer": False}
+STATES = "optimizer.state."
 SLOW = pytest.mark.slow
 LAYOUTS = [
     layout("dp1", 1),
-    layout("dp2-overlap", 2, **OVERLAP),
+    layout("dp2-overlap", 2, SLOW, **OVERLAP),
     layout("dp4-overlap", 4, SLOW, **OVERLAP),
-    layout("dp2-tp2", 4, tensor=2, sequence=True),
+    layout("tp2", 2, tensor=2, sequence=True),
+    layout("dp2-tp2", 4, SLOW, tensor=2, sequence=True),
     layout("dp2-pp2", 4, SLOW, pipeline=2),
     layout("pp2-vpp2", 2, pipeline=2, virtual_pipeline=2),
     layout("cp2", 2, SLOW, context=2),
 ]
 EXPERT_LAYOUTS = [
-    layout("dp2", 2, SLOW),
-    layout("dp4-ep2", 4, expert=2),
+    layout("dp2", 2),
+    layout("dp4-ep2", 4, SLOW, expert=2),
     layout("tp2-etp2", 2, SLOW, tensor=2, sequence=True, expert_tensor=2),
 ]
 
@@ -67,6 +71,7 @@ def work(
     targets: dict[int, str],
     first_step: int = 0,
     is_old: bool = False,
+    dtype: str = "fp32",
 ) -> list[float]:
     """Losses of a run that begins at `source`, or anew, and saves after so many steps.
 
@@ -74,24 +79,9 @@ def work(
         first_step: of the data.
         is_old: save megatron's gathered state, as earlier versions did.
     """
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import checkpoint, sft
-    from sft_fast.megatron.hf import SafetensorsSource
-    from sft_fast.megatron.parallel import init_parallel
 
-    config = make_config(
-        model={"path": model, "shape": None, "dtype": "fp32"},
-        tokenizer={"path": None},
-        packing={"strategy": "bfd", "alignment": 4},
-        train={"global_batch_size": NUM_SAMPLES, "micro_batch_size": 2},
-        parallel=parallel,
-        optim={"eps": 1e-3},
-    )
-    ranks = init_parallel(config)
-    architecture = architecture_from_hf(read_hf_config(Path(model)))
-    run = sft.build_run(
-        config, architecture, SafetensorsSource(Path(model), architecture), 9, ranks
-    )
+    run, config, ranks = begin(model, parallel, dtype)
     if source:
         checkpoint.load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
     store = make_store(random_samples(NUM_SAMPLES, seed=3))
@@ -112,6 +102,27 @@ def work(
                 result = sft.train_step(run, batches, plan.counts(0), config, ranks)
                 losses.append(result.loss)
     return losses
+
+
+def begin(model: str, parallel: Section, dtype: str = "fp32") -> tuple[Any, Any, Any]:
+    """A run at step 0, its config and layout."""
+    from sft_fast.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.megatron import sft
+    from sft_fast.megatron.hf import SafetensorsSource
+    from sft_fast.megatron.parallel import init_parallel
+
+    config = make_config(
+        model={"path": model, "shape": None, "dtype": dtype},
+        tokenizer={"path": None},
+        packing={"strategy": "bfd", "alignment": 4},
+        train={"global_batch_size": NUM_SAMPLES, "micro_batch_size": 2},
+        parallel=parallel,
+        optim={"eps": 1e-3},
+    )
+    ranks = init_parallel(config)
+    architecture = architecture_from_hf(read_hf_config(Path(model)))
+    source = SafetensorsSource(Path(model), architecture)
+    return sft.build_run(config, architecture, source, 9, ranks), config, ranks
 
 
 def old_state(run: Any) -> dict[str, Any]:
@@ -185,11 +196,16 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def saved(rank_pool: RankPool, llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two steps of four data-parallel ranks."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=SLOW)], ids=lambda n: f"from-{n}")
+def saved(
+    request: pytest.FixtureRequest,
+    rank_pool: RankPool,
+    llama: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """Two steps of some data-parallel ranks."""
     folder = str(tmp_path_factory.mktemp("saved"))
-    rank_pool.run(4, work, llama, {}, "", {2: folder})
+    rank_pool.run(request.param, work, llama, {}, "", {2: folder})
     return folder
 
 
@@ -228,46 +244,114 @@ def test_resume_is_bit_identical(
     losses = rank_pool.run(world_size, work, llama, {}, "", {1: half, 3: whole})[0]
     again = rank_pool.run(world_size, work, llama, {}, checkpoint_in(half), {2: resumed}, 1)[0]
     assert again == losses[1:]
-    for path in Path(checkpoint_in(whole)).glob("rank_*"):
-        assert path.read_bytes() == (Path(checkpoint_in(resumed)) / path.name).read_bytes()
+    assert_same_files(resumed, whole)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=SLOW)])
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(PLAIN, id="plain"), pytest.param({}, id="distributed", marks=SLOW)]
+)
+def test_resume_in_16_bits_is_bit_identical(
+    rank_pool: RankPool, llama: str, tmp_path: Path, parallel: Section, dtype: str
+) -> None:
+    half, whole, resumed = (str(tmp_path / name) for name in ("half", "whole", "resumed"))
+    run = partial(rank_pool.run, 2, work, llama, parallel)
+    losses = run("", {1: half, 3: whole}, 0, False, dtype)[0]
+    again = run(checkpoint_in(half), {2: resumed}, 1, False, dtype)[0]
+    assert again == losses[1:]
+    assert_same_files(resumed, whole)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=SLOW)])
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(PLAIN, id="plain"), pytest.param({}, id="distributed", marks=SLOW)]
+)
+def test_a_run_whose_steps_were_all_skipped_resumes(
+    rank_pool: RankPool, llama: str, tmp_path: Path, parallel: Section, dtype: str
+) -> None:
+    first, whole, again, resumed = (str(tmp_path / str(number)) for number in range(4))
+    run = partial(rank_pool.run, 2, work, llama, parallel)
+    losses = run("", {0: first, 1: whole}, 0, False, dtype)
+    assert run(checkpoint_in(first), {0: again, 1: resumed}, 0, False, dtype) == losses
+    assert_same_files(again, first)
+    assert_same_files(resumed, whole)
+
+
+def assert_same_files(folder: str, other: str) -> None:
+    """Data, and what is common to all ranks."""
+    names = {path.name for path in Path(checkpoint_in(other)).iterdir()}
+    assert {path.name for path in Path(checkpoint_in(folder)).iterdir()} == names
+    for name in names:
+        files = (Path(checkpoint_in(one)) / name for one in (folder, other))
+        assert len({file.read_bytes() for file in files}) == 1, name
 
 
 @pytest.mark.parametrize(
-    ("parallel", "most"),
+    ("world_size", "parallel", "most"),
     [
-        ({}, 1.01),
-        pytest.param({"context": 2}, 1.01, marks=SLOW),
-        pytest.param({"tensor": 2}, 1.05, marks=SLOW),
+        (2, {}, 1.01),
+        pytest.param(4, {}, 1.01, marks=SLOW),
+        pytest.param(4, {"context": 2}, 1.01, marks=SLOW),
+        pytest.param(4, {"tensor": 2}, 1.05, marks=SLOW),
     ],
 )
-def test_every_rank_writes_its_share(
-    rank_pool: RankPool, llama: str, tmp_path: Path, parallel: Section, most: float
+def test_every_rank_writes_and_reads_its_share(
+    rank_pool: RankPool,
+    llama: str,
+    tmp_path: Path,
+    world_size: int,
+    parallel: Section,
+    most: float,
 ) -> None:
-    rank_pool.run(4, work, llama, parallel, "", {0: str(tmp_path)})
+    rank_pool.run(world_size, work, llama, parallel, "", {0: str(tmp_path)})
     sizes = tensor_bytes(tmp_path)
-    assert max(sizes) < most * sum(sizes) / 4
+    assert max(sizes) < most * sum(sizes) / world_size
+    held = sum(tensor_bytes(tmp_path, STATES))
+    read = rank_pool.run(world_size, states_read, llama, parallel, checkpoint_in(tmp_path))
+    assert held <= sum(read) < most * held
+    assert max(read) < most * sum(read) / world_size
+
+
+def states_read(model: str, parallel: Section, source: str) -> int:
+    """Bytes of the optimizer's states that this rank reads to resume."""
+    from sft_fast.megatron import checkpoint
+    from sft_fast.megatron.shards import ShardReader
+
+    run, _, _ = begin(model, parallel)
+    read, counts = ShardReader.read, []
+
+    def counted(reader: Any, wanted: Any) -> Any:
+        found = read(reader, wanted)
+        if STATES in wanted.key:
+            counts.append(found.nbytes)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardReader, "read", counted)
+        checkpoint.load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
+    return sum(counts)
 
 
 def test_replicas_are_spread_where_every_rank_has_all(
     rank_pool: RankPool, llama: str, tmp_path: Path
 ) -> None:
-    plain = {"distributed_optimizer": False}
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
-    rank_pool.run(4, work, llama, plain, "", {1: first})
+    rank_pool.run(2, work, llama, PLAIN, "", {1: first})
     sizes = tensor_bytes(Path(first))
-    assert max(sizes) - min(sizes) < 64
-    rank_pool.run(2, work, llama, plain, checkpoint_in(first), {0: again})
+    assert len(sizes) == 2 and max(sizes) - min(sizes) < 64
+    rank_pool.run(1, work, llama, PLAIN, checkpoint_in(first), {0: again})
     assert_same(again, first)
 
 
-def tensor_bytes(folder: Path) -> list[int]:
+def tensor_bytes(folder: Path, part_of_name: str = "") -> list[int]:
     from safetensors import safe_open
 
     sizes = []
     for path in sorted(folder.glob("step_*/rank_*")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            sizes.append(sum(file.get_tensor(name).nbytes for name in names))
+            wanted = [name for name in names if part_of_name in name]
+            sizes.append(sum(file.get_tensor(name).nbytes for name in wanted))
     return sizes
 
 
@@ -278,5 +362,5 @@ def test_a_checkpoint_of_gathered_state_loads(
     rank_pool.run(2, work, llama, {}, "", {1: old}, 0, True)
     rank_pool.run(2, work, llama, {}, "", {1: new})
     assert_same(old, new)
-    rank_pool.run(4, work, llama, {"tensor": 2}, checkpoint_in(old), {0: loaded})
+    rank_pool.run(2, work, llama, {"tensor": 2}, checkpoint_in(old), {0: loaded})
     assert_same(loaded, new)
