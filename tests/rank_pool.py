@@ -57,6 +57,8 @@ def serve(rank: int, connection: Any) -> None:
             dist.init_process_group(
                 backend, init_method=f"file://{store}", rank=rank, world_size=world_size
             )
+            # A rank that is done at once must not leave while another still connects to it.
+            dist.all_reduce(torch.zeros(1))
             result = load_function(file, name)(*args)
             connection.send(("ok", result))
         except BaseException:  # noqa: B036 - the traceback of any failure belongs to the parent
