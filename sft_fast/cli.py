@@ -41,6 +41,7 @@ begin with:
 """
 
 
+EXIT_BROKEN_PIPE = 141
 UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
 
 
@@ -100,7 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hide_torch()
     switch_off()
     try:
-        return parsed.run(parsed) or 0
+        code: int = parsed.run(parsed) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # `| head` has read enough; what Python writes at its exit must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except (ValueError, OSError) as error:
         if parsed.debug:
             print(redact(traceback.format_exc()), file=sys.stderr)

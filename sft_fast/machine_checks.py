@@ -5,6 +5,7 @@ Nothing is downloaded and torch is not imported: hub ids are taken on trust.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,7 +157,30 @@ def _check_tokenizer(config: Config, findings: Findings) -> Iterator[Problem]:
         )
 
 
+def require_data(config: Config) -> None:
+    """Looks for the files of the data, so that a run without them does not start first.
+
+    Raises:
+        ValueError: one that is meant as a path is not there.
+    """
+    from sft_fast.data.source import load_rows, looks_local
+
+    for key, name, _, _ in _data_entries(config):
+        path = os.path.expanduser(name)
+        if looks_local(path) and not os.path.exists(path):
+            try:
+                load_rows(name)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+
 def _check_data(config: Config, findings: Findings) -> Iterator[Problem]:
+    for entry in _data_entries(config):
+        yield from _check_source(*entry, findings)
+
+
+def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+    """Key, path, format and fields of every source."""
     for part in ("train", "eval"):
         chosen = getattr(config.data, part)
         if chosen is None:
@@ -167,13 +191,8 @@ def _check_data(config: Config, findings: Findings) -> Iterator[Problem]:
             key = f"data.{part}" if isinstance(chosen, str) else f"data.{part}[{number}]"
             own_format = None if isinstance(entry, str) else entry.format
             own_fields = None if isinstance(entry, str) else entry.fields
-            yield from _check_source(
-                key,
-                name,
-                own_format or config.data.format,
-                config.data.fields if own_fields is None else own_fields,
-                findings,
-            )
+            fields = config.data.fields if own_fields is None else own_fields
+            yield key, name, own_format or config.data.format, fields
 
 
 def _check_source(

@@ -50,6 +50,7 @@ def add(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     from sft_fast.config import check_world_size, load_config
+    from sft_fast.machine_checks import require_data
 
     path = config_path(parsed)
     config = load_config(path, parsed.overrides)
@@ -74,6 +75,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
         print(shlex.join(command))
         return
+    require_data(config)
     if processes > 1:
         # torchrun would set 1, and print a warning about it.
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))

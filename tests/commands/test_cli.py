@@ -171,6 +171,27 @@ def test_a_folder_of_our_name_is_not_taken_for_us(tmp_path: Path) -> None:
     assert result.returncode == 2 and "error: output_dir" in result.stderr
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "sft_fast", "ls"]
+    with open(write, "w") as pipe:
+        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("name", ["nothere.jsonl", "./nothere/*.jsonl"])
+def test_training_does_not_start_without_its_data(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    arguments = [f"data.train={name}", f"output_dir={output}", "evaluation.exact_match_samples=0"]
+    assert main(["train", "demo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.train: ") and name in error and error.count("\n") == 1
+    assert not output.exists()
+
+
 def test_the_recorded_failure_is_of_this_start(tmp_path: Path) -> None:
     path = tmp_path / "error.json"
     assert launcher.recorded_failure(tmp_path, 0.0) == ""
