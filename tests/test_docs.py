@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "examples/README.md"]
@@ -140,7 +141,10 @@ def test_the_extensions_of_the_documentation_work() -> None:
         exec(block, names)
     chat = get_format("ticket").read({"request": "a", "answer": "b"}, {})
     assert [message.content for message in chat.messages] == ["a", "b"]
-    assert get_loss("confident") is names["confident"]
+    assert get_loss("focal") is names["focal"]
+    # Better answers have a lower loss.
+    losses = get_loss("focal")(torch.tensor([-9.0, -3.0, -1.0, -0.1]), torch.arange(4))
+    assert (losses.diff() < 0).all()
     assert get_metric("whole_answer").function is names["whole_answer"]
     assert get_trainer("megatron", "score")(None) == 0
 
