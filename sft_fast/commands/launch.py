@@ -54,6 +54,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     path = config_path(parsed)
     config = load_config(path, parsed.overrides)
+    if not parsed.dry_run:
+        # Before torch is imported, which takes seconds.
+        require_data(config)
     processes = parsed.nproc_per_node or default_processes(config)
     given = {flag: getattr(parsed, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
     nodes = given["--nnodes"] or "1"
@@ -75,7 +78,6 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
         print(shlex.join(command))
         return
-    require_data(config)
     if processes > 1:
         # torchrun would set 1, and print a warning about it.
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
