@@ -262,6 +262,22 @@ def test_resume_in_16_bits_is_bit_identical(
     assert_same_files(resumed, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert": 2} | PLAIN], ids=str)
+def test_resume_of_experts_is_bit_identical(
+    rank_pool: RankPool, experts: str, tmp_path: Path, parallel: Section, dtype: str
+) -> None:
+    start, half, whole, resumed = (str(tmp_path / str(number)) for number in range(4))
+    run = partial(rank_pool.run, 4, work, experts, parallel)
+    losses = run("", {0: start, 1: half, 3: whole}, 0, False, dtype)[0]
+    assert run(checkpoint_in(half), {2: resumed}, 1, False, dtype)[0] == losses[1:]
+    assert_same_files(resumed, whole)
+    again = str(tmp_path / "again")
+    assert run(checkpoint_in(start), {3: again}, 0, False, dtype)[0] == losses
+    assert_same_files(again, whole)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=SLOW)])
 @pytest.mark.parametrize(
     "parallel", [pytest.param(PLAIN, id="plain"), pytest.param({}, id="distributed", marks=SLOW)]
