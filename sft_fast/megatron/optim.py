@@ -12,6 +12,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch.nn import ModuleList
@@ -99,22 +100,42 @@ def step_if(optimizer: MegatronOptimizer, accepts: Callable[[float], bool]) -> t
 
 
 def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """The torch Adam optimizers inside; none where Transformer Engine or Apex provide theirs."""
+    """The torch Adam optimizers inside, offloaded ones too; Transformer Engine and Apex may provide
+    others."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
+    found = [
+        adam
+        for part in parts
+        for adam in getattr(part.optimizer, "sub_optimizers", [part.optimizer])
+    ]
+    return [adam for adam in found if isinstance(adam, torch.optim.Adam)]
 
 
 def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam its state of step 0: megatron saves and loads none that is missing."""
-    for part in torch_adam_parts(optimizer):
-        for group in part.param_groups:
-            for parameter in group["params"]:
-                if not part.state[parameter]:
-                    part.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+    """Gives torch's Adam its state of step 0: megatron saves and loads none that is missing.
+
+    Likewise the offloaded Adam, which to load would else make a step with random gradients, after
+    the weights were loaded.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if isinstance(adam, HybridDeviceOptimizer):
+            for one in adam.sub_optimizers:
+                allocate_moments(one)
+            adam._sync_sub_optimizers_state_to_hdo()
+        elif isinstance(adam, torch.optim.Adam):
+            allocate_moments(adam)
+
+
+def allocate_moments(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                names = ("exp_avg", "exp_avg_sq")
+                adam.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
+                # Transformer Engine and Apex count the steps of a group.
+                if isinstance(adam, torch.optim.Adam):
+                    adam.state[parameter]["step"] = torch.tensor(0.0)
 
 
 def build_lr_schedule(

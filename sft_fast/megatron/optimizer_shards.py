@@ -247,6 +247,11 @@ def common_state(optimizer: MegatronOptimizer) -> dict[Any, Any]:
         optimizer._synchronize_steps()
     sharding = {SHARDING_FIELD: SHARDING["distrib_optim_sharding_type"]}
     states = [{} if part.is_stub_optimizer else part.state_dict() | sharding for part in parts]
+    for state in states:
+        for group in state.get("optimizer", {}).get("param_groups", ()):
+            # An offloaded optimizer's groups name the classes of its parts.
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
     return states[0] if len(parts) == 1 else dict(enumerate(states))
 
 

@@ -380,3 +380,43 @@ def test_a_checkpoint_of_gathered_state_loads(
     assert_same(old, new)
     rank_pool.run(2, work, llama, {"tensor": 2}, checkpoint_in(old), {0: loaded})
     assert_same(loaded, new)
+
+
+def offloaded(*args: Any) -> list[float]:
+    """As `work`, with all of the optimizer in host memory, as if this were a GPU."""
+    from megatron.core.optimizer import optimizer_config
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    from sft_fast.megatron import optim
+
+    def as_offloaded(self: Any, fraction: float) -> Any:
+        groups, copies = [], {}
+        for group in self.param_groups:
+            wide = [p.detach().clone().float() for p in group["params"]]
+            copies |= dict(zip(group["params"], wide, strict=True))
+            groups += [group | {"params": wide}] if wide else []
+        return groups, [], copies, {copy: p for p, copy in copies.items()}, dict(copies)
+
+    options = {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": 1.0,
+        "use_precision_aware_optimizer": True,
+        "pin_cpu_grads": False,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", as_offloaded)
+        patch.setattr(optimizer_config, "is_te_min_version", lambda *_: True)
+        patch.setattr(optim, "optimizer_offload_options", lambda *_: options)
+        return work(*args)
+
+
+@pytest.mark.slow
+def test_an_offloaded_optimizer_resumes_bit_identically(
+    rank_pool: RankPool, llama: str, tmp_path: Path
+) -> None:
+    start, half, whole, resumed, again = (str(tmp_path / str(number)) for number in range(5))
+    run = partial(rank_pool.run, 2, offloaded, llama, {})
+    losses = run("", {0: start, 1: half, 3: whole}, 0, False, "bf16")[0]
+    assert run(checkpoint_in(half), {0: again, 2: resumed}, 1, False, "bf16")[0] == losses[1:]
+    assert_same_files(again, half)
+    assert_same_files(resumed, whole)
