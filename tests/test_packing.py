@@ -257,6 +257,12 @@ def test_none_puts_each_sample_alone() -> None:
     assert bins != sorted(bins)
 
 
+@pytest.mark.parametrize("num_samples", [2**16, 2**16 + 1, 2**16 + 40])
+def test_orders_of_many_are_those_of_the_oracle(num_samples: int) -> None:
+    order = plan_bins(np.ones(num_samples, np.int32), 1, "none", seed=7, epoch=2).order
+    assert order.tolist() == random_order(num_samples, 7, 2, stream=3)
+
+
 @random_strategies
 def test_a_plan_is_a_function_of_seed_and_epoch(strategy: str) -> None:
     lengths = random_lengths(500, 100)

@@ -45,7 +45,13 @@ SortedSamples sort_by_size(std::span<const int32_t> sizes, const std::vector<uin
   SortedSamples sorted{Array<uint32_t>(sizes.size()), std::vector<uint32_t>(counts.size())};
   for (size_t i = 1; i < counts.size(); ++i) sorted.begin[i] = sorted.begin[i - 1] + counts[i - 1];
   std::vector<uint32_t> next = sorted.begin;
+  constexpr size_t kPrefetchDistance = 16;
+  const uint32_t* ids = sorted.ids.data.get();
   for (size_t i = 0; i < sizes.size(); ++i) {
+    // Every size writes to a line of its own, more lines than the first cache holds.
+    if (i + kPrefetchDistance < sizes.size()) {
+      __builtin_prefetch(ids + next[static_cast<size_t>(sizes[i + kPrefetchDistance])], 1);
+    }
     sorted.ids[next[static_cast<size_t>(sizes[i])]++] = static_cast<uint32_t>(i);
   }
   for (size_t size = 1; size + 1 < counts.size(); ++size) {
@@ -177,6 +183,38 @@ class GroupPacker {
   std::vector<Pattern> patterns_;
 };
 
+template <size_t kBinSize>
+void shuffle_bins_of(uint32_t* ids, size_t begin, uint32_t num_bins, const Random& random) {
+  for (uint32_t i = 0; i < num_bins; ++i, begin += kBinSize) {
+    shuffle(ids, begin, begin + kBinSize, random);
+  }
+}
+
+// Shuffles inside each of `num_bins` bins of `bin_size` samples that lie in ids from `begin` on.
+void shuffle_bins(uint32_t* ids, size_t begin, uint32_t num_bins, size_t bin_size,
+                  const Random& random) {
+  switch (bin_size) {
+    // Of bins this small the loop costs more than the swaps, so it is unrolled for each size.
+    case 1:
+      return;
+    case 2:
+      return shuffle_bins_of<2>(ids, begin, num_bins, random);
+    case 3:
+      return shuffle_bins_of<3>(ids, begin, num_bins, random);
+    case 4:
+      return shuffle_bins_of<4>(ids, begin, num_bins, random);
+    case 5:
+      return shuffle_bins_of<5>(ids, begin, num_bins, random);
+    case 6:
+      return shuffle_bins_of<6>(ids, begin, num_bins, random);
+    default:
+      break;
+  }
+  for (uint32_t i = 0; i < num_bins; ++i, begin += bin_size) {
+    shuffle(ids, begin, begin + bin_size, random);
+  }
+}
+
 }  // namespace
 
 BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, uint32_t max_samples,
@@ -205,13 +243,17 @@ BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, u
     for (const Pattern& step : contents) {
       const uint32_t* from = sorted.ids.data.get() + sorted.begin[step.size];
       sorted.begin[step.size] += num_bins * step.count;
-      for (uint32_t i = 0; i < num_bins; ++i) {
-        for (uint32_t j = 0; j < step.count; ++j) to[i * bin_size + j] = *from++;
+      if (step.count == 1) {
+        for (uint32_t i = 0; i < num_bins; ++i) to[i * bin_size] = from[i];
+      } else {
+        for (uint32_t i = 0; i < num_bins; ++i) {
+          for (uint32_t j = 0; j < step.count; ++j) to[i * bin_size + j] = *from++;
+        }
       }
       to += step.count;
     }
+    shuffle_bins(plan.sample_ids.data.get(), begin, num_bins, bin_size, inside_bin);
     for (uint32_t i = 0; i < num_bins; ++i) {
-      shuffle(plan.sample_ids.data.get(), end, end + bin_size, inside_bin);
       end += bin_size;
       plan.bin_offsets[++bin] = static_cast<int64_t>(end);
     }

@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "packing/inline.hpp"
+
 namespace sft_fast {
 namespace {
 
@@ -118,11 +120,6 @@ int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> samp
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SFT_FAST_CLONES
-#endif
-#if defined(__GNUC__)
-#define SFT_FAST_INLINE __attribute__((always_inline)) inline
-#else
-#define SFT_FAST_INLINE inline
 #endif
 
 // Returns the first t in [begin, end) whose bit differs from `value`, or end.

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "packing/inline.hpp"
+
 namespace sft_fast {
 
 // What a random number is used for; each use draws from its own stream.
@@ -40,7 +42,7 @@ class Random {
 
 // Fisher-Yates over items[begin, end); the counter is the position.
 template <typename T>
-void shuffle(T* items, size_t begin, size_t end, const Random& random) {
+SFT_FAST_INLINE void shuffle(T* items, size_t begin, size_t end, const Random& random) {
   size_t i = begin + 1;
   if (end - begin <= (size_t{1} << 16)) {
     // Short ranges take two numbers from one; the bias stays below 2^-16.
@@ -49,6 +51,16 @@ void shuffle(T* items, size_t begin, size_t end, const Random& random) {
       const uint64_t count = i - begin + 1;
       std::swap(items[i], items[begin + ((bits >> 32) * count >> 32)]);
       std::swap(items[i + 1], items[begin + ((bits & 0xffffffffu) * (count + 1) >> 32)]);
+    }
+  } else {
+    // Long ranges lie outside the caches, so the lines of the next swaps are asked for together.
+    constexpr size_t kBlock = 16;
+    for (size_t other[kBlock]; i + kBlock <= end; i += kBlock) {
+      for (size_t k = 0; k < kBlock; ++k) {
+        other[k] = begin + random.below(i + k, i + k - begin + 1);
+        __builtin_prefetch(items + other[k], 1);
+      }
+      for (size_t k = 0; k < kBlock; ++k) std::swap(items[i + k], items[other[k]]);
     }
   }
   for (; i < end; ++i) std::swap(items[i], items[begin + random.below(i, i - begin + 1)]);
