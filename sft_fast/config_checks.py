@@ -84,6 +84,14 @@ def _memory_problems(config: Config) -> Iterator[Problem]:
             "parallel.distributed_optimizer true",
             "parallel.distributed_optimizer=true",
         )
+    if config.optim.offload_fraction > 0 and model.dtype == "fp32":
+        yield Problem(
+            ("optim.offload_fraction", "model.dtype"),
+            f"{config.optim.offload_fraction} with weights in fp32, of which megatron-core cannot "
+            "load an offloaded optimizer",
+            "weights in 16 bits",
+            "model.dtype=bf16, or optim.offload_fraction=0",
+        )
 
 
 def _engine_problems(config: Config) -> Iterator[Problem]:

@@ -376,6 +376,10 @@ def test_alignment_divides_the_row():
             ["optim.offload_fraction=0.5", "parallel.distributed_optimizer=false"],
             ("optim.offload_fraction", "parallel.distributed_optimizer"),
         ),
+        (
+            ["optim.offload_fraction=0.5", "model.dtype=fp32"],
+            ("optim.offload_fraction", "model.dtype"),
+        ),
         (["evaluation.patience=2"], ("evaluation.patience", "data.eval")),
         (
             ["evaluation.best_by=rouge", "data.eval=x.jsonl"],

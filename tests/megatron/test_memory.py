@@ -18,7 +18,9 @@ def test_offloading_on_a_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="model.offload_layers is 2.*on a CPU"):
         memory_options(make_config(model={"offload_layers": 2}), CPU)
     with pytest.raises(ValueError, match="optim.offload_fraction is 0.5.*on a CPU"):
-        optimizer_offload_options(make_config(optim={"offload_fraction": 0.5}), CPU)
+        optimizer_offload_options(
+            make_config(optim={"offload_fraction": 0.5}, model={"dtype": "bf16"}), CPU
+        )
     assert optimizer_offload_options(make_config(), CPU) == {}
 
 
@@ -50,7 +52,9 @@ def test_the_options_exist_in_the_installed_megatron(monkeypatch: pytest.MonkeyP
     from sft_fast.megatron import memory
 
     monkeypatch.setattr(memory, "is_installed", lambda module: True)
-    config = make_config(optim={"offload_fraction": 0.5}, model={"offload_layers": 2})
+    config = make_config(
+        optim={"offload_fraction": 0.5}, model={"offload_layers": 2, "dtype": "bf16"}
+    )
     offload = memory.optimizer_offload_options(config, GPU)
     assert offload["optimizer_offload_fraction"] == 0.5
     assert set(offload) <= {field.name for field in fields(OptimizerConfig)}
