@@ -112,7 +112,7 @@ class HostCopier:
 
     def reserve(self, num_bytes: int) -> Tensor:
         if self.buffer is None or self.buffer.bytes.numel() < num_bytes:
-            self.release()
+            self.free_buffer()
             self.buffer = HostBuffer(num_bytes)
             if not self.buffer.is_locked:
                 self.say(
@@ -136,6 +136,9 @@ class HostCopier:
         if self.reserving is not None:
             self.reserving.join()
             self.reserving = None
+        self.free_buffer()
+
+    def free_buffer(self) -> None:
         if self.buffer is not None:
             self.wait()
             self.buffer.release()

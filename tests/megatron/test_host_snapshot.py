@@ -137,9 +137,11 @@ def test_memory_is_reserved_ahead_on_the_rank_s_own_device(monkeypatch: pytest.M
     gpu, copier = FakeGPU(monkeypatch), HostCopier()
     tensors = [device_tensor(*range(48)), device_tensor(1)]
     copier.prepare(tensors)
+    assert copier.reserving is not None
+    copier.reserving.join()
+    assert gpu.log == ["device 3"] and list(gpu.registered.values()) == [256]
     (first, _) = copier.copy(tensors)
-    assert gpu.log[0] == "device 3"
-    assert list(gpu.registered.items()) == [(first.data_ptr(), 256)]
+    assert list(gpu.registered) == [first.data_ptr()]
     copier.release()
     copier.prepare([torch.zeros(3)])
     assert not gpu.registered, "tensors of the host need nothing"
