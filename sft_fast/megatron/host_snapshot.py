@@ -80,6 +80,11 @@ class HostCopier:
         torch.cuda.set_device(device)
         self.reserve(num_bytes)
 
+    def finish_reserving(self) -> None:
+        if self.reserving is not None:
+            self.reserving.join()
+            self.reserving = None
+
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Starts copies of contiguous tensors and returns them; `wait` says when they are there.
 
@@ -100,9 +105,7 @@ class HostCopier:
 
     def host_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Of the same shapes and dtypes, in the buffer."""
-        if self.reserving is not None:
-            self.reserving.join()
-            self.reserving = None
+        self.finish_reserving()
         begins, num_bytes = places(tensors)
         data = self.reserve(num_bytes)
         return [
@@ -133,9 +136,7 @@ class HostCopier:
 
     def release(self) -> None:
         """Gives the memory back; nothing may read or write copies any more."""
-        if self.reserving is not None:
-            self.reserving.join()
-            self.reserving = None
+        self.finish_reserving()
         self.free_buffer()
 
     def free_buffer(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rank_pool import RankPool
-from tiny import make_config, make_store, random_samples, save_tiny_llama
+from tiny import make_config, make_store, random_samples
 
 NUM_SAMPLES, FIRST_OF_B = 13, 4
 PLUGIN = Path(__file__).parents[1] / "metric_plugin.py"
@@ -62,13 +62,6 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
     result = evaluate(run.model, store, config, parallel, custom)
     assert all(chunk.training for chunk in run.model)
     return result
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny_llama(folder, tie_word_embeddings=True)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -139,13 +139,6 @@ def run_steps(
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny_llama(folder, tie_word_embeddings=True)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
     """One rank, one row at a time."""
     (result,) = rank_pool.run(1, run_steps, llama, BFD, 1, {}, {})
@@ -198,14 +191,6 @@ def test_only_ratios_of_weights_count(
         for got, wanted in zip(steps, expected, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5)
     assert weighted_truth[0] != pytest.approx(truth[0], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("experts")
-    counts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    save_tiny_llama(folder, "qwen3_moe", head_dim=16, **counts)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -96,13 +96,6 @@ def losses_and_norms(folder: str, lora: Any, parallel: Any, model: Any) -> list[
     return take_steps(config, 3, *build(config))
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny_llama(folder, tie_word_embeddings=True)
-    return str(folder)
-
-
 SEQUENCE = {"tensor": 2, "sequence": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # name: world size, parallel section, model section

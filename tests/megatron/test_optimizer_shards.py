@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rank_pool import RankPool
-from tiny import VOCAB_SIZE, make_config, make_store, random_samples, save_tiny_llama
+from tiny import VOCAB_SIZE, make_config, make_store, random_samples
 
 NUM_SAMPLES = 16
 COLLECTIVES = (
@@ -179,21 +179,6 @@ def assert_same(folder: str, other: str) -> None:
     assert tensors.keys() == expected.keys()
     for key, tensor in tensors.items():
         assert torch.equal(tensor, expected[key]), key
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny_llama(folder, tie_word_embeddings=True)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("experts")
-    counts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    save_tiny_llama(folder, "qwen3_moe", head_dim=16, **counts)
-    return str(folder)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=SLOW)], ids=lambda n: f"from-{n}")
