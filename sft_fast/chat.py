@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sft_fast.errors import DamageError
+
 
 class Chat:
     """Keeps the turns; every answer sees all of them."""
@@ -28,9 +30,10 @@ class Chat:
 
         Raises:
             ValueError: an argument that makes no sense, or a model without chat template.
+            DamageError: files are missing, or cut short.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -39,11 +42,12 @@ class Chat:
                 f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected at "
                 "least 1 and at least 0"
             )
+        check_files(folder)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         if not self._tokenizer.chat_template:
             raise ValueError(f"{folder} has no chat template; it is not a model to talk to")
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder).to(self._device).eval()
+        self._model: Any = load_model(folder).to(self._device).eval()
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if temperature > 0:
             self._options |= {"do_sample": True, "temperature": temperature}
@@ -79,3 +83,26 @@ class Chat:
         answer: str = self._tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
         self._turns.append({"role": "assistant", "content": answer})
         return answer
+
+
+def check_files(folder: Path) -> None:
+    """Raises DamageError when files have not the sizes that the manifest of an export says."""
+    from sft_fast.manifest import MANIFEST_FILE, find_damage
+
+    if (folder / MANIFEST_FILE).exists():
+        damages = find_damage(folder, hash_content=False)
+        if damages:
+            raise DamageError("\n  ".join([f"{folder} is damaged:", *map(str, damages)]))
+
+
+def load_model(folder: Path) -> Any:
+    """Raises DamageError where a file of weights cannot be read."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    except SafetensorError as error:
+        raise DamageError(
+            f"{folder}: a *.safetensors file is damaged ({error}); copy or export it again"
+        ) from None

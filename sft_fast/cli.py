@@ -25,6 +25,8 @@ from sft_fast.commands import (
     status,
     verify,
 )
+from sft_fast.errors import exit_code
+from sft_fast.exit_codes import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 from sft_fast.redact import redact
 from sft_fast.telemetry import switch_off
 
@@ -40,8 +42,6 @@ begin with:
   sft_fast COMMAND --help                 # what a command takes
 """
 
-
-EXIT_BROKEN_PIPE = 141
 UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
 
 
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self.commands.choices)
             hint = f"did you mean {near}?" if near else "`sft_fast --help` lists them"
             message = f"there is no command {unknown[1]}; {hint}"
-        self.exit(2, f"error: {message}\n{self.format_usage()}")
+        self.exit(USER_ERROR, f"error: {message}\n{self.format_usage()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,8 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the command's name; None: those of this process.
 
-    Returns: 0; 1 where a command looked for problems and found some; 2 where the user's input is
-        wrong.
+    Returns: 0, or a code of sft_fast.exit_codes.
     """
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
@@ -107,14 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # `| head` has read enough; what Python writes at its exit must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return BROKEN_PIPE
     except (ValueError, OSError) as error:
         if parsed.debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
         print_error(error)
-        return 2
+        return exit_code(error)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def print_error(error: Exception) -> None:

@@ -1,4 +1,5 @@
-"""Errors of configuration files: every problem at once, each with its place and its fix."""
+"""Errors that users can mend: every problem of a configuration at once, each with its place and its
+fix; and files that are damaged."""
 
 import difflib
 import re
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_fast.exit_codes import DAMAGED, USER_ERROR
 from sft_fast.redact import redact
 
 # "tokenizer" and "max_new_tokens" are harmless; "hub_token" is not.
@@ -52,6 +54,15 @@ class ConfigError(ValueError):
         title = f"{count} problem{'s' if count > 1 else ''} in {self.source}"
         in_order = sorted(self.problems, key=_place)
         return redact("\n".join([title, *(str(problem) for problem in in_order)]))
+
+
+class DamageError(ValueError):
+    """Files of a checkpoint, an export or a model are not what they were when written."""
+
+
+def exit_code(error: Exception) -> int:
+    """With which a process ends after `error`, a ValueError or OSError."""
+    return DAMAGED if isinstance(error, DamageError) else USER_ERROR
 
 
 def _place(problem: Problem) -> tuple[bool, int]:

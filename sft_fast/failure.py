@@ -29,11 +29,11 @@ from typing import Any, NoReturn
 
 import psutil
 
+from sft_fast.exit_codes import FAILED, HANG, INTERRUPTED
 from sft_fast.processes import die_with_parent, end_children, is_alive, is_stopped
 from sft_fast.redact import redact
 from sft_fast.run_lock import HEARTBEAT_S, RunLock, check_output_dir
 
-EXIT_FAILED, EXIT_HANG, EXIT_INTERRUPTED = 1, 75, 130
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_S = 0.25
 PUBLISH_S = 2.0
@@ -52,7 +52,7 @@ SLOW_STEP_FACTOR = 10
 OLD_LAUNCH_S = 60.0
 HALF_WRITTEN = (".status.json.*", ".error.json.*", ".config.yaml.*", ".lock-*")
 # What a rank announces, the state that follows from it, and the exit code of who follows.
-ANNOUNCEMENTS = (("failed", "failed", EXIT_FAILED), ("left", "preempted", 0))
+ANNOUNCEMENTS = (("failed", "failed", FAILED), ("left", "preempted", 0))
 OUT_OF_MEMORY_HINT = (
     "\nlower train.micro_batch_size or packing.capacity, or set model.recompute=full; "
     "parallel.tensor and parallel.pipeline spread the model over more ranks"
@@ -244,7 +244,7 @@ class Watch:
                 if not self.lock.beat():
                     cause = "the lock of output_dir was taken by another job"
                     self.fail(cause)
-                    self.leave("failed", EXIT_FAILED, cause)
+                    self.leave("failed", FAILED, cause)
             signals = self.wait_for_signals()
             if signals or now >= next_look:
                 # A shared file system should not feel a large job.
@@ -273,14 +273,14 @@ class Watch:
                 self.is_closed.wait(FOLLOW_S if patient else 0.0)
                 if not self.is_closed.is_set():
                     code = announced.get("exit_code", code)
-                    if code == EXIT_HANG:
+                    if code == HANG:
                         self.dump_stacks()
                     self.leave(state, code, announced["cause"])
         for rank, peer in dead:
             cause = f"process {peer['pid']} of rank {rank} is gone: killed, or crashed"
             facts = {"rank": rank, "pid": peer["pid"], "reported_by": self.rank}
             self.fail(cause, peer["phase"], **facts)
-            self.leave("failed", EXIT_FAILED, cause)
+            self.leave("failed", FAILED, cause)
 
     def meet(self) -> None:
         for rank in sorted(self.unmet):
@@ -328,7 +328,7 @@ class Watch:
             is_interrupt = number == signal.SIGINT
             if is_interrupt and now - self.interrupted_at > SECOND_INTERRUPT_S:
                 if math.isfinite(self.interrupted_at):
-                    self.leave("preempted", EXIT_INTERRUPTED)
+                    self.leave("preempted", INTERRUPTED)
                 self.interrupted_at = now
             self.request_stop(name)
         if os.getppid() != self.parent:
@@ -339,7 +339,7 @@ class Watch:
         if now > self.leave_at:
             text = f"could not save within {LEAVE_WITHIN_S:.0f} s of {self.stop_reason}"
             self.fail(text)
-            self.leave("failed", EXIT_HANG, text)
+            self.leave("failed", HANG, text)
 
     def request_stop(self, reason: str, within_s: float = LEAVE_WITHIN_S) -> None:
         if not self.stop_requested:
@@ -370,9 +370,9 @@ class Watch:
         # So that every rank dumps, and says how far it is, before torchrun ends the others.
         self.is_closed.wait(FOLLOW_S)
         cause = f"no step ended for {silent_s:.0f} s; {self.suspects()}"
-        if self.fail(cause, exit_code=EXIT_HANG):
+        if self.fail(cause, exit_code=HANG):
             say(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")
-        self.leave("failed", EXIT_HANG, cause)
+        self.leave("failed", HANG, cause)
 
     def suspects(self) -> str:
         """Says which ranks give no sign of life, or are behind."""

@@ -5,16 +5,18 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # No pickled weights and no Python: only what we read.
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
+PATTERNS = [*SMALL_PATTERNS, "*.safetensors"]
 
 
-def local_folder(path: str, revision: str | None, key: str) -> Path:
+def local_folder(path: str, revision: str | None, key: str, with_weights: bool = True) -> Path:
     """Returns a directory with the files of `path`, downloading them when it is a hub id.
 
     Args:
         path: a directory, or a hub id such as `org/name`.
         revision: branch, tag or commit of a hub id.
         key: the config key that holds `path`, for the message.
+        with_weights: False = download configuration and tokenizer only.
 
     Raises:
         ValueError: neither a directory nor a repository that the hub gives us.
@@ -29,8 +31,9 @@ def local_folder(path: str, revision: str | None, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = PATTERNS if with_weights else SMALL_PATTERNS
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from sft_fast.exit_codes import DAMAGED, FAILED, USER_ERROR
+
 # They repeat that a rank failed, and that a signal has come.
 TORCHRUN_LOGGERS = ("multiprocessing.api", "agent.server.api")
-USER_ERROR = 2
 
 
 def main(run_dir: Path, arguments: list[str]) -> int:
@@ -37,12 +38,12 @@ def main(run_dir: Path, arguments: list[str]) -> int:
         torchrun(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != USER_ERROR:
+        if failure.exitcode not in (USER_ERROR, DAMAGED):
             ended = f"rank {rank} ended with exit code {failure.exitcode}"
             if failure.exitcode < 0:
                 ended = f"rank {rank} was ended by {failure.signal_name()}"
             print(f"error: {recorded_failure(run_dir, began) or ended}", file=sys.stderr)
-        return max(failure.exitcode, 1)
+        return max(failure.exitcode, FAILED)
     except SignalException as error:
         if failure_text := recorded_failure(run_dir, began):
             print(f"error: {failure_text}", file=sys.stderr)

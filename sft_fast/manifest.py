@@ -286,6 +286,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         is_ours = manifest_text(records) == text
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a manifest, found none") from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a manifest, found {explain(error)}") from None
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected a manifest, found damage ({error!r})") from None
     if not is_ours:

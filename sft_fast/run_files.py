@@ -45,17 +45,23 @@ class RunFiles:
         found = (self.path / "checkpoints").glob("step_*")
         return sorted(path for path in found if path.name[5:].isdecimal())
 
+    @property
+    def exports(self) -> list[Path]:
+        """Models and adapters, made by the run or by `sft_fast export`."""
+        own = [self.path / "export", self.path / "adapter"]
+        return [path for path in own if path.is_dir()] + later_exports(self.path)
+
 
 def read_run(path: Path) -> RunFiles:
-    """Reads a run directory, also of a run that is under way.
+    """Reads a run directory, also of a run that is under way, or what was copied of one.
 
     Raises:
         ValueError: it is not one.
     """
     metrics = path / "metrics.jsonl"
     status, error = read_object(path / "status.json"), read_object(path / "error.json")
-    if not metrics.is_file() and status is None:
-        raise ValueError(f"{path} is no run directory: it has no metrics.jsonl and no status.json")
+    if not metrics.is_file() and status is None and not (path / "checkpoints").is_dir():
+        raise ValueError(f"{path} is no run directory: {why_no_run(path)}")
     records = []
     if metrics.is_file():
         for line in metrics.read_text(encoding="utf-8").splitlines():
@@ -67,6 +73,18 @@ def read_run(path: Path) -> RunFiles:
             if isinstance(record, dict) and "kind" in record:
                 records.append(record)
     return RunFiles(path, tuple(records), status, error)
+
+
+def why_no_run(path: Path) -> str:
+    if not path.exists():
+        return "it does not exist"
+    if not path.is_dir():
+        return "it is a file"
+    if path.parent.name == "checkpoints":
+        return f"it is one checkpoint of a run; the run is {path.parent.parent}"
+    if path.name == "checkpoints":
+        return f"it holds the checkpoints of a run; the run is {path.parent}"
+    return "it has no metrics.jsonl, no status.json and no checkpoints"
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -83,10 +101,16 @@ def model_folder(path: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    for folder in (path / "export", path):
+    for folder in (path / "export", path, *reversed(later_exports(path))):
         if (folder / "config.json").is_file():
             return folder
     raise ValueError(
         f"{path} holds no exported model (export/config.json); a run writes it at its end, and "
-        f"`sft_fast export {path}` makes it from the newest checkpoint"
+        f"`sft_fast export {path}` makes one from the newest checkpoint"
     )
+
+
+def later_exports(path: Path) -> list[Path]:
+    """What `sft_fast export` made in a run directory, by step."""
+    found = [folder for folder in path.glob("export_*") if folder.name[7:].isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name[7:]))

@@ -17,6 +17,8 @@ if sys.path and sys.path[0] == str(FOLDER):
     sys.path[0] = str(FOLDER.parent)
 
 from sft_fast.config import load_config  # noqa: E402
+from sft_fast.errors import exit_code  # noqa: E402
+from sft_fast.exit_codes import FAILED  # noqa: E402
 from sft_fast.failure import watching  # noqa: E402
 from sft_fast.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.processes import die_with_parent  # noqa: E402
@@ -49,7 +51,7 @@ def changes(arguments: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Loads the config and runs its trainer.
 
-    Returns: 0, or 2 after a message when the user can mend it.
+    Returns: 0, or after a message when the user can mend it a code of sft_fast.exit_codes.
     """
     arguments = parse_arguments(argv)
     switch_off()
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         elif is_first_to_fail():
             text = f"error: {redact(str(error))}\n(--debug shows where)"
             print(as_seen(text, sys.stderr), file=sys.stderr, flush=True)
-        return 2
+        return exit_code(error)
 
 
 def print_traceback() -> None:
@@ -87,11 +89,11 @@ if __name__ == "__main__":
         # A killed torchrun must not leave its ranks behind; they save if they can.
         die_with_parent(signal.SIGTERM)
     try:
-        exit_code = main()
+        code = main()
     except Exception:  # recorded by the watch; connections and threads of a broken job may hang
         print_traceback()
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(FAILED)
     sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(exit_code)
+    sys.exit(code)

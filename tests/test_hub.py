@@ -36,3 +36,19 @@ def test_an_unavailable_hub_id_names_key_and_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unavailable)
     with pytest.raises(ValueError, match="model.path: some/model is neither .*: offline$"):
         hub.local_folder("some/model", None, "model.path")
+
+
+def test_what_needs_no_weights_does_not_download_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    patterns: list[list[str]] = []
+
+    def download(path: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        patterns.append(allow_patterns)
+        return "somewhere"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    local_folder("some/model", None, "model.path", with_weights=False)
+    local_folder("some/model", None, "model.path")
+    assert ["*.safetensors" in names for names in patterns] == [False, True]
+    assert all("*.json" in names for names in patterns)

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from sft_fast.commands.arguments import Commands, add_config, config_path, positive
+from sft_fast.exit_codes import FAILED
 
 
 def add(commands: Commands) -> None:
@@ -47,7 +48,7 @@ def run(parsed: argparse.Namespace) -> int:
         problems += located(tree, [p for p in found if not failed.intersection(p.keys)])
     if problems:
         print(as_seen(str(ConfigError(problems, str(path))), sys.stderr), file=sys.stderr)
-        return 1
+        return FAILED
     print("\n".join([f"{path} is good", *(f"  {note}" for note in notes)]))
     return 0
 

@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft_fast.commands.arguments import Commands, add_run, positive
 from sft_fast.commands.launch import ENGINE
 
+if TYPE_CHECKING:
+    from sft_fast.run_files import RunFiles
+
+# One process, without gradients, and without what only training needs.
+OVERRIDES = (
+    "stage=export",
+    "plugins=[]",
+    "model.transformer_impl=local",
+    "model.fp8=none",
+    "model.offload_layers=0",
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.virtual_pipeline=1",
+    "parallel.context=1",
+    "parallel.expert=1",
+    "parallel.expert_tensor=1",
+    "parallel.sequence=false",
+)
+
 
 def add(commands: Commands) -> None:
-    export = commands.add_parser("export", help="write a Hugging Face model from a checkpoint")
+    export = commands.add_parser(
+        "export",
+        help="write a Hugging Face model from a checkpoint",
+        description="Needs the run's directory, the model that it started from, and no data. Where "
+        "that model lies elsewhere by now: model.path=DIR. Exit status 4: it is damaged.",
+    )
     add_run(export)
     export.add_argument("--step", type=positive, help="of the checkpoint; default: the newest")
     export.add_argument("--to", type=Path, metavar="DIR", help="default: OUT/export_STEP")
     export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: as trained")
+    export.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change")
     export.set_defaults(run=run)
 
 
@@ -28,40 +55,27 @@ def run(parsed: argparse.Namespace) -> int:
     from sft_fast.run_files import read_run
 
     found = read_run(parsed.run_dir)
-    steps = {int(path.name[5:]): path for path in found.checkpoints}
-    if not steps or (parsed.step is not None and parsed.step not in steps):
-        there = ", ".join(map(str, steps)) or "none"
-        raise ValueError(f"{found.path} has no checkpoint of that step; there are: {there}")
-    step = max(steps) if parsed.step is None else parsed.step
+    checkpoint = choose(found, parsed.step)
+    step = int(checkpoint.name[5:])
     target = parsed.to or found.path / f"export_{step}"
     if target.exists():
         raise ValueError(f"{target} exists; name another directory with --to")
-    config = load_config(found.path / "config.yaml", [])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_") as work:
-        # The model card tells what the run measured.
-        shutil.copy(found.path / "metrics.jsonl", work)
-        overrides = {
-            "stage": "export",
-            "output_dir": work,
-            "data.cache_dir": str(config.data.cache_dir or found.path.absolute() / "data"),
-            "checkpoint.resume": str(steps[step].absolute()),
-            "model.transformer_impl": "local",
-            "model.fp8": "none",
-            "model.offload_layers": 0,
-            "parallel.tensor": 1,
-            "parallel.pipeline": 1,
-            "parallel.virtual_pipeline": 1,
-            "parallel.context": 1,
-            "parallel.expert": 1,
-            "parallel.expert_tensor": 1,
-            "parallel.sequence": "false",
-            "metrics.run_name": config.metrics.run_name or found.path.resolve().name,
-        }
-        if parsed.dtype is not None:
-            overrides["export.dtype"] = parsed.dtype
-        command = [sys.executable, str(ENGINE), "--config", str(found.path / "config.yaml")]
-        command += [f"{key}={value}" for key, value in overrides.items()]
+    saved = found.path / "config.yaml"
+    config = load_config(saved, parsed.overrides)
+    cache = config.data.cache_dir or found.path.absolute() / "data"
+    overrides = [
+        *parsed.overrides,
+        *OVERRIDES,
+        f"checkpoint.resume={checkpoint.absolute()}",
+        f"data.cache_dir={cache}",
+    ]
+    if parsed.dtype is not None:
+        overrides.append(f"export.dtype={parsed.dtype}")
+    with workplace(target) as work:
+        write_story(found, step, Path(work))
+        # -P: a folder of our name in the working directory is not this package.
+        command = [sys.executable, "-P", str(ENGINE), "--config", str(saved), *overrides]
+        command += [f"output_dir={work}", *(["--debug"] if parsed.debug else [])]
         print(f"exporting step {step} of {found.path}", flush=True)
         result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if result.returncode != 0:
@@ -70,3 +84,36 @@ def run(parsed: argparse.Namespace) -> int:
         os.rename(Path(work) / "export", target)
     print(target)
     return 0
+
+
+def choose(found: RunFiles, step: int | None) -> Path:
+    """The checkpoint of a step, or the newest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = {int(path.name[5:]): path for path in found.checkpoints}
+    if not steps or (step is not None and step not in steps):
+        folder, of = found.path / "checkpoints", "" if step is None else f" of step {step}"
+        there = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"{folder} holds no checkpoint{of}; there are: {there}")
+    return steps[max(steps) if step is None else step]
+
+
+def workplace(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """A directory on the file system of `target`, that it can be renamed from."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_")
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written ({error.strerror}); name one with --to"
+        ) from None
+
+
+def write_story(found: RunFiles, step: int, folder: Path) -> None:
+    """Copies what the model card tells of: the configuration, and the run up to a step."""
+    shutil.copy(found.path / "config.yaml", folder)
+    until = [record for record in found.records if record.get("step", 0) <= step]
+    lines = [json.dumps(record) + "\n" for record in until]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")

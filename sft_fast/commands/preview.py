@@ -14,6 +14,7 @@ from sft_fast.commands.arguments import (
     positive,
     read_config,
 )
+from sft_fast.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,11 +67,11 @@ def run(parsed: argparse.Namespace) -> int:
         text = preview_html(preview, title, max(parsed.bins, 10))
         parsed.html.write_text(text, encoding="utf-8")
         print(f"{parsed.html}: {len(preview.samples)} samples")
-        return 0 if preview.samples else 1
+        return 0 if preview.samples else FAILED
     console = Console(highlight=False, soft_wrap=True)
     show_samples(console, preview, parsed.samples)
     show_bins(console, preview, parsed.bins)
-    return 0 if preview.samples else 1
+    return 0 if preview.samples else FAILED
 
 
 def show_samples(console: Console, preview: Preview, count: int) -> None:

@@ -1,52 +1,68 @@
-"""`sft_fast verify`: are the files of a run what they were when they were written."""
+"""`sft_fast verify`: are files what they were when they were written."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from sft_fast.commands.arguments import Commands, add_run
+from sft_fast.commands.arguments import Commands
+from sft_fast.exit_codes import DAMAGED
 
 
 def add(commands: Commands) -> None:
     verify = commands.add_parser(
         "verify",
         help="check checkpoints and exports against their hashes",
-        description="Reads every file. Exit status 1: something is damaged.",
+        description="Reads every file. Exit status 4: something is damaged.",
     )
-    add_run(verify)
+    verify.add_argument(
+        "folder", type=Path, metavar="OUT", help="output_dir of a run, a checkpoint or an export"
+    )
     verify.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from sft_fast.manifest import MANIFEST_FILE, find_damage, read_manifest
-    from sft_fast.run_files import read_object, read_run
+    from sft_fast.manifest import MANIFEST_FILE
+    from sft_fast.run_files import read_run
 
-    found = read_run(parsed.run_dir)
-    folders = [*found.checkpoints]
-    folders += [path for name in ("export", "adapter") if (path := found.path / name).is_dir()]
-    if not folders:
+    folder = parsed.folder
+    if (folder / MANIFEST_FILE).exists():
+        return 0 if is_whole(folder) else DAMAGED
+    found = read_run(folder)
+    if not found.checkpoints and not found.exports:
         raise ValueError(f"{found.path} holds no checkpoint and no export yet")
-    whole: list[Path] = []
-    is_damaged = False
-    for folder in folders:
-        damages = find_damage(folder)
-        if not damages:
-            records = read_manifest(folder).values()
-            size = sum(record.num_bytes for record in records) / 2**30
-            print(f"{folder.name}: whole, {len(records)} files, {size:.2f} GiB")
-            whole.append(folder)
-            continue
-        is_damaged = True
-        print(f"{folder.name}: DAMAGED")
-        for damage in damages:
-            print(f"  {damage}")
-    usable = [folder for folder in found.checkpoints if folder in whole]
-    if usable:
-        state = read_object(usable[-1] / "train_state.json") or {}
-        print(f"a resumed run goes on from {usable[-1].name}, step {state.get('step')}")
-        for name, value in state.get("fields", {}).items():
-            print(f"  {name:<16}{value}")
+    whole = [path for path in found.checkpoints if is_whole(path)]
+    damaged_exports = [path for path in found.exports if not is_whole(path)]
+    if whole:
+        tell_resume(whole[-1])
     elif found.checkpoints:
         print(f"no checkpoint is whole; {MANIFEST_FILE} says what each must hold")
-    return int(is_damaged)
+    return DAMAGED if damaged_exports or len(whole) < len(found.checkpoints) else 0
+
+
+def is_whole(folder: Path) -> bool:
+    """Compares a directory with its manifest, and says what comes of it; a run that is under way
+    may delete it meanwhile."""
+    from sft_fast.manifest import find_damage, read_manifest
+
+    damages = find_damage(folder)
+    if damages and not folder.exists():
+        print(f"{folder.name}: deleted meanwhile")
+        return True
+    if damages:
+        print("\n  ".join([f"{folder.name}: DAMAGED", *map(str, damages)]))
+        return False
+    records = read_manifest(folder).values()
+    size = sum(record.num_bytes for record in records) / 2**30
+    print(f"{folder.name}: whole, {len(records)} files, {size:.2f} GiB")
+    return True
+
+
+def tell_resume(checkpoint: Path) -> None:
+    """Says where a resumed run begins, and with what it must agree."""
+    from sft_fast.run_files import read_object
+
+    state = read_object(checkpoint / "train_state.json") or {}
+    print(f"a resumed run goes on from {checkpoint.name}, step {state.get('step')}")
+    for name, value in state.get("fields", {}).items():
+        print(f"  {name:<16}{value}")

@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
 
 from sft_fast.config import CheckpointConfig
+from sft_fast.errors import DamageError
 from sft_fast.manifest import (
     REPLACED_PREFIX,
     TEMPORARY_PREFIX,
@@ -73,6 +74,8 @@ class TrainState:
     """How the evaluations so far compare; see standing.Standing."""
     resumed_from: str = ""
     """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What an export says of the data; see traits.DataTraits. {} in checkpoints of before."""
 
 
 def model_weights(model: ModuleList) -> dict[str, Any]:
@@ -233,23 +236,28 @@ def newest_whole_checkpoint(
     """The newest of `checkpoints` (oldest first) without damage; the ranks share the reading.
 
     Raises:
-        ValueError: there are checkpoints, but all are damaged; names every damaged file.
+        DamageError: there are checkpoints, but all are damaged; names every damaged file.
     """
     everything: list[str] = []
     for checkpoint in reversed(checkpoints):
-        exchange = StoreExchange(f"verify/{checkpoint}", timeout_s)
-        found = find_damage(checkpoint, exchange.rank, exchange.world_size)
-        shares = exchange.all_gather("damage", [str(damage) for damage in found])
-        damages = sorted({text for share in shares for text in share})
+        damages = damage_of(checkpoint, timeout_s)
         if not damages:
             return checkpoint
         everything += damages
         say(f"warning: {checkpoint} is damaged and not used:\n  " + "\n  ".join(damages))
     if everything:
-        raise ValueError(
+        raise DamageError(
             "no checkpoint is whole; delete them to start anew:\n  " + "\n  ".join(everything)
         )
     return None
+
+
+def damage_of(checkpoint: Path, timeout_s: float) -> list[str]:
+    """What is wrong with its files, as texts; every rank calls it, and reads a part."""
+    exchange = StoreExchange(f"verify/{checkpoint}", timeout_s)
+    found = find_damage(checkpoint, exchange.rank, exchange.world_size)
+    shares = exchange.all_gather("damage", [str(damage) for damage in found])
+    return sorted({text for share in shares for text in share})
 
 
 def read_train_state(checkpoint: Path) -> TrainState:

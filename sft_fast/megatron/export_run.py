@@ -3,22 +3,21 @@
 Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
 """
 
-import logging
 from pathlib import Path
 
 import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.config import Config
-from sft_fast.megatron.checkpoint import SHARDING, newest_whole_checkpoint
+from sft_fast.errors import DamageError
+from sft_fast.megatron.checkpoint import SHARDING, damage_of, read_train_state
 from sft_fast.megatron.export import export_model
 from sft_fast.megatron.hf import load_weights
-from sft_fast.megatron.inputs import read_inputs
+from sft_fast.megatron.inputs import read_origin
 from sft_fast.megatron.lora import add_adapters, is_adapter
 from sft_fast.megatron.model import SFTModel, build_model
 from sft_fast.megatron.parallel import init_parallel
 from sft_fast.megatron.shards import load_state
-
-logger = logging.getLogger(__name__)
 
 
 def export(config: Config) -> int:
@@ -28,21 +27,24 @@ def export(config: Config) -> int:
 
     Raises:
         ValueError: the checkpoint does not hold this model, or the export is not what it holds.
+        DamageError: the checkpoint is damaged.
     """
+    disable_progress_bar()  # of transformers, for the look at the export
     parallel = init_parallel(config)
-    inputs = read_inputs(config)
-    checkpoint = newest_whole_checkpoint(
-        [Path(config.checkpoint.resume)], logger.warning, config.checkpoint.timeout_minutes * 60
-    )
-    assert checkpoint is not None, "one was named"
-    architecture, is_lora = inputs.model.architecture, config.lora.rank > 0
+    checkpoint = Path(config.checkpoint.resume)
+    if damages := damage_of(checkpoint, config.checkpoint.timeout_minutes * 60):
+        raise DamageError(
+            f"{checkpoint} is damaged; --step names another one:\n  " + "\n  ".join(damages)
+        )
+    origin = read_origin(config, read_train_state(checkpoint).data)
+    architecture, is_lora = origin.model.architecture, config.lora.rank > 0
     models = build_model(architecture, config, parallel)
     for number, model in enumerate(models):
         if is_lora:
-            load_weights(model, inputs.model.weights, architecture, parallel)
+            load_weights(model, origin.model.weights, architecture, parallel)
             add_adapters(model, architecture, config, parallel)
         load_trained(model, number, checkpoint, is_lora)
-    export_model(models, Path(config.output_dir) / "export", inputs, config, parallel)
+    export_model(models, Path(config.output_dir) / "export", origin, config, parallel)
     dist.barrier()
     dist.destroy_process_group()
     return 0

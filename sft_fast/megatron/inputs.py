@@ -20,6 +20,7 @@ from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.source import Source
 from sft_fast.data.store import TokenStore, open_store
 from sft_fast.data.tokenizer import load_tokenizer
+from sft_fast.data.traits import DataTraits, data_traits
 from sft_fast.hub import local_folder
 from sft_fast.megatron.hf import GrownSource, RandomSource, SafetensorsSource, WeightSource
 from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
@@ -40,6 +41,15 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What an exported model comes from, its weights aside."""
+
+    tokenizer: Any
+    model: Model
+    data: DataTraits
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything a run reads."""
 
@@ -48,6 +58,10 @@ class Inputs:
     eval_store: TokenStore | None
     eval_rows: list[Source] | None
     model: Model
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.tokenizer, self.model, data_traits(self.store, self.tokenizer))
 
 
 def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
@@ -60,11 +74,7 @@ def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
     Raises:
         ValueError: a file, a row, the tokenizer or the model is not what it should be.
     """
-    model_folder = None
-    if config.model.path is not None:
-        model_folder = fetch(config.model.path, config.model.revision, "model.path")
-    tokenizer = read_tokenizer(config, model_folder)
-    model = read_model(config, model_folder, len(tokenizer))
+    tokenizer, model = read_start(config)
     rows, eval_rows = find_rows(config)
     store = read_store("data.train", rows, config, tokenizer, model.architecture, say)
     eval_store = None
@@ -75,9 +85,46 @@ def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
     return Inputs(tokenizer, store, eval_store, eval_rows, model)
 
 
-def fetch(path: str, revision: str | None, key: str) -> Path:
+def read_origin(config: Config, traits: dict[str, Any], say: Progress = logger.info) -> Origin:
+    """Reads what an export needs beside the weights of a checkpoint.
+
+    Args:
+        config: of the export.
+        traits: of the data, as the checkpoint has them; {} in one of an earlier version, for which
+            the data is read.
+        say: as for `read_inputs`.
+
+    Raises:
+        ValueError: as `read_inputs`.
+    """
+    if not traits:
+        return read_inputs(config, say).origin
+    # LoRA's are merged into the model's own weights; all others are in the checkpoint.
+    tokenizer, model = read_start(config, needs_weights=config.lora.rank > 0)
+    return Origin(tokenizer, model, DataTraits(**traits))
+
+
+def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
+    """The tokenizer and the model before training.
+
+    Args:
+        config: the configuration.
+        needs_weights: False = random ones will do.
+    """
+    folder = None
+    if config.model.path is not None:
+        path, revision = config.model.path, config.model.revision
+        folder = fetch(path, revision, "model.path", needs_weights)
+    tokenizer = read_tokenizer(config, folder)
+    if folder is not None and not needs_weights:
+        random = config.model.model_copy(update={"random_init": True})
+        config = config.model_copy(update={"model": random})
+    return tokenizer, read_model(config, folder, len(tokenizer))
+
+
+def fetch(path: str, revision: str | None, key: str, with_weights: bool = True) -> Path:
     """Finds a directory or hub id; one rank per node downloads."""
-    return once_per_node(key, lambda _: local_folder(path, revision, key))
+    return once_per_node(key, lambda _: local_folder(path, revision, key, with_weights))
 
 
 def read_tokenizer(config: Config, model_folder: Path | None) -> Any:

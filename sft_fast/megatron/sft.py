@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from sft_fast.architecture import Architecture
 from sft_fast.batch import MicroBatch
 from sft_fast.config import Config, save_config
+from sft_fast.data.traits import DataTraits
 from sft_fast.failure import current_watch
 from sft_fast.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
 from sft_fast.guard import Guard, check_limit, report_complaint
@@ -165,17 +166,22 @@ def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], Non
 
 
 def continued_state(
-    config: Config, checkpoint: Path, fields: dict[str, str], say: Callable[[str], None]
+    config: Config,
+    checkpoint: Path,
+    fields: dict[str, str],
+    traits: DataTraits,
+    say: Callable[[str], None],
 ) -> TrainState:
     """Where `checkpoint` stands, and where the data begins anew if other data is allowed.
 
     Args:
         fields: of this run; see fingerprint.run_fields.
+        traits: of its data.
 
     Raises:
         ValueError: the checkpoint belongs to other data, another order of it or another model.
     """
-    found = read_train_state(checkpoint)
+    found = replace(read_train_state(checkpoint), data=asdict(traits))
     if config.checkpoint.resume != "auto":
         found = replace(found, resumed_from=str(Path(config.checkpoint.resume).absolute()))
     changed = changed_fields(found.fields, fields, config.checkpoint.allow_change, checkpoint)
@@ -220,11 +226,12 @@ def train(config: Config) -> int:
     fields = run_fields(
         config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
     )
-    state = TrainState(0, fields)
+    traits = inputs.origin.data
+    state = TrainState(0, fields, data=asdict(traits))
     watch.enter("resume", can_leave=True)
     checkpoint = find_checkpoint(config, parallel, metrics.say)
     if checkpoint is not None:
-        state = continued_state(config, checkpoint, fields, metrics.say)
+        state = continued_state(config, checkpoint, fields, traits, metrics.say)
     first, start = state.first_data_step, state.step
     num_steps = config.train.steps or first + (config.train.epochs or 0) * plan.num_steps_per_epoch
     if start > num_steps:
@@ -316,13 +323,12 @@ def train(config: Config) -> int:
         load_best(run, state, config, metrics)
     if config.export.enabled:
         gather_parameters(run.model)
-        export_model(
-            [unwrap(chunk) for chunk in run.model], output / "export", inputs, config, parallel
-        )
+        models, origin = [unwrap(chunk) for chunk in run.model], inputs.origin
+        export_model(models, output / "export", origin, config, parallel)
         if config.lora.rank > 0:
             export_adapter(run.model, output / "adapter", config, parallel)
         metrics.say(f"exported to {output / 'export'}")
-        del run  # its memory is wanted for the models that answer
+        del run, models  # their memory is wanted for the models that answer
         free_memory()
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
             report_exact_match(output / "export", inputs, config, metrics)

@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sft_fast.errors import DamageError
 from sft_fast.manifest import HashedFile, StagedDirectory, read_manifest
 from sft_fast.megatron.host_snapshot import HostCopier
 
@@ -165,16 +166,17 @@ def open_safetensors(path: Path) -> Any:
     """safe_open, with an error that users can read.
 
     Raises:
-        ValueError: the file is missing, cut short or no safetensors file.
+        ValueError: the file is missing.
+        DamageError: it is cut short, or no safetensors file.
     """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a safetensors file, found none") from None
+        raise DamageError(
             f"{path}: expected a whole safetensors file, found {path.stat().st_size:,} bytes with "
             f"damage ({error}); copy or download it again"
-            if path.is_file()
-            else f"{path}: expected a safetensors file, found none"
         ) from None
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,3 +200,12 @@ def test_the_recorded_failure_is_of_this_start(tmp_path: Path) -> None:
     found = launcher.recorded_failure(tmp_path, time.time() - 9)
     assert found == f"rank 3, phase save: no space ({path})"
     assert launcher.recorded_failure(tmp_path, time.time() + 9) == ""
+
+
+def test_every_exit_code_is_in_the_docs() -> None:
+    from sft_fast import exit_codes
+
+    codes = [value for value in vars(exit_codes).values() if isinstance(value, int)]
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\d+) \|", text.split("| exit code |")[1].split("\n\n")[0], re.M)
+    assert sorted(codes) == [int(code) for code in listed if code != "0"]

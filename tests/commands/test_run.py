@@ -1,6 +1,7 @@
 """One short run, and every command that reads what it left."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -75,10 +76,49 @@ def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    assert main(["verify", str(run)]) == 1
+    assert main(["verify", str(run)]) == 4
     text = capsys.readouterr().out
     assert "step_00000004: DAMAGED" in text and weights.name in text
     assert "goes on from step_00000002, step 2" in text
+    for name, code in (("checkpoints/step_00000004", 4), ("checkpoints/step_00000002", 0)):
+        assert main(["verify", str(run / name)]) == code
+    assert main(["verify", str(run / "checkpoints")]) == 2
+    assert f"the run is {run}" in capsys.readouterr().err
+    (run / "status.json").unlink()
+    (run / "metrics.jsonl").unlink()
+    assert main(["verify", str(run)]) == 4, "a copy without its log"
+
+
+def test_verify_looks_at_every_export(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "export", run / "export_4")
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.count(": whole") == 4
+    (run / "export_4/config.json").unlink()
+    (run / "checkpoints/step_00000005").touch()
+    assert main(["verify", str(run)]) == 4
+    text = capsys.readouterr().out
+    assert "export_4: DAMAGED" in text and "step_00000005: DAMAGED" in text
+    assert "export: whole" in text
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "export_4")
+    assert main(["verify", str(run / "export")]) == main(["verify", str(run)]) == 0
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft_fast import manifest
+
+    find = manifest.find_damage
+
+    def find_damage(folder: Path) -> list[manifest.Damage]:
+        if folder.name == "step_00000002":
+            shutil.rmtree(folder)
+        return find(folder)
+
+    monkeypatch.setattr(manifest, "find_damage", find_damage)
+    assert main(["verify", str(run)]) == 0
+    assert "step_00000002: deleted meanwhile" in capsys.readouterr().out
 
 
 def test_chat_answers_and_remembers(
@@ -101,6 +141,23 @@ def test_chat_answers_and_remembers(
     monkeypatch.setattr("builtins.input", typed)
     assert main(["chat", str(finished_run), *asked]) == 0
     assert capsys.readouterr().out.count(first.strip()) >= 2
+
+
+def test_chat_names_the_file_that_is_cut_off(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.truncate(run / "export/model.safetensors", 1000)
+    assert main(["chat", str(run), "--ask", "a"]) == 4
+    assert "model.safetensors: expected" in capsys.readouterr().err
+    (run / "export/manifest.json").unlink()  # a model from elsewhere has none
+    assert main(["chat", str(run), "--ask", "a", "--device", "cpu"]) == 4
+    assert "safetensors file is damaged" in capsys.readouterr().err
+
+
+def test_chat_finds_what_was_exported_later(run: Path) -> None:
+    from sft_fast.run_files import model_folder
+
+    (run / "export").rename(run / "export_4")
+    shutil.copytree(run / "export_4", run / "export_10")
+    assert model_folder(run) == run / "export_10"
 
 
 def test_chat_keeps_the_turns_it_was_told(finished_run: Path) -> None:
@@ -202,16 +259,49 @@ def test_only_hub_names_are_linked_in_a_card(name: str, expected: bool) -> None:
     assert is_hub_id(name) is expected
 
 
-def test_an_export_of_the_last_checkpoint_is_the_run_s_own(run: Path) -> None:
+def test_an_export_without_the_data_is_the_run_s_own(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = run / "again"
-    assert main(["export", str(run), "--step", "3"]) == 2
+    for rest, words in (
+        (["--step", "3"], "no checkpoint of step 3; there are: 2, 4"),
+        (["--to", "/proc/nowhere"], "/proc/nowhere cannot be written"),
+        (["model.dtypo=bf16"], "did you mean model.dtype?"),
+    ):
+        assert main(["export", str(run), *rest]) == 2
+        assert words in capsys.readouterr().err
+    # As on a machine that the directory was copied to.
+    shutil.rmtree(run / "data")
+    text = (run / "config.yaml").read_text()
+    elsewhere = text.replace("train: demo", "train: /nowhere/rows.jsonl").replace(
+        "plugins: []", "plugins: [/nowhere/formats.py]"
+    )
+    assert elsewhere.count("/nowhere/") == 2
+    (run / "config.yaml").write_text(elsewhere)
     assert main(["export", str(run), "--to", str(target)]) == 0
     weights = [load(folder / "model.safetensors") for folder in (run / "export", target)]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    card = (target / "README.md").read_text(encoding="utf-8")
-    assert "# short\n" in card and "optimizer steps | 4" in card
+    for name in ("generation_config.json", "config.json", "tokenizer.json", "README.md"):
+        first, second = ((folder / name).read_text() for folder in (run / "export", target))
+        for word in ("/nowhere/rows.jsonl", "/nowhere/formats.py"):
+            assert (word in second) == (name == "README.md")
+        second = second.replace("/nowhere/rows.jsonl", "demo")
+        assert second.replace("\n- /nowhere/formats.py", " []") == first
     assert main(["export", str(run), "--to", str(target)]) == 2
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_of_that_step(run: Path, tmp_path: Path) -> None:
+    from sft_fast.commands.export import write_story
+    from sft_fast.config import load_config
+    from sft_fast.model_card import model_card
+
+    story = tmp_path / "story"
+    story.mkdir()
+    write_story(read_run(run), 2, story)
+    card = model_card(load_config(story / "config.yaml", []), read_run(story), "f", 1)
+    losses = {record["step"]: record["loss"] for record in read_run(run).of_kind("step")}
+    assert "optimizer steps | 2 |" in card and f"training loss | {losses[2]:.4f} |" in card
 
 
 def load(path: Path) -> dict[str, Any]:

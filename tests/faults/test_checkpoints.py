@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from faults.launcher import Launcher, same_weights, step_losses
-from sft_fast.manifest import LoneRank, find_damage, read_manifest, staged_directory
+from sft_fast.manifest import (
+    LoneRank,
+    find_damage,
+    hash_file,
+    manifest_text,
+    read_manifest,
+    staged_directory,
+)
 
 STEPS = 6
 
@@ -86,8 +93,42 @@ def test_a_run_does_not_begin_anew_when_all_checkpoints_are_damaged(
     copy_checkpoints(unbroken, target, 2)
     truncate(target / "checkpoints/step_00000002/common.json")
     job = launcher.start("all-damaged")
-    assert job.wait() == [2]
+    assert job.wait() == [4]
     assert "no checkpoint is whole" in job.said() and "common.json" in job.said()
+
+
+@pytest.mark.fault("F3")
+def test_a_damaged_checkpoint_is_not_exported(launcher: Launcher, unbroken: Path) -> None:
+    target = launcher.folder / "damaged-export"
+    copy_checkpoints(unbroken, target, 2)
+    folder = target / "checkpoints/step_00000002"
+    flip(folder / "rank_00000.safetensors")
+    job = launcher.start("damaged-export", "stage=export", f"checkpoint.resume={folder}")
+    assert job.wait() == [4]
+    assert "step_00000002 is damaged; --step names another one" in job.said()
+    assert not (target / "export").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_exported_with_the_data(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    target = launcher.folder / "earlier-version"
+    copy_checkpoints(unbroken, target, STEPS)
+    folder = target / f"checkpoints/step_{STEPS:08d}"
+    state = json.loads((folder / "train_state.json").read_text())
+    assert state.pop("data")["end_ids"]
+    records = read_manifest(folder)
+    (folder / "train_state.json").write_text(json.dumps(state))
+    records["train_state.json"] = hash_file(folder / "train_state.json", "train_state.json")
+    (folder / "manifest.json").write_text(manifest_text(records))
+    arguments = ("stage=export", f"checkpoint.resume={folder}")
+    launcher.run("earlier-version", *arguments)
+    for name in ("model.safetensors", "generation_config.json"):
+        files = [run / "export" / name for run in (unbroken, target)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    gone = launcher.start("earlier-version", *arguments, "data.train=/nowhere.jsonl")
+    assert gone.wait() == [2]
+    assert "/nowhere.jsonl" in gone.said() and "data" in gone.said()
 
 
 @pytest.mark.fault("F4")

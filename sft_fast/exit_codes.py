@@ -1,0 +1,12 @@
+"""How the commands and ranks end; the table in docs/reliability.md says the same."""
+
+FAILED = 1
+"""A rank failed; of `check` and `preview`: there are problems."""
+USER_ERROR = 2
+"""The user can mend it; a message says how."""
+DAMAGED = 4
+"""Files are not what they were when they were written."""
+HANG = 75
+"""Nothing moved, or a save took too long; the same command goes on."""
+INTERRUPTED = 130
+BROKEN_PIPE = 141
