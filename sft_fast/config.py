@@ -482,7 +482,8 @@ class CheckpointConfig(Section):
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """Time limit of a save, for each of its phases."""
     max_failures: NotNegative = 3
-    """Saves in a row that may fail (disk full) before the run stops; the last one must succeed."""
+    """Saves in a row that may fail (full disk, broken writer) before the run stops; the last one
+    must succeed."""
 
 
 class GuardConfig(Section):

@@ -54,6 +54,10 @@ def lines(found: RunFiles) -> list[tuple[str, str]]:
         )
     if best is not None:
         told.append(("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}"))
+    if status.get("failed_saves"):
+        told.append(
+            ("warning", f"saves that failed in a row: {status['failed_saves']}; see the log")
+        )
     names = [path.name for path in found.checkpoints]
     told.append(("checkpoints", ", ".join(names) or "none"))
     if (found.path / "export" / "config.json").is_file():

@@ -5,11 +5,14 @@ later damages it is found before it is loaded. What is in it: shards.py. A run m
 parallel sizes.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from torch.nn import ModuleList
 
 from sft_fast.config import CheckpointConfig
 from sft_fast.errors import DamageError
+from sft_fast.failure import current_watch
 from sft_fast.manifest import (
     REPLACED_PREFIX,
     TEMPORARY_PREFIX,
@@ -123,8 +127,10 @@ class CheckpointWriter:
         self.num_failures = 0
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.deadline = 0.0
         self.saving: Path | None = None
         self.saved_step: int | None = None
+        self.warnings: list[str] = []
 
     def prepare(self, sharded: dict[str, Any]) -> None:
         """Reserves host memory for saves of such a state beside the first steps."""
@@ -134,8 +140,8 @@ class CheckpointWriter:
         """Writes `folder/step_<n>`; with `asynchronous` a thread does, from a copy in host memory.
 
         Raises:
-            OSError: the disk is full or not writable, and it was the last save or one failure too
-                many; older checkpoints are untouched.
+            OSError: it failed on some rank, for whatever reason, and it was the last save or one
+                failure too many; older checkpoints are untouched.
             TimeoutError: this or another rank hangs.
         """
         self.finish()
@@ -143,6 +149,7 @@ class CheckpointWriter:
         snapshot = take_snapshot(sharded, self.copier) if in_background else own_share(sharded)
         exchange = StoreExchange("save", self.config.timeout_minutes * 60)
         self.saving = checkpoint_path(self.folder, state.step)
+        self.deadline = time.monotonic() + 2 * exchange.timeout_s
         # A thread, so that a write which never returns does not take the time limit with it.
         self.thread = threading.Thread(
             target=self.write, args=(self.saving, state, snapshot, exchange), daemon=True
@@ -157,8 +164,8 @@ class CheckpointWriter:
         """Runs in the thread."""
         try:
             needed = snapshot.num_bytes
-            self.copier.wait()
-            with staged_directory(final, exchange, needed, check_complete) as stage:
+            with staged_directory(final, exchange, needed, check_complete) as stage, as_os_error():
+                self.copier.wait()
                 write_snapshot(snapshot, stage, exchange.rank)
                 if exchange.rank == 0:
                     stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
@@ -169,26 +176,40 @@ class CheckpointWriter:
         except BaseException as error:
             self.error = error
 
+    def poll(self) -> None:
+        """Tells of a save in the background as soon as it ended; raises as `save` does."""
+        if self.thread is not None and (
+            not self.thread.is_alive() or time.monotonic() > self.deadline
+        ):
+            self.finish()
+
     def finish(self, is_last: bool = False) -> None:
         """Waits for a save that is under way; raises as `save` does."""
         if self.thread is None:
             return
-        limit_s = self.config.timeout_minutes * 60
-        self.thread.join(2 * limit_s)
+        self.thread.join(max(self.deadline - time.monotonic(), 0.0))
         if self.thread.is_alive():
             raise TimeoutError(
-                f"saving {self.saving} has not ended in {2 * limit_s} s: the file system does not "
-                "answer, or checkpoint.timeout_minutes is too short"
+                f"saving {self.saving} has not ended in {120 * self.config.timeout_minutes} s: the "
+                "file system does not answer, or checkpoint.timeout_minutes is too short"
             )
         self.thread, error, self.error = None, self.error, None
-        if error is None:
-            self.num_failures = 0
-            return
-        self.num_failures += 1
-        most = self.config.max_failures
-        can_wait = isinstance(error, OSError) and not isinstance(error, TimeoutError)
-        if is_last or self.num_failures > most or not can_wait:
+        while self.warnings:
+            self.say(self.warnings.pop(0))
+        self.num_failures = 0 if error is None else self.num_failures + 1
+        current_watch().progress["failed_saves"] = self.num_failures
+        if error is not None:
+            self.bear(error, is_last)
+
+    def bear(self, error: BaseException, is_last: bool) -> None:
+        """Warns of a save that failed; raises where training may not go on after it."""
+        if not isinstance(error, OSError) or isinstance(error, TimeoutError):
             raise error
+        most = self.config.max_failures
+        if is_last or self.num_failures > most:
+            there = [path.name for path in list_checkpoints(self.folder)]
+            newest = f"the newest checkpoint is {there[-1]}" if there else "there is no checkpoint"
+            raise OSError(error.errno, f"{self.saving} could not be saved: {error}; {newest}")
         self.say(
             f"warning: {self.saving} could not be saved ({self.num_failures} of {most} such "
             f"failures in a row allowed): {error}; training goes on"
@@ -204,8 +225,24 @@ class CheckpointWriter:
         whole = [path for path in until if not quick_damage(path)]
         best = checkpoint_path(self.folder, best_step) if self.config.keep_best else None
         for old in whole[: -self.config.keep_last]:
-            if old != best:
+            if old == best:
+                continue
+            try:
                 remove_directory(old)
+            except OSError as error:
+                self.warnings.append(f"warning: {old} could not be deleted: {error}")
+
+
+@contextlib.contextmanager
+def as_os_error() -> Iterator[None]:
+    """Turns whatever breaks into the error that `staged_directory` tells the other ranks of; they
+    would wait for this one."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

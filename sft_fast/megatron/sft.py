@@ -290,6 +290,7 @@ def train(config: Config) -> int:
             done = step + 1
             elapsed_s = time.perf_counter() - began
             watch.beat(step=done, loss=result.loss)
+            checkpoints.poll()
             if result.complaint not in ("", OVERFLOW):
                 samples = np.concatenate(plan.step_bins(*plan.locate(step - first)))
                 report_complaint(done, result, samples, inputs.store, output / "skipped", metrics)

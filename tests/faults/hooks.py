@@ -164,11 +164,17 @@ def full_for_json(step: str) -> None:
     before(sft, "train_step", fill, int(step))
 
 
-def broken_writer(number: str) -> None:
-    def fail() -> None:
-        raise RuntimeError("the writer broke")
+def broken_writer(numbers: str) -> None:
+    """The saves with these numbers meet an error that is not of the file system."""
+    original, calls = checkpoint.write_snapshot, [0]
 
-    before(checkpoint, "write_snapshot", fail, int(number))
+    def write(*args: Any) -> None:
+        calls[0] += 1
+        if str(calls[0]) in numbers.split(","):
+            raise RuntimeError("the writer broke")
+        original(*args)
+
+    checkpoint.write_snapshot = write
 
 
 def hung_writer(number: str) -> None:

@@ -32,7 +32,10 @@ FAULTS = {
     ),
     "F10": ("SIGTERM during a save in the background", "that save is finished"),
     "F11": ("kill -9 of the launcher", "ranks gone in 5 s"),
-    "F12": ("the writer of a checkpoint breaks, or hangs", "an error with its name, no hang"),
+    "F12": (
+        "the writer of a checkpoint breaks, or hangs",
+        "all ranks know, training goes on, the last save must succeed; a hang ends the run by name",
+    ),
     "F13": ("malformed, empty, oversized rows", "file and line named"),
     "F14": ("bytes that are no UTF-8", "file and line named, before training"),
     "F15": ("rows with nothing to learn, prompts too long", "counted per reason, limited"),

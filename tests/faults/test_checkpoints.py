@@ -131,6 +131,25 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_with_the_data(
     assert "/nowhere.jsonl" in gone.said() and "data" in gone.said()
 
 
+def test_an_export_wants_weights_of_the_first_model_only_with_lora(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    model = launcher.folder / "first-model"
+    shutil.copytree(unbroken / "export", model)
+    begin = ("model.shape=null", f"model.path={model}", "tokenizer.path=null")
+    for name, options in (("all-weights", ()), ("lora", ("lora.rank=2",))):
+        run = launcher.run(f"{name}-trained", *begin, *options, steps=2).output
+        resume = f"checkpoint.resume={run / 'checkpoints/step_00000002'}"
+        if name == "all-weights":
+            (model / "model.safetensors").unlink()
+        again = launcher.run(f"{name}-exported", *begin, *options, "stage=export", resume).output
+        assert same_weights(run, again)
+        shutil.copy(unbroken / "export/model.safetensors", model)
+    (model / "model.safetensors").unlink()
+    job = launcher.start("lora-exported", *begin, "lora.rank=2", "stage=export", resume)
+    assert job.wait() == [2] and "holds no *.safetensors" in job.said()
+
+
 @pytest.mark.fault("F4")
 def test_training_goes_on_when_the_disk_is_full_for_a_while(
     launcher: Launcher, unbroken: Path
@@ -224,10 +243,43 @@ def test_check_refuses_an_output_directory_that_cannot_be_written(
 
 
 @pytest.mark.fault("F12")
-def test_a_broken_writer_ends_the_run_with_its_error(launcher: Launcher) -> None:
-    job = launcher.start("broken", "checkpoint.asynchronous=true", hook="broken_writer:2")
-    assert job.wait(30) == [1]
-    assert "the writer broke" in job.json("error.json")["cause"]
+def test_training_goes_on_beside_a_writer_that_breaks_for_a_while(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    """On one rank of two: the other would wait for it."""
+    options = ("checkpoint.asynchronous=true", "checkpoint.keep_last=6")
+    job = launcher.start("broken", *options, ranks=2, hook=["", "broken_writer:2,4,5"])
+    assert job.wait(30) == [0, 0]
+    for step, number in ((2, 1), (4, 1), (5, 2)):
+        warning = f"step_0000000{step} could not be saved ({number} of 3 such"
+        assert job.said().count(warning) == 1, (step, job.said())
+    assert job.said().count("rank 1: RuntimeError: the writer broke") == 3
+    saved = sorted(path.name[-1] for path in (job.output / "checkpoints").iterdir())
+    assert saved == ["1", "3", "6"]
+    assert job.json("status.json")["failed_saves"] == 0
+    expected = step_losses(unbroken)
+    assert step_losses(job.output) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.fault("F12")
+@pytest.mark.parametrize(
+    ("numbers", "left"), [("6", "5"), ("2,3,4,5,6", "1"), ("1,2,3,4,5,6", None)]
+)
+def test_a_last_save_that_fails_fails_the_run(
+    launcher: Launcher, numbers: str, left: str | None
+) -> None:
+    options = ("checkpoint.asynchronous=true", "checkpoint.max_failures=9")
+    job = launcher.start(f"broken-{numbers}", *options, hook=f"broken_writer:{numbers}")
+    assert job.wait(30) == [2]
+    newest = (
+        "there is no checkpoint" if left is None else f"newest checkpoint is step_0000000{left}"
+    )
+    cause = job.json("error.json")["cause"]
+    assert "step_00000006 could not be saved" in cause and newest in cause
+    assert "RuntimeError: the writer broke" in cause
+    assert job.json("status.json")["state"] == "failed"
+    assert job.json("status.json")["failed_saves"] == len(numbers.split(","))
+    assert not (job.output / "export").exists()
 
 
 @pytest.mark.fault("F12")

@@ -1,0 +1,93 @@
+"""What a checkpoint writer says and forgives, without a model."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_fast.config import CheckpointConfig
+from sft_fast.manifest import LoneRank, find_damage, staged_directory
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def writer(tmp_path: Path, said: list[str]) -> Any:
+    from sft_fast.megatron.checkpoint import CheckpointWriter, checkpoint_path
+    from sft_fast.megatron.host_snapshot import HostCopier
+
+    for step in range(1, 6):
+        with staged_directory(checkpoint_path(tmp_path, step), LoneRank()) as stage:
+            stage.write_text("a", "b")
+    return CheckpointWriter(tmp_path, CheckpointConfig(), said.append, HostCopier())
+
+
+def test_a_save_in_the_background_is_told_of_when_it_ends(writer: Any, said: list[str]) -> None:
+    goes_on = threading.Event()
+    writer.saving, writer.error = writer.folder / "step_00000006", OSError(28, "no space")
+    writer.thread, writer.deadline = threading.Thread(target=goes_on.wait), float("inf")
+    writer.thread.start()
+    writer.poll()
+    assert said == [] and writer.thread is not None
+    goes_on.set()
+    writer.thread.join()
+    writer.poll()
+    assert len(said) == 1 and "step_00000006 could not be saved (1 of 3" in said[0]
+    writer.poll()
+    writer.finish(is_last=True)
+    assert len(said) == 1, "told once, and not held against a last save that is none"
+
+
+def test_a_save_in_the_background_that_hangs_is_found_in_time(writer: Any) -> None:
+    goes_on = threading.Event()
+    writer.saving = writer.folder / "step_00000006"
+    writer.thread, writer.deadline = threading.Thread(target=goes_on.wait), 0.0
+    writer.thread.start()
+    with pytest.raises(TimeoutError, match="step_00000006 has not ended in 3600"):
+        writer.poll()
+    goes_on.set()
+    writer.thread.join()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_fails_no_save(
+    writer: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft_fast.megatron import checkpoint
+
+    remove = checkpoint.remove_directory
+
+    def remove_but_first(folder: Path) -> None:
+        if folder.name == "step_00000001":
+            raise PermissionError(13, "Permission denied", str(folder))
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint, "remove_directory", remove_but_first)
+    writer.prune(5, 0)
+    left = [path.name[-1] for path in checkpoint.list_checkpoints(writer.folder)]
+    assert left == ["1", "4", "5"] and not any(map(find_damage, writer.folder.iterdir()))
+    writer.thread = threading.Thread(target=int)
+    writer.thread.start()
+    writer.finish(is_last=True)
+    assert len(said) == 1 and "step_00000001 could not be deleted" in said[0]
+    assert writer.num_failures == 0
+
+
+def test_what_breaks_in_a_save_is_an_error_that_other_ranks_are_told(tmp_path: Path) -> None:
+    from sft_fast.megatron.checkpoint import as_os_error
+
+    for error in (RuntimeError("r"), MemoryError(), AssertionError("a")):
+        with (
+            pytest.raises(OSError, match=f"rank 0: {type(error).__name__}: "),
+            staged_directory(tmp_path / "x", LoneRank()),
+            as_os_error(),
+        ):
+            raise error
+    with pytest.raises(PermissionError), as_os_error():
+        raise PermissionError(13, "Permission denied")
+    with pytest.raises(KeyboardInterrupt), as_os_error():
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
