@@ -131,6 +131,8 @@ class CheckpointWriter:
         self.saving: Path | None = None
         self.saved_step: int | None = None
         self.warnings: list[str] = []
+        self.has_room = True
+        """The host had memory for a copy each time so far."""
 
     def prepare(self, sharded: dict[str, Any]) -> None:
         """Reserves host memory for saves of such a state beside the first steps."""
@@ -145,8 +147,8 @@ class CheckpointWriter:
             TimeoutError: this or another rank hangs.
         """
         self.finish()
-        in_background = self.config.asynchronous and not is_last
-        snapshot = take_snapshot(sharded, self.copier) if in_background else own_share(sharded)
+        copy = self.copy(sharded) if self.config.asynchronous and not is_last else None
+        snapshot = own_share(sharded) if copy is None else copy
         exchange = StoreExchange("save", self.config.timeout_minutes * 60)
         self.saving = checkpoint_path(self.folder, state.step)
         self.deadline = time.monotonic() + 2 * exchange.timeout_s
@@ -155,8 +157,23 @@ class CheckpointWriter:
             target=self.write, args=(self.saving, state, snapshot, exchange), daemon=True
         )
         self.thread.start()
-        if not in_background:
+        if copy is None:
             self.finish(is_last)
+
+    def copy(self, sharded: dict[str, Any]) -> Snapshot | None:
+        """This rank's share in host memory; None, and one warning, where there is no room."""
+        try:
+            return take_snapshot(sharded, self.copier)
+        except MemoryError as error:
+            if self.has_room:
+                logger.warning(
+                    "warning: rank %d has no memory for checkpoint.asynchronous (%s); its saves "
+                    "hold training up until they are written",
+                    current_watch().rank,
+                    error,
+                )
+            self.has_room = False
+            return None
 
     def write(
         self, final: Path, state: TrainState, snapshot: Snapshot, exchange: StoreExchange

@@ -24,7 +24,11 @@ class HostBuffer:
     """
 
     def __init__(self, num_bytes: int):
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """Raises MemoryError where there is not as much."""
+        try:
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{num_bytes / 1e9:.1f} GB of host memory: {error}") from None
         # Without large pages, locking them takes longer; a child process must not copy them.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             with contextlib.suppress(AttributeError, OSError):
@@ -78,7 +82,9 @@ class HostCopier:
     def reserve_on(self, device: int, num_bytes: int) -> None:
         """Runs in the thread, which begins on the first GPU."""
         torch.cuda.set_device(device)
-        self.reserve(num_bytes)
+        # What is missing now may be there at the first save, which says so otherwise.
+        with contextlib.suppress(MemoryError):
+            self.reserve(num_bytes)
 
     def finish_reserving(self) -> None:
         if self.reserving is not None:
@@ -89,9 +95,12 @@ class HostCopier:
         """Starts copies of contiguous tensors and returns them; `wait` says when they are there.
 
         Without a GPU's tensors they are made at once.
+
+        Raises:
+            MemoryError: the host has no room for them.
         """
         if not any(tensor.is_cuda for tensor in tensors):
-            return [tensor.detach().clone() for tensor in tensors]
+            return clones(tensors)
         hosts = self.host_tensors(tensors)
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -144,6 +153,13 @@ class HostCopier:
             self.wait()
             self.buffer.release()
         self.buffer = None
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    try:
+        return [tensor.detach().clone() for tensor in tensors]
+    except RuntimeError as error:  # what torch's CPU allocator raises
+        raise MemoryError(str(error).splitlines()[0]) from None
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:

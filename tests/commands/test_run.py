@@ -42,6 +42,9 @@ def test_a_silent_run_is_lost_and_a_failed_one_says_why(
         assert main(["status", str(run)]) == 0
         text = capsys.readouterr().out
         assert words in text and ("0:01:01" in text) == words.startswith("running")
+    (run / "status.json").write_text(json.dumps(running | {"failed_saves": 2}))
+    assert main(["status", str(run)]) == 0
+    assert "saves that failed in a row: 2" in capsys.readouterr().out
     failed = status | {"state": "failed", "cause": "no space"}
     (run / "status.json").write_text(json.dumps(failed))
     (run / "error.json").write_text(json.dumps({"rank": 3, "phase": "save"}))

@@ -23,7 +23,7 @@ from sft_fast.data import (
     build,
     demo,  # noqa: F401
 )
-from sft_fast.megatron import checkpoint, evaluation
+from sft_fast.megatron import checkpoint, evaluation, host_snapshot
 
 # megatron collects garbage in every save: not what was imported, over and over.
 gc.freeze()
@@ -264,6 +264,19 @@ def leak(values: str) -> None:
             raise ValueError(f"{error} {print_all}") from None
 
     sft.read_inputs = read_inputs
+
+
+def no_room(numbers: str) -> None:
+    """The host has no memory for the copies of the saves with these numbers."""
+    original, calls = host_snapshot.HostCopier.copy, [0]
+
+    def copy(*args: Any) -> Any:
+        calls[0] += 1
+        if str(calls[0]) in numbers.split(","):
+            raise MemoryError("5.0 GB of host memory: Cannot allocate memory")
+        return original(*args)
+
+    host_snapshot.HostCopier.copy = copy  # type: ignore[method-assign]
 
 
 def save_waits_for_step(number: str) -> None:

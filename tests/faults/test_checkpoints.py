@@ -316,6 +316,19 @@ def test_training_goes_on_beside_a_save_which_holds_what_was_there_when_it_began
     assert same_weights(unbroken, job.output)
 
 
+def test_a_host_without_room_for_a_copy_saves_before_it_trains_on(
+    launcher: Launcher, unbroken: Path
+) -> None:
+    """On one rank of two, and in two saves of five."""
+    options = ("checkpoint.asynchronous=true", "checkpoint.keep_last=6")
+    job = launcher.start("no-room", *options, ranks=2, hook=["", "no_room:2,4"])
+    assert job.wait() == [0, 0]
+    assert job.said().count("rank 1 has no memory for checkpoint.asynchronous") == 1
+    saved = sorted((job.output / "checkpoints").iterdir())
+    assert [path.name[-1] for path in saved] == list("123456") and not any(map(find_damage, saved))
+    assert step_losses(job.output) == pytest.approx(step_losses(unbroken), rel=1e-6)
+
+
 LAYOUTS = {
     "data 2": (2, ()),
     "micro-batch 2": (1, ("train.micro_batch_size=2",)),

@@ -1,6 +1,8 @@
 """Copies to host memory: what waits for what, and whose memory it is."""
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,6 +174,39 @@ def test_memory_that_cannot_be_locked_is_used_and_said_once(
         assert copy.tolist() == [1, 2]
     assert len(said) == len(cleared) == 1 and "page-locked" in said[0]
     copier.release()
+
+
+def test_missing_memory_is_a_memory_error_and_may_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sft_fast.megatron import host_snapshot
+
+    FakeGPU(monkeypatch)
+    copier = host_snapshot.HostCopier()
+    real, tensors = host_snapshot.mmap.mmap, [device_tensor(1, 2)]
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(host_snapshot.mmap, "mmap", full)
+    copier.prepare(tensors)
+    assert copier.reserving is not None
+    copier.reserving.join()
+    with pytest.raises(MemoryError, match="GB of host memory: .*Cannot allocate memory"):
+        copier.copy(tensors)
+    monkeypatch.setattr(host_snapshot.mmap, "mmap", real)
+    (copy,) = copier.copy(tensors)
+    assert copy.tolist() == [1, 2]
+    copier.release()
+
+
+def test_a_clone_without_memory_is_a_memory_error() -> None:
+    from sft_fast.megatron.host_snapshot import HostCopier
+
+    # More than there are addresses, in one byte of storage.
+    huge = torch.zeros(1, dtype=torch.uint8).expand(2**62)
+    with pytest.raises(MemoryError, match="memory"):
+        HostCopier().copy([huge])
 
 
 def test_without_a_gpu_copies_are_made_at_once() -> None:
