@@ -350,9 +350,9 @@ def test_cost_balance(benchmark: BenchmarkFixture, pool: RankPool) -> None:
     """Long-tailed lengths in long rows; the ideal is one rank's time over the number of ranks."""
     size = SIZES[-1]
     if ON_GPU:
-        scaling = Scaling(Case(LLAMA_1B), 32768, 4, {**RECOMPUTE, **OVERLAP}, LONG_TAIL)
+        scaling = Scaling(Case(LLAMA_1B), 32768, 8, {**RECOMPUTE, **OVERLAP}, LONG_TAIL, 2)
     else:
-        scaling = Scaling(Case(SMALL), 512, 4, RECOMPUTE, (100.0, 1.3))
+        scaling = Scaling(Case(SMALL), 512, 8, RECOMPUTE, (100.0, 1.3), 3)
     alone = Scaling(**{**vars(scaling), "rows": scaling.rows * size})
     runs = {
         "one rank": slowest(pool.run(1, time_steps, alone, "data", 1)),
@@ -391,7 +391,11 @@ def save_in_background(
     plan = make_plan(store, config, architecture)
     checkpoints = CheckpointWriter(Path(folder or "unused"), config.checkpoint, print, run.copier)
     stalls, steps, saves, copies = [], [], [], []
+    begin = time.perf_counter()
     checkpoints.prepare(sharded_state(run.model, run.optimizer, run.schedule))
+    # A first save comes long after; here it would come too soon.
+    run.copier.finish_reserving()
+    reserved_s = time.perf_counter() - begin
 
     def wait_for_copy(
         self: CheckpointWriter, final: Path, state: Any, snapshot: Any, _: Any
@@ -426,6 +430,7 @@ def save_in_background(
         "stalls_s": stalls,
         "steps_s": steps,
         "after_save": [step + 1 for step in saves],
+        "reserved_s": reserved_s,
         "bytes_and_seconds_of_copies": copies,
         "last_finish_s": last_finish_s,
         "peak": torch.cuda.max_memory_allocated() if ON_GPU else 0,
@@ -468,6 +473,7 @@ def test_checkpoint_stall(
         stalls_s=[max(rank["stalls_s"][i] for rank in ranks) for i in range(rounds)],
         step_ms=[1e3 * max(rank["steps_s"][i] for rank in ranks) for i in range(8)],
         steps_after_a_save=ranks[0]["after_save"],
+        seconds_to_reserve_host_memory=max(rank["reserved_s"] for rank in ranks),
         last_finish_s=max(rank["last_finish_s"] for rank in ranks),
         peak_bytes=max(rank["peak"] for rank in ranks),
     )

@@ -29,6 +29,7 @@ train: {{steps: 4, global_batch_size: 4}}
 optim: {{lr: 1e-2, warmup_steps: 1}}
 checkpoint: {{every_steps: 2, keep_last: 3}}
 """
+FOUR_LAYERS = "model.shape.num_layers=4"
 
 
 def call_main(arguments: list[str]) -> tuple[int, str, str]:
@@ -114,34 +115,66 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
     assert "step 4/4" not in again, "nothing is left to train"
 
 
-def test_a_run_resumes_in_another_layout(
+@pytest.mark.gpu
+def test_a_run_whose_optimizer_is_half_on_the_host_resumes(
     rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
 ) -> None:
     import shutil
 
-    config = write_config(tmp_path, rows)
-    layers = "model.shape.num_layers=4"
-    train(rank_pool, 1, "--config", str(config), layers)
-    losses = step_losses(tmp_path / "run")
-    for layout, world_size in (
-        (["parallel.tensor=2"], 2),
-        (["parallel.pipeline=2"], 4),
-        (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 2),
-    ):
-        other = tmp_path / layout[-1].replace(".", "_")
-        shutil.copytree(
-            tmp_path / "run/checkpoints/step_00000002", other / "checkpoints/step_00000002"
-        )
-        arguments = ["--config", str(config), f"output_dir={other}", layers, *layout]
-        train(rank_pool, world_size, *arguments)
-        assert step_losses(other) == pytest.approx(losses[2:], rel=1e-5)
+    import torch
 
-    # With nothing left to train, the export is what was loaded.
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "run/checkpoints", again / "checkpoints")
-    arguments = ["--config", str(config), f"output_dir={again}", layers]
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    pytest.importorskip("transformer_engine")
+    options = ["model.dtype=bf16", "optim.offload_fraction=0.5", "data.eval=null"]
+    unbroken = write_config(tmp_path, rows, "unbroken")
+    train(rank_pool, 1, "--config", str(unbroken), *options)
+    step = "checkpoints/step_00000002"
+    shutil.copytree(tmp_path / "unbroken" / step, tmp_path / "broken" / step)
+    broken = write_config(tmp_path, rows, "broken")
+    assert "at step 2 of 4" in train(rank_pool, 1, "--config", str(broken), *options)
+    assert step_losses(tmp_path / "broken") == step_losses(tmp_path / "unbroken")[2:]
+    assert_same_weights(tmp_path / "broken", tmp_path / "unbroken")
+
+
+@pytest.fixture(scope="module")
+def one_rank(rank_pool: RankPool, rows: dict[str, Path], tmp_path_factory: Any) -> Path:
+    """The folder of a run's config and of its output, of four layers on one rank."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    train(rank_pool, 1, "--config", str(write_config(folder, rows)), FOUR_LAYERS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, ["parallel.tensor=2"]),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+        (4, ["parallel.pipeline=2"]),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_run_resumes_in_another_layout(
+    rank_pool: RankPool, one_rank: Path, tmp_path: Path, world_size: int, layout: list[str]
+) -> None:
+    import shutil
+
+    step = "checkpoints/step_00000002"
+    shutil.copytree(one_rank / "run" / step, tmp_path / step)
+    arguments = ["--config", str(one_rank / "run.yaml"), f"output_dir={tmp_path}", FOUR_LAYERS]
+    train(rank_pool, world_size, *arguments, *layout)
+    assert step_losses(tmp_path) == pytest.approx(step_losses(one_rank / "run")[2:], rel=1e-5)
+
+
+def test_with_nothing_left_to_train_the_export_is_what_was_loaded(
+    rank_pool: RankPool, one_rank: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(one_rank / "run/checkpoints", tmp_path / "checkpoints")
+    arguments = ["--config", str(one_rank / "run.yaml"), f"output_dir={tmp_path}", FOUR_LAYERS]
     train(rank_pool, 2, *arguments, "parallel.pipeline=2", "parallel.virtual_pipeline=2")
-    assert_same_weights(again, tmp_path / "run")
+    assert_same_weights(tmp_path, one_rank / "run")
 
 
 def test_overlapped_communication_exports_the_same_weights(

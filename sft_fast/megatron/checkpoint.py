@@ -37,7 +37,7 @@ from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.host_snapshot import HostCopier
 from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
-from sft_fast.megatron.optim import torch_adam_parts
+from sft_fast.megatron.optim import fuse_update, separate_step_counts
 from sft_fast.megatron.optimizer_shards import (
     SHARDING,
     is_distributed,
@@ -373,6 +373,7 @@ def load_checkpoint(
         loaded = load_state(checkpoint, {"optimizer": request})["optimizer"]
         add_step_zero(optimizer, loaded)
         optimizer.load_state_dict(loaded)
+    fuse_update(optimizer)
     separate_step_counts(optimizer)
     schedule.load_state_dict(common["lr_schedule"])
 
@@ -384,13 +385,3 @@ def add_step_zero(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
         if isinstance(part.optimizer, torch.optim.Adam):
             of_parameters = state.get("optimizer", state)["state"]
             of_parameters.setdefault("common_step", torch.tensor(0.0))
-
-
-def separate_step_counts(optimizer: MegatronOptimizer) -> None:
-    """Gives each parameter its own step tensor.
-
-    megatron restores one tensor for all of them; AdamW would then add one to it per parameter.
-    """
-    for part in torch_adam_parts(optimizer):
-        for state in part.state.values():
-            state["step"] = state["step"].clone()

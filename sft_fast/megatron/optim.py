@@ -72,6 +72,7 @@ def build_optimizer(model: ModuleList, config: Config, parallel: Parallel) -> Me
         **optimizer_offload_options(config, parallel),
     )
     optimizer = get_megatron_optimizer(optimizer_config, list(model), use_gloo_process_groups=False)
+    fuse_update(optimizer)
     allocate_adam_state(optimizer)
     return optimizer
 
@@ -111,6 +112,26 @@ def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
     return [adam for adam in found if isinstance(adam, torch.optim.Adam)]
 
 
+def fuse_update(optimizer: MegatronOptimizer) -> None:
+    """Makes torch's Adam update in one kernel; the groups that a load restores may say otherwise.
+
+    Its default, a kernel for each operation, holds 4 bytes a weight more while it updates.
+    """
+    for adam in torch_adam_parts(optimizer):
+        for group in adam.param_groups:
+            group.update(fused=True, foreach=False)
+
+
+def separate_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Gives each parameter its own step tensor, on its device as the fused update wants it.
+
+    megatron restores one tensor for all of them; Adam would then add one to it per parameter.
+    """
+    for adam in torch_adam_parts(optimizer):
+        for parameter, state in adam.state.items():
+            state["step"] = state["step"].to(parameter.device, copy=True)
+
+
 def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
     """Gives torch's Adam its state of step 0: megatron saves and loads none that is missing.
 
@@ -135,7 +156,7 @@ def allocate_moments(adam: torch.optim.Optimizer) -> None:
                 adam.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
                 # Transformer Engine and Apex count the steps of a group.
                 if isinstance(adam, torch.optim.Adam):
-                    adam.state[parameter]["step"] = torch.tensor(0.0)
+                    adam.state[parameter]["step"] = torch.tensor(0.0, device=parameter.device)
 
 
 def build_lr_schedule(

@@ -367,6 +367,48 @@ def test_a_checkpoint_of_gathered_state_loads(
     assert_same(loaded, new)
 
 
+def bytes_of_an_update(model: str, parallel: Section, folder: str) -> list[int]:
+    """Bytes of the optimizer's weights here, and at most held at once while they are updated,
+    after a checkpoint of an optimizer that was not fused was loaded."""
+    import warnings
+
+    import torch
+    from torch.profiler import profile
+
+    from sft_fast.megatron import checkpoint
+    from sft_fast.megatron.optim import torch_adam_parts
+
+    run, config, _ = begin(model, parallel)
+    (adam,) = torch_adam_parts(run.optimizer)
+    for group in adam.param_groups:
+        group.update(fused=None, foreach=None)
+    writer = checkpoint.CheckpointWriter(Path(folder), config.checkpoint, print, run.copier)
+    state = checkpoint.sharded_state(run.model, run.optimizer, run.schedule)
+    writer.save(checkpoint.TrainState(0, {}), state, is_last=True)
+    checkpoint.load_checkpoint(Path(checkpoint_in(folder)), run.model, run.optimizer, run.schedule)
+    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    adam.step()
+    assert {float(state["step"]) for state in adam.state.values()} == {1.0}
+    with warnings.catch_warnings(), profile(profile_memory=True) as profiler:
+        adam.step()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return [sum(parameter.nbytes for parameter in parameters), peak]
+
+
+@pytest.mark.parametrize("parallel", [{}, PLAIN], ids=["distributed", "plain"])
+def test_an_update_holds_no_copy_of_the_state(
+    rank_pool: RankPool, llama: str, tmp_path: Path, parallel: Section
+) -> None:
+    for num_bytes, peak in rank_pool.run(2, bytes_of_an_update, llama, parallel, str(tmp_path)):
+        assert peak < num_bytes / 20
+
+
 def offloaded(*args: Any) -> list[float]:
     """As `work`, with all of the optimizer in host memory, as if this were a GPU."""
     from megatron.core.optimizer import optimizer_config
