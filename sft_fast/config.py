@@ -352,7 +352,8 @@ class ParallelConfig(Section):
     """Time limit of a collective, in minutes."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds without an ended step after which the run is ended with the stacks of all ranks; ten
-    times as many for the first step, and never less than ten of the slowest step so far."""
+    times as many for the first step, and for a tensor where weights are read or written; never less
+    than ten of the slowest step so far."""
 
 
 class LoraConfig(Section):

@@ -1,25 +1,17 @@
 """What a process does when it is told to stop, when another rank fails, and when nothing moves.
 
 One thread per rank looks after all of it, so that a rank which is stuck in a collective still
-answers. Ranks of a launch meet in `<output_dir>/.launch/<id>`: each writes what it does there, the
-first that fails or has to leave says so, the others follow. Nothing here imports torch.
+answers. Through launch_files.py the first rank that fails or has to leave says so, and the others
+follow. Nothing here imports torch.
 
-    <output_dir>/status.json    where the run stands, renewed by rank 0
-    <output_dir>/error.json     the first failure: rank, phase, cause
-    <output_dir>/stacks/        stacks of every rank that saw a hang
     <output_dir>/SAVE, STOP     made by the user: save now; save and leave
 """
 
 import contextlib
-import faulthandler
-import json
 import math
 import os
-import re
 import select
-import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,18 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from sft_fast.exit_codes import FAILED, HANG, INTERRUPTED
-from sft_fast.processes import die_with_parent, end_children, is_alive, is_stopped
+from sft_fast.hang import HangDetector
+from sft_fast.launch_files import LaunchFiles, read_json, write_json
+from sft_fast.processes import die_with_parent, end_children
 from sft_fast.redact import redact
 from sft_fast.run_lock import HEARTBEAT_S, RunLock, check_output_dir
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_S = 0.25
-PUBLISH_S = 2.0
 RANKS_THAT_LOOK_PER_S = 500
-RANKS_THAT_WRITE_PER_S = 50
 # torchrun kills 30 s after SIGTERM.
 LEAVE_WITHIN_S = 25.0
 ORPHAN_LEAVES_WITHIN_S = 4.0
@@ -46,13 +36,8 @@ ORPHAN_LEAVES_WITHIN_S = 4.0
 FOLLOW_S = 1.5
 # torchrun passes a Ctrl-C on that the rank has had from the terminal already.
 SECOND_INTERRUPT_S = 0.5
-# The first step compiles kernels.
-FIRST_STEP_FACTOR = 10
-SLOW_STEP_FACTOR = 10
-OLD_LAUNCH_S = 60.0
-HALF_WRITTEN = (".status.json.*", ".error.json.*", ".config.yaml.*", ".lock-*")
 # What a rank announces, the state that follows from it, and the exit code of who follows.
-ANNOUNCEMENTS = (("failed", "failed", FAILED), ("left", "preempted", 0))
+FOLLOWED = (("failed", "failed", FAILED), ("left", "preempted", 0))
 OUT_OF_MEMORY_HINT = (
     "\nlower train.micro_batch_size or packing.capacity, or set model.recompute=full; "
     "parallel.tensor and parallel.pipeline spread the model over more ranks"
@@ -63,45 +48,29 @@ class Watch:
     """Looks after one process; to be used in a `with`. Without `start` it only takes notes.
 
     Attributes:
-        phase: what the process does; named in every report.
+        files: what the ranks of this launch write for each other.
+        hang: notices when nothing moves.
         stop_requested, save_requested: what this rank was told.
         all_stop, all_save: what all ranks agreed on at the end of a step.
         is_on_trial: a finished run is here, and nothing says yet that this one goes on from it.
     """
 
     def __init__(self, output: Path, hang_timeout_s: float = 120.0):
-        self.output, self.hang_timeout_s = output, hang_timeout_s
-        env = os.environ
-        self.rank, self.world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-        first = self.rank - int(env.get("LOCAL_RANK", "0"))
-        local = range(first, first + int(env.get("LOCAL_WORLD_SIZE", "1")))
-        self.unmet = {rank for rank in local if rank != self.rank}
-        """Ranks of this machine that have not shown themselves yet."""
-        self.met: dict[int, dict[str, Any]] = {}
-        self.publish_every_s = max(PUBLISH_S, self.world_size / RANKS_THAT_WRITE_PER_S)
-        self.launch, self.job = launch_name()
-        self.folder = output / ".launch" / self.launch
-        self.parent = os.getppid()
-        self.started = self.launched = time.time()
-        if "TORCHELASTIC_RUN_ID" in env:
-            self.launched = psutil.Process(self.parent).create_time()
-        self.phase, self.can_leave = "start", True
+        self.output = output
+        self.files = LaunchFiles(output)
+        self.hang = HangDetector(self.files, hang_timeout_s)
+        self.rank = self.files.rank
+        self.can_leave = True
         self.stop_requested = self.save_requested = False
         self.all_stop = self.all_save = self.is_on_trial = False
         self.stop_reason = ""
-        self.progress: dict[str, Any] = {}
         self.first_step: tuple[int, float] | None = None
-        self.last_beat: float | None = None
-        self.slowest_s = 0.0
         self.leave_at = math.inf
         self.interrupted_at = -math.inf
-        self.stale: dict[str, dict[str, Any]] = {}
-        """Announcements of an earlier launch that had the same name."""
         self.lock: RunLock | None = None
         self.is_closed = threading.Event()
         self.thread: threading.Thread | None = None
         self.old_handlers: dict[int, Any] = {}
-        self.stacks: Any = None
 
     # --- what the main thread calls
 
@@ -114,15 +83,11 @@ class Watch:
         check_output_dir(self.output)
         self.output.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            self.lock = RunLock(self.output, self.job)
-            self.tidy()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, _, _ in ANNOUNCEMENTS:
-            record = read_json(self.folder / name)
-            if record is not None and record["time"] < self.launched:
-                self.stale[name] = record
+            self.lock = RunLock(self.output, self.files.job)
+            self.files.tidy()
+        self.files.open()
         self.is_on_trial = (read_json(self.output / "status.json") or {}).get("state") == "finished"
-        self.publish("running")
+        self.files.publish("running")
         self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
             self.old_handlers = {number: signal.signal(number, ignore) for number in SIGNALS}
@@ -131,16 +96,17 @@ class Watch:
         self.thread.start()
         return self
 
-    def enter(self, phase: str, can_leave: bool = False) -> None:
+    def enter(self, phase: str, can_leave: bool = False, is_loading: bool = False) -> None:
         """Names what comes next.
 
         Args:
             can_leave: nothing would be lost if the process left at any moment.
+            is_loading: `move` is called for each tensor, and has a time limit.
         """
-        self.last_beat = None
-        self.phase, self.can_leave = phase, can_leave
+        self.hang.begin(is_loading)
+        self.files.phase, self.can_leave = phase, can_leave
         if self.thread is not None:
-            self.publish("running")
+            self.files.publish("running")
 
     def accept(self) -> None:
         """Says that the run belongs here; a refused one leaves a finished run's records alone."""
@@ -149,28 +115,39 @@ class Watch:
     def beat(self, **progress: Any) -> None:
         """Says that a step ended; from now on the next one must within the time limit."""
         now = time.monotonic()
-        if self.last_beat is not None:
-            self.slowest_s = max(self.slowest_s, now - self.last_beat)
-        self.last_beat = now
-        self.progress |= progress
+        self.hang.beat()
+        self.files.progress |= progress
         if "step" not in progress:
             return
         if self.first_step is None:
             self.first_step = (progress["step"], now)
         step, began = self.first_step
         per_step_s = (now - began) / max(progress["step"] - step, 1)
-        left = self.progress.get("num_steps", progress["step"]) - progress["step"]
-        self.progress["eta_s"] = round(left * per_step_s, 1) if now > began else None
+        left = self.files.progress.get("num_steps", progress["step"]) - progress["step"]
+        self.note(eta_s=round(left * per_step_s, 1) if now > began else None)
+
+    def move(self) -> None:
+        """Says that a tensor was read or written in a phase of loading."""
+        self.hang.move()
+
+    def note(self, **progress: Any) -> None:
+        """Adds figures to the reports."""
+        self.files.progress |= progress
 
     @contextlib.contextmanager
-    def paused(self, phase: str, can_leave: bool = False) -> Iterator[None]:
-        """A phase inside another one, without its time limit."""
-        before, was_timed = (self.phase, self.can_leave), self.last_beat is not None
-        self.last_beat = None
-        self.phase, self.can_leave = phase, can_leave
+    def paused(
+        self, phase: str, can_leave: bool = False, is_loading: bool = False
+    ) -> Iterator[None]:
+        """A phase inside another one, without its time limit; arguments as for `enter`."""
+        hang, files = self.hang, self.files
+        before, was_timed = (files.phase, self.can_leave), hang.last_beat is not None
+        was_loading = hang.is_loading
+        hang.begin(is_loading)
+        files.phase, self.can_leave = phase, can_leave
         yield
-        self.phase, self.can_leave = before
-        self.last_beat = time.monotonic() if was_timed else None
+        files.phase, self.can_leave = before
+        hang.begin(was_loading)
+        hang.last_beat = time.monotonic() if was_timed else None
 
     def requests(self) -> tuple[float, float]:
         """(save, stop): this rank's votes, 0 or 1."""
@@ -194,14 +171,18 @@ class Watch:
         """
         if self.thread is None:
             return True
-        record = self.record() | {"phase": phase or self.phase, "cause": redact(cause), **details}
-        if not self.announce("failed", record):
+        record = self.files.record() | {
+            "phase": phase or self.files.phase,
+            "cause": redact(cause),
+            **details,
+        }
+        if not self.files.announce("failed", record):
             return False
         if is_refusal and self.is_on_trial:
             return True
         with contextlib.suppress(OSError):
             write_json(self.output / "error.json", record, mode=0o640)
-        self.write_status("failed", cause=record["cause"])
+        self.files.write_status("failed", cause=record["cause"])
         return True
 
     def close(self, state: str) -> None:
@@ -211,19 +192,17 @@ class Watch:
         self.is_closed.set()
         self.thread.join()
         self.thread = None
-        faulthandler.cancel_dump_traceback_later()
+        self.hang.close()
         if 0 in self.old_handlers:
             signal.set_wakeup_fd(self.old_handlers.pop(0))
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         for descriptor in self.pipe:
             os.close(descriptor)
-        if self.stacks is not None:
-            self.stacks.close()
-        self.publish("done")
+        self.files.publish("done")
         if self.rank == 0:
             if state != "failed":
-                self.write_status(state)
+                self.files.write_status(state)
             assert self.lock is not None, "rank 0 takes the lock in start"
             self.lock.release()
 
@@ -234,11 +213,11 @@ class Watch:
         while not self.is_closed.is_set():
             now = time.monotonic()
             if now >= next_publish:
-                next_publish = now + self.publish_every_s
-                self.publish("running")
-                self.guard_against_stuck_interpreter()
+                next_publish = now + self.files.publish_every_s
+                self.files.publish("running")
+                self.hang.guard_against_stuck_interpreter()
                 if self.rank == 0 and not self.is_on_trial:
-                    self.write_status("stopping" if self.stop_requested else "running")
+                    self.files.write_status("stopping" if self.stop_requested else "running")
             if self.lock is not None and now >= next_lock:
                 next_lock = now + HEARTBEAT_S
                 if not self.lock.beat():
@@ -248,7 +227,7 @@ class Watch:
             signals = self.wait_for_signals()
             if signals or now >= next_look:
                 # A shared file system should not feel a large job.
-                next_look = now + self.world_size / RANKS_THAT_LOOK_PER_S
+                next_look = now + self.files.world_size / RANKS_THAT_LOOK_PER_S
                 self.follow_others()
             self.answer(signals)
             self.look_for_triggers()
@@ -264,41 +243,23 @@ class Watch:
         Args:
             patient: the main thread may hear of it by itself, and gets the time to.
         """
-        self.meet()
+        self.files.meet()
         # Looked for first: who is found dead then has announced what it had to.
-        dead = self.dead_peers()
-        for name, state, code in ANNOUNCEMENTS:
-            announced = self.announced(name)
+        dead = self.files.dead_peers()
+        for name, state, code in FOLLOWED:
+            announced = self.files.announced(name)
             if announced is not None:
                 self.is_closed.wait(FOLLOW_S if patient else 0.0)
                 if not self.is_closed.is_set():
                     code = announced.get("exit_code", code)
                     if code == HANG:
-                        self.dump_stacks()
+                        self.hang.dump_stacks()
                     self.leave(state, code, announced["cause"])
         for rank, peer in dead:
             cause = f"process {peer['pid']} of rank {rank} is gone: killed, or crashed"
             facts = {"rank": rank, "pid": peer["pid"], "reported_by": self.rank}
             self.fail(cause, peer["phase"], **facts)
             self.leave("failed", FAILED, cause)
-
-    def meet(self) -> None:
-        for rank in sorted(self.unmet):
-            peer = read_json(self.folder / f"rank_{rank:05d}.json")
-            # A file of an earlier start has another parent.
-            if peer is not None and peer["parent"] == self.parent:
-                self.met[rank] = peer
-                self.unmet.remove(rank)
-
-    def dead_peers(self) -> list[tuple[int, dict[str, Any]]]:
-        """Ranks on this machine, of the same parent, that ended without saying so."""
-        dead = []
-        for rank, peer in self.met.items():
-            if not is_alive(peer["pid"]):
-                last = read_json(self.folder / f"rank_{rank:05d}.json") or peer
-                if last["pid"] == peer["pid"] and last["state"] != "done":
-                    dead.append((rank, last))
-        return dead
 
     def fail_with(self, error: BaseException) -> None:
         """Records an exception, unless it only is what another rank's death looks like from here.
@@ -313,12 +274,6 @@ class Watch:
         is_refusal = isinstance(error, ValueError | OSError)
         self.fail(f"{type(error).__name__}: {error}{hint}", is_refusal=is_refusal)
 
-    def peers(self) -> list[tuple[int, dict[str, Any]]]:
-        """All other ranks, as they last showed themselves."""
-        paths = sorted(self.folder.glob("rank_*.json"))
-        found = [(int(path.stem[5:]), read_json(path)) for path in paths]
-        return [(rank, peer) for rank, peer in found if peer is not None and rank != self.rank]
-
     def answer(self, signals: bytes) -> None:
         now = time.monotonic()
         for number in signals:
@@ -331,10 +286,10 @@ class Watch:
                     self.leave("preempted", INTERRUPTED)
                 self.interrupted_at = now
             self.request_stop(name)
-        if os.getppid() != self.parent:
+        if os.getppid() != self.files.parent:
             self.request_stop("the parent process is gone", ORPHAN_LEAVES_WITHIN_S)
         if self.stop_requested and self.can_leave:
-            self.announce("left", self.record() | {"cause": self.stop_reason})
+            self.files.announce("left", self.files.record() | {"cause": self.stop_reason})
             self.leave("preempted", 0)
         if now > self.leave_at:
             text = f"could not save within {LEAVE_WITHIN_S:.0f} s of {self.stop_reason}"
@@ -345,7 +300,7 @@ class Watch:
         if not self.stop_requested:
             self.stop_reason = reason
             self.stop_requested = True
-            say(f"rank {self.rank}: {reason} in phase {self.phase}: saving and leaving")
+            say(f"rank {self.rank}: {reason} in phase {self.files.phase}: saving and leaving")
         self.leave_at = min(self.leave_at, time.monotonic() + within_s)
 
     def look_for_triggers(self) -> None:
@@ -357,156 +312,29 @@ class Watch:
             self.save_requested = True
 
     def look_for_hang(self) -> None:
-        if self.last_beat is None:
+        silence = self.hang.find()
+        if silence is None:
             return
-        silent_s = time.monotonic() - self.last_beat
-        limit_s = max(self.hang_timeout_s, SLOW_STEP_FACTOR * self.slowest_s)
-        if self.slowest_s == 0.0:
-            limit_s *= FIRST_STEP_FACTOR
-        if silent_s < limit_s:
-            return
-        self.dump_stacks()
-        self.publish("hangs")
+        self.hang.dump_stacks()
+        self.files.publish("hangs")
         # So that every rank dumps, and says how far it is, before torchrun ends the others.
         self.is_closed.wait(FOLLOW_S)
-        cause = f"no step ended for {silent_s:.0f} s; {self.suspects()}"
+        cause = f"{silence}; {self.hang.suspects()}"
         if self.fail(cause, exit_code=HANG):
             say(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")
         self.leave("failed", HANG, cause)
 
-    def suspects(self) -> str:
-        """Says which ranks give no sign of life, or are behind."""
-        now, peers = time.time(), self.peers()
-        limit_s = 3 * self.publish_every_s
-        silent = [rank for rank, peer in peers if now - peer["time"] > limit_s]
-        host = socket.gethostname()
-        stopped = [r for r, peer in peers if peer["host"] == host and is_stopped(peer["pid"])]
-        if stopped:
-            return f"ranks that are stopped by a signal: {sorted(stopped)}"
-        if silent:
-            return f"ranks that give no sign of life: {silent}"
-        steps = {rank: peer.get("step", 0) for rank, peer in peers}
-        steps[self.rank] = self.progress.get("step", 0)
-        last = min(steps.values())
-        behind = [rank for rank, step in sorted(steps.items()) if step == last]
-        if len(behind) < len(steps):
-            return f"ranks that are behind: {behind}"
-        return f"all ranks wait after step {last}"
-
-    def dump_stacks(self) -> None:
-        folder = self.output / "stacks"
-        with contextlib.suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            with (folder / f"rank_{self.rank:05d}.txt").open("w") as file:
-                file.write(f"{json.dumps(self.record())}\n")
-                file.flush()
-                faulthandler.dump_traceback(file=file, all_threads=True)
-
-    def guard_against_stuck_interpreter(self) -> None:
-        """A C thread that ends the process when this thread no longer gets to run."""
-        if self.stacks is None:
-            try:
-                self.stacks = (self.folder / f"stuck_{self.rank:05d}.txt").open("w")
-            except OSError:
-                return  # the disk is full for now
-        limit_s = max(FIRST_STEP_FACTOR * self.hang_timeout_s, SLOW_STEP_FACTOR * self.slowest_s)
-        faulthandler.dump_traceback_later(limit_s, file=self.stacks, exit=True)
-
     def leave(self, state: str, code: int, cause: str | None = None) -> NoReturn:
         """Ends the process at once: the main thread may be stuck where no exception reaches it."""
         if self.rank == 0 and not self.is_on_trial:
-            self.write_status(state, cause=cause or self.stop_reason)
-        self.publish("done")
+            self.files.write_status(state, cause=cause or self.stop_reason)
+        self.files.publish("done")
         if self.lock is not None:
             self.lock.release()
         end_children()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
-
-    # --- files
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "rank": self.rank,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "parent": self.parent,
-            "phase": self.phase,
-            "time": time.time(),
-            "launch": self.launch,
-            **self.progress,
-        }
-
-    def publish(self, state: str) -> None:
-        with contextlib.suppress(OSError):
-            write_json(self.folder / f"rank_{self.rank:05d}.json", self.record() | {"state": state})
-
-    def announce(self, name: str, record: dict[str, Any]) -> bool:
-        """Makes the file `name` unless another rank was first."""
-        path, temporary = self.folder / name, self.folder / f".{name}_{self.rank}"
-        try:
-            if self.stale.get(name) is not None and read_json(path) == self.stale[name]:
-                path.unlink(missing_ok=True)
-            write_json(temporary, record)
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:
-            return True  # a full disk must not hide the failure
-        return True
-
-    def announced(self, name: str) -> dict[str, Any] | None:
-        """What another rank of this launch announced."""
-        record = read_json(self.folder / name)
-        if record is None or record == self.stale.get(name):
-            return None
-        # Not by process id: ranks in containers have the same ones.
-        return record if record.get("reported_by", record["rank"]) != self.rank else None
-
-    def write_status(self, state: str, **more: Any) -> None:
-        """Readable at any time; `heartbeat` is renewed every two seconds while the run lives."""
-        done = {"job": self.job, "started": self.started, "heartbeat": time.time()}
-        with contextlib.suppress(OSError):
-            write_json(
-                self.output / "status.json", {"state": state, **self.record(), **done, **more}
-            )
-
-    def tidy(self) -> None:
-        """Removes what earlier launches left; this launch's other ranks may be here already."""
-        old = [path for path in self.folder.parent.glob("*") if path != self.folder]
-        # What a kill left between writing a file and giving it its name.
-        for pattern in HALF_WRITTEN:
-            old += self.output.glob(pattern)
-        for path in old:
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime >= self.started - OLD_LAUNCH_S:
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-        (self.output / "error.json").unlink(missing_ok=True)
-        shutil.rmtree(self.output / "stacks", ignore_errors=True)
-
-
-def launch_name() -> tuple[str, str]:
-    """(name of this start of all ranks, name of the job that its restarts share)."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" not in env:
-        own = f"process-{os.getpid()}"
-        return own, own
-    job = f"{env['TORCHELASTIC_RUN_ID']}-{env.get('MASTER_PORT', '')}"
-    job = re.sub(r"[^\w.-]", "_", job, flags=re.ASCII)
-    return f"{job}-attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", job
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None when it is not there, or half-written as some file systems show it for a moment."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def take(path: Path) -> bool:
@@ -525,16 +353,6 @@ def ignore(number: int, frame: object) -> None:
 def say(text: str) -> None:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:
-    """In one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-    os.replace(temporary, path)
 
 
 _current: Watch | None = None

@@ -214,7 +214,7 @@ class CheckpointWriter:
         while self.warnings:
             self.say(self.warnings.pop(0))
         self.num_failures = 0 if error is None else self.num_failures + 1
-        current_watch().progress["failed_saves"] = self.num_failures
+        current_watch().note(failed_saves=self.num_failures)
         if error is not None:
             self.bear(error, is_last)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from sft_fast.config import Config, load_config
 from sft_fast.curves import draw_curves, png
+from sft_fast.failure import current_watch
 from sft_fast.manifest import staged_directory
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export_check import check_export, is_checked
@@ -33,7 +34,8 @@ def export_model(
     dtype = config.export.dtype or config.model.dtype
     exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
     with staged_directory(folder, exchange) as stage:
-        export_weights(models, stage.path, origin.model.architecture, parallel, DTYPES[dtype])
+        with current_watch().paused("write weights", can_leave=True, is_loading=True):
+            export_weights(models, stage.path, origin.model.architecture, parallel, DTYPES[dtype])
         if parallel.is_main:
             origin.tokenizer.save_pretrained(stage.path)
             write_json(stage.path / "config.json", hf_config(origin, dtype))

@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.config import Config
 from sft_fast.errors import DamageError
+from sft_fast.failure import current_watch
 from sft_fast.megatron.checkpoint import SHARDING, damage_of, read_train_state
 from sft_fast.megatron.export import export_model
 from sft_fast.megatron.hf import load_weights
@@ -38,12 +39,15 @@ def export(config: Config) -> int:
         )
     origin = read_origin(config, read_train_state(checkpoint).data)
     architecture, is_lora = origin.model.architecture, config.lora.rank > 0
+    watch = current_watch()
+    watch.enter("model", can_leave=True, is_loading=True)
     models = build_model(architecture, config, parallel)
     for number, model in enumerate(models):
         if is_lora:
             load_weights(model, origin.model.weights, architecture, parallel)
             add_adapters(model, architecture, config, parallel)
         load_trained(model, number, checkpoint, is_lora)
+    watch.enter("export", can_leave=True)
     export_model(models, Path(config.output_dir) / "export", origin, config, parallel)
     dist.barrier()
     dist.destroy_process_group()

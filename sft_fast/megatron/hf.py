@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sft_fast.architecture import Architecture
+from sft_fast.failure import current_watch
 from sft_fast.families import FAMILIES, MODEL, Rule
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
@@ -240,6 +241,7 @@ def load_weights(
             shape = piece.view.shape
             # Not kept in a variable, or it would still be there while the next one is read.
             piece.view.copy_(source.read(piece.source, piece.rows, piece.columns).reshape(shape))
+            current_watch().move()
 
 
 def part(total: int, size: int, rank: int) -> slice:
@@ -348,6 +350,7 @@ def export_weights(
             continue
         shards = gather_shards(merged_parameter(model, name), parallel, rule.is_expert)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
+        current_watch().move()
         if shard_of(rule, parallel)[1] != 0 or is_tied_copy:
             continue
         tensors = merge_shards(rule, shards, architecture)
@@ -398,6 +401,7 @@ class ShardWriter:
         self.num_files += 1
         file = f"model-{self.prefix}-{self.num_files:05d}.safetensors"
         save_file(self.pending, self.folder / file, metadata={"format": "pt"})
+        current_watch().move()
         self.file_of.update(dict.fromkeys(self.pending, file))
         self.pending, self.pending_bytes = {}, 0
 

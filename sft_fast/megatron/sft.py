@@ -253,7 +253,7 @@ def train(config: Config) -> int:
     if checkpoint is not None and start == num_steps and is_exported(checkpoint, config):
         metrics.say(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
         return finish(metrics)
-    watch.enter("model", can_leave=True)
+    watch.enter("model", can_leave=True, is_loading=True)
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
     metrics.say(f"attention: {unwrap(run.model[0]).attention}; {describe_memory(config, parallel)}")
     add_noise(run.model, config, inputs.store.lengths, parallel)

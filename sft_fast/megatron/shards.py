@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft_fast.errors import DamageError
+from sft_fast.failure import current_watch
 from sft_fast.manifest import HashedFile, StagedDirectory, read_manifest
 from sft_fast.megatron.host_snapshot import HostCopier
 
@@ -260,6 +261,7 @@ class ShardReader:
             raise ValueError(
                 f"{self.folder}: a part of tensor {shard.key} is missing or twice there"
             )
+        current_watch().move()
         return result.reshape(wanted.local_shape)
 
     @staticmethod

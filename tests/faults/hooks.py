@@ -18,12 +18,12 @@ import transformers  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import sft_fast.megatron.sft as sft
-from sft_fast import failure, manifest
+from sft_fast import failure, launch_files, manifest
 from sft_fast.data import (
     build,
     demo,  # noqa: F401
 )
-from sft_fast.megatron import checkpoint, evaluation, host_snapshot
+from sft_fast.megatron import checkpoint, evaluation, hf, host_snapshot
 
 # megatron collects garbage in every save: not what was imported, over and over.
 gc.freeze()
@@ -108,6 +108,15 @@ def hang_in_step(number: str) -> None:
     before(sft, "train_step", lambda: time.sleep(3600), int(number))
 
 
+def hang_while(doing: str) -> None:
+    """In the second tensor."""
+    module, name = {
+        "loading": (hf.RandomSource, "read"),
+        "exporting": (hf, "merge_shards"),
+    }[doing]
+    before(module, name, lambda: time.sleep(3600), 2)
+
+
 def stop_in_step(number: str) -> None:
     before(sft, "train_step", lambda: os.kill(os.getpid(), signal.SIGSTOP), int(number))
 
@@ -158,7 +167,7 @@ def full_for_json(step: str) -> None:
         def write(*args: Any, **options: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        failure.write_json = write
+        failure.write_json = launch_files.write_json = write
 
     fail_in_step(step)
     before(sft, "train_step", fill, int(step))

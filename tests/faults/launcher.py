@@ -1,6 +1,7 @@
 """Starts tiny training runs as real processes, forked from a server that has imported everything,
 so that a start costs a tenth of a second and a test can afford many."""
 
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -73,7 +74,9 @@ class Job:
     def signal(self, number: int, rank: int | None = None) -> None:
         for place, process in enumerate(self.ranks):
             if rank in (None, place) and process.is_alive():
-                os.kill(process.pid, number)
+                # It may end between the two.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)

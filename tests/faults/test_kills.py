@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from faults.launcher import Launcher, same_weights, step_losses
+from sft_fast import hang
+from sft_fast.hang import HangDetector
+from sft_fast.launch_files import LaunchFiles
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -167,6 +170,52 @@ def test_a_hang_is_found_and_every_rank_shows_its_stack(
     if hook.startswith("hang"):
         assert "hooks.py" in stacks["rank_00001"]
     launcher.run(name, ranks=2)
+
+
+@pytest.mark.fault("F7")
+@pytest.mark.parametrize("phase", ["loading", "exporting"])
+def test_a_hang_while_weights_are_read_or_written_is_found(launcher: Launcher, phase: str) -> None:
+    job = launcher.start(f"hang-{phase}", "parallel.hang_timeout_s=0.1", hook=f"hang_while:{phase}")
+    job.ranks[0].join(30)
+    assert job.ranks[0].exitcode == 75, job.said()
+    error = job.json("error.json")
+    assert "no tensor was read or written for" in error["cause"]
+    assert error["phase"] == {"loading": "model", "exporting": "write weights"}[phase]
+    assert "hooks.py" in (job.output / "stacks/rank_00000.txt").read_text()
+    assert not (job.output / "export").exists()
+
+
+def test_a_rank_that_waits_for_one_that_still_loads_is_not_hung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    files, clock = [], [0.0]
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        files.append(LaunchFiles(tmp_path))
+        files[rank].open()
+    monkeypatch.setattr(hang.time, "monotonic", lambda: clock[0])
+    mine, other = (HangDetector(one, hang_timeout_s=10.0) for one in files)
+    for detector in (mine, other):
+        detector.begin(is_loading=True)
+        detector.move()
+    for _ in range(9):  # 720 s, of which this rank does nothing
+        clock[0] += 80
+        other.move()
+        files[1].publish("running")
+        assert mine.find() is None
+    files[0].publish("running")
+    assert other.find() is None
+    found = []
+    for _ in range(9):
+        clock[0] += 80
+        found.append((mine.find(), other.find()))
+    for detector, texts in zip((mine, other), zip(*found, strict=True), strict=True):
+        assert "no tensor was read or written for" in next(text for text in texts if text)
+        assert detector.suspects() == "ranks that are behind: [0]"
+    mine.begin()
+    clock[0] += 1e6
+    assert mine.find() is None, "other phases have no limit"
 
 
 def restart(launcher: Launcher, name: str, times: int) -> None:
