@@ -1,14 +1,13 @@
 """Each rank's own part of weights and optimizer state, as blocks of the global tensors.
 
 megatron's distributed optimizer gives every data-parallel rank a flat range of each parameter. A
-flat range of a tensor is a few rectangles (its head row, its full rows, its tail row, and so on
-inwards), so a rank saves and loads what it owns, straight from the device: no collective, and no
-copy of what other ranks own. What every data-parallel rank holds is cut into equal ranges likewise.
+flat range is a few blocks (flat_ranges.py), so a rank saves and loads what it owns, straight from
+the device: no collective, and no copy of what other ranks own. What every data-parallel rank holds
+is cut into equal ranges likewise.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -16,13 +15,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
-    ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from sft_fast.megatron.flat_ranges import Sharded, pieces
 from sft_fast.megatron.shards import ShardReader
 
 # The one optimizer layout of megatron that loads at any data-parallel size; its names are ours.
@@ -30,82 +29,6 @@ from sft_fast.megatron.shards import ShardReader
 SHARDING: Mapping[str, str] = {"distrib_optim_sharding_type": "fully_reshardable"}
 SHARDING_FIELD = "param_state_sharding_type"
 STATES = ("param", "exp_avg", "exp_avg_sq")
-Sizes = tuple[int, ...]
-Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
-
-
-def rectangles(shape: Sizes, begin: int, end: int) -> Iterator[tuple[Sizes, Sizes]]:
-    """Offsets and shapes of the at most 2 * ndim - 1 blocks that are elements begin..end-1, in
-    order."""
-    if begin >= end:
-        return
-    if not shape:
-        yield (), ()
-        return
-    row, inner = math.prod(shape[1:]), shape[1:]
-    first, last = -(-begin // row), end // row
-    if first > last:
-        yield from in_row(last, inner, begin - last * row, end - last * row)
-        return
-    yield from in_row(first - 1, inner, begin - (first - 1) * row, row)
-    if first < last:
-        yield (first, *(0 for _ in inner)), (last - first, *inner)
-    yield from in_row(last, inner, 0, end - last * row)
-
-
-def in_row(row: int, inner: Sizes, begin: int, end: int) -> Iterator[tuple[Sizes, Sizes]]:
-    for offset, shape in rectangles(inner, begin, end):
-        yield (row, *offset), (1, *shape)
-
-
-def blocks(sharded: Sharded) -> Iterator[tuple[int, ShardedTensor]]:
-    """The blocks that consecutive elements of a local tensor are, each with its first element."""
-    if isinstance(sharded, ShardedTensor):
-        yield 0, sharded
-        return
-    local = torch.empty(sharded.data.shape, dtype=sharded.data.dtype, device="meta")
-    build = (sharded.key, local, sharded.replica_id, sharded.flattened_range)
-    found = 0
-    for block in nested_values({"built": sharded.build_fn(*build)}):
-        data = block.data
-        assert data.is_contiguous(), f"{sharded.key}: a part of it is not consecutive in memory"
-        found += data.numel()
-        yield data.storage_offset(), block
-    assert found == local.numel(), f"{sharded.key}: its parts are not the whole"
-
-
-def pieces(
-    sharded: Sharded, begin: int, end: int, prefix: str, values: Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple[int, int, ShardedTensor]]:
-    """Elements begin..end-1 of a local tensor as blocks of the global tensor.
-
-    Args:
-        prefix: added to the tensor's key.
-        values: flat, those elements; None for a request.
-
-    Returns: for each block its first and last + 1 element, counted from `begin`.
-    """
-    for start, block in blocks(sharded):
-        local = tuple(block.local_shape)
-        first, last = max(begin - start, 0), min(end - start, math.prod(local))
-        lead = (1,) * block.prepend_axis_num
-        for offset, shape in rectangles(local, first, last):
-            place = (*block.global_offset[: len(lead)], *offset)
-            base = (0,) * len(lead) + tuple(block.global_offset[len(lead) :])
-            at = start + first - begin
-            after = at + math.prod(shape)
-            first += math.prod(shape)
-            piece = ShardedTensor(
-                key=f"{prefix}{block.key}",
-                data=None if values is None else values[at:after].view((*lead, *shape)),
-                dtype=dtype,
-                local_shape=(*lead, *shape),
-                global_shape=tuple(block.global_shape),
-                global_offset=tuple(a + b for a, b in zip(place, base, strict=True)),
-                axis_fragmentations=None,
-                allow_shape_mismatch=block.allow_shape_mismatch,
-            )
-            yield at, after, piece
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:

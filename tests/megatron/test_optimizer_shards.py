@@ -50,7 +50,7 @@ EXPERT_LAYOUTS = [
 @settings(deadline=None)
 @given(st.data(), st.lists(st.integers(0, 5), max_size=4))
 def test_rectangles_are_the_range_in_order(data: st.DataObject, shape: list[int]) -> None:
-    from sft_fast.megatron.optimizer_shards import rectangles
+    from sft_fast.megatron.flat_ranges import rectangles
 
     elements = np.arange(math.prod(shape)).reshape(shape)
     begin = data.draw(st.integers(0, elements.size))
