@@ -29,22 +29,23 @@ class Chat:
             temperature: 0: the likeliest token each time.
 
         Raises:
-            ValueError: an argument that makes no sense, or a model without chat template.
+            ValueError: an argument that makes no sense, a device that is not there, or a model
+                without tokenizer or chat template.
             DamageError: files are missing, or cut short.
         """
         import torch
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        if max_new_tokens < 1 or temperature < 0:
+        if max_new_tokens < 1 or not temperature >= 0:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected at "
                 "least 1 and at least 0"
             )
         check_files(folder)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        check_device(self._device)
+        self._tokenizer: Any = load_tokenizer(folder)
         if not self._tokenizer.chat_template:
             raise ValueError(f"{folder} has no chat template; it is not a model to talk to")
         self._model: Any = load_model(folder).to(self._device).eval()
@@ -93,6 +94,29 @@ def check_files(folder: Path) -> None:
         damages = find_damage(folder, hash_content=False)
         if damages:
             raise DamageError("\n  ".join([f"{folder} is damaged:", *map(str, damages)]))
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError where a tensor cannot be put on the device."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: {name} cannot be used here ({reason}); expected cpu, or cuda with a GPU"
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises ValueError where a file of it is missing or damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
 
 
 def load_model(folder: Path) -> Any:

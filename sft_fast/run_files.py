@@ -101,6 +101,8 @@ def model_folder(path: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory; expected the output_dir of a run, or a model")
     for folder in (path / "export", path, *reversed(later_exports(path))):
         if (folder / "config.json").is_file():
             return folder

@@ -155,6 +155,35 @@ def test_chat_names_the_file_that_is_cut_off(run: Path, capsys: pytest.CaptureFi
     assert "safetensors file is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "nonsense"], "device: nonsense cannot be used here (Expected one of cpu"),
+        (["--temperature", "nan"], "temperature nan; expected"),
+        (["--temperature", "-1"], "temperature -1.0; expected"),
+    ],
+)
+def test_chat_says_what_is_wrong_with_its_arguments(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["chat", str(finished_run), "--ask", "a", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_chat_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "export/manifest.json").unlink()
+    for path, words in (
+        (run / "nowhere", "nowhere is no directory; expected"),
+        (run / "config.yaml", "config.yaml is no directory; expected"),
+        (run / "export", "export: its tokenizer cannot be loaded"),
+    ):
+        if path.name == "export":
+            (path / "tokenizer.json").unlink()
+            (path / "tokenizer_config.json").unlink()
+        assert main(["chat", str(path), "--ask", "a"]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_chat_finds_what_was_exported_later(run: Path) -> None:
     from sft_fast.run_files import model_folder
 
