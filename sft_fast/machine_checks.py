@@ -51,6 +51,7 @@ def check_machine(config: Config) -> Findings:
         _check_engine,
         _check_tokenizer,
         _check_data,
+        _check_resume,
         _check_disk,
     ):
         findings.problems += check(config, findings)
@@ -245,6 +246,16 @@ def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
     if not messages:
         findings.notes.append(f"{key}: the first {count} rows of {source.rows.name} are {kinds}")
     yield from messages
+
+
+def _check_resume(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.run_files import check_resume
+
+    try:
+        check_resume(config.checkpoint.resume, Path(config.output_dir))
+    except ValueError as error:
+        found, _, expected = str(error).removeprefix("checkpoint.resume: ").partition("; expected ")
+        yield Problem(("checkpoint.resume",), found, expected)
 
 
 def _check_disk(config: Config, findings: Findings) -> Iterator[Problem]:

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import xxhash
 
-MANIFEST_FILE = "manifest.json"
+from sft_fast.run_files import MANIFEST_FILE
+
 TEMPORARY_PREFIX = ".incomplete_"
 REPLACED_PREFIX = ".replaced_"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -310,7 +311,8 @@ def find_damage(
     try:
         records = read_manifest(folder)
     except ValueError as error:
-        return [Damage(folder / MANIFEST_FILE, "a whole manifest", str(error))]
+        why = str(error).partition(", found ")[2] or str(error)
+        return [Damage(folder / MANIFEST_FILE, "a whole manifest", why)]
     damages = []
     for number, (name, record) in enumerate(sorted(records.items())):
         if number % num_parts != part:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MANIFEST_FILE = "manifest.json"
 HEARTBEAT_LOST_S = 60.0
 
 
@@ -42,8 +43,7 @@ class RunFiles:
     @property
     def checkpoints(self) -> list[Path]:
         """Oldest first, whole or damaged."""
-        found = (self.path / "checkpoints").glob("step_*")
-        return sorted(path for path in found if path.name[5:].isdecimal())
+        return list_checkpoints(self.path / "checkpoints")
 
     @property
     def exports(self) -> list[Path]:
@@ -73,6 +73,40 @@ def read_run(path: Path) -> RunFiles:
             if isinstance(record, dict) and "kind" in record:
                 records.append(record)
     return RunFiles(path, tuple(records), status, error)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first, whole or damaged."""
+    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdecimal())
+
+
+def why_no_checkpoint(path: Path) -> str:
+    """What `path` is, where it is no checkpoint; "" where it is one, whole or damaged."""
+    if (path / MANIFEST_FILE).is_file():
+        return ""
+    if not path.exists():
+        return f"{path} does not exist"
+    if not path.is_dir():
+        return f"{path} is a file"
+    inside = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
+    if inside:
+        return f"{path} is none itself; it holds {', '.join(map(str, inside))}"
+    return f"{path} has no {MANIFEST_FILE}; another program, or an earlier version, made it"
+
+
+def check_resume(resume: str, output: Path) -> None:
+    """Looks at what `checkpoint.resume` names; a run that has saved itself goes on from that.
+
+    Raises:
+        ValueError: it is no checkpoint.
+    """
+    if resume in ("auto", "never") or list_checkpoints(output / "checkpoints"):
+        return
+    if why := why_no_checkpoint(Path(resume)):
+        raise ValueError(
+            f"checkpoint.resume: {why}; expected auto, never, or a checkpoint such as "
+            "outputs/my_run/checkpoints/step_00000100"
+        )
 
 
 def why_no_run(path: Path) -> str:

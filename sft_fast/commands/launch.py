@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_fast.commands.arguments import Commands, add_config, config_path, positive
+from sft_fast.commands.arguments import (
+    Commands,
+    add_config,
+    config_path,
+    not_negative,
+    positive,
+)
 
 if TYPE_CHECKING:
     from sft_fast.config import Config
@@ -26,6 +32,7 @@ TORCHRUN_FLAGS = {
     "--rdzv-id": "name of the job",
     "--max-restarts": "how often all ranks are started again after one died",
 }
+WHOLE_NUMBERS = ("--node-rank", "--master-port", "--max-restarts")
 
 
 def add(commands: Commands) -> None:
@@ -38,7 +45,8 @@ def add(commands: Commands) -> None:
         help="processes on this machine; default: one per GPU, without GPUs as few as fit",
     )
     for flag, meaning in TORCHRUN_FLAGS.items():
-        train.add_argument(flag, metavar="X", help=meaning)
+        kind = not_negative if flag in WHOLE_NUMBERS else str
+        train.add_argument(flag, metavar="X", type=kind, help=meaning)
     train.add_argument(
         "--allow-change",
         metavar="FIELD,...",
@@ -51,12 +59,14 @@ def add(commands: Commands) -> None:
 def run(parsed: argparse.Namespace) -> None:
     from sft_fast.config import check_world_size, load_config
     from sft_fast.machine_checks import require_data
+    from sft_fast.run_files import check_resume
 
     path = config_path(parsed)
     config = load_config(path, parsed.overrides)
     if not parsed.dry_run:
         # Before torch is imported, which takes seconds.
         require_data(config)
+        check_resume(config.checkpoint.resume, Path(config.output_dir))
     processes = parsed.nproc_per_node or default_processes(config)
     given = {flag: getattr(parsed, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
     nodes = given["--nnodes"] or "1"
@@ -69,7 +79,9 @@ def run(parsed: argparse.Namespace) -> None:
     # -P: a folder of our name in the working directory is not this package.
     command = [sys.executable, "-P", "-m", *launcher, "--nproc-per-node", str(processes)]
     command += [] if nodes != "1" or given["--rdzv-endpoint"] else ["--standalone"]
-    command += [part for flag, value in given.items() if value for part in (flag, value)]
+    command += [
+        part for flag, value in given.items() if value is not None for part in (flag, str(value))
+    ]
     command += [str(ENGINE), "--config", str(path)]
     command += ["--debug"] if parsed.debug else []
     if parsed.allow_change:

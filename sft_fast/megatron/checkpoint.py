@@ -56,6 +56,7 @@ from sft_fast.megatron.shards import (
     take_snapshot,
     write_snapshot,
 )
+from sft_fast.run_files import list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +266,6 @@ def as_os_error() -> Iterator[None]:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"step_{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or damaged, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdecimal())
 
 
 def quick_damage(checkpoint: Path) -> list[Damage]:

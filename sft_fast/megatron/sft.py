@@ -26,7 +26,6 @@ from sft_fast.megatron.checkpoint import (
     TrainState,
     checkpoint_path,
     continuations,
-    list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
     read_train_state,
@@ -62,6 +61,7 @@ from sft_fast.packing import StepCounts
 from sft_fast.profiling import ProfilerWindow
 from sft_fast.rendezvous import public_address_warning
 from sft_fast.report import length_histogram, write_report
+from sft_fast.run_files import check_resume, list_checkpoints
 from sft_fast.run_plan import make_plan, warm_up_warning
 from sft_fast.samples import write_samples
 from sft_fast.standing import Standing
@@ -147,7 +147,7 @@ def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], Non
     """The checkpoint that `checkpoint.resume` names; None = begin at step 0.
 
     Raises:
-        ValueError: it is damaged, or the run may not begin anew beside others.
+        ValueError: it is none, or damaged, or the run may not begin anew beside others.
     """
     options = config.checkpoint
     folder = Path(config.output_dir) / "checkpoints"
@@ -157,6 +157,7 @@ def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], Non
             f"checkpoint.resume is never, but {config.output_dir} holds {existing[-1].name}; "
             "choose another output_dir, or checkpoint.resume=auto"
         )
+    check_resume(options.resume, Path(config.output_dir))
     if options.resume not in ("auto", "never"):
         existing = continuations(Path(options.resume), existing)
     dist.barrier()  # every rank has seen the same folder before rank 0 tidies it up

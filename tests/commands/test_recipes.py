@@ -138,3 +138,15 @@ def test_env_tells_versions_and_hides_secrets(
     assert main(["env"]) == 0
     text = capsys.readouterr().out
     assert "megatron-core" in text and "torch" in text and "hf_aaaa" not in text
+
+
+@pytest.mark.parametrize("flag", ["--max-restarts", "--master-port", "--node-rank"])
+def test_what_torchrun_would_refuse_is_refused_in_a_line(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "demo", flag, "x", "--dry-run"])
+    assert ended.value.code == 2
+    assert f"argument {flag}: 'x'; expected a whole number, 0 or more" in capsys.readouterr().err
+    assert main(["train", "demo", "--nproc-per-node", "1", flag, "0", "--dry-run"]) == 0
+    assert f"{flag} 0 " in capsys.readouterr().out

@@ -383,6 +383,37 @@ def test_a_run_begun_at_a_named_checkpoint_goes_on_from_its_own(
     assert "later checkpoints of another run, step_00000003; move" in refused.said()
 
 
+def test_what_is_no_checkpoint_is_not_called_damaged(
+    launcher: Launcher, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_fast import cli
+
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    cases = {
+        tmp_path / "nowhere": "does not exist; expected",
+        tmp_path / "file": "is a file; expected",
+        tmp_path / "folder": "has no manifest.json; another program",
+        unbroken: f"is none itself; it holds {unbroken}/checkpoints/step_00000001, ",
+        unbroken / "checkpoints": f"is none itself; it holds {unbroken}/checkpoints/step_00000001",
+    }
+    config = str(launcher.config("no-checkpoint"))
+    for path, words in cases.items():
+        assert cli.main(["train", config, f"checkpoint.resume={path}"]) == 2
+        assert words in capsys.readouterr().err, path
+    assert cli.main(["check", config, f"checkpoint.resume={path}"]) == 1
+    assert "checkpoint.resume" in capsys.readouterr().err
+    job = launcher.start("no-checkpoint", f"checkpoint.resume={tmp_path / 'nowhere'}")
+    assert job.wait() == [2] and "nowhere does not exist" in job.said()
+    # Where the run has saved itself, that counts; what it began at may be gone.
+    origin = tmp_path / "origin/step_00000002"
+    shutil.copytree(unbroken / "checkpoints/step_00000002", origin)
+    resume = f"checkpoint.resume={origin}"
+    launcher.start("began-elsewhere", resume, hook="die_in_step:3").wait()
+    shutil.rmtree(origin)
+    launcher.run("began-elsewhere", resume)
+
+
 @pytest.mark.fault("F3")
 def test_what_is_saved_beside_a_later_damaged_checkpoint_stays(
     launcher: Launcher, unbroken: Path

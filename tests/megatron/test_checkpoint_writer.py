@@ -8,6 +8,7 @@ import pytest
 
 from sft_fast.config import CheckpointConfig
 from sft_fast.manifest import LoneRank, find_damage, staged_directory
+from sft_fast.run_files import list_checkpoints
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_fails_no_save(
 
     monkeypatch.setattr(checkpoint, "remove_directory", remove_but_first)
     writer.prune(5, 0)
-    left = [path.name[-1] for path in checkpoint.list_checkpoints(writer.folder)]
+    left = [path.name[-1] for path in list_checkpoints(writer.folder)]
     assert left == ["1", "4", "5"] and not any(map(find_damage, writer.folder.iterdir()))
     writer.thread = threading.Thread(target=int)
     writer.thread.start()
