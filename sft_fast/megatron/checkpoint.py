@@ -223,14 +223,14 @@ class CheckpointWriter:
         """Warns of a save that failed; raises where training may not go on after it."""
         if not isinstance(error, OSError) or isinstance(error, TimeoutError):
             raise error
-        most = self.config.max_failures
+        most, reason = self.config.max_failures, error.strerror or str(error)
         if is_last or self.num_failures > most:
             there = [path.name for path in list_checkpoints(self.folder)]
-            newest = f"the newest checkpoint is {there[-1]}" if there else "there is no checkpoint"
-            raise OSError(error.errno, f"{self.saving} could not be saved: {error}; {newest}")
+            rest = f"the same command goes on from {there[-1]}" if there else "there is none yet"
+            raise OSError(error.errno, f"{self.saving} could not be saved: {reason}; {rest}")
         self.say(
             f"warning: {self.saving} could not be saved ({self.num_failures} of {most} such "
-            f"failures in a row allowed): {error}; training goes on"
+            f"failures in a row allowed): {reason}; training goes on"
         )
 
     def prune(self, step: int, best_step: int) -> None:
