@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_fast.exit_codes import DAMAGED, USER_ERROR
+from sft_fast.exit_codes import DAMAGED, HANG, USER_ERROR
 from sft_fast.redact import redact
 
 # "tokenizer" and "max_new_tokens" are harmless; "hub_token" is not.
@@ -62,6 +62,8 @@ class DamageError(ValueError):
 
 def exit_code(error: Exception) -> int:
     """With which a process ends after `error`, a ValueError or OSError."""
+    if isinstance(error, TimeoutError):
+        return HANG
     return DAMAGED if isinstance(error, DamageError) else USER_ERROR
 
 

@@ -221,7 +221,8 @@ class CheckpointWriter:
 
     def bear(self, error: BaseException, is_last: bool) -> None:
         """Warns of a save that failed; raises where training may not go on after it."""
-        if not isinstance(error, OSError) or isinstance(error, TimeoutError):
+        # A time-out of the file system has a number; without one, a rank or its writer hangs.
+        if not isinstance(error, OSError) or error.errno is None:
             raise error
         most, reason = self.config.max_failures, error.strerror or str(error)
         if is_last or self.num_failures > most:
@@ -259,7 +260,7 @@ def as_os_error() -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is, the others must hear of it
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 

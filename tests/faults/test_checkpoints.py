@@ -283,7 +283,7 @@ def test_a_last_save_that_fails_fails_the_run(
 @pytest.mark.fault("F12")
 def test_a_writer_that_hangs_ends_the_run_with_the_phase(launcher: Launcher) -> None:
     job = launcher.start("hung", "checkpoint.timeout_minutes=0.01", hook="hung_writer:2")
-    assert job.wait(30) == [2]
+    assert job.wait(30) == [75]
     assert "step_00000002 has not ended" in job.json("error.json")["cause"]
     assert job.json("error.json")["phase"] == "save"
 
