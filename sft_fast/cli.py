@@ -25,7 +25,6 @@ from sft_fast.commands import (
     status,
     verify,
 )
-from sft_fast.errors import exit_code
 from sft_fast.exit_codes import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 from sft_fast.redact import redact
 from sft_fast.telemetry import switch_off
@@ -108,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
+        from sft_fast.errors import exit_code
+
         if parsed.debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
         print_error(error)

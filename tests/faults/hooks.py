@@ -117,6 +117,17 @@ def hang_while(doing: str) -> None:
     before(module, name, lambda: time.sleep(3600), 2)
 
 
+def wrong_export(factor: str) -> None:
+    """What is exported of the first tensor is not what was trained."""
+    original, calls = hf.merge_shards, [0]
+
+    def merge(*args: Any) -> Any:
+        calls[0] += 1
+        return [t * float(factor) if calls[0] == 1 else t for t in original(*args)]
+
+    hf.merge_shards = merge
+
+
 def stop_in_step(number: str) -> None:
     before(sft, "train_step", lambda: os.kill(os.getpid(), signal.SIGSTOP), int(number))
 
