@@ -12,7 +12,7 @@ from sft_fast.architecture import Architecture
 from sft_fast.config import Config
 from sft_fast.data.store import TokenStore
 from sft_fast.data.tokenizer import tokenizer_digest
-from sft_fast.packing import StepPlan
+from sft_fast.packing import VERSION, StepPlan
 
 DECIDE_DATA_ORDER = {"data", "tokenizer", "template", "seed", "packing", "batch"}
 # Of a store's fingerprint; these have fields of their own.
@@ -34,7 +34,7 @@ def run_fields(
         "tokenizer": tokenizer_digest(tokenizer),
         "template": digest(tokenizer.chat_template),
         "seed": str(config.seed),
-        "packing": f"{plan.strategy}, capacity {plan.capacity}, {plan.options}",
+        "packing": f"{plan.strategy}, capacity {plan.capacity}, {plan.options} version={VERSION}",
         "batch": f"{plan.global_batch_size} rows per step",
         "model": f"{config.model.dtype} {digest(own_values(architecture))}",
         "adapter": adapter or "none",

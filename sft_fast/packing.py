@@ -64,7 +64,7 @@ MAX_POOL_SIZE = 2**22
 NUM_TRIAL_SAMPLES = 100_000
 MAX_EXTRA_BINS = 0.002
 
-VERSION = 1
+VERSION = 2
 """Of the planners; another version means another data order for the same options."""
 
 

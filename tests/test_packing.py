@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from sft_fast import _C
 from sft_fast.balance import DEFAULT_COST_MODEL
+from sft_fast.fingerprint import changed_fields, run_fields
 from sft_fast.packing import (
     PLANNERS,
     BinPlan,
@@ -26,7 +28,13 @@ from sft_fast.packing import (
     plan_bins,
 )
 from sft_fast.packing_report import plot_plan
-from sft_fast.reference.packing import Window, best_fit_decreasing, next_fit, random_order
+from sft_fast.reference.packing import (
+    Window,
+    best_fit_decreasing,
+    next_fit,
+    random_order,
+    shuffle,
+)
 
 all_strategies = pytest.mark.parametrize("strategy", sorted(PLANNERS))
 random_strategies = pytest.mark.parametrize("strategy", sorted(PLANNERS.keys() - {"sequential"}))
@@ -99,12 +107,14 @@ def test_all_instances_of_up_to_8_samples(capacity: int) -> None:
             assert len(bins["none"]) == num_samples
 
 
-def test_bfd_on_many_samples() -> None:
-    lengths = random_lengths(20_000, 700)
-    bins = bins_of(plan_bins(lengths, 2048))
-    check_bins(bins, lengths.tolist(), 2048)
+# Where bins of one kind abound, they are filled a block at a time.
+@pytest.mark.parametrize(("longest", "capacity"), [(700, 2048), (9, 18)])
+def test_bfd_on_many_samples(longest: int, capacity: int) -> None:
+    lengths = random_lengths(20_000, longest)
+    bins = bins_of(plan_bins(lengths, capacity))
+    check_bins(bins, lengths.tolist(), capacity)
     # Short samples abound, so the bound itself is reached.
-    assert len(bins) == -(-int(lengths.sum()) // 2048)
+    assert len(bins) == -(-int(lengths.sum()) // capacity)
 
 
 @settings(deadline=None)
@@ -263,6 +273,37 @@ def test_orders_of_many_are_those_of_the_oracle(num_samples: int) -> None:
     assert order.tolist() == random_order(num_samples, 7, 2, stream=3)
 
 
+@pytest.mark.parametrize("num_samples", [5, 2**8 + 1, 2**16 + 17])
+def test_equals_are_shuffled_as_by_the_oracle(num_samples: int) -> None:
+    lengths = np.ones(num_samples, np.int32)
+    expected = list(range(num_samples))
+    shuffle(expected, 0, num_samples, 7, 2, stream=1)
+    assert plan_bins(lengths, 1, "bfd", seed=7, epoch=2).sample_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("num_samples", [*range(1, 10), 50, 300])
+def test_bins_are_shuffled_as_by_the_oracle(num_samples: int) -> None:
+    lengths = np.arange(1, num_samples + 1, dtype=np.int32)
+    capacity = int(lengths.sum())
+    plan = plan_bins(lengths, capacity, "bfd", seed=7, epoch=2)
+    expected = list(range(num_samples))
+    shuffle(expected, 0, num_samples, 7, 2, stream=2)
+    assert plan.sample_ids.tolist() == expected
+
+
+@pytest.mark.slow
+def test_more_equals_than_two_draws_can_share() -> None:
+    lengths = np.ones(2**24 + 3, np.int32)
+    plan = plan_bins(lengths, 2**20, "bfd")
+    assert plan.num_bins == 17
+    assert np.array_equal(np.sort(plan.sample_ids), np.arange(len(lengths)))
+    # Uniform: the ids of a bin have the mean of all, to four standard deviations.
+    bins = [plan.bin(index) for index in range(plan.num_bins)]
+    means = [one.mean() for one in bins if len(one) == 2**20]
+    assert len(means) == 16
+    np.testing.assert_allclose(means, len(lengths) / 2, atol=4 * len(lengths) / np.sqrt(12 * 2**20))
+
+
 @random_strategies
 def test_a_plan_is_a_function_of_seed_and_epoch(strategy: str) -> None:
     lengths = random_lengths(500, 100)
@@ -283,14 +324,31 @@ def test_sequential_is_the_same_in_every_epoch() -> None:
 
 
 def test_the_plan_of_record() -> None:
-    # A change here changes the data order of every run, and breaks resuming.
+    # A change here changes the data order of every run, and needs another packing.VERSION.
     lengths = np.array([5, 3, 8, 1, 2, 7, 4, 4, 6, 2, 1, 3], np.int32)
     bfd = plan_bins(lengths, 10, "bfd", seed=1234, epoch=0)
-    assert bins_of(bfd) == [[9, 2], [11, 4, 3], [1, 5], [0, 10, 7], [8, 6]]
+    assert bins_of(bfd) == [[1, 5], [9, 2], [3, 4, 11], [7, 0, 10], [8, 6]]
     window = plan_bins(lengths, 10, "window", seed=1234, epoch=0)
-    assert bins_of(window) == [[4, 2], [5, 11], [0, 3, 7], [9, 6, 10, 1], [8]]
+    assert bins_of(window) == [[3, 4, 9, 0], [11, 10, 8], [5, 1], [2], [6, 7]]
     none = plan_bins(lengths, 10, "none", seed=1234, epoch=1)
-    assert none.order.tolist() == [8, 4, 7, 6, 0, 5, 1, 2, 9, 3, 11, 10]
+    assert none.order.tolist() == [8, 11, 7, 2, 3, 0, 5, 6, 1, 10, 4, 9]
+
+
+def test_a_checkpoint_of_other_planners_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft_fast.fingerprint.tokenizer_digest", lambda tokenizer: "")
+
+    def fields(version: int) -> dict[str, str]:
+        monkeypatch.setattr("sft_fast.fingerprint.VERSION", version)
+        run: Any = SimpleNamespace(
+            seed=0, model=SimpleNamespace(dtype="bf16"), parts={}, chat_template=None
+        )
+        architecture: Any = PackingOptions()
+        return run_fields(run, run, run, make_step_plan(), architecture, "")
+
+    assert changed_fields(fields(1), fields(1), (), Path("saved")) == set()
+    problem = "packing: was .* version=1, is .* version=2\n.*--allow-change packing"
+    with pytest.raises(ValueError, match=problem):
+        changed_fields(fields(1), fields(2), (), Path("saved"))
 
 
 def chi_squared(counts: Counter[tuple[int, ...]], num_outcomes: int) -> float:

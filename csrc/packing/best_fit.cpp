@@ -34,6 +34,9 @@ std::vector<uint32_t> count_sizes(std::span<const int32_t> sizes, uint32_t capac
   return counts;
 }
 
+// From here on, samples do not fit in the caches.
+constexpr size_t kManySamples = size_t{1} << 22;
+
 // Sample ids sorted by size, in random order among equals.
 struct SortedSamples {
   Array<uint32_t> ids;
@@ -45,17 +48,16 @@ SortedSamples sort_by_size(std::span<const int32_t> sizes, const std::vector<uin
   SortedSamples sorted{Array<uint32_t>(sizes.size()), std::vector<uint32_t>(counts.size())};
   for (size_t i = 1; i < counts.size(); ++i) sorted.begin[i] = sorted.begin[i - 1] + counts[i - 1];
   std::vector<uint32_t> next = sorted.begin;
-  constexpr size_t kPrefetchDistance = 16;
-  const uint32_t* ids = sorted.ids.data.get();
+  uint32_t* const ids = sorted.ids.data.get();
+  // Every size fills a line of its own; where it is far, its next is asked for in the meantime.
+  const size_t ahead = sizes.size() > kManySamples ? kIdsPerLine : 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    // Every size writes to a line of its own, more lines than the first cache holds.
-    if (i + kPrefetchDistance < sizes.size()) {
-      __builtin_prefetch(ids + next[static_cast<size_t>(sizes[i + kPrefetchDistance])], 1);
-    }
-    sorted.ids[next[static_cast<size_t>(sizes[i])]++] = static_cast<uint32_t>(i);
+    const size_t place = next[static_cast<size_t>(sizes[i])]++;
+    prefetch_to_write(ids, place + ahead);
+    ids[place] = static_cast<uint32_t>(i);
   }
   for (size_t size = 1; size + 1 < counts.size(); ++size) {
-    shuffle(sorted.ids.data.get(), sorted.begin[size], sorted.begin[size + 1], random);
+    shuffle(ids, sorted.begin[size], sorted.begin[size + 1], random);
   }
   return sorted;
 }
@@ -183,10 +185,28 @@ class GroupPacker {
   std::vector<Pattern> patterns_;
 };
 
+// Moves the next samples of each size to `num_bins` bins that lie side by side at `to`.
+void deal(SortedSamples& sorted, const std::vector<Pattern>& contents, uint32_t num_bins,
+          size_t bin_size, uint32_t* to) {
+  // Step by step over all bins, so that ids are read in their order.
+  for (const Pattern& step : contents) {
+    const uint32_t* from = sorted.ids.data.get() + sorted.begin[step.size];
+    sorted.begin[step.size] += num_bins * step.count;
+    if (step.count == 1) {
+      for (uint32_t i = 0; i < num_bins; ++i) to[i * bin_size] = from[i];
+    } else {
+      for (uint32_t i = 0; i < num_bins; ++i) {
+        for (uint32_t j = 0; j < step.count; ++j) to[i * bin_size + j] = *from++;
+      }
+    }
+    to += step.count;
+  }
+}
+
 template <size_t kBinSize>
 void shuffle_bins_of(uint32_t* ids, size_t begin, uint32_t num_bins, const Random& random) {
   for (uint32_t i = 0; i < num_bins; ++i, begin += kBinSize) {
-    shuffle(ids, begin, begin + kBinSize, random);
+    shuffle_few<kBinSize>(ids + begin, random.bits(begin + 1));
   }
 }
 
@@ -207,6 +227,8 @@ void shuffle_bins(uint32_t* ids, size_t begin, uint32_t num_bins, size_t bin_siz
       return shuffle_bins_of<5>(ids, begin, num_bins, random);
     case 6:
       return shuffle_bins_of<6>(ids, begin, num_bins, random);
+    case 7:
+      return shuffle_bins_of<7>(ids, begin, num_bins, random);
     default:
       break;
   }
@@ -232,30 +254,21 @@ BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, u
   size_t end = 0;
   plan.bin_offsets[0] = 0;
   packer.for_each_group([&](uint32_t num_bins, const std::vector<Pattern>& contents) {
-    const size_t begin = end;
     size_t bin_size = 0;
     for (const Pattern& step : contents) {
       bin_size += step.count;
       __builtin_prefetch(sorted.ids.data.get() + sorted.begin[step.size]);
     }
-    // Step by step over all bins of the group, so that ids are read in their order.
-    uint32_t* to = plan.sample_ids.data.get() + begin;
-    for (const Pattern& step : contents) {
-      const uint32_t* from = sorted.ids.data.get() + sorted.begin[step.size];
-      sorted.begin[step.size] += num_bins * step.count;
-      if (step.count == 1) {
-        for (uint32_t i = 0; i < num_bins; ++i) to[i * bin_size] = from[i];
-      } else {
-        for (uint32_t i = 0; i < num_bins; ++i) {
-          for (uint32_t j = 0; j < step.count; ++j) to[i * bin_size + j] = *from++;
-        }
+    // Block by block, so that bins are shuffled while they are in the cache.
+    constexpr uint32_t kBinsPerBlock = 512;
+    for (uint32_t first = 0; first < num_bins; first += kBinsPerBlock) {
+      const uint32_t num_in_block = std::min(kBinsPerBlock, num_bins - first);
+      deal(sorted, contents, num_in_block, bin_size, plan.sample_ids.data.get() + end);
+      shuffle_bins(plan.sample_ids.data.get(), end, num_in_block, bin_size, inside_bin);
+      for (uint32_t i = 0; i < num_in_block; ++i) {
+        end += bin_size;
+        plan.bin_offsets[++bin] = static_cast<int64_t>(end);
       }
-      to += step.count;
-    }
-    shuffle_bins(plan.sample_ids.data.get(), begin, num_bins, bin_size, inside_bin);
-    for (uint32_t i = 0; i < num_bins; ++i) {
-      end += bin_size;
-      plan.bin_offsets[++bin] = static_cast<int64_t>(end);
     }
   });
   assert(end == sizes.size() && bin == packer.num_bins());

@@ -29,16 +29,13 @@ void* allocate(size_t num_bytes) {
   void* memory = nullptr;
 #if defined(__linux__)
   constexpr size_t kHugePage = size_t{1} << 21;
-  // Of memory in pieces, the kernel may have to move other pages to make many huge ones.
-  constexpr size_t kMostBytes = size_t{1} << 26;
-  if (num_bytes >= kHugePage && num_bytes <= kMostBytes) {
-    const size_t rounded = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
-    memory = std::aligned_alloc(kHugePage, rounded);
-    // Advice only: where there are no huge pages, small ones do.
-    if (memory != nullptr) madvise(memory, rounded, MADV_HUGEPAGE);
+  if (num_bytes >= kHugePage && posix_memalign(&memory, kHugePage, num_bytes) == 0) {
+    // Advice only: where there are no huge pages, and for the rest at the end, small ones do.
+    madvise(memory, num_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+    return memory;
   }
 #endif
-  if (memory == nullptr) memory = std::malloc(std::max(num_bytes, size_t{1}));
+  memory = std::malloc(std::max(num_bytes, size_t{1}));
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }

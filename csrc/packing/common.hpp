@@ -3,9 +3,9 @@
 
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "packing/plan.hpp"
+#include "packing/random.hpp"
 
 namespace sft_fast {
 
@@ -26,6 +26,14 @@ class Sizes {
   uint32_t max_samples_;
 };
 
+constexpr size_t kIdsPerLine = 16;
+
+// Asks for the cache line of ids[place], which may lie past the end.
+inline void prefetch_to_write(const uint32_t* ids, size_t place) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(ids) + place * sizeof(*ids);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 1);
+}
+
 // Throws std::invalid_argument if an option is out of range.
 void check_options(const PlanOptions& options);
 
@@ -35,8 +43,11 @@ uint32_t checked_size(int64_t sample, int64_t length, const PlanOptions& options
 // `max_samples` of the options with the limit that "no limit" has.
 uint32_t sample_limit(const PlanOptions& options);
 
+// 0, 1, ..., count - 1 in random order, shuffled in buckets of about `bucket_size`.
+Array<uint32_t> order_by_buckets(size_t count, size_t bucket_size, const Random& random);
+
 // A plan whose bins are trained on in the order in which they were made.
-BinPlan bins_in_order(Array<uint32_t> sample_ids, const std::vector<int64_t>& bin_offsets);
+BinPlan bins_in_order(Array<uint32_t> sample_ids, Array<int64_t> bin_offsets);
 
 // plan_best_fit_decreasing on checked sizes.
 BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, uint32_t max_samples,

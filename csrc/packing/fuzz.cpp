@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "packing/common.hpp"
 #include "packing/fill.hpp"
 #include "packing/plan.hpp"
 #include "packing/random.hpp"
@@ -149,6 +150,34 @@ void fuzz_plans(Dice& dice) {
   }
 }
 
+// Both ways of swapping by the same draws, in a part of an array.
+template <size_t kDraws>
+void fuzz_shuffle(Dice& dice, const Random& random) {
+  const auto begin = static_cast<size_t>(dice.between(0, 9));
+  const size_t end = begin + static_cast<size_t>(dice.between(0, 100));
+  std::vector<uint32_t> near(end), far(end);
+  for (size_t i = 0; i < end; ++i) near[i] = far[i] = static_cast<uint32_t>(i);
+  shuffle_by<kDraws>(near.data(), begin, end, random);
+  shuffle_far_by<kDraws>(far.data(), begin, end, random);
+  require(near == far, "the same order near and far");
+  for (size_t i = 0; i < begin; ++i) require(near[i] == i, "nothing moves before the range");
+}
+
+void fuzz_orders(Dice& dice) {
+  const Random random(dice.bits(), dice.bits(), Stream::kBinOrder);
+  fuzz_shuffle<1>(dice, random);
+  fuzz_shuffle<2>(dice, random);
+  fuzz_shuffle<4>(dice, random);
+  const auto count = static_cast<size_t>(dice.between(0, 500));
+  Array<uint32_t> order =
+      order_by_buckets(count, static_cast<size_t>(dice.between(1, 600)), random);
+  require(order.size == count, "as many as asked for");
+  std::vector<int> seen(count);
+  for (size_t i = 0; i < count; ++i) {
+    require(order[i] < count && ++seen[order[i]] == 1, "each number once");
+  }
+}
+
 void fuzz_stream(Dice& dice) {
   const PlanOptions options = draw_options(dice);
   const auto capacity = options.capacity / options.alignment;
@@ -280,7 +309,7 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 2 ? std::stoull(argv[2]) : 0;
   for (uint64_t round = 0; round < rounds; ++round) {
     sft_fast::Dice dice(seed, round);
-    switch (round % 4) {
+    switch (round % 5) {
       case 0:
         sft_fast::fuzz_plans(dice);
         break;
@@ -288,6 +317,9 @@ int main(int argc, char** argv) {
         sft_fast::fuzz_stream(dice);
         break;
       case 2:
+        sft_fast::fuzz_orders(dice);
+        break;
+      case 3:
         sft_fast::fuzz_fill<int32_t>(dice);
         break;
       default:

@@ -33,9 +33,12 @@ class IntegerSet {
     }
   }
 
-  void erase(size_t value) {
+  void erase(size_t value) { erase_if(true, value); }
+
+  // Removes a member, or does nothing; without a branch on which, where neither is likelier.
+  void erase_if(bool condition, size_t value) {
     for (auto& words : levels_) {
-      words[value / 64] &= ~(uint64_t{1} << (value % 64));
+      words[value / 64] &= ~(uint64_t{condition} << (value % 64));
       // A word that still holds others keeps its bit in the level above.
       if (words[value / 64] != 0) return;
       value /= 64;

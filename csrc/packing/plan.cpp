@@ -1,6 +1,8 @@
 #include "packing/plan.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cassert>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -24,12 +26,61 @@ Array<uint32_t> random_order(int64_t count, const Random& random) {
   if (count < 0 || count > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("count is " + std::to_string(count) + "; expected 0 to 2^31 - 1");
   }
-  Array<uint32_t> order = ascending(static_cast<size_t>(count));
-  shuffle(order.data.get(), 0, order.size, random);
+  // More do not fit in the caches, and swaps all over them would wait for memory.
+  constexpr size_t kMostInPlace = size_t{1} << 21;
+  constexpr size_t kBucketSize = 60000;
+  const auto size = static_cast<size_t>(count);
+  if (size > kMostInPlace) return order_by_buckets(size, kBucketSize, random);
+  Array<uint32_t> order = ascending(size);
+  shuffle(order.data.get(), 0, size, random);
   return order;
 }
 
+// Returns values[places[i]] for every i.
+Array<int32_t> gather(std::span<const int32_t> values, Array<uint32_t>& places) {
+  constexpr size_t kPrefetchDistance = 16;
+  Array<int32_t> gathered(places.size);
+  for (size_t i = 0; i < places.size; ++i) {
+    if (i + kPrefetchDistance < places.size) {
+      __builtin_prefetch(values.data() + places[i + kPrefetchDistance]);
+    }
+    gathered[i] = values[places[i]];
+  }
+  return gathered;
+}
+
 }  // namespace
+
+// Every number goes to a random bucket, and each bucket is shuffled within a cache: as uniform as a
+// shuffle of all. Source: C. R. Rao 1961, M. Sandelius 1962.
+Array<uint32_t> order_by_buckets(size_t count, size_t bucket_size, const Random& random) {
+  const auto num_bits = static_cast<unsigned>(std::bit_width(count / bucket_size));
+  assert(num_bits <= 16);
+  // Calls visit(i, bucket) for i = 0, 1, 2, ...; a random number decides on four buckets.
+  const auto for_each = [&](auto visit) {
+    for (size_t i = 0; i < count; i += 4) {
+      // The counters below are those of the shuffles.
+      uint64_t bits = random.bits(count + i / 4);
+      for (size_t j = i; j < std::min(i + 4, count); ++j, bits >>= 16) {
+        visit(j, static_cast<size_t>((bits & 0xffffu) >> (16 - num_bits)));
+      }
+    }
+  };
+  std::vector<uint32_t> next((size_t{1} << num_bits) + 1);
+  for_each([&](size_t, size_t bucket) { ++next[bucket + 1]; });
+  for (size_t b = 1; b < next.size(); ++b) next[b] += next[b - 1];
+  Array<uint32_t> order(count);
+  for_each([&](size_t i, size_t bucket) {
+    const size_t place = next[bucket]++;
+    prefetch_to_write(order.data.get(), place + kIdsPerLine);
+    order[place] = static_cast<uint32_t>(i);
+  });
+  size_t begin = 0;
+  for (size_t b = 0; b + 1 < next.size(); begin = next[b++]) {
+    shuffle(order.data.get(), begin, next[b], random);
+  }
+  return order;
+}
 
 Array<uint32_t> bin_order(int64_t count, uint64_t seed, uint64_t epoch) {
   return random_order(count, Random(seed, epoch, Stream::kBinOrder));
@@ -39,53 +90,55 @@ Array<uint32_t> sample_order(int64_t count, uint64_t seed, uint64_t epoch) {
   return random_order(count, Random(seed, epoch, Stream::kSampleOrder));
 }
 
-BinPlan bins_in_order(Array<uint32_t> sample_ids, const std::vector<int64_t>& bin_offsets) {
-  Array<int64_t> offsets(bin_offsets.size());
-  std::copy(bin_offsets.begin(), bin_offsets.end(), offsets.data.get());
-  return {std::move(sample_ids), std::move(offsets), ascending(bin_offsets.size() - 1)};
+BinPlan bins_in_order(Array<uint32_t> sample_ids, Array<int64_t> bin_offsets) {
+  const size_t num_bins = bin_offsets.size - 1;
+  return {std::move(sample_ids), std::move(bin_offsets), ascending(num_bins)};
 }
 
 BinPlan plan_window(std::span<const int32_t> lengths, const PlanOptions& options) {
-  constexpr size_t kPrefetchDistance = 16;
   const Sizes sizes(lengths, options);
-  const int32_t* size_of = sizes.view().data();
   const size_t num_samples = lengths.size();
-  Array<uint32_t> incoming =
+  // Ids of bins take the places of those that came in, of which there are never fewer.
+  Array<uint32_t> ids =
       sample_order(static_cast<int64_t>(num_samples), options.seed, options.epoch);
-  Array<uint32_t> sample_ids(num_samples);
-  std::vector<int64_t> bin_offsets{0};
+  Array<int32_t> incoming = gather(sizes.view(), ids);
+  Array<int64_t> bin_offsets(num_samples + 1);
+  size_t num_out = 0;
+  size_t num_bins = 0;
+  bin_offsets[0] = 0;
+  const auto emit = [&](int64_t id) { ids[num_out++] = static_cast<uint32_t>(id); };
+  const auto close_bin = [&] { bin_offsets[++num_bins] = static_cast<int64_t>(num_out); };
   WindowPacker packer(options, 0);
-  uint32_t* next_id = sample_ids.data.get();
-  const auto emit = [&](int64_t id) { *next_id++ = static_cast<uint32_t>(id); };
-  const auto close_bin = [&] { bin_offsets.push_back(next_id - sample_ids.data.get()); };
   for (size_t i = 0; i < num_samples; ++i) {
-    if (i + kPrefetchDistance < num_samples) {
-      __builtin_prefetch(size_of + incoming[i + kPrefetchDistance]);
-    }
-    packer.add(incoming[i], static_cast<uint32_t>(size_of[incoming[i]]));
+    packer.add(ids[i], static_cast<uint32_t>(incoming[i]));
     if (packer.needs_more()) continue;
     packer.take_bin(emit);
     close_bin();
   }
   packer.take_rest(emit, close_bin);
-  return bins_in_order(std::move(sample_ids), bin_offsets);
+  incoming.data.reset();
+  bin_offsets.size = num_bins + 1;
+  return bins_in_order(std::move(ids), std::move(bin_offsets));
 }
 
 BinPlan plan_sequential(std::span<const int32_t> lengths, const PlanOptions& options) {
   const Sizes sizes(lengths, options);
-  std::vector<int64_t> bin_offsets{0};
+  Array<int64_t> bin_offsets(lengths.size() + 1);
+  size_t num_bins = 0;
+  bin_offsets[0] = 0;
   uint32_t room = sizes.capacity();
   for (size_t i = 0; i < lengths.size(); ++i) {
     const auto size = static_cast<uint32_t>(sizes.view()[i]);
-    const int64_t num_samples = static_cast<int64_t>(i) - bin_offsets.back();
+    const int64_t num_samples = static_cast<int64_t>(i) - bin_offsets[num_bins];
     if (size > room || num_samples == sizes.max_samples()) {
-      bin_offsets.push_back(static_cast<int64_t>(i));
+      bin_offsets[++num_bins] = static_cast<int64_t>(i);
       room = sizes.capacity();
     }
     room -= size;
   }
-  if (!lengths.empty()) bin_offsets.push_back(static_cast<int64_t>(lengths.size()));
-  return bins_in_order(ascending(lengths.size()), bin_offsets);
+  if (!lengths.empty()) bin_offsets[++num_bins] = static_cast<int64_t>(lengths.size());
+  bin_offsets.size = num_bins + 1;
+  return bins_in_order(ascending(lengths.size()), std::move(bin_offsets));
 }
 
 BinPlan plan_one_per_bin(std::span<const int32_t> lengths, const PlanOptions& options) {

@@ -17,8 +17,8 @@ namespace sft_fast {
 inline constexpr int64_t kMaxCapacity = int64_t{1} << 24;
 inline constexpr int64_t kMaxPoolSize = int64_t{1} << 22;
 
-// Returns memory for std::free, in huge pages where that pays: the kernel hands out one faster than
-// the 512 small ones in its place. Throws std::bad_alloc.
+// Returns memory for std::free, of 1 MB and more in huge pages: the kernel hands out one faster
+// than the 512 small ones in its place, and few of them miss the TLB. Throws std::bad_alloc.
 void* allocate(size_t num_bytes);
 
 struct Free {
@@ -61,7 +61,7 @@ BinPlan plan_best_fit_decreasing(std::span<const int32_t> lengths, const PlanOpt
 // Samples in an order that is random in (seed, epoch), each bin completed from a pool of those that
 // are next in line; see WindowPacker. Bins stay in that order, so `order` is 0, 1, 2, ...
 // The number of bins depends, a little, on (seed, epoch).
-// Cost: O(num_samples). Memory: 8 bytes a sample, and the pool.
+// Cost: O(num_samples). Memory: 8 bytes a sample, 12 a bin, and the pool.
 BinPlan plan_window(std::span<const int32_t> lengths, const PlanOptions& options);
 
 // Next-fit: samples in the order given, a new bin whenever the next one does not fit. No

@@ -1,6 +1,7 @@
 // Random numbers that are the same on every machine and with every compiler.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -12,6 +13,32 @@ namespace sft_fast {
 // What a random number is used for; each use draws from its own stream.
 enum class Stream : uint64_t { kEqualLengths = 1, kInsideBin, kBinOrder, kSampleOrder, kExactFill };
 
+// Several small numbers out of one of 64 bits, each draw from what the ones before left of it. The
+// bias of each is below the product of all bounds so far / 2^64.
+// Source: Brackett-Rozinsky and Lemire, "Batched Ranged Random Integer Generation" (2024).
+class Draws {
+ public:
+  explicit Draws(uint64_t bits) : bits_(bits) {}
+
+  // Uniform in [0, bound), 1 <= bound < 2^32.
+  uint64_t below(uint64_t bound) {
+#if defined(__SIZEOF_INT128__)
+    __extension__ using uint128 = unsigned __int128;
+    const uint128 product = static_cast<uint128>(bits_) * bound;
+    bits_ = static_cast<uint64_t>(product);
+    return static_cast<uint64_t>(product >> 64);
+#else
+    const uint64_t low = (bits_ & 0xffffffffu) * bound;
+    const uint64_t high = (bits_ >> 32) * bound + (low >> 32);
+    bits_ = (high << 32) | (low & 0xffffffffu);
+    return high >> 32;
+#endif
+  }
+
+ private:
+  uint64_t bits_;
+};
+
 // Counter-based: number `counter` of a stream is a pure function, so the result does not depend on
 // who asks first. Source: the output function of SplitMix64 (Steele, Lea, Flood 2014).
 class Random {
@@ -20,13 +47,6 @@ class Random {
       : key_(mix(mix(mix(seed + kGamma) + epoch + kGamma) + static_cast<uint64_t>(stream))) {}
 
   uint64_t bits(uint64_t counter) const { return mix(key_ + counter * kGamma); }
-
-  // Uniform in [0, bound), 1 <= bound < 2^32; the bias is below bound / 2^64.
-  uint64_t below(uint64_t counter, uint64_t bound) const {
-    const uint64_t random = bits(counter);
-    // The high word of random * bound.
-    return ((random >> 32) * bound + (((random & 0xffffffffu) * bound) >> 32)) >> 32;
-  }
 
  private:
   static constexpr uint64_t kGamma = 0x9e3779b97f4a7c15u;
@@ -40,30 +60,54 @@ class Random {
   uint64_t key_;
 };
 
-// Fisher-Yates over items[begin, end); the counter is the position.
-template <typename T>
-SFT_FAST_INLINE void shuffle(T* items, size_t begin, size_t end, const Random& random) {
-  size_t i = begin + 1;
-  if (end - begin <= (size_t{1} << 16)) {
-    // Short ranges take two numbers from one; the bias stays below 2^-16.
-    for (; i + 1 < end; i += 2) {
-      const uint64_t bits = random.bits(i);
-      const uint64_t count = i - begin + 1;
-      std::swap(items[i], items[begin + ((bits >> 32) * count >> 32)]);
-      std::swap(items[i + 1], items[begin + ((bits & 0xffffffffu) * (count + 1) >> 32)]);
-    }
-  } else {
-    // Long ranges lie outside the caches, so the lines of the next swaps are asked for together.
-    constexpr size_t kBlock = 16;
-    for (size_t other[kBlock]; i + kBlock <= end; i += kBlock) {
-      for (size_t k = 0; k < kBlock; ++k) {
-        other[k] = begin + random.below(i + k, i + k - begin + 1);
-        __builtin_prefetch(items + other[k], 1);
-      }
-      for (size_t k = 0; k < kBlock; ++k) std::swap(items[i + k], items[other[k]]);
+// Fisher-Yates over kCount items, at most 7, by one random number.
+template <size_t kCount, typename T>
+SFT_FAST_INLINE void shuffle_few(T* items, uint64_t bits) {
+  static_assert(kCount <= 7);
+  Draws draws(bits);
+  for (size_t i = 1; i < kCount; ++i) std::swap(items[i], items[draws.below(i + 1)]);
+}
+
+// Fisher-Yates over items[begin, end), kDraws swaps by each random number; its counter is the
+// position of the first of them.
+template <size_t kDraws, typename T>
+void shuffle_by(T* items, size_t begin, size_t end, const Random& random) {
+  for (size_t i = begin + 1; i < end; i += kDraws) {
+    Draws draws(random.bits(i));
+    for (size_t k = i; k < std::min(i + kDraws, end); ++k) {
+      std::swap(items[k], items[begin + draws.below(k - begin + 1)]);
     }
   }
-  for (; i < end; ++i) std::swap(items[i], items[begin + random.below(i, i - begin + 1)]);
+}
+
+// The same for ranges outside the caches: the lines of the next swaps are asked for together.
+template <size_t kDraws, typename T>
+void shuffle_far_by(T* items, size_t begin, size_t end, const Random& random) {
+  constexpr size_t kBlock = 16;
+  static_assert(kBlock % kDraws == 0);
+  size_t others[kBlock];
+  for (size_t i = begin + 1; i < end; i += kBlock) {
+    const size_t count = std::min(kBlock, end - i);
+    for (size_t k = 0; k < count; k += kDraws) {
+      Draws draws(random.bits(i + k));
+      for (size_t d = k; d < std::min(k + kDraws, count); ++d) {
+        others[d] = begin + draws.below(i + d - begin + 1);
+        __builtin_prefetch(items + others[d], 1);
+      }
+    }
+    for (size_t k = 0; k < count; ++k) std::swap(items[i + k], items[others[k]]);
+  }
+}
+
+// Puts items[begin, end) into random order; the bias of a draw is below 2^-16.
+template <typename T>
+void shuffle(T* items, size_t begin, size_t end, const Random& random) {
+  const size_t count = end - begin;
+  if (count <= (size_t{1} << 8)) return shuffle_by<6>(items, begin, end, random);
+  if (count <= (size_t{1} << 12)) return shuffle_by<4>(items, begin, end, random);
+  if (count <= (size_t{1} << 16)) return shuffle_by<3>(items, begin, end, random);
+  if (count <= (size_t{1} << 24)) return shuffle_far_by<2>(items, begin, end, random);
+  shuffle_far_by<1>(items, begin, end, random);
 }
 
 }  // namespace sft_fast

@@ -76,21 +76,53 @@ def random_bits(seed: int, epoch: int, stream: int, counter: int) -> int:
     return mix(key + counter * gamma & mask)
 
 
-def random_order(count: int, seed: int, epoch: int, stream: int) -> list[int]:
-    """Returns 0 to count - 1, shuffled (Fisher and Yates).
+def shuffle(items: list[int], begin: int, end: int, seed: int, epoch: int, stream: int) -> None:
+    """Puts items[begin:end] into random order (Fisher and Yates).
 
-    Up to 2**16 numbers, two neighbouring draws are the halves of one random number.
+    Several neighbouring draws come from one random number, the more the shorter the range: each
+    takes the high word of its product with the number of choices, and leaves the low one.
+
+    Source: Brackett-Rozinsky and Lemire, "Batched Ranged Random Integer Generation" (2024).
     """
-    order = list(range(count))
-    for i in range(1, count):
-        is_half = count <= 2**16 and not (i == count - 1 and i % 2 == 1)
-        if is_half:
-            bits = random_bits(seed, epoch, stream, i - (i + 1) % 2)
-            half = bits >> 32 if i % 2 == 1 else bits % 2**32
-            j = half * (i + 1) >> 32
-        else:
-            j = random_bits(seed, epoch, stream, i) * (i + 1) >> 64
-        order[i], order[j] = order[j], order[i]
+    longest = {6: 2**8, 4: 2**12, 3: 2**16, 2: 2**24, 1: 2**32}
+    num_draws = next(draws for draws, most in longest.items() if end - begin <= most)
+    bits = 0
+    for i in range(begin + 1, end):
+        if (i - begin - 1) % num_draws == 0:
+            bits = random_bits(seed, epoch, stream, i)
+        chosen, bits = divmod(bits * (i - begin + 1), 2**64)
+        items[i], items[begin + chosen] = items[begin + chosen], items[i]
+
+
+def random_order(
+    count: int,
+    seed: int,
+    epoch: int,
+    stream: int,
+    most_in_place: int = 2**21,
+    bucket_size: int = 60_000,
+) -> list[int]:
+    """Returns 0 to count - 1, shuffled.
+
+    Over `most_in_place` of them, each goes to a random bucket first, and the buckets are shuffled.
+
+    Source: C. R. Rao 1961, M. Sandelius 1962.
+    """
+    if count <= most_in_place:
+        order = list(range(count))
+        shuffle(order, 0, count, seed, epoch, stream)
+        return order
+    num_bits = (count // bucket_size).bit_length()
+    buckets: list[list[int]] = [[] for _ in range(2**num_bits)]
+    for i in range(count):
+        # A number decides on four buckets, 16 bits for each.
+        digit = random_bits(seed, epoch, stream, count + i // 4) >> 16 * (i % 4) & 0xFFFF
+        buckets[digit >> (16 - num_bits)].append(i)
+    order = []
+    for bucket in buckets:
+        begin = len(order)
+        order += bucket
+        shuffle(order, begin, len(order), seed, epoch, stream)
     return order
 
 
