@@ -79,13 +79,24 @@ def check_plan(plan: BinPlan, lengths: NDArray[np.int32], capacity: int) -> None
     assert np.array_equal(np.sort(plan.sample_ids), np.arange(len(lengths)))
 
 
+def skip_unless_available(num_bytes: int) -> None:
+    available = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    if available < num_bytes:
+        pytest.skip(f"needs {num_bytes >> 20} MB of memory, {available >> 20} are available")
+
+
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("family", LENGTHS)
 @pytest.mark.parametrize("strategy", ["bfd", "window"])
-@pytest.mark.parametrize("num_samples", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_samples",
+    [100_000, *(pytest.param(10**n, marks=pytest.mark.slow, id=f"1e{n}") for n in (6, 7, 8))],
+)
 def test_plan(
     benchmark: BenchmarkFixture, num_samples: int, strategy: str, family: str, capacity: int
 ) -> None:
+    # Lengths, plan, and what the checks make of them.
+    skip_unless_available(64 * num_samples)
     lengths = draw_lengths(family, num_samples, capacity)
     few = lengths[:NUM_ORACLE_SAMPLES]
     oracle = best_fit_decreasing(few.tolist(), capacity)
@@ -96,7 +107,8 @@ def test_plan(
     check_plan(plan, lengths, capacity)
 
     benchmark.group = f"plan, {num_samples} samples"
-    benchmark.pedantic(plan_bins, (lengths, capacity, strategy), rounds=20, warmup_rounds=2)
+    rounds = 20 if num_samples <= 10**6 else 4
+    benchmark.pedantic(plan_bins, (lengths, capacity, strategy), rounds=rounds, warmup_rounds=2)
     oracle_s = seconds(lambda: best_fit_decreasing(few.tolist(), capacity), rounds=1)
     ns_per_sample = fastest_s(benchmark) / num_samples * 1e9
     bound = -(-int(lengths.sum(dtype=np.int64)) // capacity)

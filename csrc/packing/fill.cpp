@@ -13,7 +13,7 @@
 namespace sft_fast {
 namespace {
 
-constexpr size_t kPrefetchDistance = 2;
+constexpr size_t kPrefetchDistance = 3;
 constexpr int64_t kPrefetchTokens = 128;
 constexpr int64_t kTokensPerLine = 16;
 constexpr int64_t kMaxCpSize = int64_t{1} << 16;
@@ -111,17 +111,6 @@ int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> samp
   return longest;
 }
 
-// Code compiled for several instruction sets; the loader takes the best. All of a row is one such
-// function, because a call of each loop costs as much as the loop where samples are short.
-// Sanitizers are not ready yet when it chooses.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(SFT_FAST_SANITIZE) && \
-    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
-#define SFT_FAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SFT_FAST_CLONES
-#endif
-
 // Returns the first t in [begin, end) whose bit differs from `value`, or end.
 SFT_FAST_INLINE int64_t run_end(std::span<const uint8_t> bits, int64_t begin, int64_t end,
                                 bool value) {
@@ -205,8 +194,7 @@ bool is_valid_weight(float weight) {
        "; expected a positive number");
 }
 
-// What a row holds, and what is wrong with it: code compiled for several instruction sets must not
-// throw, or the program is ended.
+// What a row holds, and what is wrong with it.
 struct RowResult {
   int64_t num_tokens = 0;
   int64_t num_supervised = 0;
@@ -305,6 +293,9 @@ SFT_FAST_INLINE RowResult write_row(const TokenStoreView& store,
                                     const RowLayout& layout, const MicroBatchView<Id>& out) {
   RowWriter<Id> writer(store, ignore_index, out);
   out.cu_seqlens[0] = 0;
+  for (size_t i = 0; i < std::min(kPrefetchDistance, sample_ids.size()); ++i) {
+    prefetch(store, sample_ids[i]);
+  }
   for (size_t i = 0; i < sample_ids.size(); ++i) {
     if (i + kPrefetchDistance < sample_ids.size()) {
       prefetch(store, sample_ids[i + kPrefetchDistance]);
@@ -327,17 +318,39 @@ SFT_FAST_INLINE RowResult write_row(const TokenStoreView& store,
   return writer.result();
 }
 
-SFT_FAST_CLONES RowResult write(const TokenStoreView& store, std::span<const int64_t> sample_ids,
-                                int64_t ignore_index, const RowLayout& layout,
-                                const MicroBatchView<int32_t>& out) {
+// All of a row is one function for each instruction set, because a call of each loop costs as much
+// as the loop where samples are short.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 19 : __GNUC__ >= 12)
+template <typename Id>
+[[gnu::target("arch=x86-64-v4")]] RowResult write_row_v4(const TokenStoreView& store,
+                                                         std::span<const int64_t> sample_ids,
+                                                         int64_t ignore_index,
+                                                         const RowLayout& layout,
+                                                         const MicroBatchView<Id>& out) {
   return write_row(store, sample_ids, ignore_index, layout, out);
 }
 
-SFT_FAST_CLONES RowResult write(const TokenStoreView& store, std::span<const int64_t> sample_ids,
-                                int64_t ignore_index, const RowLayout& layout,
-                                const MicroBatchView<int64_t>& out) {
+template <typename Id>
+[[gnu::target("arch=x86-64-v3")]] RowResult write_row_v3(const TokenStoreView& store,
+                                                         std::span<const int64_t> sample_ids,
+                                                         int64_t ignore_index,
+                                                         const RowLayout& layout,
+                                                         const MicroBatchView<Id>& out) {
   return write_row(store, sample_ids, ignore_index, layout, out);
 }
+
+template <typename Id>
+auto* best_write_row() {
+  if (__builtin_cpu_supports("x86-64-v4")) return write_row_v4<Id>;
+  if (__builtin_cpu_supports("x86-64-v3")) return write_row_v3<Id>;
+  return write_row<Id>;
+}
+#else
+template <typename Id>
+auto* best_write_row() {
+  return write_row<Id>;
+}
+#endif
 
 }  // namespace
 
@@ -351,6 +364,7 @@ MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const i
     fail("ignore_index is " + std::to_string(ignore_index) + "; the labels' type cannot hold it");
   }
   const int64_t max_seqlen = check_samples(store, sample_ids, layout, out.tokens.size());
+  static auto* const write = best_write_row<Id>();
   const RowResult row = write(store, sample_ids, ignore_index, layout, out);
   if (row.all_ids > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
     fail("the token store holds an id of 2^31 or more; int32 rows cannot");
