@@ -72,12 +72,16 @@ SFT_FAST_INLINE void shuffle_few(T* items, uint64_t bits) {
 // position of the first of them.
 template <size_t kDraws, typename T>
 void shuffle_by(T* items, size_t begin, size_t end, const Random& random) {
-  for (size_t i = begin + 1; i < end; i += kDraws) {
+  size_t i = begin + 1;
+  for (; i + kDraws <= end; i += kDraws) {
     Draws draws(random.bits(i));
-    for (size_t k = i; k < std::min(i + kDraws, end); ++k) {
+    for (size_t k = i; k < i + kDraws; ++k) {
       std::swap(items[k], items[begin + draws.below(k - begin + 1)]);
     }
   }
+  if (i >= end) return;
+  Draws draws(random.bits(i));
+  for (; i < end; ++i) std::swap(items[i], items[begin + draws.below(i - begin + 1)]);
 }
 
 // The same for ranges outside the caches: the lines of the next swaps are asked for together.
