@@ -248,7 +248,7 @@ BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, u
   }
   SortedSamples sorted = sort_by_size(sizes, counts, Random(seed, epoch, Stream::kEqualLengths));
   BinPlan plan{Array<uint32_t>(sizes.size()), Array<int64_t>(packer.num_bins() + 1),
-               bin_order(static_cast<int64_t>(packer.num_bins()), seed, epoch)};
+               Array<uint32_t>(0)};
   const Random inside_bin(seed, epoch, Stream::kInsideBin);
   size_t bin = 0;
   size_t end = 0;
@@ -272,6 +272,9 @@ BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, u
     }
   });
   assert(end == sizes.size() && bin == packer.num_bins());
+  // Memory that is needed no more goes before other is taken.
+  sorted.ids.data.reset();
+  plan.order = bin_order(static_cast<int64_t>(packer.num_bins()), seed, epoch);
   return plan;
 }
 

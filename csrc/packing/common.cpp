@@ -29,12 +29,9 @@ void* allocate(size_t num_bytes) {
   void* memory = nullptr;
 #if defined(__linux__)
   constexpr size_t kHugePage = size_t{1} << 21;
-  // What is left at the end gets a huge page too if it fills at least half of it.
-  const size_t num_huge = (num_bytes + kHugePage / 2) / kHugePage * kHugePage;
-  if (num_bytes >= kHugePage &&
-      posix_memalign(&memory, kHugePage, std::max(num_bytes, num_huge)) == 0) {
-    // Advice only: where there are no huge pages, small ones do.
-    madvise(memory, num_huge, MADV_HUGEPAGE);
+  if (num_bytes >= kHugePage && posix_memalign(&memory, kHugePage, num_bytes) == 0) {
+    // Advice only: where there are no huge pages, and for the rest at the end, small ones do.
+    madvise(memory, num_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
     return memory;
   }
 #endif
