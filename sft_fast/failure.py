@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sft_fast.errors import exit_code
 from sft_fast.exit_codes import FAILED, HANG, INTERRUPTED
 from sft_fast.hang import HangDetector
 from sft_fast.launch_files import LaunchFiles, read_json, write_json
@@ -36,7 +37,8 @@ ORPHAN_LEAVES_WITHIN_S = 4.0
 FOLLOW_S = 1.5
 # torchrun passes a Ctrl-C on that the rank has had from the terminal already.
 SECOND_INTERRUPT_S = 0.5
-# What a rank announces, the state that follows from it, and the exit code of who follows.
+# What a rank announces, the state that follows from it, and the exit code of who follows if it
+# names no other.
 FOLLOWED = (("failed", "failed", FAILED), ("left", "preempted", 0))
 OUT_OF_MEMORY_HINT = (
     "\nlower train.micro_batch_size or packing.capacity, or set model.recompute=full; "
@@ -168,6 +170,7 @@ class Watch:
 
         Args:
             is_refusal: by something that the user can mend.
+            details: more for error.json; with `exit_code` the ranks that follow end.
         """
         if self.thread is None:
             return True
@@ -271,8 +274,11 @@ class Watch:
                 self.follow_others(patient=False)
                 time.sleep(POLL_S / 5)
         hint = OUT_OF_MEMORY_HINT if "OutOfMemory" in type(error).__name__ else ""
-        is_refusal = isinstance(error, ValueError | OSError)
-        self.fail(f"{type(error).__name__}: {error}{hint}", is_refusal=is_refusal)
+        text = f"{type(error).__name__}: {error}{hint}"
+        if isinstance(error, ValueError | OSError):
+            self.fail(text, is_refusal=True, exit_code=exit_code(error))
+        else:
+            self.fail(text)
 
     def answer(self, signals: bytes) -> None:
         now = time.monotonic()
@@ -293,7 +299,7 @@ class Watch:
             self.leave("preempted", 0)
         if now > self.leave_at:
             text = f"could not save within {LEAVE_WITHIN_S:.0f} s of {self.stop_reason}"
-            self.fail(text)
+            self.fail(text, exit_code=HANG)
             self.leave("failed", HANG, text)
 
     def request_stop(self, reason: str, within_s: float = LEAVE_WITHIN_S) -> None:

@@ -63,9 +63,10 @@ class HangDetector:
         """Says for how long nothing moved; None: not long enough for a hang."""
         if self.is_loading:
             return self.find_standstill()
-        if self.last_beat is None:
+        last_beat = self.last_beat  # the main thread may begin a phase meanwhile
+        if last_beat is None:
             return None
-        silent_s = time.monotonic() - self.last_beat
+        silent_s = time.monotonic() - last_beat
         limit_s = max(self.hang_timeout_s, SLOW_STEP_FACTOR * self.slowest_s)
         if self.slowest_s == 0.0:
             limit_s *= FIRST_STEP_FACTOR
