@@ -75,7 +75,7 @@ class HashedFile:
     """A new file that is hashed while it is written, and synced when it is closed."""
 
     def __init__(self, path: Path, name: str):
-        self.name, self.num_bytes = name, 0
+        self.path, self.name, self.num_bytes = path, name, 0
         self.hasher = xxhash.xxh3_128()
         self.file: BinaryIO = path.open("xb", buffering=0)
 
@@ -127,6 +127,10 @@ class StagedDirectory:
         try:
             yield file
             self.records.append(file.close())
+        except OSError as error:
+            # A failed write does not say of which file.
+            error.filename = error.filename or str(file.path)
+            raise
         finally:
             file.file.close()
 
@@ -149,40 +153,30 @@ def staged_directory(
 
     Args:
         needed_bytes: what this rank is going to write; 0 = unknown.
-        check: raises OSError when what was written is not fit to get the name.
+        check: raises an error when what was written is not fit to get the name.
 
     Raises:
-        OSError: on every rank, when one of them could not write; what was written is removed.
+        OSError: on every rank, when what comes before or behind the body failed on one of them. An
+            error of the body is raised at once: it should be one that `agree` told of, or end the
+            run. What was written is removed.
         TimeoutError: a rank did not get here in the exchange's time limit.
     """
     stage = StagedDirectory(final.with_name(TEMPORARY_PREFIX + final.name))
     needed = sum(exchange.all_gather("size", needed_bytes))
     agree(exchange, "begin", on_main(exchange, lambda: prepare(stage.path, needed)))
-    failure: OSError | None = None
     try:
         yield stage
-    except OSError as error:
-        failure = error
-
-    def written() -> list[list[Any]]:
-        if failure is not None:
-            # A failed write does not say of which file.
-            failure.filename = failure.filename or str(stage.path)
-            raise failure
-        return [[record.name, record.num_bytes, record.xxh3_128] for record in stage.records]
-
-    try:
-        shares = agree(exchange, "written", written)
+        own = [[record.name, record.num_bytes, record.xxh3_128] for record in stage.records]
+        shares = exchange.all_gather("written", own)
         records = [FileRecord(*item) for share in shares for item in share]
         agree(
             exchange,
             "complete",
             on_main(exchange, lambda: complete(stage.path, final, records, check)),
         )
-    except OSError:
+    finally:
         if exchange.rank == 0:
             shutil.rmtree(stage.path, ignore_errors=True)
-        raise
 
 
 def on_main(exchange: Exchange, work: Callable[[], None]) -> Callable[[], None]:
@@ -190,21 +184,24 @@ def on_main(exchange: Exchange, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def agree(exchange: Exchange, name: str, work: Callable[[], Value]) -> list[Value]:
-    """Every rank's result of `work`; when one of them failed, all raise its OSError."""
-    value, problem, number = None, None, 0
+    """Every rank's result of `work`; whatever breaks in it on one rank is an OSError on all."""
+    value, cause, problem, number = None, None, None, 0
     try:
         value = work()
-    except OSError as error:
-        problem, number = explain(error), error.errno or errno.EIO
+    except BaseException as error:  # the other ranks must hear of it, or they wait for this one
+        cause, problem = error, explain(error)
+        number = getattr(error, "errno", None) or errno.EIO
     answers = exchange.all_gather(name, [value, problem, number])
     for rank, (_, problem, number) in enumerate(answers):
         if problem is not None:
-            raise OSError(number, f"rank {rank}: {problem}")
+            raise OSError(number, f"rank {rank}: {problem}") from cause
     return [value for value, _, _ in answers]
 
 
-def explain(error: OSError) -> str:
+def explain(error: BaseException) -> str:
     """The error with the path, and the free space where that is the reason."""
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
     text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
         folder = Path(error.filename).absolute().parent
@@ -219,8 +216,7 @@ def prepare(temporary: Path, needed_bytes: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     free = shutil.disk_usage(temporary.parent).free
     if needed_bytes > free:
-        text = f"{needed_bytes:,} bytes needed, {free:,} free"
-        raise OSError(errno.ENOSPC, text, str(temporary))
+        raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes needed", str(temporary))
     temporary.mkdir()
 
 
@@ -318,10 +314,10 @@ def find_damage(
         if number % num_parts != part:
             continue
         path, expected = folder / name, f"{record.num_bytes} bytes, xxh3_128 {record.xxh3_128}"
-        if path.is_symlink() or not path.is_file():
-            damages.append(Damage(path, expected, "no regular file"))
-            continue
         try:
+            if path.is_symlink() or not path.is_file():
+                damages.append(Damage(path, expected, "no regular file"))
+                continue
             found = FileRecord(name, path.stat().st_size, record.xxh3_128)
             if hash_content:
                 found = hash_file(path, name)

@@ -102,7 +102,12 @@ def check_resume(resume: str, output: Path) -> None:
     """
     if resume in ("auto", "never") or list_checkpoints(output / "checkpoints"):
         return
-    if why := why_no_checkpoint(Path(resume)):
+    check_is_checkpoint(Path(resume))
+
+
+def check_is_checkpoint(resume: Path) -> None:
+    """Raises ValueError where `checkpoint.resume` names none, whole or damaged."""
+    if why := why_no_checkpoint(resume):
         raise ValueError(
             f"checkpoint.resume: {why}; expected auto, never, or a checkpoint such as "
             "outputs/my_run/checkpoints/step_00000100"

@@ -5,14 +5,12 @@ later damages it is found before it is loaded. What is in it: shards.py. A run m
 parallel sizes.
 """
 
-import contextlib
-import errno
 import json
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from sft_fast.manifest import (
     REPLACED_PREFIX,
     TEMPORARY_PREFIX,
     Damage,
+    StagedDirectory,
+    agree,
     find_damage,
     remove_directory,
     staged_directory,
@@ -56,7 +56,7 @@ from sft_fast.megatron.shards import (
     take_snapshot,
     write_snapshot,
 )
-from sft_fast.run_files import list_checkpoints
+from sft_fast.run_files import check_is_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ class CheckpointWriter:
         self.copier.prepare([tensor for _, tensor in own_share(sharded).tensors])
 
     def save(self, state: TrainState, sharded: dict[str, Any], is_last: bool = False) -> None:
-        """Writes `folder/step_<n>`; with `asynchronous` a thread does, from a copy in host memory.
+        """Writes `folder/step_<n>`; with `asynchronous` and room for a copy on every rank beside
+        the next steps.
 
         Raises:
             OSError: it failed on some rank, for whatever reason, and it was the last save or one
@@ -148,9 +149,13 @@ class CheckpointWriter:
             TimeoutError: this or another rank hangs.
         """
         self.finish()
-        copy = self.copy(sharded) if self.config.asynchronous and not is_last else None
-        snapshot = own_share(sharded) if copy is None else copy
         exchange = StoreExchange("save", self.config.timeout_minutes * 60)
+        copy, goes_on = None, False
+        if self.config.asynchronous and not is_last:
+            copy = self.copy(sharded)
+            # A rank that waits for its file would look hung to those that train on.
+            goes_on = all(exchange.all_gather("room", copy is not None))
+        snapshot = own_share(sharded) if copy is None else copy
         self.saving = checkpoint_path(self.folder, state.step)
         self.deadline = time.monotonic() + 2 * exchange.timeout_s
         # A thread, so that a write which never returns does not take the time limit with it.
@@ -158,7 +163,7 @@ class CheckpointWriter:
             target=self.write, args=(self.saving, state, snapshot, exchange), daemon=True
         )
         self.thread.start()
-        if copy is None:
+        if not goes_on:
             self.finish(is_last)
 
     def copy(self, sharded: dict[str, Any]) -> Snapshot | None:
@@ -168,8 +173,8 @@ class CheckpointWriter:
         except MemoryError as error:
             if self.has_room:
                 logger.warning(
-                    "warning: rank %d has no memory for checkpoint.asynchronous (%s); its saves "
-                    "hold training up until they are written",
+                    "warning: rank %d has no memory for checkpoint.asynchronous (%s); saves hold "
+                    "training up until they are written",
                     current_watch().rank,
                     error,
                 )
@@ -182,17 +187,23 @@ class CheckpointWriter:
         """Runs in the thread."""
         try:
             needed = snapshot.num_bytes
-            with staged_directory(final, exchange, needed, check_complete) as stage, as_os_error():
-                self.copier.wait()
-                write_snapshot(snapshot, stage, exchange.rank)
-                if exchange.rank == 0:
-                    stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
+            with staged_directory(final, exchange, needed, check_complete) as stage:
+                agree(exchange, "files", lambda: self.write_files(stage, state, snapshot, exchange))
             self.saved_step = state.step
             if exchange.rank == 0:
                 self.prune(state.step, state.standing.get("best_step", 0))
         # Whatever it is, it belongs to the main thread; here nobody would see it.
         except BaseException as error:
             self.error = error
+
+    def write_files(
+        self, stage: StagedDirectory, state: TrainState, snapshot: Snapshot, exchange: StoreExchange
+    ) -> None:
+        """This rank's share of a checkpoint."""
+        self.copier.wait()
+        write_snapshot(snapshot, stage, exchange.rank)
+        if exchange.rank == 0:
+            stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
 
     def poll(self) -> None:
         """Tells of a save in the background as soon as it ended; raises as `save` does."""
@@ -227,8 +238,11 @@ class CheckpointWriter:
         most, reason = self.config.max_failures, error.strerror or str(error)
         if is_last or self.num_failures > most:
             there = [path.name for path in list_checkpoints(self.folder)]
-            rest = f"the same command goes on from {there[-1]}" if there else "there is none yet"
-            raise OSError(error.errno, f"{self.saving} could not be saved: {reason}; {rest}")
+            rest = "there is no checkpoint yet"
+            if there:
+                rest = f"the same command goes on from {there[-1]}"
+            text = f"{self.saving} could not be saved: {reason}; {rest}"
+            raise OSError(error.errno, text) from error
         self.say(
             f"warning: {self.saving} could not be saved ({self.num_failures} of {most} such "
             f"failures in a row allowed): {reason}; training goes on"
@@ -250,18 +264,6 @@ class CheckpointWriter:
                 remove_directory(old)
             except OSError as error:
                 self.warnings.append(f"warning: {old} could not be deleted: {error}")
-
-
-@contextlib.contextmanager
-def as_os_error() -> Iterator[None]:
-    """Turns whatever breaks into the error that `staged_directory` tells the other ranks of; they
-    would wait for this one."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # whatever it is, the others must hear of it
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -328,7 +330,7 @@ def continuations(origin: Path, existing: list[Path]) -> list[Path]:
         existing: the checkpoints in the run's own directory.
 
     Raises:
-        ValueError: later ones there belong to another run.
+        ValueError: `origin` is no checkpoint, or later ones there belong to another run.
     """
     own: list[tuple[int, Path]] = []
     others: list[tuple[int, Path]] = []
@@ -337,9 +339,12 @@ def continuations(origin: Path, existing: list[Path]) -> list[Path]:
             state = read_train_state(checkpoint)
         except ValueError:
             continue
-        is_own = state.resumed_from == str(origin.absolute())
+        begun_at = state.resumed_from
+        is_own = begun_at != "" and Path(begun_at).resolve() == origin.resolve()
         (own if is_own else others).append((state.step, checkpoint))
-    if not own and find_damage(origin, hash_content=False) == []:
+    if not own:
+        check_is_checkpoint(origin)
+    if not own and not quick_damage(origin):
         step = read_train_state(origin).step
         later = [checkpoint.name for other, checkpoint in others if other > step]
         if later:

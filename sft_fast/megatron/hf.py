@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -400,10 +401,18 @@ class ShardWriter:
             return
         self.num_files += 1
         file = f"model-{self.prefix}-{self.num_files:05d}.safetensors"
-        save_file(self.pending, self.folder / file, metadata={"format": "pt"})
+        save_tensors(self.pending, self.folder / file)
         current_watch().move()
         self.file_of.update(dict.fromkeys(self.pending, file))
         self.pending, self.pending_bytes = {}, 0
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError where the file cannot be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_index(writer: ShardWriter, folder: Path, parallel: Parallel) -> None:

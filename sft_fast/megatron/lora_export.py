@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import ModuleList
 
@@ -13,7 +12,7 @@ from sft_fast.config import Config
 from sft_fast.manifest import staged_directory
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export import EXPORT_TIMEOUT_S, write_json
-from sft_fast.megatron.hf import gather_shards
+from sft_fast.megatron.hf import gather_shards, save_tensors
 from sft_fast.megatron.lora import LoraLinear
 from sft_fast.megatron.model import DTYPES
 from sft_fast.megatron.parallel import Parallel
@@ -31,9 +30,7 @@ def export_adapter(model: ModuleList, folder: Path, config: Config, parallel: Pa
         if parallel.is_first_replica:
             tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
             if parallel.is_main:
-                save_file(
-                    tensors, stage.path / "adapter_model.safetensors", metadata={"format": "pt"}
-                )
+                save_tensors(tensors, stage.path / "adapter_model.safetensors")
                 write_json(stage.path / "adapter_config.json", peft_config(list(tensors), config))
 
 

@@ -184,7 +184,7 @@ def continued_state(
     """
     found = replace(read_train_state(checkpoint), data=asdict(traits))
     if config.checkpoint.resume != "auto":
-        found = replace(found, resumed_from=str(Path(config.checkpoint.resume).absolute()))
+        found = replace(found, resumed_from=str(Path(config.checkpoint.resume).resolve()))
     changed = changed_fields(found.fields, fields, config.checkpoint.allow_change, checkpoint)
     if not changed & DECIDE_DATA_ORDER:
         return replace(found, fields=fields)

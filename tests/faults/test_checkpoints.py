@@ -10,6 +10,7 @@ import pytest
 from faults.launcher import Launcher, same_weights, step_losses
 from sft_fast.manifest import (
     LoneRank,
+    agree,
     find_damage,
     hash_file,
     manifest_text,
@@ -132,15 +133,15 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_with_the_data(
 
 
 def test_an_export_that_computes_something_else_is_not_kept(launcher: Launcher) -> None:
-    job = launcher.start("wrong", "train.steps=2", hook="wrong_export:1.05")
-    assert job.wait() == [2]
+    job = launcher.start("wrong", "train.steps=2", ranks=2, hook=["wrong_export:1.05", ""])
+    assert job.wait() == [2, 2], "the rank that follows ends with the code of the first"
     assert "logits of the exported model are off by 0.0" in job.said()
-    assert not (job.output / "export").exists()
+    assert not [*job.output.glob("*export*"), *job.output.glob(".*export*")]
     assert sorted(path.name for path in (job.output / "checkpoints").iterdir()) == [
         "step_00000001",
         "step_00000002",
     ]
-    assert launcher.run("wrong", "train.steps=2").said().count("exported to") == 1
+    assert launcher.run("wrong", "train.steps=2", ranks=2).said().count("exported to") == 1
 
 
 def test_an_export_wants_weights_of_the_first_model_only_with_lora(
@@ -211,12 +212,11 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         with staged_directory(disk / "good", LoneRank()) as stage:
             stage.write_text("a", "a" * 400_000)
         with (
-            pytest.raises(OSError, match=r"No space left on device.*bytes free"),
+            pytest.raises(OSError, match=r"No space left on device: .*/c \(.*bytes free"),
             staged_directory(disk / "bad", LoneRank()) as stage,
         ):
             (stage.path / "b").write_bytes(b"b" * 400_000)
-            with stage.create("c") as file:
-                file.write(b"c" * 400_000)
+            agree(LoneRank(), "files", lambda: stage.write_text("c", "c" * 400_000))
         with (
             pytest.raises(OSError, match=r"800,000 bytes needed"),
             staged_directory(disk / "large", LoneRank(), needed_bytes=800_000),
@@ -281,7 +281,7 @@ def test_a_last_save_that_fails_fails_the_run(
     options = ("checkpoint.asynchronous=true", "checkpoint.max_failures=9")
     job = launcher.start(f"broken-{numbers}", *options, hook=f"broken_writer:{numbers}")
     assert job.wait(30) == [2]
-    newest = "there is none yet" if left is None else f"goes on from step_0000000{left}"
+    newest = "there is no checkpoint yet" if left is None else f"goes on from step_0000000{left}"
     cause = job.json("error.json")["cause"]
     assert "step_00000006 could not be saved" in cause and newest in cause
     assert "RuntimeError: the writer broke" in cause
@@ -379,8 +379,10 @@ def test_a_run_begun_at_a_named_checkpoint_goes_on_from_its_own(
     origin = f"checkpoint.resume={unbroken / 'checkpoints/step_00000002'}"
     job = launcher.start("branch", origin, hook="die_in_step:3")
     job.wait()
-    # What lies in the directory decides, not a name that is older.
-    again = launcher.run("branch", origin)
+    # What lies in the directory decides, not a name that is older; nor how its path is spelled.
+    link = launcher.folder / "link"
+    link.symlink_to(unbroken / "checkpoints")
+    again = launcher.run("branch", f"checkpoint.resume={link}/../checkpoints/step_00000002/")
     assert "step_00000004 at step 4 of 6" in again.said()
     assert same_weights(unbroken, again.output)
 
@@ -412,6 +414,9 @@ def test_what_is_no_checkpoint_is_not_called_damaged(
     assert cli.main(["check", config, f"checkpoint.resume={path}"]) == 1
     assert "checkpoint.resume" in capsys.readouterr().err
     job = launcher.start("no-checkpoint", f"checkpoint.resume={tmp_path / 'nowhere'}")
+    assert job.wait() == [2] and "nowhere does not exist" in job.said()
+    copy_checkpoints(unbroken, launcher.folder / "another-run", 2)
+    job = launcher.start("another-run", f"checkpoint.resume={tmp_path / 'nowhere'}")
     assert job.wait() == [2] and "nowhere does not exist" in job.said()
     # Where the run has saved itself, that counts; what it began at may be gone.
     origin = tmp_path / "origin/step_00000002"

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from rank_pool import RankPool
 from sft_fast.config import CheckpointConfig
-from sft_fast.manifest import LoneRank, find_damage, staged_directory
+from sft_fast.manifest import LoneRank, agree, find_damage, staged_directory
 from sft_fast.run_files import list_checkpoints
 
 
@@ -88,17 +89,49 @@ def test_an_old_checkpoint_that_cannot_be_deleted_fails_no_save(
 
 
 def test_what_breaks_in_a_save_is_an_error_that_other_ranks_are_told(tmp_path: Path) -> None:
-    from sft_fast.megatron.checkpoint import as_os_error
-
     for error in (RuntimeError("r"), MemoryError(), AssertionError("a")):
-        with (
-            pytest.raises(OSError, match=f"rank 0: {type(error).__name__}: "),
-            staged_directory(tmp_path / "x", LoneRank()),
-            as_os_error(),
-        ):
+
+        def fail(error: Exception = error) -> None:
             raise error
-    with pytest.raises(PermissionError), as_os_error():
-        raise PermissionError(13, "Permission denied")
-    with pytest.raises(KeyboardInterrupt), as_os_error():
-        raise KeyboardInterrupt
+
+        with (
+            pytest.raises(OSError, match=f"rank 0: {type(error).__name__}: ") as raised,
+            staged_directory(tmp_path / "x", LoneRank()),
+        ):
+            agree(LoneRank(), "files", fail)
+        assert raised.value.__cause__ is error and raised.value.errno == errno.EIO
     assert list(tmp_path.iterdir()) == []
+
+
+def saves_of_a_rank_without_room(folder: str) -> list[bool]:
+    """Whether saves go on in the background: where there is room, where rank 1 has none, and where
+    there is room again."""
+    import torch.distributed as dist
+
+    from sft_fast.megatron.checkpoint import CheckpointWriter, TrainState
+    from sft_fast.megatron.host_snapshot import HostCopier
+
+    def copy(tensors: Any) -> Any:
+        if dist.get_rank() == 1 and state.step == 2:
+            raise MemoryError("no room")
+        return []
+
+    copier = HostCopier()
+    copier.copy = copy  # type: ignore[method-assign]
+    writer = CheckpointWriter(Path(folder), CheckpointConfig(asynchronous=True), print, copier)
+    found = []
+    for step in (1, 2, 3):
+        state = TrainState(step, {})
+        writer.save(state, {"a": 1})
+        found.append(writer.thread is not None)
+        writer.finish()
+    return found
+
+
+def test_all_ranks_wait_for_a_save_of_which_one_has_no_copy(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    """One that trained on would take the other for hung."""
+    found = rank_pool.run(2, saves_of_a_rank_without_room, str(tmp_path))
+    assert found == [[True, False, True]] * 2
+    assert len(list_checkpoints(tmp_path)) == 2, "keep_last"
