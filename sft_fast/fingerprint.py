@@ -31,11 +31,20 @@ def run_fields(
     data = {name: part for name, part in store.parts.items() if name not in OWN_FIELDS}
     return {
         "data": digest(data),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "template": digest(tokenizer.chat_template),
         "seed": str(config.seed),
         "packing": f"{plan.strategy}, capacity {plan.capacity}, {plan.options} version={VERSION}",
         "batch": f"{plan.global_batch_size} rows per step",
+        **model_fields(config, tokenizer, architecture, adapter),
+    }
+
+
+def model_fields(
+    config: Config, tokenizer: Any, architecture: Architecture, adapter: str
+) -> dict[str, str]:
+    """Those of `run_fields` that an export depends on as well."""
+    return {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "template": digest(tokenizer.chat_template),
         "model": f"{config.model.dtype} {digest(own_values(architecture))}",
         "adapter": adapter or "none",
     }
@@ -52,9 +61,16 @@ def digest(value: Any) -> str:
 
 
 def changed_fields(
-    saved: Mapping[str, str], present: Mapping[str, str], allowed: Sequence[str], checkpoint: Path
+    saved: Mapping[str, str],
+    present: Mapping[str, str],
+    allowed: Sequence[str],
+    checkpoint: Path,
+    fix: str = "choose another output_dir, or --allow-change {}",
 ) -> set[str]:
     """The fields that differ, all of them allowed to.
+
+    Args:
+        fix: what helps besides restoring them; {} = their names.
 
     Raises:
         ValueError: names each field that differs and is not in `allowed`, with both values.
@@ -66,6 +82,6 @@ def changed_fields(
         raise ValueError(
             f"checkpoint.resume: {checkpoint} was made with something else:\n"
             + "\n".join(lines)
-            + f"\nrestore it, choose another output_dir, or --allow-change {','.join(refused)}"
+            + f"\nrestore it, {fix.format(','.join(refused))}"
         )
     return changed

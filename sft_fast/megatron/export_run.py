@@ -3,6 +3,7 @@
 Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,11 +12,12 @@ from transformers.utils.logging import disable_progress_bar
 from sft_fast.config import Config
 from sft_fast.errors import DamageError
 from sft_fast.failure import current_watch
+from sft_fast.fingerprint import changed_fields, model_fields
 from sft_fast.megatron.checkpoint import SHARDING, damage_of, read_train_state
 from sft_fast.megatron.export import export_model
 from sft_fast.megatron.hf import load_weights
-from sft_fast.megatron.inputs import read_origin
-from sft_fast.megatron.lora import add_adapters, is_adapter
+from sft_fast.megatron.inputs import Origin, read_origin
+from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, is_adapter
 from sft_fast.megatron.model import SFTModel, build_model
 from sft_fast.megatron.parallel import init_parallel
 from sft_fast.megatron.shards import load_state
@@ -27,7 +29,8 @@ def export(config: Config) -> int:
     Returns: the process exit code, 0.
 
     Raises:
-        ValueError: the checkpoint does not hold this model, or the export is not what it holds.
+        ValueError: the checkpoint does not hold this model or was trained with another tokenizer,
+            or the export is not what it holds.
         DamageError: the checkpoint is damaged.
     """
     disable_progress_bar()  # of transformers, for the look at the export
@@ -37,7 +40,9 @@ def export(config: Config) -> int:
         raise DamageError(
             f"{checkpoint} is damaged; --step names another one:\n  " + "\n  ".join(damages)
         )
-    origin = read_origin(config, read_train_state(checkpoint).data)
+    state = read_train_state(checkpoint)
+    origin = read_origin(config, state.data)
+    check_origin(origin, state.fields, checkpoint, config)
     architecture, is_lora = origin.model.architecture, config.lora.rank > 0
     watch = current_watch()
     watch.enter("model", can_leave=True, is_loading=True)
@@ -52,6 +57,24 @@ def export(config: Config) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def check_origin(
+    origin: Origin, saved: Mapping[str, str], checkpoint: Path, config: Config
+) -> None:
+    """Compares model and tokenizer, which may lie elsewhere by now, with the run's.
+
+    Args:
+        saved: the fields of the checkpoint; see fingerprint.run_fields.
+
+    Raises:
+        ValueError: one is another than in training, and `checkpoint.allow_change` does not name it.
+    """
+    architecture = origin.model.architecture
+    adapter = adapter_fingerprint(config, architecture, origin.model.weights)
+    present = model_fields(config, origin.tokenizer, architecture, adapter)
+    fix = "say where it is (model.path, tokenizer.path), or checkpoint.allow_change=[{}]"
+    changed_fields(saved, present, config.checkpoint.allow_change, checkpoint, fix)
 
 
 def load_trained(model: SFTModel, number: int, checkpoint: Path, is_lora: bool) -> None:

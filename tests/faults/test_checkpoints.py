@@ -158,6 +158,9 @@ def test_an_export_wants_weights_of_the_first_model_only_with_lora(
         again = launcher.run(f"{name}-exported", *begin, *options, "stage=export", resume).output
         assert same_weights(run, again)
         shutil.copy(unbroken / "export/model.safetensors", model)
+    other = f"model.path={launcher.folder / 'all-weights-trained/export'}"
+    job = launcher.start("lora-other", *begin, "lora.rank=2", "stage=export", resume, other)
+    assert job.wait() == [2] and "adapter: was lora rank 2" in job.said()
     (model / "model.safetensors").unlink()
     job = launcher.start("lora-exported", *begin, "lora.rank=2", "stage=export", resume)
     assert job.wait() == [2] and "holds no *.safetensors" in job.said()
