@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sft_fast.commands.arguments import Commands, add_run, positive
 from sft_fast.commands.launch import ENGINE
+from sft_fast.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from sft_fast.run_files import RunFiles
@@ -62,6 +64,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise ValueError(f"{target} exists; name another directory with --to")
     saved = found.path / "config.yaml"
     config = load_config(saved, parsed.overrides)
+    check_overrides(parsed.overrides)
     cache = config.data.cache_dir or found.path.absolute() / "data"
     overrides = [
         *parsed.overrides,
@@ -80,10 +83,25 @@ def run(parsed: argparse.Namespace) -> int:
         result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if result.returncode != 0:
             print(result.stdout, end="")
-            return result.returncode
+            return result.returncode if result.returncode > 0 else killed(-result.returncode)
         os.rename(Path(work) / "export", target)
     print(target)
     return 0
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raises ValueError for a key that an export sets itself."""
+    own = {text.partition("=")[0] for text in OVERRIDES} | {"output_dir", "checkpoint.resume"}
+    for key in (text.partition("=")[0] for text in overrides):
+        if key in own:
+            raise ValueError(f"{key}: an export sets it itself; there are --to DIR and --step N")
+
+
+def killed(number: int) -> int:
+    """Says which signal ended the process that exports; returns the exit code."""
+    why = "; the system does that when memory runs out" if number == signal.SIGKILL else ""
+    print(f"error: {signal.Signals(number).name} ended the export{why}", file=sys.stderr)
+    return FAILED
 
 
 def choose(found: RunFiles, step: int | None) -> Path:

@@ -22,12 +22,16 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from sft_fast.manifest import MANIFEST_FILE
-    from sft_fast.run_files import read_run
+    from sft_fast.errors import DamageError
+    from sft_fast.run_files import MANIFEST_FILE, read_run
 
-    folder = parsed.folder
+    folder = parsed.folder.absolute() if parsed.folder.name == "" else parsed.folder
     if (folder / MANIFEST_FILE).exists():
         return 0 if is_whole(folder) else DAMAGED
+    if next(folder.glob("*.safetensors"), None) is not None:
+        raise DamageError(
+            f"{folder} has no {MANIFEST_FILE}: it was lost, or another program made this"
+        )
     found = read_run(folder)
     if not found.checkpoints and not found.exports:
         raise ValueError(f"{found.path} holds no checkpoint and no export yet")

@@ -92,7 +92,9 @@ def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str
     assert main(["verify", str(run)]) == 4, "a copy without its log"
 
 
-def test_verify_looks_at_every_export(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_looks_at_every_export(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(run / "export", run / "export_4")
     assert main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count(": whole") == 4
@@ -105,6 +107,12 @@ def test_verify_looks_at_every_export(run: Path, capsys: pytest.CaptureFixture[s
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(run / "export_4")
     assert main(["verify", str(run / "export")]) == main(["verify", str(run)]) == 0
+    monkeypatch.chdir(run / "export")
+    assert main(["verify", "."]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("export: whole")
+    (run / "export/manifest.json").unlink()
+    assert main(["verify", "."]) == 4
+    assert "export has no manifest.json: it was lost" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(
@@ -299,6 +307,7 @@ def test_an_export_without_the_data_is_the_run_s_own(
         (["--step", "3"], "no checkpoint of step 3; there are: 2, 4"),
         (["--to", "/proc/nowhere"], "/proc/nowhere cannot be written"),
         (["model.dtypo=bf16"], "did you mean model.dtype?"),
+        (["output_dir=x"], "output_dir: an export sets it itself; there are --to DIR"),
     ):
         assert main(["export", str(run), *rest]) == 2
         assert words in capsys.readouterr().err
@@ -321,6 +330,17 @@ def test_an_export_without_the_data_is_the_run_s_own(
         second = second.replace("/nowhere/rows.jsonl", "demo")
         assert second.replace("\n- /nowhere/formats.py", " []") == first
     assert main(["export", str(run), "--to", str(target)]) == 2
+
+
+def test_an_export_that_is_killed_says_so(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.CompletedProcess([], -9, stdout="what it said\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    assert main(["export", str(run), "--to", str(run / "killed")]) == 1
+    out, err = capsys.readouterr()
+    assert "SIGKILL ended the export; the system" in err and "what it said" in out
+    assert not [*run.glob("*killed*"), *run.glob(".export_*")]
 
 
 def test_the_card_of_an_earlier_checkpoint_tells_of_that_step(run: Path, tmp_path: Path) -> None:
