@@ -36,7 +36,9 @@ class HangDetector:
         self.moved_at = 0.0
         self.seen: dict[int, int] = {}
         """Rank -> tensors when last looked at."""
-        self.stacks: Any = None
+        self.has_dumped = False
+        self.stuck: Any = None
+        """The file for a stuck interpreter."""
 
     def begin(self, is_loading: bool = False) -> None:
         """A phase without steps begins.
@@ -106,6 +108,10 @@ class HangDetector:
         return f"all ranks wait after {figure} {last}"
 
     def dump_stacks(self) -> None:
+        """Writes them once: what a rank does that follows another one hides where it hung."""
+        if self.has_dumped:
+            return
+        self.has_dumped = True
         folder = self.files.output / "stacks"
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
@@ -116,9 +122,9 @@ class HangDetector:
 
     def guard_against_stuck_interpreter(self) -> None:
         """A C thread that ends the process when this thread no longer gets to run."""
-        if self.stacks is None:
+        if self.stuck is None:
             try:
-                self.stacks = (self.files.folder / f"stuck_{self.files.rank:05d}.txt").open("w")
+                self.stuck = (self.files.folder / f"stuck_{self.files.rank:05d}.txt").open("w")
             except OSError:
                 return  # the disk is full for now
         limit_s = max(
@@ -126,9 +132,9 @@ class HangDetector:
             SLOW_STEP_FACTOR * self.slowest_s,
             MISSED_RENEWALS * self.files.publish_every_s,
         )
-        faulthandler.dump_traceback_later(limit_s, file=self.stacks, exit=True)
+        faulthandler.dump_traceback_later(limit_s, file=self.stuck, exit=True)
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self.stacks is not None:
-            self.stacks.close()
+        if self.stuck is not None:
+            self.stuck.close()

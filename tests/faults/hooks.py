@@ -18,7 +18,7 @@ import transformers  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import sft_fast.megatron.sft as sft
-from sft_fast import failure, launch_files, manifest
+from sft_fast import failure, hang, launch_files, manifest
 from sft_fast.data import (
     build,
     demo,  # noqa: F401
@@ -109,12 +109,17 @@ def hang_in_step(number: str) -> None:
 
 
 def hang_while(doing: str) -> None:
-    """In the second tensor."""
+    """In the second tensor; from then on there is no time to wait for one."""
     module, name = {
         "loading": (hf.RandomSource, "read"),
         "exporting": (hf, "merge_shards"),
     }[doing]
-    before(module, name, lambda: time.sleep(3600), 2)
+
+    def hang_at_once() -> None:
+        hang.LOADING_FACTOR = 0
+        time.sleep(3600)
+
+    before(module, name, hang_at_once, 2)
 
 
 def wrong_export(factor: str) -> None:

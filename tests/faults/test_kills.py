@@ -175,7 +175,7 @@ def test_a_hang_is_found_and_every_rank_shows_its_stack(
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize("phase", ["loading", "exporting"])
 def test_a_hang_while_weights_are_read_or_written_is_found(launcher: Launcher, phase: str) -> None:
-    job = launcher.start(f"hang-{phase}", "parallel.hang_timeout_s=0.1", hook=f"hang_while:{phase}")
+    job = launcher.start(f"hang-{phase}", hook=f"hang_while:{phase}")
     job.ranks[0].join(30)
     assert job.ranks[0].exitcode == 75, job.said()
     error = job.json("error.json")
