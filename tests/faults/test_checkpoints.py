@@ -285,6 +285,11 @@ def test_a_last_save_that_fails_fails_the_run(
     cause = job.json("error.json")["cause"]
     assert "step_00000006 could not be saved" in cause and newest in cause
     assert "RuntimeError: the writer broke" in cause
+    said = job.said()
+    early = [f"step_0000000{step} could" for step in range(1, 6) if str(step) in numbers]
+    # Told as soon as it is known, not only when the next save begins.
+    places = [(said.index(text), said.index(f"step {int(text[12]) + 1}/6")) for text in early]
+    assert not early or any(warning < next_step for warning, next_step in places)
     assert job.json("status.json")["state"] == "failed"
     assert job.json("status.json")["failed_saves"] == len(numbers.split(","))
     assert not (job.output / "export").exists()
@@ -486,10 +491,10 @@ def test_what_changed_is_listed_and_may_be_allowed(launcher: Launcher, unbroken:
     fields = ("--allow-change", "data,seed", changes["data"], changes["seed"])
     allowed = launcher.run("changed", *fields, "train.steps=null", "train.epochs=1")
     assert "changed: data, seed; the data begins anew" in allowed.said()
-    state = json.loads(
-        max((allowed.output / "checkpoints").iterdir()).joinpath("train_state.json").read_text()
-    )
+    newest = [max((run / "checkpoints").iterdir()) for run in (unbroken, allowed.output)]
+    before, state = (json.loads((path / "train_state.json").read_text()) for path in newest)
     assert state["first_data_step"] == 2 and state["step"] > 2
+    assert state["data"]["fingerprint"] != before["data"]["fingerprint"]
 
 
 @pytest.mark.fault("F25")

@@ -388,3 +388,10 @@ def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {"lm_head.weight": "../../secret.safetensors"}}')
     with pytest.raises(ValueError, match="secret"):
         tensor_files(tmp_path)
+
+
+def test_weights_that_cannot_be_written_are_an_os_error(tmp_path: Path) -> None:
+    from sft_fast.megatron.hf import save_tensors
+
+    with pytest.raises(OSError, match=r"nowhere/w could not be written: .*No such file"):
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere/w")
