@@ -117,6 +117,7 @@ def test_a_build_from_the_checkout_follows_the_link(clone: Path, tmp_path: Path)
     assert sources() <= built
 
 
+@pytest.mark.slow  # CI runs on such an install
 def test_editable_install_works(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout")
     python = make_environment(tmp_path / "environment")

@@ -175,7 +175,7 @@ def test_wrapper_refuses_what_the_kernels_cannot_take(pool: RankPool) -> None:
 
 
 @pytest.mark.skipif(CLANG is None, reason="needs clang++-19")
-@pytest.mark.parametrize("arch", ["gfx942", "gfx90a"])
+@pytest.mark.parametrize("arch", ["gfx942", pytest.param("gfx90a", marks=pytest.mark.slow)])
 def test_compiles_for_cdna(arch: str, tmp_path: Path) -> None:
     assembly_file = tmp_path / "masked_ce.s"
     command = [CLANG, "-x", "hip", f"--offload-arch={arch}", "--cuda-device-only", "-nogpuinc"]
