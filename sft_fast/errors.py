@@ -11,8 +11,10 @@ from typing import Any
 from sft_fast.exit_codes import DAMAGED, HANG, USER_ERROR
 from sft_fast.redact import redact
 
-# "tokenizer" and "max_new_tokens" are harmless; "hub_token" is not.
-SECRET_NAME = re.compile(r"token(?!iz|s(?:_|$))|secret|passw(?:or)?d|api_?key|credential", re.I)
+# "tokenizer", "max_new_tokens" and "experts_per_token" are harmless; "hub_token" is not.
+SECRET_NAME = re.compile(
+    r"(?<!per_)token(?!iz|s(?:_|$))|secret|passw(?:or)?d|api_?key|credential", re.I
+)
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,8 @@ def test_secret_key_says_where_secrets_belong(load):
 
 def test_token_counts_are_no_secrets(load):
     assert load(BASE, "evaluation.max_new_tokens=8").evaluation.max_new_tokens == 8
+    problem = only_problem(load, BASE, "model.num_experts_per_token=8")
+    assert "environment" not in problem.fix and "=8" in problem.where
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
