@@ -97,11 +97,11 @@ def check_files(folder: Path) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError where a tensor cannot be put on the device."""
+    """Raises ValueError where a tensor cannot be put on the device and read from it."""
     import torch
 
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

@@ -167,6 +167,7 @@ def test_chat_names_the_file_that_is_cut_off(run: Path, capsys: pytest.CaptureFi
     ("arguments", "words"),
     [
         (["--device", "nonsense"], "device: nonsense cannot be used here (Expected one of cpu"),
+        (["--device", "meta"], "device: meta cannot be used here ("),
         (["--temperature", "nan"], "temperature nan; expected"),
         (["--temperature", "-1"], "temperature -1.0; expected"),
     ],
