@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include "packing/plan.hpp"
 #include "packing/random.hpp"
@@ -46,8 +47,32 @@ uint32_t sample_limit(const PlanOptions& options);
 // 0, 1, ..., count - 1 in random order, shuffled in buckets of about `bucket_size`.
 Array<uint32_t> order_by_buckets(size_t count, size_t bucket_size, const Random& random);
 
+// Offsets of bins that are closed one after the other.
+class BinOffsets {
+ public:
+  explicit BinOffsets(size_t most_bins) : offsets_(most_bins + 1) { offsets_[0] = 0; }
+
+  // Ends the bin before sample number `end`.
+  void close(size_t end) { offsets_[++num_bins_] = static_cast<int64_t>(end); }
+
+  // Where the next bin begins.
+  int64_t begin() { return offsets_[num_bins_]; }
+
+  size_t num_bins() const { return num_bins_; }
+
+  // [num_bins + 1]
+  Array<int64_t> take() {
+    offsets_.size = num_bins_ + 1;
+    return std::move(offsets_);
+  }
+
+ private:
+  Array<int64_t> offsets_;
+  size_t num_bins_ = 0;
+};
+
 // A plan whose bins are trained on in the order in which they were made.
-BinPlan bins_in_order(Array<uint32_t> sample_ids, Array<int64_t> bin_offsets);
+BinPlan bins_in_order(Array<uint32_t> sample_ids, BinOffsets bin_offsets);
 
 // plan_best_fit_decreasing on checked sizes.
 BinPlan best_fit_decreasing(std::span<const int32_t> sizes, uint32_t capacity, uint32_t max_samples,

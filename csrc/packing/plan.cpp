@@ -90,9 +90,8 @@ Array<uint32_t> sample_order(int64_t count, uint64_t seed, uint64_t epoch) {
   return random_order(count, Random(seed, epoch, Stream::kSampleOrder));
 }
 
-BinPlan bins_in_order(Array<uint32_t> sample_ids, Array<int64_t> bin_offsets) {
-  const size_t num_bins = bin_offsets.size - 1;
-  return {std::move(sample_ids), std::move(bin_offsets), ascending(num_bins)};
+BinPlan bins_in_order(Array<uint32_t> sample_ids, BinOffsets bin_offsets) {
+  return {std::move(sample_ids), bin_offsets.take(), ascending(bin_offsets.num_bins())};
 }
 
 BinPlan plan_window(std::span<const int32_t> lengths, const PlanOptions& options) {
@@ -102,12 +101,10 @@ BinPlan plan_window(std::span<const int32_t> lengths, const PlanOptions& options
   Array<uint32_t> ids =
       sample_order(static_cast<int64_t>(num_samples), options.seed, options.epoch);
   Array<int32_t> incoming = gather(sizes.view(), ids);
-  Array<int64_t> bin_offsets(num_samples + 1);
+  BinOffsets bin_offsets(num_samples);
   size_t num_out = 0;
-  size_t num_bins = 0;
-  bin_offsets[0] = 0;
   const auto emit = [&](int64_t id) { ids[num_out++] = static_cast<uint32_t>(id); };
-  const auto close_bin = [&] { bin_offsets[++num_bins] = static_cast<int64_t>(num_out); };
+  const auto close_bin = [&] { bin_offsets.close(num_out); };
   WindowPacker packer(options, 0);
   for (size_t i = 0; i < num_samples; ++i) {
     packer.add(ids[i], static_cast<uint32_t>(incoming[i]));
@@ -117,27 +114,23 @@ BinPlan plan_window(std::span<const int32_t> lengths, const PlanOptions& options
   }
   packer.take_rest(emit, close_bin);
   incoming.data.reset();
-  bin_offsets.size = num_bins + 1;
   return bins_in_order(std::move(ids), std::move(bin_offsets));
 }
 
 BinPlan plan_sequential(std::span<const int32_t> lengths, const PlanOptions& options) {
   const Sizes sizes(lengths, options);
-  Array<int64_t> bin_offsets(lengths.size() + 1);
-  size_t num_bins = 0;
-  bin_offsets[0] = 0;
+  BinOffsets bin_offsets(lengths.size());
   uint32_t room = sizes.capacity();
   for (size_t i = 0; i < lengths.size(); ++i) {
     const auto size = static_cast<uint32_t>(sizes.view()[i]);
-    const int64_t num_samples = static_cast<int64_t>(i) - bin_offsets[num_bins];
+    const int64_t num_samples = static_cast<int64_t>(i) - bin_offsets.begin();
     if (size > room || num_samples == sizes.max_samples()) {
-      bin_offsets[++num_bins] = static_cast<int64_t>(i);
+      bin_offsets.close(i);
       room = sizes.capacity();
     }
     room -= size;
   }
-  if (!lengths.empty()) bin_offsets[++num_bins] = static_cast<int64_t>(lengths.size());
-  bin_offsets.size = num_bins + 1;
+  if (!lengths.empty()) bin_offsets.close(lengths.size());
   return bins_in_order(ascending(lengths.size()), std::move(bin_offsets));
 }
 

@@ -64,18 +64,15 @@ BinPlan WindowPacker::plan_rest() const {
     copy.add(static_cast<int64_t>(i), rest[i].size);
   }
   Array<uint32_t> places(rest.size());
-  Array<int64_t> bin_offsets(rest.size() + 1);
-  size_t num_bins = 0;
+  BinOffsets bin_offsets(rest.size());
   size_t end = 0;
-  bin_offsets[0] = 0;
   while (copy.count() > 0) {
     copy.take_bin([&](int64_t i) { places[end++] = static_cast<uint32_t>(i); });
-    bin_offsets[++num_bins] = static_cast<int64_t>(end);
+    bin_offsets.close(end);
   }
-  bin_offsets.size = num_bins + 1;
   BinPlan decreasing =
       best_fit_decreasing(sizes, capacity_, max_samples_, options_.seed, options_.epoch);
-  if (decreasing.order.size < num_bins) return decreasing;
+  if (decreasing.order.size < bin_offsets.num_bins()) return decreasing;
   return bins_in_order(std::move(places), std::move(bin_offsets));
 }
 
