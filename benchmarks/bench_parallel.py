@@ -380,11 +380,12 @@ def test_cost_balance(benchmark: BenchmarkFixture, pool: RankPool) -> None:
         result = slowest([result for result, _ in ranks])
         # The clock is the same for all processes of a machine.
         steps = list(zip(*(moments for _, moments in ranks), strict=True))
-        lost[name] = sum(max(moments) - statistics.mean(moments) for moments in steps)
+        waits = [max(moments) - statistics.mean(moments) for moments in steps]
+        lost[name] = sum(waits)
         benchmark.extra_info[name] = {
             "s": result["s"],
             "lost_s": lost[name],
-            "lost_of_each_step_s": [max(moments) - statistics.mean(moments) for moments in steps],
+            "lost_of_each_step_s": waits,
             "imbalance_of_cost": result["imbalance"],
         }
     benchmark.pedantic(lambda: None, rounds=1)

@@ -234,3 +234,9 @@ def architecture_from_shape(shape: ShapeConfig, vocab_size: int) -> Architecture
         head_dim=shape.hidden_size // shape.num_attention_heads,
         **shape.model_dump(),
     )
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: a multiple of 128 on each rank."""
+    multiple = 128 * tp_size
+    return -(-vocab_size // multiple) * multiple

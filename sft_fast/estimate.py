@@ -9,11 +9,11 @@ train.micro_batch_size / context-parallel size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sft_fast.architecture import Architecture, padded_vocab_size
 from sft_fast.config import model_parallel_size
 from sft_fast.flops import (
     Work,
@@ -27,11 +27,9 @@ from sft_fast.flops import (
 from sft_fast.kernels.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
-    from sft_fast.architecture import Architecture
     from sft_fast.config import Config
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-VOCAB_MULTIPLE = 128
 RUNTIME_BYTES = 3 * 10**9
 """Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
 DEFAULT_MFU = 0.4
@@ -100,8 +98,8 @@ def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, i
 
 def shard_columns(architecture: Architecture, config: Config) -> int:
     """Columns of the padded vocabulary on a tensor-parallel rank."""
-    multiple = VOCAB_MULTIPLE * config.parallel.tensor
-    return math.ceil(architecture.vocab_size / multiple) * VOCAB_MULTIPLE
+    tensor = config.parallel.tensor
+    return padded_vocab_size(architecture.vocab_size, tensor) // tensor
 
 
 def logits_bytes(architecture: Architecture, config: Config, rows: int) -> int:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.architecture import Architecture
+from sft_fast.architecture import Architecture, padded_vocab_size
 from sft_fast.config import Config, LossConfig
 from sft_fast.errors import ConfigError
 from sft_fast.layout import layout_problems
@@ -58,7 +58,6 @@ from sft_fast.megatron.rotary import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOCAB_MULTIPLE = 128
 ACTIVATIONS = {
     "silu": functional.silu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
@@ -344,12 +343,6 @@ def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, 
         "expert_model_parallel_size": parallel.ep_size,
         "expert_tensor_parallel_size": parallel.etp_size,
     }
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the embedding over all tensor-parallel ranks: a multiple of 128 on each rank."""
-    multiple = VOCAB_MULTIPLE * tp_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def build_model(architecture: Architecture, config: Config, parallel: Parallel) -> list[SFTModel]:

@@ -100,13 +100,17 @@ def step_if(optimizer: MegatronOptimizer, accepts: Callable[[float], bool]) -> t
     return was_updated, norms[-1]
 
 
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Those that megatron has chained, or the one there is."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def torch_adam_parts(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The torch Adam optimizers inside, offloaded ones too; Transformer Engine and Apex may provide
     others."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     found = [
         adam
-        for part in parts
+        for part in optimizer_parts(optimizer)
         for adam in getattr(part.optimizer, "sub_optimizers", [part.optimizer])
     ]
     return [adam for adam in found if isinstance(adam, torch.optim.Adam)]
@@ -138,7 +142,7 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
     Likewise the offloaded Adam, which to load would else make a step with random gradients, after
     the weights were loaded.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         adam = part.optimizer
         if isinstance(adam, HybridDeviceOptimizer):
             for one in adam.sub_optimizers:

@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from sft_fast.megatron.flat_ranges import Sharded, pieces
+from sft_fast.megatron.optim import optimizer_parts
 from sft_fast.megatron.shards import ShardReader
 
 # The one optimizer layout of megatron that loads at any data-parallel size; its names are ours.
@@ -29,10 +30,6 @@ from sft_fast.megatron.shards import ShardReader
 SHARDING: Mapping[str, str] = {"distrib_optim_sharding_type": "fully_reshardable"}
 SHARDING_FIELD = "param_state_sharding_type"
 STATES = ("param", "exp_avg", "exp_avg_sq")
-
-
-def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def state_of_parts(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> list[tuple[Any, Any]]:

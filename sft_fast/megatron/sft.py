@@ -227,12 +227,12 @@ def train(config: Config) -> int:
     fields = run_fields(
         config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
     )
-    traits = inputs.origin.data
-    state = TrainState(0, fields, data=asdict(traits))
+    origin = inputs.origin
+    state = TrainState(0, fields, data=asdict(origin.data))
     watch.enter("resume", can_leave=True)
     checkpoint = find_checkpoint(config, parallel, metrics.say)
     if checkpoint is not None:
-        state = continued_state(config, checkpoint, fields, traits, metrics.say)
+        state = continued_state(config, checkpoint, fields, origin.data, metrics.say)
     first, start = state.first_data_step, state.step
     num_steps = config.train.steps or first + (config.train.epochs or 0) * plan.num_steps_per_epoch
     if start > num_steps:
@@ -325,7 +325,7 @@ def train(config: Config) -> int:
         load_best(run, state, config, metrics)
     if config.export.enabled:
         gather_parameters(run.model)
-        models, origin = [unwrap(chunk) for chunk in run.model], inputs.origin
+        models = [unwrap(chunk) for chunk in run.model]
         export_model(models, output / "export", origin, config, parallel)
         if config.lora.rank > 0:
             export_adapter(run.model, output / "adapter", config, parallel)

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +40,8 @@ def measure(folder: str, sections: dict[str, Any], samples: int, length: int, qu
     """Trains a step; puts [weights, gradients, optimizer, the rest at its peak] in bytes."""
     import numpy as np
     import torch
-    from torch.profiler import profile
 
+    from allocations import most_bytes_held
     from sft_fast.megatron import sft
     from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.hf import RandomSource
@@ -72,14 +71,9 @@ def measure(folder: str, sections: dict[str, Any], samples: int, length: int, qu
     ]
     with open_batches(store, plan, range(2), config, parallel) as batches:
         sft.train_step(run, batches, plan.counts(0), config, parallel)
-        with warnings.catch_warnings(), profile(profile_memory=True) as profiler:
-            sft.train_step(run, batches, plan.counts(1), config, parallel)
-    held = peak = 0
-    events = profiler.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+        peak = most_bytes_held(
+            lambda: sft.train_step(run, batches, plan.counts(1), config, parallel)
+        )
     queue.put([*sizes, peak])
     torch.distributed.destroy_process_group()
 

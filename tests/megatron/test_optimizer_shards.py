@@ -1,6 +1,7 @@
 """Each rank saves its own part of the optimizer, and finds it again at any layout."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allocations import most_bytes_held
 from rank_pool import RankPool
 from tiny import VOCAB_SIZE, make_config, make_store, random_samples
 
@@ -221,15 +223,26 @@ def test_a_change_of_layout_changes_no_bit_of_experts(
     assert_same(middle, first)
 
 
+def assert_resume_is_bit_identical(
+    run: Callable[..., Any], tmp_path: Path, dtype: str = "fp32"
+) -> None:
+    """Three steps, and the last two of them again.
+
+    Args:
+        run: `work` on some ranks, of a model and layout.
+    """
+    half, whole, resumed = (str(tmp_path / name) for name in ("half", "whole", "resumed"))
+    losses = run("", {1: half, 3: whole}, 0, False, dtype)[0]
+    again = run(checkpoint_in(half), {2: resumed}, 1, False, dtype)[0]
+    assert again == losses[1:]
+    assert_same_files(resumed, whole)
+
+
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=SLOW)])
 def test_resume_is_bit_identical(
     rank_pool: RankPool, llama: str, tmp_path: Path, world_size: int
 ) -> None:
-    half, whole, resumed = (str(tmp_path / name) for name in ("half", "whole", "resumed"))
-    losses = rank_pool.run(world_size, work, llama, {}, "", {1: half, 3: whole})[0]
-    again = rank_pool.run(world_size, work, llama, {}, checkpoint_in(half), {2: resumed}, 1)[0]
-    assert again == losses[1:]
-    assert_same_files(resumed, whole)
+    assert_resume_is_bit_identical(partial(rank_pool.run, world_size, work, llama, {}), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=SLOW)])
@@ -239,12 +252,8 @@ def test_resume_is_bit_identical(
 def test_resume_in_16_bits_is_bit_identical(
     rank_pool: RankPool, llama: str, tmp_path: Path, parallel: Section, dtype: str
 ) -> None:
-    half, whole, resumed = (str(tmp_path / name) for name in ("half", "whole", "resumed"))
     run = partial(rank_pool.run, 2, work, llama, parallel)
-    losses = run("", {1: half, 3: whole}, 0, False, dtype)[0]
-    again = run(checkpoint_in(half), {2: resumed}, 1, False, dtype)[0]
-    assert again == losses[1:]
-    assert_same_files(resumed, whole)
+    assert_resume_is_bit_identical(run, tmp_path, dtype)
 
 
 @pytest.mark.slow
@@ -370,10 +379,7 @@ def test_a_checkpoint_of_gathered_state_loads(
 def bytes_of_an_update(model: str, parallel: Section, folder: str) -> list[int]:
     """Bytes of the optimizer's weights here, and at most held at once while they are updated,
     after a checkpoint of an optimizer that was not fused was loaded."""
-    import warnings
-
     import torch
-    from torch.profiler import profile
 
     from sft_fast.megatron import checkpoint
     from sft_fast.megatron.optim import torch_adam_parts
@@ -391,14 +397,7 @@ def bytes_of_an_update(model: str, parallel: Section, folder: str) -> list[int]:
         parameter.grad = torch.ones_like(parameter)
     adam.step()
     assert {float(state["step"]) for state in adam.state.values()} == {1.0}
-    with warnings.catch_warnings(), profile(profile_memory=True) as profiler:
-        adam.step()
-    held = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return [sum(parameter.nbytes for parameter in parameters), peak]
+    return [sum(parameter.nbytes for parameter in parameters), most_bytes_held(adam.step)]
 
 
 @pytest.mark.parametrize("parallel", [{}, PLAIN], ids=["distributed", "plain"])
