@@ -52,7 +52,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=PACKAGES,
     package_data={
-        "sft_fast": ["py.typed", "*.pyi", "configs/*.yaml"],
+        "sft_fast": ["py.typed", "*.pyi", "recipes/*.yaml"],
         "sft_fast.kernels": ["README.md"],
     },
     ext_modules=[

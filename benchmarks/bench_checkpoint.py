@@ -22,8 +22,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from sft_fast import manifest
-from sft_fast.manifest import LoneRank, find_damage, staged_directory
+from sft_fast.runtime import manifest
+from sft_fast.runtime.manifest import LoneRank, find_damage, staged_directory
 
 ROUNDS = 9
 GIB = 2**30
@@ -43,7 +43,7 @@ class NoHash:
 def snapshot() -> Any:
     """Weights and two moments, fp32, of 26 layers of hidden size 1024."""
     pytest.importorskip("megatron.core")
-    from sft_fast.megatron.shards import Shard, Snapshot
+    from sft_fast.megatron.checkpoint.shards import Shard, Snapshot
 
     tensors = []
     for layer in range(26):
@@ -55,7 +55,7 @@ def snapshot() -> Any:
 
 
 def save(snapshot: Any, folder: Path) -> None:
-    from sft_fast.megatron.shards import check_complete, write_snapshot
+    from sft_fast.megatron.checkpoint.shards import check_complete, write_snapshot
 
     with staged_directory(folder, LoneRank(), snapshot.num_bytes, check_complete) as stage:
         write_snapshot(snapshot, stage, 0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from sft_fast.prefetch import BatchLoader
+from sft_fast.packing.prefetch import BatchLoader
 from timing import DEVICE, ON_GPU
 from tiny import ListStore
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_loss import fused_loss, unfused_loss
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels import masked_cross_entropy as kernels
-from sft_fast.loss_backends import load_backend
+from sft_fast.kernels.backends import load_backend
 from timing import DEVICE, ON_GPU, copy_bytes_per_s, graph_median_s, median_s, peak_bytes_beyond
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

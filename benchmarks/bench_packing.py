@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from sft_fast import _C
-from sft_fast.batch import MicroBatch, RowBuffers, fill_micro_batch
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.packing import BinPlan, StepPlan, count_targets, plan_bins
-from sft_fast.packing_report import length_correlation
+from sft_fast.packing.micro_batch import MicroBatch, RowBuffers, fill_micro_batch
+from sft_fast.packing.report import length_correlation
+from sft_fast.packing.steps import BinPlan, StepPlan, count_targets, plan_bins
 from sft_fast.reference.packing import best_fit_decreasing, fill_row
 
 # Lognormal lengths: mean, sigma of the logarithm, shortest. Shaped like instruction, chat and code.

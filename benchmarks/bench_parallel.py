@@ -36,13 +36,13 @@ from bench_training_step import (
     run_packed,
 )
 from rank_pool import RankPool
-from sft_fast import packing
-from sft_fast.balance import imbalance, in_turn
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.loss import masked_linear_cross_entropy
 from sft_fast.megatron import optim, sft
 from sft_fast.megatron.parallel import init_parallel
-from sft_fast.run_plan import make_plan
+from sft_fast.packing import steps
+from sft_fast.packing.balance import imbalance, in_turn
+from sft_fast.packing.from_config import make_plan
 from timing import DEVICE, ON_GPU, matmul_flops_per_s, median_s
 
 NUM_DEVICES = torch.cuda.device_count() if ON_GPU else 2
@@ -287,8 +287,8 @@ def time_steps(scaling: Scaling, kind: str, size: int, balanced: bool = True) ->
         architecture.vocab_size, rows * scaling.capacity * 2, scaling.capacity, mean, sigma
     )
     plan = make_plan(store, config, architecture)
-    spread = packing.balance if balanced else assign_in_turn
-    with mock.patch.object(packing, "balance", spread):
+    spread = steps.balance if balanced else assign_in_turn
+    with mock.patch.object(steps, "balance", spread):
         durations, _, waited = run_packed(config, parallel, run, store, plan)
     timed = range(len(durations) // 2, len(durations))
     counts = [plan.counts(step) for step in timed]
@@ -400,7 +400,7 @@ def save_in_background(
     Args:
         folder: None = nothing is written to disk.
     """
-    from sft_fast.megatron.checkpoint import CheckpointWriter, TrainState, sharded_state
+    from sft_fast.megatron.checkpoint.save import CheckpointWriter, TrainState, sharded_state
 
     release_memory()
     config = make_config(case, **sections)

@@ -99,9 +99,9 @@ def run_trl(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -> 
 
 
 def run_ours(model: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
     from sft_fast.megatron import sft
-    from sft_fast.megatron.inputs import read_inputs
+    from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
 
     with tempfile.TemporaryDirectory() as folder:

@@ -22,9 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from sft_fast.architecture import Architecture
-from sft_fast.batch import MicroBatch
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.megatron import sft
 from sft_fast.megatron.batches import open_batches
@@ -32,7 +30,9 @@ from sft_fast.megatron.hf import hf_shapes
 from sft_fast.megatron.model import SFTModel, unwrap
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.schedule import run_schedule
-from sft_fast.run_plan import make_plan
+from sft_fast.models.architecture import Architecture
+from sft_fast.packing.from_config import make_plan
+from sft_fast.packing.micro_batch import MicroBatch
 from timing import DEVICE, ON_GPU, matmul_flops_per_s
 from tiny import ListStore
 

@@ -27,8 +27,8 @@ bench() {
 stage() {
   case "$1" in
     tests) check tests/kernels tests/test_loss.py tests/test_loss_policies.py \
-      tests/test_prefetch.py tests/megatron/test_device.py -m "not slow" -k "not compiles" ;;
-    marked) check -m gpu tests/megatron tests/test_train.py tests/test_prefetch.py ;;
+      tests/packing/test_prefetch.py tests/megatron/test_device.py -m "not slow" -k "not compiles" ;;
+    marked) check -m gpu tests/megatron tests/test_train.py tests/packing/test_prefetch.py ;;
     sanitizer) check tests/csrc/test_gpu_sanitizer.py ;;
     demo) run torch.distributed.run sft_fast/train.py "output_dir=$(mktemp -d)" model.dtype=bf16 ;;
     tune) run_file benchmarks/tune_launch.py ;;
@@ -36,8 +36,8 @@ stage() {
     head) bench head benchmarks/bench_masked_linear_cross_entropy.py ;;
     loader) bench loader benchmarks/bench_loader.py ;;
     step) bench step benchmarks/bench_training_step.py ;;
-    ranks) check tests/megatron/test_layout_invariance.py tests/megatron/test_context.py \
-      tests/megatron/test_experts.py tests/megatron/test_optimizer_shards.py tests/test_train.py ;;
+    ranks) check tests/megatron/test_layout_invariance.py tests/megatron/attention/test_context_parallel.py \
+      tests/megatron/test_experts.py tests/megatron/checkpoint/test_optimizer_shards.py tests/test_train.py ;;
     faults) check tests/faults/test_kills.py -k "torchrun or restarted or signal_to_one" ;;
     parallel) bench parallel benchmarks/bench_parallel.py -k "not stall" ;;
     stall) bench stall benchmarks/bench_parallel.py -k stall ;;

@@ -17,12 +17,12 @@ from rich.text import Text
 
 from sft_fast.cli import main
 from sft_fast.commands import preview as preview_command
-from sft_fast.config import load_config
+from sft_fast.config.schema import load_config
 from sft_fast.data.tokenizer import load_tokenizer
-from sft_fast.metrics import Window
-from sft_fast.packing import StepCounts
-from sft_fast.preview import make_preview
-from sft_fast.progress import ProgressLine
+from sft_fast.metrics.progress import ProgressLine
+from sft_fast.metrics.writer import Window
+from sft_fast.packing.steps import StepCounts
+from sft_fast.preflight.preview import make_preview
 
 WIDTH = 100
 WRONG = """\

@@ -27,7 +27,7 @@ from sft_fast.commands import (
 )
 from sft_fast.exit_codes import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 from sft_fast.redact import redact
-from sft_fast.telemetry import switch_off
+from sft_fast.runtime.telemetry import switch_off
 
 # In the order in which a new user meets them.
 MODULES = (
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def print_error(error: Exception) -> None:
     """Prints `error`; with colours, and broken at words, on a terminal."""
-    from sft_fast.terminal import as_seen
+    from sft_fast.runtime.terminal import as_seen
 
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:

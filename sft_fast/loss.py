@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels.active_rows import select_rows
+from sft_fast.kernels.backends import load_backend
 from sft_fast.kernels.masked_cross_entropy import (
     LossOptions,
     MaskedCrossEntropy,
@@ -20,7 +21,6 @@ from sft_fast.kernels.masked_cross_entropy import (
 )
 from sft_fast.kernels.masked_linear_cross_entropy import HeadLoss, MaskedLinearCrossEntropy
 from sft_fast.kernels.memory_plan import POLICIES, MemoryPlan, Policy
-from sft_fast.loss_backends import load_backend
 from sft_fast.loss_registry import get_loss
 
 __all__ = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
 if TYPE_CHECKING:
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
 
     Trainer = Callable[[Config], int]
     TrainerT = TypeVar("TrainerT", bound=Trainer)
@@ -27,7 +27,7 @@ Pair = tuple[str, str]
 # "module:attribute", imported by get_trainer only, so that the registry itself costs nothing.
 _BUILT_IN: dict[Pair, str] = {
     ("megatron", "sft"): "sft_fast.megatron.sft:train",
-    ("megatron", "export"): "sft_fast.megatron.export_run:export",
+    ("megatron", "export"): "sft_fast.megatron.export.run:export",
 }
 _registered: dict[Pair, Trainer] = {}
 

@@ -16,16 +16,16 @@ if sys.path and sys.path[0] == str(FOLDER):
     # A script's own folder comes first on the path; our modules there are not top-level modules.
     sys.path[0] = str(FOLDER.parent)
 
-from sft_fast.config import load_config  # noqa: E402
+from sft_fast.config.schema import load_config  # noqa: E402
 from sft_fast.errors import exit_code  # noqa: E402
 from sft_fast.exit_codes import FAILED  # noqa: E402
-from sft_fast.failure import watching  # noqa: E402
-from sft_fast.kernel_cache import use_private_cache  # noqa: E402
-from sft_fast.processes import die_with_parent  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
 from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
-from sft_fast.telemetry import switch_off  # noqa: E402
-from sft_fast.terminal import as_seen  # noqa: E402
+from sft_fast.runtime.kernel_cache import use_private_cache  # noqa: E402
+from sft_fast.runtime.processes import die_with_parent  # noqa: E402
+from sft_fast.runtime.telemetry import switch_off  # noqa: E402
+from sft_fast.runtime.terminal import as_seen  # noqa: E402
+from sft_fast.runtime.watchdog import watching  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sft_fast.config import Config, load_config
+from sft_fast.config.schema import Config, load_config
 from sft_fast.errors import ConfigError, Problem
 
 BASE = """\

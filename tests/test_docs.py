@@ -35,7 +35,7 @@ def test_every_path_a_document_names_exists(document: str) -> None:
 
 
 def test_the_readme_config_loads(tmp_path: Path) -> None:
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
 
     (block,) = blocks("yaml")
     path = tmp_path / "my.yaml"
@@ -69,9 +69,9 @@ def workspace(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
     """A folder in which the commands of a page mean something."""
-    from sft_fast.architecture import architecture_from_shape, architecture_to_hf
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
     from sft_fast.data.demo import demo_tokenizer
+    from sft_fast.models.architecture import architecture_from_shape, architecture_to_hf
 
     model = tmp_path / "tiny_model"
     tokenizer = demo_tokenizer()
@@ -80,7 +80,7 @@ def workspace(
     assert shape is not None
     hf_config = architecture_to_hf(architecture_from_shape(shape, len(tokenizer)))
     (model / "config.json").write_text(json.dumps(hf_config))
-    monkeypatch.setattr("sft_fast.hub.local_folder", lambda path, revision, key: model)
+    monkeypatch.setattr("sft_fast.models.hub.local_folder", lambda path, revision, key: model)
     (tmp_path / "chats.jsonl").write_text("".join(ROW.format(number=n) for n in range(200)))
     (tmp_path / "outputs").mkdir()
     for name in ("demo", "my_run", "qwen2.5-0.5b-instruct", "llama-3.1-8b"):
@@ -123,7 +123,7 @@ def test_blocks_that_are_not_run_hold_other_programs_only(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_configurations_of_a_page_load(page: Path, tmp_path: Path) -> None:
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
 
     for block in fenced(page, "yaml"):
         (tmp_path / "x.yaml").write_text(block)
@@ -150,8 +150,8 @@ def test_the_extensions_of_the_documentation_work() -> None:
 
 
 def test_keys_that_the_documentation_names_exist() -> None:
-    from sft_fast.config import Config
-    from sft_fast.config_source import dotted_keys
+    from sft_fast.config.schema import Config
+    from sft_fast.config.validation import dotted_keys
 
     known = set(dotted_keys(Config))
     sections = "|".join(name for name in known if "." not in name)
@@ -170,8 +170,8 @@ def test_keys_that_the_documentation_names_exist() -> None:
 
 
 def test_keys_of_other_trainers_get_the_hint_that_their_table_gives() -> None:
-    from sft_fast.config import OTHER_NAMES, Config
-    from sft_fast.config_source import dotted_keys
+    from sft_fast.config.schema import OTHER_NAMES, Config
+    from sft_fast.config.validation import dotted_keys
     from sft_fast.errors import nearest_key
 
     known = list(dotted_keys(Config))
@@ -188,10 +188,10 @@ def test_keys_of_other_trainers_get_the_hint_that_their_table_gives() -> None:
 
 
 def test_the_table_of_layouts_is_what_plan_says() -> None:
-    from sft_fast.architecture import Architecture
-    from sft_fast.config import Config
-    from sft_fast.config_source import Tree, apply_overrides
-    from sft_fast.estimate import estimate_memory
+    from sft_fast.config.schema import Config
+    from sft_fast.config.validation import Tree, apply_overrides
+    from sft_fast.models.architecture import Architecture
+    from sft_fast.models.estimate import estimate_memory
 
     models = {
         "8B": Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192),

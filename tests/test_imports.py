@@ -17,7 +17,16 @@ HOMES = {
     "triton": ("kernels",),
 }
 # Imported before torch could be needed: a config error must not wait for it.
-LIGHT = ("cli", "config", "config_checks", "config_source", "errors", "registry", "primus", "train")
+LIGHT = (
+    "cli",
+    "errors",
+    "registry",
+    "train",
+    "config/schema",
+    "config/checks",
+    "config/validation",
+    "config/primus",
+)
 HEAVY = {"torch", "megatron", "transformers", "datasets", "triton", "matplotlib", "wandb"}
 
 

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from closeness import assert_bit_zero, assert_no_worse
 from rank_pool import RankPool
-from sft_fast import loss_backends
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels import backends
+from sft_fast.kernels.backends import load_backend
 from sft_fast.loss import masked_cross_entropy, masked_linear_cross_entropy
-from sft_fast.loss_backends import load_backend
 from sft_fast.reference import cross_entropy as reference
 
 BATCH, SEQUENCE, HIDDEN, VOCAB = 2, 16, 6, 48
@@ -412,8 +412,8 @@ def test_bad_logits_shape_says_what_was_expected() -> None:
 def test_missing_backend_is_an_error_if_named_and_one_line_if_automatic(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in loss_backends.GPU_ORDER:
-        monkeypatch.setitem(loss_backends.BACKENDS, name, "sft_fast.kernels.no_such_module")
+    for name in backends.GPU_ORDER:
+        monkeypatch.setitem(backends.BACKENDS, name, "sft_fast.kernels.no_such_module")
     load_backend.cache_clear()
     with caplog.at_level(logging.WARNING):
         automatic = {load_backend("auto", "cuda") for _ in range(2)}

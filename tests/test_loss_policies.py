@@ -265,7 +265,7 @@ def test_custom_loss_is_registered_and_differentiated() -> None:
 
 
 def test_custom_loss_comes_from_a_plugin(tmp_path: Path) -> None:
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
     from sft_fast.registry import load_plugins
 
     plugin = tmp_path / "my_loss.py"
@@ -292,7 +292,7 @@ def test_custom_loss_comes_from_a_plugin(tmp_path: Path) -> None:
     ],
 )
 def test_contradictions_in_the_config(overrides: list[str]) -> None:
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
     from sft_fast.errors import ConfigError
 
     with pytest.raises(ConfigError, match="loss"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sft_fast import registry
-from sft_fast.config import Config, load_config
+from sft_fast.config.schema import Config, load_config
 from sft_fast.registry import get_trainer, load_plugins, register_trainer, registered_pairs
 
 PLUGIN = """\

@@ -223,7 +223,7 @@ def test_a_run_leaves_a_loadable_config_metrics_and_a_model(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
 
     path = write_config(tmp_path, rows)
     train(rank_pool, 1, "--config", str(path), "train.steps=2", "optim.lr=1e-3")

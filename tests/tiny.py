@@ -64,7 +64,7 @@ def random_samples(count: int, seed: int, longest: int = 40) -> list[tuple[list[
 
 def make_config(output_dir: Path | str = "unused", **sections: dict[str, Any]) -> Any:
     """A config for a tiny fp32 model; `sections` update the sections of that name."""
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
 
     values: dict[str, Any] = {
         "output_dir": str(output_dir),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
 
 Commands = argparse._SubParsersAction
 
@@ -55,7 +55,7 @@ def read_config(parsed: argparse.Namespace) -> Config:
     Raises:
         ValueError: the configuration is wrong, or there is no such recipe.
     """
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
 
     return load_config(config_path(parsed), parsed.overrides)
 
@@ -67,7 +67,7 @@ def config_tokenizer(config: Config) -> Any:
         ValueError: it is neither here nor on the hub.
     """
     from sft_fast.data.tokenizer import load_tokenizer
-    from sft_fast.hub import local_folder
+    from sft_fast.models.hub import local_folder
 
     path, tokens = config.tokenizer.path, config.tokenizer.add_tokens
     if path == "demo":

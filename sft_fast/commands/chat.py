@@ -21,8 +21,8 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from sft_fast.chat import Chat
-    from sft_fast.run_files import model_folder
+    from sft_fast.evaluation.chat import Chat
+    from sft_fast.runtime.run_files import model_folder
 
     chat = Chat(
         model_folder(parsed.model),

@@ -26,11 +26,11 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from sft_fast.config import check_world_size, inspect_config
-    from sft_fast.config_source import located
+    from sft_fast.config.schema import check_world_size, inspect_config
+    from sft_fast.config.validation import located
     from sft_fast.errors import ConfigError
-    from sft_fast.machine_checks import check_machine
-    from sft_fast.terminal import as_seen
+    from sft_fast.preflight.machine_checks import check_machine
+    from sft_fast.runtime.terminal import as_seen
 
     path = config_path(parsed)
     config, problems, tree = inspect_config(path, parsed.overrides)
@@ -56,6 +56,6 @@ def run(parsed: argparse.Namespace) -> int:
 def run_schema(parsed: argparse.Namespace) -> None:
     import json
 
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
 
     print(json.dumps(Config.model_json_schema(), indent=1))

@@ -59,7 +59,7 @@ def run_report(parsed: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from sft_fast.data.build import check_store
-    from sft_fast.data.configured import build_options, find_sources, open_configured_store
+    from sft_fast.data.from_config import build_options, find_sources, open_configured_store
     from sft_fast.data.mixture import check_eval_is_not_train
     from sft_fast.data.statistics import store_statistics
 

@@ -18,7 +18,7 @@ from sft_fast.commands.launch import ENGINE
 from sft_fast.exit_codes import FAILED
 
 if TYPE_CHECKING:
-    from sft_fast.run_files import RunFiles
+    from sft_fast.runtime.run_files import RunFiles
 
 # One process, without gradients, and without what only training needs.
 OVERRIDES = (
@@ -53,8 +53,8 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from sft_fast.config import load_config
-    from sft_fast.run_files import read_run
+    from sft_fast.config.schema import load_config
+    from sft_fast.runtime.run_files import read_run
 
     found = read_run(parsed.run_dir)
     checkpoint = choose(found, parsed.step)

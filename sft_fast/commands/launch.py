@@ -18,7 +18,7 @@ from sft_fast.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
 
 ENGINE = Path(__file__).parents[1] / "train.py"
 # Handed to torchrun as they are.
@@ -57,9 +57,9 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from sft_fast.config import check_world_size, load_config
-    from sft_fast.machine_checks import require_data
-    from sft_fast.run_files import check_resume
+    from sft_fast.config.schema import check_world_size, load_config
+    from sft_fast.preflight.machine_checks import require_data
+    from sft_fast.runtime.run_files import check_resume
 
     path = config_path(parsed)
     config = load_config(path, parsed.overrides)
@@ -74,7 +74,7 @@ def run(parsed: argparse.Namespace) -> None:
     if nodes.isdecimal():
         check_world_size(config, int(nodes) * processes)
     # With --debug torchrun itself, which tells more than most want to know.
-    launcher = ["torch.distributed.run"] if parsed.debug else ["sft_fast.launcher"]
+    launcher = ["torch.distributed.run"] if parsed.debug else ["sft_fast.runtime.launcher"]
     launcher += [] if parsed.debug else [config.output_dir]
     # -P: a folder of our name in the working directory is not this package.
     command = [sys.executable, "-P", "-m", *launcher, "--nproc-per-node", str(processes)]
@@ -102,6 +102,6 @@ def default_processes(config: Config) -> int:
     """GPUs of this machine; without any, the ranks of one copy of the model."""
     import torch
 
-    from sft_fast.config import model_parallel_size
+    from sft_fast.config.schema import model_parallel_size
 
     return torch.cuda.device_count() or model_parallel_size(config)

@@ -22,10 +22,10 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from sft_fast.report import write_report
+    from sft_fast.metrics.report import write_report
 
     if parsed.samples > 0:
-        from sft_fast.samples import write_samples
+        from sft_fast.evaluation.samples import write_samples
 
         write_samples(parsed.run_dir, parsed.samples, parsed.max_new_tokens)
     for path in write_report(parsed.run_dir):

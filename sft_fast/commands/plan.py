@@ -16,11 +16,11 @@ from sft_fast.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from sft_fast.architecture import Architecture
-    from sft_fast.config import Config
-    from sft_fast.flops import Work
-    from sft_fast.hardware import Gpu
-    from sft_fast.packing import StepPlan
+    from sft_fast.config.schema import Config
+    from sft_fast.models.architecture import Architecture
+    from sft_fast.models.flops import Work
+    from sft_fast.models.hardware import Gpu
+    from sft_fast.packing.steps import StepPlan
 
 
 def add(commands: Commands) -> None:
@@ -40,9 +40,9 @@ def add(commands: Commands) -> None:
 def run(parsed: argparse.Namespace) -> None:
     import json
 
-    from sft_fast.config import check_world_size, model_parallel_size
+    from sft_fast.config.schema import check_world_size, model_parallel_size
     from sft_fast.errors import nearest
-    from sft_fast.hardware import GPUS
+    from sft_fast.models.hardware import GPUS
 
     config = read_config(parsed)
     gpu = GPUS.get(parsed.gpu.upper())
@@ -63,19 +63,19 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.plot is not None:
         if plan is None:
             raise ValueError("--plot needs the data; leave --no-data out")
-        from sft_fast.packing_report import plot_plan
+        from sft_fast.packing.report import plot_plan
 
         plot_plan(plan, parsed.plot)
     print(json.dumps(found) if parsed.json else as_text(found))
 
 
 def config_architecture(config: Config, tokenizer: Any) -> Architecture:
-    from sft_fast.architecture import (
+    from sft_fast.models.architecture import (
         architecture_from_hf,
         architecture_from_shape,
         read_hf_config,
     )
-    from sft_fast.hub import local_folder
+    from sft_fast.models.hub import local_folder
 
     if config.model.path is None:
         assert config.model.shape is not None, "the configuration demands one of the two"
@@ -85,8 +85,8 @@ def config_architecture(config: Config, tokenizer: Any) -> Architecture:
 
 
 def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> StepPlan:
-    from sft_fast.data.configured import find_sources, open_configured_store
-    from sft_fast.run_plan import make_plan
+    from sft_fast.data.from_config import find_sources, open_configured_store
+    from sft_fast.packing.from_config import make_plan
 
     sources = find_sources(config, "train")
     assert sources is not None, "data.train is required"
@@ -103,7 +103,7 @@ def run_work(config: Config, plan: StepPlan) -> tuple[int, Work]:
     """Optimizer steps, and what they compute on; epochs are alike but for their order."""
     import numpy as np
 
-    from sft_fast.flops import Work
+    from sft_fast.models.flops import Work
 
     steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     epochs = steps / plan.num_steps_per_epoch
@@ -124,9 +124,9 @@ def figures(
     """Everything that the command says."""
     from dataclasses import asdict
 
-    from sft_fast.estimate import best_knobs, estimate_memory, estimate_seconds
-    from sft_fast.flops import Work, num_parameters, training_flops
-    from sft_fast.run_plan import warm_up_warning
+    from sft_fast.models.estimate import best_knobs, estimate_memory, estimate_seconds
+    from sft_fast.models.flops import Work, num_parameters, training_flops
+    from sft_fast.packing.from_config import warm_up_warning
 
     share, work = 1.0, Work(1, 0, 1)
     found: dict[str, Any] = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from sft_fast.preview import Preview, Shown
+    from sft_fast.preflight.preview import Preview, Shown
 
 STYLES = {
     "trained": "#ffffff on #1a6b35",
@@ -56,12 +56,12 @@ def add(commands: Commands) -> None:
 def run(parsed: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from sft_fast.preview import make_preview
+    from sft_fast.preflight.preview import make_preview
 
     config = read_config(parsed)
     preview = make_preview(config, config_tokenizer(config), parsed.rows, parsed.part)
     if parsed.html is not None:
-        from sft_fast.preview_html import preview_html
+        from sft_fast.preflight.preview_html import preview_html
 
         title = f"data.{parsed.part} of {parsed.config}"
         text = preview_html(preview, title, max(parsed.bins, 10))
@@ -98,7 +98,7 @@ def show_samples(console: Console, preview: Preview, count: int) -> None:
 def sample_text(sample: Shown, in_colours: bool) -> Text:
     from rich.text import Text
 
-    from sft_fast.preview import runs
+    from sft_fast.preflight.preview import runs
 
     text = Text()
     was_trained = False

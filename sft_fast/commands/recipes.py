@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sft_fast.commands.arguments import Commands
 
-RECIPES = Path(__file__).parents[1] / "configs"
+RECIPES = Path(__file__).parents[1] / "recipes"
 LONGEST_ROW = 8192
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 SMALL_BYTES = 2_000_000

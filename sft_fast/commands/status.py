@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sft_fast.commands.arguments import Commands, add_run
 
 if TYPE_CHECKING:
-    from sft_fast.run_files import RunFiles
+    from sft_fast.runtime.run_files import RunFiles
 
 
 def add(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from sft_fast.run_files import read_run
+    from sft_fast.runtime.run_files import read_run
 
     for name, value in lines(read_run(parsed.run_dir)):
         print(f"{name:<12}{value}")
@@ -27,7 +27,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def lines(found: RunFiles) -> list[tuple[str, str]]:
     """(name, value) of what there is to say."""
-    from sft_fast.metrics import duration
+    from sft_fast.metrics.writer import duration
 
     told = [("state", state(found))]
     status, step, best = found.status or {}, found.last("step"), found.last("best")
@@ -67,7 +67,7 @@ def lines(found: RunFiles) -> list[tuple[str, str]]:
 
 def state(found: RunFiles) -> str:
     """The state in status.json; a run that says it runs but is silent has died."""
-    from sft_fast.run_files import HEARTBEAT_LOST_S
+    from sft_fast.runtime.run_files import HEARTBEAT_LOST_S
 
     status = found.status
     if status is None:

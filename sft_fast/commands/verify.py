@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     from sft_fast.errors import DamageError
-    from sft_fast.run_files import MANIFEST_FILE, read_run
+    from sft_fast.runtime.run_files import MANIFEST_FILE, read_run
 
     folder = parsed.folder.absolute() if parsed.folder.name == "" else parsed.folder
     if (folder / MANIFEST_FILE).exists():
@@ -47,7 +47,7 @@ def run(parsed: argparse.Namespace) -> int:
 def is_whole(folder: Path) -> bool:
     """Compares a directory with its manifest, and says what comes of it; a run that is under way
     may delete it meanwhile."""
-    from sft_fast.manifest import find_damage, read_manifest
+    from sft_fast.runtime.manifest import find_damage, read_manifest
 
     damages = find_damage(folder)
     if damages and not folder.exists():
@@ -64,7 +64,7 @@ def is_whole(folder: Path) -> bool:
 
 def tell_resume(checkpoint: Path) -> None:
     """Says where a resumed run begins, and with what it must agree."""
-    from sft_fast.run_files import read_object
+    from sft_fast.runtime.run_files import read_object
 
     state = read_object(checkpoint / "train_state.json") or {}
     print(f"a resumed run goes on from {checkpoint.name}, step {state.get('step')}")

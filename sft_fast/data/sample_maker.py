@@ -21,7 +21,7 @@ from sft_fast.data.formats import ConversationReader, FileFormat
 from sft_fast.data.json_rows import Row
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
-from sft_fast.processes import die_with_parent
+from sft_fast.runtime.processes import die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from unicodedata import is_normalized, normalize
 import numpy as np
 import numpy.typing as npt
 
-from sft_fast.data.pieces import PieceTokenizer, can_be_cut
+from sft_fast.data.token_cache import PieceTokenizer, can_be_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sft_fast.batch import RowLayout
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 from sft_fast.data.store import TokenStore
-from sft_fast.layout import fp8_multiple
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.packing import StepPlan
-from sft_fast.prefetch import BatchLoader, Row
+from sft_fast.models.layout import fp8_multiple
+from sft_fast.packing.micro_batch import RowLayout
+from sft_fast.packing.prefetch import BatchLoader, Row
+from sft_fast.packing.steps import StepPlan
 
 
 def packed_rows(

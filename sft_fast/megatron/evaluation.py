@@ -16,23 +16,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import ModuleList
 
-from sft_fast.batch import MicroBatch
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 from sft_fast.data.demo import chance_accuracy
 from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
-from sft_fast.evaluate import exact_match
-from sft_fast.failure import current_watch
+from sft_fast.evaluation.early_stopping import Standing
+from sft_fast.evaluation.exact_match import exact_match
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.checkpoint import checkpoint_path
+from sft_fast.megatron.checkpoint.save import checkpoint_path
 from sft_fast.megatron.forward_step import check_once, packed_samples
-from sft_fast.megatron.inputs import Inputs
+from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metric_registry import Metric, SampleOutputs, get_metric, is_greater_better
-from sft_fast.metrics import MetricsWriter
-from sft_fast.run_plan import make_plan
-from sft_fast.standing import Standing
+from sft_fast.metrics.writer import MetricsWriter
+from sft_fast.packing.from_config import make_plan
+from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.runtime.watchdog import current_watch
 
 Values = dict[str, float]
 LOSS, NUM_TOKENS, NUM_CORRECT, NUM_BUILT_IN = range(4)

@@ -12,9 +12,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from sft_fast.batch import MicroBatch
-from sft_fast.megatron.attention_backends import PackedSamples, pack_samples
+from sft_fast.megatron.attention.backends import PackedSamples, pack_samples
 from sft_fast.megatron.model import unwrap
+from sft_fast.packing.micro_batch import MicroBatch
 
 Report = dict[str, Tensor]
 checked_models: "WeakSet[torch.nn.Module]" = WeakSet()

@@ -1,7 +1,7 @@
 """Weights between Hugging Face safetensors and this rank's part of a megatron model.
 
-sft_fast.families has the tables: which Hugging Face tensors make up each megatron parameter, and
-how it is split over tensor-parallel ranks. Import reads only this rank's slices, one at a time,
+sft_fast.models.families has the tables: which Hugging Face tensors make up each megatron parameter,
+and how it is split over tensor-parallel ranks. Import reads only this rank's slices, one at a time,
 into the parameters; each pipeline stage and expert-parallel rank exports its own files.
 """
 
@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sft_fast.architecture import Architecture
-from sft_fast.failure import current_watch
-from sft_fast.families import FAMILIES, MODEL, Rule
+from sft_fast.megatron.checkpoint.shards import open_safetensors
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.megatron.shards import open_safetensors
+from sft_fast.models.architecture import Architecture
+from sft_fast.models.families import FAMILIES, MODEL, Rule
+from sft_fast.runtime.watchdog import current_watch
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9

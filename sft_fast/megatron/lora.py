@@ -37,8 +37,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from sft_fast.architecture import Architecture
-from sft_fast.config import Config, LoraConfig
+from sft_fast.config.schema import Config, LoraConfig
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -49,6 +48,7 @@ from sft_fast.megatron.hf import (
 )
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.models.architecture import Architecture
 
 NUM_PROBE_ROWS = 4
 

@@ -7,7 +7,7 @@ refused with the reason where they cannot.
 import importlib.util
 from typing import Any
 
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 from sft_fast.megatron.parallel import Parallel
 
 FUSED_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"

@@ -2,14 +2,14 @@
 
 import torch
 
-from sft_fast.architecture import Architecture
-from sft_fast.config import Config
-from sft_fast.flops import Work, training_flops
-from sft_fast.hardware import find_gpu
+from sft_fast.config.schema import Config
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.metrics import MetricsWriter, StepMeter
-from sft_fast.packing import StepCounts
-from sft_fast.trackers import open_trackers
+from sft_fast.metrics.trackers import open_trackers
+from sft_fast.metrics.writer import MetricsWriter, StepMeter
+from sft_fast.models.architecture import Architecture
+from sft_fast.models.flops import Work, training_flops
+from sft_fast.models.hardware import find_gpu
+from sft_fast.packing.steps import StepCounts
 
 
 def step_meter(

@@ -23,27 +23,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.architecture import Architecture, padded_vocab_size
-from sft_fast.config import Config, LossConfig
+from sft_fast.config.schema import Config, LossConfig
 from sft_fast.errors import ConfigError
-from sft_fast.layout import layout_problems
 from sft_fast.loss import (
     LossOptions,
     custom_losses,
     masked_linear_cross_entropy,
     masked_linear_outputs,
 )
-from sft_fast.megatron.attention import PackedAttention
-from sft_fast.megatron.attention_backends import (
+from sft_fast.megatron.attention.backends import (
     Attend,
     AttentionChoice,
     PackedSamples,
     Scoring,
     choose_attention,
 )
-from sft_fast.megatron.context import ContextGroup, check_context, context_group
+from sft_fast.megatron.attention.context_parallel import ContextGroup, check_context, context_group
+from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.device import prepare_for_experts
-from sft_fast.megatron.engine import engine_options, use_engine
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
@@ -56,6 +53,9 @@ from sft_fast.megatron.rotary import (
     rotary_frequencies,
     rotary_kind,
 )
+from sft_fast.megatron.transformer_engine import engine_options, use_engine
+from sft_fast.models.architecture import Architecture, padded_vocab_size
+from sft_fast.models.layout import layout_problems
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = {

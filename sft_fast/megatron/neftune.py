@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import ModuleList
 
-from sft_fast.config import Config
-from sft_fast.megatron.attention_backends import PackedSamples
+from sft_fast.config.schema import Config
+from sft_fast.megatron.attention.backends import PackedSamples
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.parallel import Parallel
 

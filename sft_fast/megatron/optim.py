@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch.nn import ModuleList
 
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 from sft_fast.megatron.memory import optimizer_offload_options
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from sft_fast.config import Config, check_world_size
+from sft_fast.config.schema import Config, check_world_size
 from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
-from sft_fast.processes import start_of
+from sft_fast.runtime.processes import start_of
 
 logger = logging.getLogger(__name__)
 SHORTEST_PAUSE_S = 0.02

@@ -25,19 +25,19 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 
-from sft_fast.batch import MicroBatch
-from sft_fast.config import Config, load_config
+from sft_fast.config.schema import Config, load_config
 from sft_fast.data.store import TokenStore
 from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.device import init_device
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import load_weights
-from sft_fast.megatron.inputs import Inputs, read_inputs
+from sft_fast.megatron.load_inputs import Inputs, read_inputs
 from sft_fast.megatron.lora import add_adapters
 from sft_fast.megatron.model import SFTModel, build_model
 from sft_fast.megatron.parallel import Parallel, current_parallel
+from sft_fast.packing.from_config import make_plan
+from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.registry import load_plugins
-from sft_fast.run_plan import make_plan
 
 # What Megatron-LM must be told for our micro-batches and our loss; its `args_defaults` would not
 # replace a default that is not None.

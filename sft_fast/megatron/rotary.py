@@ -10,8 +10,8 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from sft_fast.architecture import Architecture
-from sft_fast.rope import RopeScaling
+from sft_fast.models.architecture import Architecture
+from sft_fast.models.rope import RopeScaling
 
 
 def rotary_frequencies(architecture: Architecture) -> Tensor:

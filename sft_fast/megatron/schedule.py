@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn import ModuleList
 
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.optim import one_or_all
 from sft_fast.megatron.parallel import Parallel

@@ -12,16 +12,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
 from transformers.utils.logging import disable_progress_bar
 
-from sft_fast.architecture import Architecture
-from sft_fast.batch import MicroBatch
-from sft_fast.config import Config, save_config
-from sft_fast.data.traits import DataTraits
-from sft_fast.failure import current_watch
-from sft_fast.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
-from sft_fast.guard import Guard, check_limit, report_complaint
-from sft_fast.manifest import MANIFEST_FILE
+from sft_fast.config.schema import Config, save_config
+from sft_fast.data.export_metadata import DataTraits
+from sft_fast.evaluation.early_stopping import Standing
+from sft_fast.evaluation.samples import write_samples
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.checkpoint import (
+from sft_fast.megatron.checkpoint.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
+from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
+from sft_fast.megatron.checkpoint.save import (
     CheckpointWriter,
     TrainState,
     checkpoint_path,
@@ -34,12 +32,12 @@ from sft_fast.megatron.checkpoint import (
 )
 from sft_fast.megatron.device import free_memory
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
-from sft_fast.megatron.export import export_model
+from sft_fast.megatron.export.adapter import export_adapter
+from sft_fast.megatron.export.model import export_model
+from sft_fast.megatron.guard import Guard, check_limit, report_complaint
 from sft_fast.megatron.hf import WeightSource, load_weights
-from sft_fast.megatron.host_snapshot import HostCopier
-from sft_fast.megatron.inputs import read_inputs
+from sft_fast.megatron.load_inputs import read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
-from sft_fast.megatron.lora_export import export_adapter
 from sft_fast.megatron.memory import describe_memory
 from sft_fast.megatron.meter import step_meter
 from sft_fast.megatron.model import build_model, unwrap
@@ -56,16 +54,18 @@ from sft_fast.megatron.optim import (
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
-from sft_fast.metrics import MetricsWriter, StepResult, Timed
-from sft_fast.packing import StepCounts
-from sft_fast.profiling import ProfilerWindow
-from sft_fast.rendezvous import public_address_warning
-from sft_fast.report import length_histogram, write_report
-from sft_fast.run_files import check_resume, list_checkpoints
-from sft_fast.run_plan import make_plan, warm_up_warning
-from sft_fast.samples import write_samples
-from sft_fast.standing import Standing
-from sft_fast.trackers import check_trackers
+from sft_fast.metrics.profiling import ProfilerWindow
+from sft_fast.metrics.report import length_histogram, write_report
+from sft_fast.metrics.trackers import check_trackers
+from sft_fast.metrics.writer import MetricsWriter, StepResult, Timed
+from sft_fast.models.architecture import Architecture
+from sft_fast.packing.from_config import make_plan, warm_up_warning
+from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.packing.steps import StepCounts
+from sft_fast.runtime.manifest import MANIFEST_FILE
+from sft_fast.runtime.rendezvous import public_address_warning
+from sft_fast.runtime.run_files import check_resume, list_checkpoints
+from sft_fast.runtime.watchdog import current_watch
 
 OVERFLOW = "fp16 overflow"
 

@@ -190,7 +190,7 @@ class Window:
 
 
 class FilledRow(NamedTuple):
-    """The arrays of one micro-batch; shapes and dtypes as in `sft_fast.batch.MicroBatch`."""
+    """The arrays of one micro-batch; shapes and dtypes as in `packing.micro_batch.MicroBatch`."""
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]

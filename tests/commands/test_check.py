@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sft_fast.cli import main
-from sft_fast.config import Config
+from sft_fast.config.schema import Config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -163,8 +163,8 @@ def test_a_full_disk_is_seen(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sft_fast.flops import num_parameters
-    from sft_fast.machine_checks import check_machine, shutil
+    from sft_fast.models.flops import num_parameters
+    from sft_fast.preflight.machine_checks import check_machine, shutil
 
     config = Config.model_validate(
         {

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_fast import launcher
 from sft_fast.cli import main
-from sft_fast.terminal import as_seen
+from sft_fast.runtime import launcher
+from sft_fast.runtime.terminal import as_seen
 
 ROOT = Path(__file__).parents[2]
 PROBLEM = """\
@@ -127,7 +127,7 @@ RANK = "import os, sys, time, signal\nif os.environ['RANK'] == '1':\n    {ends}\
 def launch(tmp_path: Path, ends: str) -> subprocess.Popen[str]:
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(ends=ends))
-    command = [sys.executable, "-m", "sft_fast.launcher", str(tmp_path), "--standalone"]
+    command = [sys.executable, "-m", "sft_fast.runtime.launcher", str(tmp_path), "--standalone"]
     command += ["--nproc-per-node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from sft_fast.cli import main
-from sft_fast.config import Config
-from sft_fast.data.configured import find_sources, open_configured_store
+from sft_fast.config.schema import Config
 from sft_fast.data.demo import demo_tokenizer
-from sft_fast.preview import make_preview, pieces, special_ids
+from sft_fast.data.from_config import find_sources, open_configured_store
+from sft_fast.preflight.preview import make_preview, pieces, special_ids
 
 SHAPE = {
     "hidden_size": 8,
@@ -130,7 +130,7 @@ def test_a_preview_of_evaluation_data_needs_some(
 
 def test_unended_answers_and_wholly_trained_samples_are_warned_of(tmp_path: Path) -> None:
     from sft_fast.data.tokens import Sample
-    from sft_fast.preview import show
+    from sft_fast.preflight.preview import show
 
     tokenizer = demo_tokenizer()
     ids = np.array(tokenizer("ab")["input_ids"], dtype=np.uint32)

@@ -6,7 +6,7 @@ import pytest
 
 from sft_fast.cli import main
 from sft_fast.commands.recipes import RECIPES
-from sft_fast.config import load_config
+from sft_fast.config.schema import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def test_train_starts_torchrun_with_what_the_layout_needs(
     assert main(["train", *arguments]) == 0
     command = shlex.split(capsys.readouterr().out)
     engine = command.index(str(ROOT / "sft_fast/train.py"))
-    launcher = ["-P", "-m", "sft_fast.launcher", "outputs/demo"]
+    launcher = ["-P", "-m", "sft_fast.runtime.launcher", "outputs/demo"]
     assert command[1:engine] == [*launcher, "--nproc-per-node", "2", "--standalone"]
     assert command[engine + 3 : engine + 5] == ["--allow-change", "data,seed"]
     assert command[engine + 5 :] == ["parallel.tensor=2", "optim.lr=1e-3"]

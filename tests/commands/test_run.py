@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_fast.cli import main
-from sft_fast.run_files import read_run
+from sft_fast.runtime.run_files import read_run
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_verify_looks_at_every_export(
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft_fast import manifest
+    from sft_fast.runtime import manifest
 
     find = manifest.find_damage
 
@@ -194,7 +194,7 @@ def test_chat_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_chat_finds_what_was_exported_later(run: Path) -> None:
-    from sft_fast.run_files import model_folder
+    from sft_fast.runtime.run_files import model_folder
 
     (run / "export").rename(run / "export_4")
     shutil.copytree(run / "export_4", run / "export_10")
@@ -202,7 +202,7 @@ def test_chat_finds_what_was_exported_later(run: Path) -> None:
 
 
 def test_chat_keeps_the_turns_it_was_told(finished_run: Path) -> None:
-    from sft_fast.chat import Chat
+    from sft_fast.evaluation.chat import Chat
 
     chat = Chat(finished_run / "export", device="cpu", system="s", max_new_tokens=3)
     answer = chat.answer("a")
@@ -234,7 +234,7 @@ def test_plot_draws_the_run_and_its_samples(run: Path, capsys: pytest.CaptureFix
 
 
 def test_the_report_needs_nothing_from_elsewhere_and_escapes(run: Path) -> None:
-    from sft_fast.report import write_report
+    from sft_fast.metrics.report import write_report
 
     evil = {"question": "<script>x</script>", "expected": "", "before": "", "after": ""}
     (run / "samples.json").write_text(json.dumps({"before": "m", "samples": [evil]}))
@@ -246,7 +246,7 @@ def test_the_report_needs_nothing_from_elsewhere_and_escapes(run: Path) -> None:
 
 
 def test_the_smoothed_loss_starts_at_the_first_value_and_forgets() -> None:
-    from sft_fast.curves import smoothed
+    from sft_fast.metrics.curves import smoothed
 
     assert smoothed([3.0]) == [3.0]
     values = smoothed([5.0] * 100 + [1.0] * 100)
@@ -295,7 +295,7 @@ def fingerprint_of(store: Path) -> str:
     [("org/data", True), ("org/data:main@abc", True), ("data.jsonl", False), ("./a/b", False)],
 )
 def test_only_hub_names_are_linked_in_a_card(name: str, expected: bool) -> None:
-    from sft_fast.model_card import is_hub_id
+    from sft_fast.metrics.model_card import is_hub_id
 
     assert is_hub_id(name) is expected
 
@@ -346,8 +346,8 @@ def test_an_export_that_is_killed_says_so(
 
 def test_the_card_of_an_earlier_checkpoint_tells_of_that_step(run: Path, tmp_path: Path) -> None:
     from sft_fast.commands.export import write_story
-    from sft_fast.config import load_config
-    from sft_fast.model_card import model_card
+    from sft_fast.config.schema import load_config
+    from sft_fast.metrics.model_card import model_card
 
     story = tmp_path / "story"
     story.mkdir()
@@ -366,7 +366,7 @@ def load(path: Path) -> dict[str, Any]:
 def test_every_length_is_in_the_histogram_once() -> None:
     import numpy as np
 
-    from sft_fast.report import LENGTH_BINS, length_histogram
+    from sft_fast.metrics.report import LENGTH_BINS, length_histogram
 
     for lengths in ([7], [27, 28, 31, 31], [1, 41], [3, 8192, 8192], list(range(5, 4000, 7))):
         found = length_histogram(np.array(lengths, dtype=np.int32))
@@ -377,7 +377,7 @@ def test_every_length_is_in_the_histogram_once() -> None:
 
 
 def test_untrained_answers_are_made_readable() -> None:
-    from sft_fast.report import readable
+    from sft_fast.metrics.report import readable
 
     assert readable("a\n\n \n\x1b[31mb\x00") == "a\n\ufffd[31mb\ufffd"
 

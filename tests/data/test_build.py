@@ -11,10 +11,10 @@ from sft_fast.data import format_registry
 from sft_fast.data.build import BuildOptions, build_store, prepare_store, store_fingerprint
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.formats import register_format
-from sft_fast.data.pieces import can_be_cut
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Rows, Source, load_rows
 from sft_fast.data.store import REJECTED_FILE, TokenStore
+from sft_fast.data.token_cache import can_be_cut
 
 WriteRows = Callable[..., str]
 MakeTokenizer = Callable[..., Any]

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from sft_fast.architecture import (
-    architecture_from_hf,
-    architecture_from_shape,
-    architecture_to_hf,
-)
-from sft_fast.config import load_config
+from sft_fast.config.schema import load_config
 from sft_fast.data.build import BuildOptions
-from sft_fast.data.configured import build_options, find_sources, open_configured_store
 from sft_fast.data.demo import demo_tokenizer
+from sft_fast.data.from_config import build_options, find_sources, open_configured_store
 from sft_fast.data.mixture import prepare_mixture, sample_counts
 from sft_fast.data.source import Source, load_rows
 from sft_fast.data.store import TokenStore
 from sft_fast.errors import ConfigError
+from sft_fast.models.architecture import (
+    architecture_from_hf,
+    architecture_from_shape,
+    architecture_to_hf,
+)
 
 OPTIONS = BuildOptions(64)
 

@@ -142,7 +142,7 @@ def test_damaged_store_names_the_file(
 
 
 def test_store_fills_micro_batches(tmp_path: Path) -> None:
-    batch: Any = pytest.importorskip("sft_fast.batch")
+    batch: Any = pytest.importorskip("sft_fast.packing.micro_batch")
     samples: Samples = [([5, 6, 7], [False, False, True]), ([8, 9], [False, True])]
     store = write(tmp_path / "store", samples)
     filled = batch.fill_micro_batch(store, np.array([1, 0]), 8)

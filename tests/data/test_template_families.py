@@ -8,8 +8,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import template_families as families
 from masks import marked, sample_of, samples_of
-from sft_fast.data.pieces import can_be_cut
 from sft_fast.data.templates import chat_template
+from sft_fast.data.token_cache import can_be_cut
 
 MakeTokenizer = Callable[..., Any]
 

@@ -18,12 +18,13 @@ import transformers  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import sft_fast.megatron.sft as sft
-from sft_fast import failure, hang, launch_files, manifest
 from sft_fast.data import (
     build,
     demo,  # noqa: F401
 )
-from sft_fast.megatron import checkpoint, evaluation, hf, host_snapshot
+from sft_fast.megatron import evaluation, hf
+from sft_fast.megatron.checkpoint import host_snapshot, save
+from sft_fast.runtime import hang, launch_files, manifest, watchdog
 
 # megatron collects garbage in every save: not what was imported, over and over.
 gc.freeze()
@@ -157,7 +158,7 @@ def slow(where: str) -> None:
         "first step": (sft, "train_step", 1),
         "step": (sft, "train_step", 3),
         "evaluate": (evaluation, "values_of", 1),
-        "save": (checkpoint, "write_snapshot", 2),
+        "save": (save, "write_snapshot", 2),
         "export": (sft, "export_model", 1),
     }[where]
     before(module, name, linger, number)
@@ -165,7 +166,7 @@ def slow(where: str) -> None:
 
 def full_disk(numbers: str) -> None:
     """The saves with these numbers find no room."""
-    original, calls = checkpoint.write_snapshot, [0]
+    original, calls = save.write_snapshot, [0]
 
     def write(*args: Any) -> None:
         calls[0] += 1
@@ -173,7 +174,7 @@ def full_disk(numbers: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[1].path / "x"))
         original(*args)
 
-    checkpoint.write_snapshot = write
+    save.write_snapshot = write
 
 
 def full_for_json(step: str) -> None:
@@ -183,7 +184,7 @@ def full_for_json(step: str) -> None:
         def write(*args: Any, **options: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        failure.write_json = launch_files.write_json = write
+        watchdog.write_json = launch_files.write_json = write
 
     fail_in_step(step)
     before(sft, "train_step", fill, int(step))
@@ -191,7 +192,7 @@ def full_for_json(step: str) -> None:
 
 def broken_writer(numbers: str) -> None:
     """The saves with these numbers meet an error that is not of the file system."""
-    original, calls = checkpoint.write_snapshot, [0]
+    original, calls = save.write_snapshot, [0]
 
     def write(*args: Any) -> None:
         calls[0] += 1
@@ -199,11 +200,11 @@ def broken_writer(numbers: str) -> None:
             raise RuntimeError("the writer broke")
         original(*args)
 
-    checkpoint.write_snapshot = write
+    save.write_snapshot = write
 
 
 def hung_writer(number: str) -> None:
-    before(checkpoint, "write_snapshot", lambda: time.sleep(3600), int(number))
+    before(save, "write_snapshot", lambda: time.sleep(3600), int(number))
 
 
 def spoil(what: str) -> None:
@@ -313,7 +314,7 @@ def save_waits_for_step(number: str) -> None:
         if not reached.wait(20):
             raise RuntimeError("training waits for the disk")
 
-    before(checkpoint, "write_snapshot", wait, 2)
+    before(save, "write_snapshot", wait, 2)
 
 
 def no_memory(number: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from faults.launcher import Launcher, same_weights, step_losses
-from sft_fast.manifest import (
+from sft_fast.runtime.manifest import (
     LoneRank,
     agree,
     find_damage,

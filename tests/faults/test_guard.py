@@ -6,8 +6,8 @@ import math
 import pytest
 
 from faults.launcher import Launcher, step_losses
-from sft_fast.config import GuardConfig
-from sft_fast.guard import Guard
+from sft_fast.config.schema import GuardConfig
+from sft_fast.megatron.guard import Guard
 
 
 @pytest.mark.fault("F18")

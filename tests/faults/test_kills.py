@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from faults.launcher import Launcher, same_weights, step_losses
-from sft_fast import hang
-from sft_fast.hang import HangDetector
-from sft_fast.launch_files import LaunchFiles
+from sft_fast.runtime import hang
+from sft_fast.runtime.hang import HangDetector
+from sft_fast.runtime.launch_files import LaunchFiles
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -37,7 +37,7 @@ def long_unbroken(launcher: Launcher) -> Path:
 
 
 def whole_checkpoints(run: Path) -> list[int]:
-    from sft_fast.manifest import find_damage
+    from sft_fast.runtime.manifest import find_damage
 
     folders = sorted((run / "checkpoints").glob("step_*"))
     assert not [damage for folder in folders for damage in find_damage(folder)]
@@ -334,8 +334,8 @@ def test_a_signal_waits_for_a_save_in_the_background(launcher: Launcher, unbroke
 ORPHAN = """
 import os, signal, sys, time
 from pathlib import Path
-from sft_fast.failure import watching
-from sft_fast.processes import die_with_parent
+from sft_fast.runtime.watchdog import watching
+from sft_fast.runtime.processes import die_with_parent
 child = os.fork()
 if child:
     print(child, flush=True)

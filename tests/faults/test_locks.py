@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from faults.launcher import Launcher
-from sft_fast.failure import watching
-from sft_fast.processes import start_of
-from sft_fast.run_lock import STALE_S, RunLock, check_output_dir
+from sft_fast.runtime.processes import start_of
+from sft_fast.runtime.run_lock import STALE_S, RunLock, check_output_dir
+from sft_fast.runtime.watchdog import watching
 
 
 def foreign(folder: Path, **holder: object) -> Path:

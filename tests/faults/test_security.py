@@ -16,10 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faults.launcher import Launcher
-from sft_fast.kernel_cache import check_private, use_private_cache
-from sft_fast.manifest import LoneRank, complete, find_damage, read_manifest, staged_directory
 from sft_fast.redact import redact, redact_values
-from sft_fast.rendezvous import public_address_warning
+from sft_fast.runtime.kernel_cache import check_private, use_private_cache
+from sft_fast.runtime.manifest import (
+    LoneRank,
+    complete,
+    find_damage,
+    read_manifest,
+    staged_directory,
+)
+from sft_fast.runtime.rendezvous import public_address_warning
 
 ROOT = Path(__file__).parents[2]
 # Not the names alone: a model's own eval() is fine.
@@ -217,7 +223,7 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     ],
 )
 def test_s8_yaml_runs_and_expands_nothing(tmp_path: Path, text: str, reason: str) -> None:
-    from sft_fast.config import load_config
+    from sft_fast.config.schema import load_config
 
     path = tmp_path / "x.yaml"
     path.write_text(text)
@@ -237,7 +243,7 @@ def test_s9_a_dataset_script_is_not_run(launcher: Launcher, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", ".", "a\x00b"])
 def test_s10_a_manifest_names_files_inside_its_directory_only(tmp_path: Path, name: str) -> None:
-    from sft_fast.manifest import FileRecord, manifest_text
+    from sft_fast.runtime.manifest import FileRecord, manifest_text
 
     record = FileRecord(name, 1, "0" * 32)
     (tmp_path / "manifest.json").write_text(manifest_text({name: record}))
@@ -282,7 +288,7 @@ def safetensors_file(path: Path, header: bytes, size: int | None = None) -> None
 def test_s11_a_crafted_safetensors_header_is_an_error(
     tmp_path: Path, header: bytes, size: int | None
 ) -> None:
-    from sft_fast.megatron.shards import ShardReader
+    from sft_fast.megatron.checkpoint.shards import ShardReader
 
     with staged_directory(tmp_path / "a", LoneRank()) as stage:
         safetensors_file(stage.path / "rank_00000.safetensors", header, size)
@@ -300,7 +306,7 @@ def shards(launcher: Launcher) -> Path:
 def test_s11_a_header_with_any_bytes_changed_is_read_or_refused(
     shards: Path, changes: list[tuple[int, int]]
 ) -> None:
-    from sft_fast.megatron.shards import ShardReader
+    from sft_fast.megatron.checkpoint.shards import ShardReader
 
     data = bytearray((shards / "rank_00000.safetensors").read_bytes())
     length = 8 + int.from_bytes(data[:8], "little")
@@ -473,7 +479,8 @@ def test_s16_a_run_talks_to_nobody(launcher: Launcher) -> None:
 
 
 def test_s16_libraries_are_told_not_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft_fast import cli, telemetry, train
+    from sft_fast import cli, train
+    from sft_fast.runtime import telemetry
 
     for main, arguments in ((train.main, ["--config", "nowhere.yaml"]), (cli.main, ["ls"])):
         for name in telemetry.VARIABLES:

@@ -18,13 +18,13 @@ from closeness import assert_bit_zero, assert_no_worse
 from kernel_pool import ON_GPU, KernelPool, build_native, missing_native, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels.backends import load_backend
 from sft_fast.loss import (
     LossOptions,
     masked_cross_entropy,
     masked_linear_cross_entropy,
     masked_linear_outputs,
 )
-from sft_fast.loss_backends import load_backend
 from sft_fast.reference import cross_entropy as reference
 
 pytest.importorskip("triton")

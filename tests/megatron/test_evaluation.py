@@ -35,12 +35,12 @@ def make_samples() -> list[tuple[list[int], list[int]]]:
 
 def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> Any:
     """(overall, by source) of a model with a training loss that is not the cross-entropy."""
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import sft
     from sft_fast.megatron.evaluation import evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.metric_registry import get_metric
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
     from sft_fast.registry import load_plugins
 
     config = make_config(

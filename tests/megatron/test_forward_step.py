@@ -11,10 +11,10 @@ from tiny import make_config, make_store, random_samples
 
 
 def build(parallel_section: dict[str, Any]) -> Any:
-    from sft_fast.architecture import architecture_from_shape
     from sft_fast.megatron import sft
     from sft_fast.megatron.hf import RandomSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.models.architecture import architecture_from_shape
 
     config = make_config(parallel=parallel_section)
     parallel = init_parallel(config)
@@ -55,8 +55,8 @@ def test_megatrons_own_normalisation_gives_the_same_gradient(rank_pool: RankPool
 
 
 def outcomes_of_forward_step() -> dict[str, Any]:
-    from sft_fast.batch import fill_micro_batch
     from sft_fast.megatron.forward_step import forward_step
+    from sft_fast.packing.micro_batch import fill_micro_batch
 
     _, _, run = build({})
     store = make_store(random_samples(3, seed=2))

@@ -130,7 +130,7 @@ def truths(models: Path) -> Any:
 
 
 def make_batch() -> Any:
-    from sft_fast.batch import fill_micro_batch
+    from sft_fast.packing.micro_batch import fill_micro_batch
 
     return fill_micro_batch(make_store(random_samples(3, seed=5)), [0, 1, 2], num_rows=128)
 
@@ -152,7 +152,6 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
     """Returns (logits, loss, gradients)."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron.forward_step import forward_step, packed_samples
     from sft_fast.megatron.hf import (
         SafetensorsSource,
@@ -169,6 +168,7 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
         normalise_by,
         wrap_model,
     )
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     architecture = architecture_from_hf(read_hf_config(folder))
     (model,) = build_model(architecture, config, parallel)
@@ -301,10 +301,10 @@ def peak_of_import(folder: str, parallel_section: dict[str, Any]) -> tuple[int, 
     """(most bytes alive that were read, bytes of this rank's parameters, of its largest)."""
     import weakref
 
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron.hf import SafetensorsSource, load_weights
     from sft_fast.megatron.model import build_model
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     config = make_config(parallel=parallel_section)
     parallel = init_parallel(config)
@@ -343,8 +343,8 @@ def test_import_has_one_tensor_in_memory_beside_the_parameters(
 
 
 def test_new_tokens_get_the_mean_of_the_old(models: Path) -> None:
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import hf
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     folder = models / "untied"
     source = hf.SafetensorsSource(folder, architecture_from_hf(read_hf_config(folder)))
@@ -361,8 +361,8 @@ def test_new_tokens_get_the_mean_of_the_old(models: Path) -> None:
 
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron.hf import SafetensorsSource
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     save_tiny_llama(tmp_path, tie_word_embeddings=False)
     architecture = architecture_from_hf(read_hf_config(tmp_path))

@@ -103,10 +103,10 @@ def run_steps(
     """
     import numpy as np
 
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import sft
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     # The samples need fewer rows than the global batch has: the last ones are empty.
     config = make_config(
@@ -263,12 +263,12 @@ def packed_minus_alone(folder: str) -> list[float]:
     """|loss packed - loss alone| of each sample of one packed row."""
     import torch
 
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
-    from sft_fast.batch import fill_micro_batch
     from sft_fast.megatron.forward_step import packed_samples
     from sft_fast.megatron.hf import SafetensorsSource, load_weights
     from sft_fast.megatron.model import build_model
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.micro_batch import fill_micro_batch
 
     config = make_config()
     parallel = init_parallel(config)

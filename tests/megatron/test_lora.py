@@ -34,10 +34,10 @@ def lora_config(
 
 def build(config: Any) -> tuple[Any, Any, Any, Any]:
     """(run, plan, store, parallel) of a run whose adapters are random, the same at every layout."""
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import sft
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     parallel = init_parallel(config)
     folder = Path(config.model.path)
@@ -151,12 +151,12 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
     """PEFT name -> gradient of one global batch; also exports adapter and merged model."""
     import torch
 
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import sft
+    from sft_fast.megatron.export.adapter import PEFT_NAMES, export_adapter
     from sft_fast.megatron.hf import export_weights, gather_shards
-    from sft_fast.megatron.lora_export import PEFT_NAMES, export_adapter
     from sft_fast.megatron.model import unwrap
     from sft_fast.megatron.optim import normalise_by
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     config = lora_config(folder, output, lora, parallel_section)
     run, plan, store, parallel = build(config)
@@ -440,7 +440,7 @@ def step_losses(run: Path) -> list[float]:
 
 
 def saved_names(checkpoint: Path) -> set[str]:
-    from sft_fast.megatron.shards import ShardReader
+    from sft_fast.megatron.checkpoint.shards import ShardReader
 
     with ShardReader(checkpoint) as reader:
         return set(reader.pieces)
@@ -537,8 +537,8 @@ def test_dora_with_dropout_is_refused() -> None:
 
 
 def test_adapters_of_fused_matrices_are_refused_before_the_start() -> None:
-    from sft_fast.architecture import Architecture
-    from sft_fast.layout import layout_problems
+    from sft_fast.models.architecture import Architecture
+    from sft_fast.models.layout import layout_problems
 
     phi = Architecture(99, 32, 4, 4, 2, 48, 8, 128, family="Phi3ForCausalLM")
     (problem,) = layout_problems(phi, make_config(lora={"rank": 2}))
@@ -547,9 +547,9 @@ def test_adapters_of_fused_matrices_are_refused_before_the_start() -> None:
 
 
 def test_a_stage_without_adapters_is_refused() -> None:
-    from sft_fast.architecture import architecture_from_hf
-    from sft_fast.config import LoraConfig
+    from sft_fast.config.schema import LoraConfig
     from sft_fast.megatron.lora import target_names
+    from sft_fast.models.architecture import architecture_from_hf
 
     shape = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 8}
     architecture = architecture_from_hf(

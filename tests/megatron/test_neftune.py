@@ -19,7 +19,7 @@ LENGTHS = np.array([40, 3, 400, 17], dtype=np.int32)
 
 def noise_of(ids: list[int], step: int = 7, seed: int = 1, alignment: int = 1) -> torch.Tensor:
     """[rows, HIDDEN] of the samples `ids` packed in a row, with two rows of padding."""
-    from sft_fast.megatron.attention_backends import pack_samples
+    from sft_fast.megatron.attention.backends import pack_samples
     from sft_fast.megatron.neftune import EmbeddingNoise
 
     parallel: Any = SimpleNamespace(cp_size=1, tp_rank=0)
@@ -74,12 +74,12 @@ def test_noise_is_not_repeated(other: str) -> None:
 
 def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[tuple[float, ...]]:
     """(loss, gradient norm) of two steps, then the evaluation loss."""
-    from sft_fast.architecture import architecture_from_hf, read_hf_config
     from sft_fast.megatron import sft
     from sft_fast.megatron.evaluation import evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.neftune import add_noise, begin_step
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     config = make_config(
         model={"path": folder, "shape": None},

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from rank_pool import RankPool
-from sft_fast.processes import start_of
+from sft_fast.runtime.processes import start_of
 
 KEY = "sft_fast/0/the store/0"
 

@@ -22,9 +22,9 @@ def run_steps(
     model: str, data: str, folder: str
 ) -> tuple[list[tuple[float, float, float]], list[Any]]:
     """(loss, gradient norm, learning rate) of each step, and the sample ids of each step."""
-    from sft_fast.config import Config
+    from sft_fast.config.schema import Config
     from sft_fast.megatron import sft
-    from sft_fast.megatron.inputs import read_inputs
+    from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
 
     config = Config.model_validate(

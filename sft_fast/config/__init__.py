@@ -1,0 +1,1 @@
+"""The YAML: its sections, what may not go together, where each value comes from, Primus files."""

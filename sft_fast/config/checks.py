@@ -1,0 +1,346 @@
+"""Checks of keys that must fit together; each names its keys, so a message can point at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sft_fast.errors import Problem
+from sft_fast.models.layout import fp8_multiple, uses_engine
+
+if TYPE_CHECKING:
+    from sft_fast.config.schema import Config
+
+
+def cross_field_problems(config: Config) -> Iterator[Problem]:
+    """Yields every contradiction between the keys of a configuration."""
+    yield from _model_problems(config)
+    yield from _memory_problems(config)
+    yield from _engine_problems(config)
+    yield from _shape_problems(config)
+    yield from _train_problems(config)
+    yield from _packing_problems(config)
+    yield from _lora_problems(config)
+    yield from _optim_problems(config)
+    yield from _parallel_problems(config)
+    yield from _evaluation_problems(config)
+    yield from _metrics_problems(config)
+
+
+def _model_problems(config: Config) -> Iterator[Problem]:
+    model, tokenizer = config.model, config.tokenizer
+    if (model.path is None) == (model.shape is None):
+        yield Problem(
+            ("model.path", "model.shape"),
+            "neither" if model.path is None else "both",
+            "exactly one: trained weights (path) or an architecture for random weights (shape)",
+            "model.path=<directory or hub id>" if model.path is None else "model.shape=null",
+        )
+    if model.path is None and model.random_init:
+        yield Problem(("model.random_init", "model.path"), "true without a path", "a path")
+    if model.path is None and model.revision is not None:
+        yield Problem(("model.revision", "model.path"), "a revision without a path", "a path")
+    if model.path is None and tokenizer.path is None:
+        found = "null, and there is no model.path to take it from"
+        yield Problem(("tokenizer.path",), found, "a directory or hub id, or demo")
+    if model.path is not None and tokenizer.path == "demo":
+        yield Problem(
+            ("tokenizer.path", "model.path"),
+            "the demo tokenizer with a model that has its own vocabulary",
+            "the model's own tokenizer",
+            "tokenizer.path=null",
+        )
+
+
+def _memory_problems(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if (model.recompute == "block") != (model.recompute_layers is not None):
+        yield Problem(
+            ("model.recompute", "model.recompute_layers"),
+            f"{model.recompute} with recompute_layers {model.recompute_layers}",
+            "block with a number of layers, or none of the two",
+            "model.recompute_layers=4" if model.recompute == "block" else "model.recompute=block",
+        )
+    if model.offload_layers > 0 and model.recompute != "none":
+        yield Problem(
+            ("model.offload_layers", "model.recompute"),
+            f"{model.offload_layers} layers are kept in host memory, and recompute is "
+            f"{model.recompute}",
+            "one of the two",
+            "model.recompute=none, or model.offload_layers=0",
+        )
+    if model.offload_layers > 0 and config.parallel.pipeline > 1:
+        yield Problem(
+            ("model.offload_layers", "parallel.pipeline"),
+            f"{model.offload_layers} offloaded layers with parallel.pipeline "
+            f"{config.parallel.pipeline}",
+            "no offloading of activations with pipeline stages",
+            "model.offload_layers=0, or model.recompute=full",
+        )
+    if config.optim.offload_fraction > 0 and not config.parallel.distributed_optimizer:
+        yield Problem(
+            ("optim.offload_fraction", "parallel.distributed_optimizer"),
+            f"{config.optim.offload_fraction} without the distributed optimizer",
+            "parallel.distributed_optimizer true",
+            "parallel.distributed_optimizer=true",
+        )
+    if config.optim.offload_fraction > 0 and model.dtype == "fp32":
+        yield Problem(
+            ("optim.offload_fraction", "model.dtype"),
+            f"{config.optim.offload_fraction} with weights in fp32, of which megatron-core cannot "
+            "load an offloaded optimizer",
+            "weights in 16 bits",
+            "model.dtype=bf16, or optim.offload_fraction=0",
+        )
+
+
+def _engine_problems(config: Config) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    if model.fp8 != "none" and model.transformer_impl == "local":
+        yield Problem(
+            ("model.fp8", "model.transformer_impl"),
+            f"{model.fp8} with megatron-core's own linear layers, which have no 8-bit products",
+            "Transformer Engine",
+            "model.transformer_impl=auto, or model.fp8=none",
+        )
+    if model.fp8 != "none" and model.dtype != "bf16":
+        yield Problem(
+            ("model.fp8", "model.dtype"),
+            f"{model.fp8} with {model.dtype}",
+            "bf16 for what is not computed in 8 bits",
+            "model.dtype=bf16",
+        )
+    if uses_engine(model) and config.lora.rank > 0:
+        yield Problem(
+            ("lora.rank", "model.transformer_impl", "model.fp8"),
+            f"{config.lora.rank} with Transformer Engine's linear layers",
+            "adapters beside megatron-core's own, which know how to add them",
+            "model.transformer_impl=local model.fp8=none, or lora.rank=0",
+        )
+    rows = fp8_multiple(model) * parallel.tensor * parallel.context
+    if model.fp8 != "none" and parallel.pipeline > 1 and config.packing.capacity % rows != 0:
+        better = -(-config.packing.capacity // rows) * rows
+        yield Problem(
+            ("packing.capacity", "model.fp8"),
+            f"{config.packing.capacity} with model.fp8_recipe {model.fp8_recipe}",
+            f"a multiple of {rows}, so that each rank has a multiple of {fp8_multiple(model)}",
+            f"packing.capacity={better}",
+        )
+
+
+def _shape_problems(config: Config) -> Iterator[Problem]:
+    shape, parallel = config.model.shape, config.parallel
+    if shape is None:
+        return
+    values = {f"model.shape.{name}": value for name, value in shape.model_dump().items()}
+    stages = "parallel.pipeline"
+    if parallel.virtual_pipeline > 1:
+        stages = "parallel.pipeline x parallel.virtual_pipeline"
+    values |= {"parallel.tensor": parallel.tensor}
+    values |= {stages: parallel.pipeline * parallel.virtual_pipeline}
+    heads, groups = "model.shape.num_attention_heads", "model.shape.num_key_value_heads"
+    for divisor, key in (
+        (heads, "model.shape.hidden_size"),
+        (groups, heads),
+        ("parallel.tensor", heads),
+        ("parallel.tensor", groups),
+        ("parallel.tensor", "model.shape.ffn_hidden_size"),
+        (stages, "model.shape.num_layers"),
+    ):
+        if values[key] % values[divisor] != 0:
+            yield Problem(
+                (key, *divisor.split(" x ")),
+                f"{values[key]} is not a multiple of {values[divisor]}",
+                f"{divisor} divides {key}",
+            )
+    if parallel.expert > 1 or parallel.expert_tensor > 1:
+        yield Problem(
+            ("parallel.expert", "parallel.expert_tensor", "model.shape"),
+            f"{parallel.expert} and {parallel.expert_tensor} for a model without experts",
+            "1 and 1; model.shape describes a Llama",
+        )
+    head_dim, rest = divmod(shape.hidden_size, shape.num_attention_heads)
+    if rest == 0 and head_dim % 2 != 0:
+        yield Problem(
+            ("model.shape.hidden_size", heads),
+            f"{head_dim} channels per head",
+            "an even number, because the rotary embedding turns pairs of channels",
+        )
+    if config.packing.capacity > shape.max_position_embeddings:
+        yield Problem(
+            ("packing.capacity", "model.shape.max_position_embeddings"),
+            f"rows of {config.packing.capacity} tokens, {shape.max_position_embeddings} positions",
+            "packing.capacity <= model.shape.max_position_embeddings",
+        )
+
+
+def _train_problems(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        yield Problem(
+            ("train.steps", "train.epochs"),
+            "neither" if train.steps is None else "both",
+            "exactly one of the two",
+            "train.epochs=1" if train.steps is None else "train.steps=null or train.epochs=null",
+        )
+    if train.global_batch_size % train.micro_batch_size != 0:
+        yield Problem(
+            ("train.global_batch_size", "train.micro_batch_size"),
+            f"{train.global_batch_size} is not a multiple of {train.micro_batch_size}",
+            "train.micro_batch_size divides train.global_batch_size",
+        )
+
+
+def _packing_problems(config: Config) -> Iterator[Problem]:
+    packing = config.packing
+    if packing.capacity % packing.alignment != 0:
+        yield Problem(
+            ("packing.alignment", "packing.capacity"),
+            f"{packing.capacity} is not a multiple of {packing.alignment}",
+            "packing.alignment divides packing.capacity",
+        )
+
+
+def _lora_problems(config: Config) -> Iterator[Problem]:
+    lora = config.lora
+    if lora.dora and lora.dropout > 0:
+        yield Problem(
+            ("lora.dora", "lora.dropout"),
+            f"DoRA with dropout {lora.dropout}",
+            "one of the two: the dropout would have to reach the frozen weight too",
+            "lora.dropout=0.0, or lora.dora=false",
+        )
+
+
+def _optim_problems(config: Config) -> Iterator[Problem]:
+    train, optim = config.train, config.optim
+    if optim.min_lr > optim.lr:
+        yield Problem(("optim.min_lr", "optim.lr"), f"{optim.min_lr} > {optim.lr}", "min_lr <= lr")
+    end_key = "train.steps" if optim.decay_steps is None else "optim.decay_steps"
+    end = train.steps if optim.decay_steps is None else optim.decay_steps
+    if end is not None and optim.warmup_steps >= end:
+        yield Problem(
+            ("optim.warmup_steps", end_key),
+            f"{optim.warmup_steps} warm-up steps, but the schedule ends at step {end}",
+            f"optim.warmup_steps < {end_key}",
+            f"optim.warmup_steps={end // 10}",
+        )
+
+
+def _parallel_problems(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        yield Problem(
+            ("parallel.sequence", "parallel.tensor"),
+            "sequence parallel with parallel.tensor 1",
+            "parallel.tensor > 1",
+            "parallel.sequence=false, or parallel.tensor=2",
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield Problem(
+            ("parallel.virtual_pipeline", "parallel.pipeline"),
+            f"{parallel.virtual_pipeline} interleaved stages with parallel.pipeline 1",
+            "parallel.pipeline > 1",
+            "parallel.virtual_pipeline=1, or parallel.pipeline=2",
+        )
+    capacity, alignment = config.packing.capacity, config.packing.alignment
+    if parallel.context > 1 and alignment % (2 * parallel.context) != 0:
+        multiple = 2 * parallel.context
+        better = -(-alignment // multiple) * multiple
+        yield Problem(
+            ("packing.alignment", "parallel.context"),
+            f"{alignment}, but each sample is cut into 2 x parallel.context = {multiple} chunks of "
+            "equal length",
+            f"a multiple of {multiple}",
+            f"packing.alignment={better}, or parallel.context=1",
+        )
+    if parallel.sequence and capacity % (parallel.tensor * parallel.context) != 0:
+        divisor = (
+            "parallel.tensor" if parallel.context == 1 else "parallel.tensor x parallel.context"
+        )
+        yield Problem(
+            ("packing.capacity", *divisor.split(" x ")),
+            f"{capacity} is not a multiple of {parallel.tensor * parallel.context}, with "
+            "parallel.sequence",
+            f"{divisor} divides packing.capacity",
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        names = ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce")
+        yield Problem(
+            tuple(f"parallel.{name}" for name in names),
+            "overlap_param_gather without the other two",
+            "all three true, or overlap_param_gather false",
+        )
+
+
+def _evaluation_problems(config: Config) -> Iterator[Problem]:
+    evaluation = config.evaluation
+    if config.data.eval is not None and config.data.eval_fraction is not None:
+        yield Problem(
+            ("data.eval", "data.eval_fraction"),
+            "both",
+            "evaluation data of its own, or a share of the training data",
+            "data.eval_fraction=null",
+        )
+    wanted = {
+        "data.eval_split": config.data.eval_split,
+        "evaluation.every_steps": evaluation.every_steps,
+        "evaluation.max_samples": evaluation.max_samples,
+        "evaluation.exact_match_samples": evaluation.exact_match_samples,
+        "evaluation.metrics": evaluation.metrics,
+        "evaluation.patience": evaluation.patience,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+    }
+    for key, value in wanted.items():
+        if value and config.data.eval is None and config.data.eval_fraction is None:
+            yield Problem(
+                (key, "data.eval"),
+                f"{value}, but there is no evaluation data",
+                "data.eval",
+                "data.eval=<file or hub id>",
+            )
+    for key in ("evaluation.patience", "checkpoint.keep_best"):
+        if wanted[key] and evaluation.every_steps is None:
+            yield Problem(
+                (key, "evaluation.every_steps"),
+                f"{wanted[key]}, but nothing is evaluated before the last step",
+                "evaluation.every_steps",
+                "evaluation.every_steps=100",
+            )
+    names = ("loss", "perplexity", "accuracy", *evaluation.metrics)
+    if evaluation.best_by not in names:
+        yield Problem(
+            ("evaluation.best_by", "evaluation.metrics"),
+            evaluation.best_by,
+            f"one of {', '.join(names)}; others are named in evaluation.metrics first",
+        )
+    if config.export.best and not config.checkpoint.keep_best:
+        yield Problem(
+            ("export.best", "checkpoint.keep_best"),
+            "the best weights are to be exported, but they are not kept",
+            "checkpoint.keep_best true, or export.best false",
+            "checkpoint.keep_best=true",
+        )
+    if evaluation.exact_match_samples and not config.export.enabled:
+        yield Problem(
+            ("evaluation.exact_match_samples", "export.enabled"),
+            "questions for the exported model, but nothing is exported",
+            "export.enabled true, or evaluation.exact_match_samples 0",
+        )
+
+
+def _metrics_problems(config: Config) -> Iterator[Problem]:
+    steps = config.metrics.profile_steps
+    if steps is not None and steps[0] > steps[1]:
+        found = f"first step {steps[0]}, last step {steps[1]}"
+        yield Problem(("metrics.profile_steps",), found, "first <= last")
+    if config.metrics.samples and not (config.metrics.pictures and config.export.enabled):
+        yield Problem(
+            ("metrics.samples", "metrics.pictures", "export.enabled"),
+            f"{config.metrics.samples} answers for a report that is not written, or of a model "
+            "that is not exported",
+            "pictures and the export, or no samples",
+            "metrics.samples=0",
+        )

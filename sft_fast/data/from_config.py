@@ -1,0 +1,168 @@
+"""From the configuration's sections to sources, options and a token store."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sft_fast.data.build import BuildOptions, Progress
+from sft_fast.data.mixture import prepare_mixture
+from sft_fast.data.render import MaskOptions
+from sft_fast.data.source import Source, load_rows
+from sft_fast.data.store import TokenStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft_fast.config.schema import Config, DataSource
+    from sft_fast.models.architecture import Architecture
+
+Part = Literal["train", "eval"]
+
+
+def find_sources(config: Config, part: Part) -> list[Source] | None:
+    """The sources of `data.train` or `data.eval`; None for an evaluation that is not configured.
+
+    Raises:
+        ValueError: a source or its split does not exist; the message starts with the key.
+    """
+    data = config.data
+    if part == "train":
+        sources = _load(config, "train", "data.train")
+        if data.eval_fraction is None:
+            return sources
+        return [_with_rows(source, 0, data.eval_fraction) for source in sources]
+    if data.eval is not None:
+        return _load(config, "eval", "data.eval")
+    if data.eval_fraction is not None:
+        sources = _load(config, "train", "data.train")
+        return [_with_rows(source, 1, data.eval_fraction) for source in sources]
+    return None
+
+
+def build_options(config: Config, architecture: Architecture | None = None) -> BuildOptions:
+    """What decides the content of the stores.
+
+    Args:
+        config: the configuration.
+        architecture: of the model; None: what `known_architecture` says, dense if it says nothing.
+    """
+    data = config.data
+    trim_tail = data.trim_tail
+    if trim_tail is None:
+        architecture = architecture or known_architecture(config)
+        trim_tail = getattr(architecture, "num_experts", 0) == 0
+    return BuildOptions(
+        capacity=config.packing.capacity,
+        over_length=data.over_length,
+        on_bad_row=data.on_bad_row,
+        max_rejected=data.max_rejected,
+        mask=MaskOptions(
+            train_on=data.train_on,
+            train_tool_calls=data.train_tool_calls,
+            train_reasoning=data.train_reasoning,
+            trim_tail=trim_tail,
+            changing_history=data.changing_history,
+        ),
+        row_functions=tuple(data.row_functions),
+    )
+
+
+def known_architecture(config: Config) -> Architecture | None:
+    """The architecture of the configured model; None where it would have to be downloaded first."""
+    from sft_fast.models.architecture import (
+        architecture_from_hf,
+        architecture_from_shape,
+        read_hf_config,
+    )
+
+    model = config.model
+    if model.path is None:
+        assert model.shape is not None, "the configuration demands one of the two"
+        return architecture_from_shape(model.shape, vocab_size=1)
+    folder = Path(model.path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        except HFValidationError:
+            return None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    try:
+        return architecture_from_hf(read_hf_config(folder))
+    except ValueError:
+        # Nothing that can be trained: whoever loads it will say why.
+        return None
+
+
+def open_configured_store(
+    config: Config,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress | None = None,
+    architecture: Architecture | None = None,
+    *,
+    any_length: bool = False,
+) -> TokenStore:
+    """Opens the store of these sources, and builds what is missing.
+
+    Arguments as for `prepare_mixture` and `build_options`. With `any_length` samples that are too
+    long do not stop it, as `data.over_length: error` would have it.
+
+    Raises:
+        ValueError: as `prepare_mixture`.
+    """
+    options = build_options(config, architecture)
+    if any_length and options.over_length == "error":
+        options = replace(options, capacity=sys.maxsize)
+    return prepare_mixture(
+        sources,
+        tokenizer,
+        options,
+        config.data.cache_dir or os.path.join(config.output_dir, "data"),
+        processes=config.data.num_processes,
+        progress=progress,
+    )
+
+
+def _load(config: Config, part: Part, key: str) -> list[Source]:
+    data = config.data
+    chosen = data.train if part == "train" else data.eval
+    split = data.train_split if part == "train" else data.eval_split
+    assert chosen is not None, "the caller has looked"
+    sources = []
+    entries: Sequence[str | DataSource] = [chosen] if isinstance(chosen, str) else chosen
+    for number, entry in enumerate(entries):
+        own: DataSource | None = None if isinstance(entry, str) else entry
+        name = entry if isinstance(entry, str) else entry.path
+        try:
+            rows = load_rows(
+                name,
+                (own and own.split) or split,
+                evaluation=part == "eval",
+                streaming=data.streaming,
+            )
+        except ValueError as error:
+            raise ValueError(f"{key}{f'[{number}]' if own else ''}: {error}") from None
+        format_name = (own and own.format) or data.format
+        fields = data.fields if own is None or own.fields is None else own.fields
+        weight, repeat = (own.weight, own.repeat) if own else (None, 1)
+        # Held-out questions are never asked twice.
+        repeat = repeat if part == "train" else 1
+        sources.append(Source(rows, format_name, fields, weight, repeat))
+    return sources
+
+
+def _with_rows(source: Source, part: Literal[0, 1], fraction: float) -> Source:
+    rows = source.rows.hold_out(fraction)[part]
+    if part == 0:
+        return Source(rows, source.format_name, source.fields, source.weight, source.repeat)
+    return Source(rows, source.format_name, source.fields)

@@ -1,0 +1,1 @@
+"""Answers of the exported model, and when to stop early."""

@@ -1,0 +1,1 @@
+"""Attention over packed samples: the backends, their choice, context parallelism."""

@@ -1,0 +1,216 @@
+"""Context-parallel attention over packed samples, without Transformer Engine.
+
+Each slot of a row is cut into 2 * cp_size chunks, and rank r has chunks r and 2 * cp_size - 1 - r
+of every slot (batch.RowLayout): causal attention then costs every rank the same. Keys and values
+are gathered from all ranks; the queries of a chunk see the keys of their slot up to their own
+chunk's end. So each chunk is a segment of its own whose keys end where its queries end, which
+varlen kernels know as causal attention aligned at the bottom right. The backward pass adds up the
+ranks' gradients of keys and values, and gives each rank its own rows' (reduce-scatter).
+
+Source: Llama 3 herd of models, 2024 (arXiv 2407.21783), section 3.3.2; the cutting into 2 * cp_size
+chunks is megatron-core's (get_batch_on_this_cp_rank).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sft_fast.megatron.attention.backends import (
+    Attend,
+    PackedSamples,
+    Scoring,
+    pack_samples,
+    run_with_gradients,
+)
+from sft_fast.megatron.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """The ranks that share a row."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+SELF_TEST_CHUNK = 17
+
+
+def context_group(parallel: Parallel) -> ContextGroup | None:
+    """None where no row is shared."""
+    if parallel.cp_size == 1:
+        return None
+    return ContextGroup(parallel.cp_size, parallel.cp_rank, parallel.cp_group)
+
+
+@dataclass(frozen=True)
+class ContextShare:
+    """This rank's part of the attention over one row."""
+
+    segments: PackedSamples
+    """Chunks of queries, each with the keys that it sees."""
+    rows: Tensor
+    """int64 [keys of all segments]: their rows in the gathered keys of all ranks."""
+    first: Tensor
+    """int64: which of them belong to the first chunk of a slot; their rows are different ones."""
+    second: Tensor
+    """int64: which of them belong to the second chunk; likewise."""
+
+
+def share_row(
+    seqlens: tuple[int, ...], num_rows: int, context: ContextGroup, device: torch.device
+) -> ContextShare:
+    """What rank `context.rank` computes.
+
+    Args:
+        seqlens: slots of the whole row, multiples of 2 * cp_size.
+        num_rows: rows of each rank's tensors, padding included.
+    """
+    size, rank = context.size, context.rank
+    slots = np.array(seqlens, dtype=np.int64)
+    assert (slots % (2 * size) == 0).all(), (seqlens, size)
+    chunks = slots // (2 * size)
+    query_lengths = np.repeat(chunks, 2)
+    # A slot's first and second segment see the chunks up to r and up to 2 * size - 1 - r.
+    key_lengths = np.outer(chunks, [rank + 1, 2 * size - rank]).ravel()
+    segment = np.repeat(np.arange(len(key_lengths)), key_lengths)
+    position = np.arange(len(segment)) - (np.cumsum(key_lengths) - key_lengths)[segment]
+    slot = segment // 2
+    chunk, within = np.divmod(position, chunks[slot])
+    owner = np.minimum(chunk, 2 * size - 1 - chunk)
+    start = (np.cumsum(slots) - slots)[slot] // size
+    start += np.where(chunk < size, 0, chunks[slot])
+    rows = owner * num_rows + start + within
+    is_first = segment % 2 == 0
+    return ContextShare(
+        segments(query_lengths, key_lengths, device),
+        torch.from_numpy(rows).to(device, non_blocking=True),
+        torch.from_numpy(np.flatnonzero(is_first)).to(device, non_blocking=True),
+        torch.from_numpy(np.flatnonzero(~is_first)).to(device, non_blocking=True),
+    )
+
+
+def segments(query_lengths: Any, key_lengths: Any, device: torch.device) -> PackedSamples:
+    """Describes segments whose keys end where their queries end; lengths int64 [segments]."""
+    edges = [
+        torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        for lengths in (query_lengths, key_lengths)
+    ]
+    query_edges, key_edges = (edge.to(device, non_blocking=True) for edge in edges)
+    return PackedSamples(
+        qkv_format="sbhd",
+        cu_seqlens_q=query_edges,
+        cu_seqlens_kv=key_edges,
+        max_seqlen_q=int(query_lengths.max()),
+        max_seqlen_kv=int(key_lengths.max()),
+        seqlens=tuple(query_lengths.tolist()),
+        key_lengths=tuple(key_lengths.tolist()),
+    )
+
+
+class GatherKeys(torch.autograd.Function):
+    """key, value [T / cp_size, kv_heads, head_dim] -> those that each segment sees, one after
+    another: [sum of key_lengths, kv_heads, head_dim]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, share: ContextShare, context: ContextGroup
+    ) -> tuple[Tensor, Tensor]:
+        own = torch.stack([key, value], dim=1)
+        gathered = own.new_empty(context.size * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(gathered, own, group=context.group)
+        ctx.share, ctx.context, ctx.own_shape = share, context, own.shape
+        return gathered[:, 0].index_select(0, share.rows), gathered[:, 1].index_select(
+            0, share.rows
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Any, ...]:
+        share, context, shape = ctx.share, ctx.context, ctx.own_shape
+        total = grad_key.new_zeros(context.size * shape[0], *shape[1:])
+        for place, grad in enumerate((grad_key, grad_value)):
+            # Within one of the two parts no row is named twice: no sum depends on an order.
+            for part in (share.second, share.first):
+                total[:, place].index_add_(0, share.rows[part], grad[part])
+        own = total.new_empty(shape)
+        dist.reduce_scatter_tensor(own, total, group=context.group)
+        return own[:, 0], own[:, 1], None, None
+
+
+def check_context(
+    context: ContextGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    scoring: Scoring,
+    attend: Attend,
+) -> None:
+    """Lets the ranks share a row, and compares with attention of the whole row on each of them.
+
+    Args:
+        heads: query heads, key heads and channels per head.
+
+    Raises:
+        ValueError: output or gradients differ by more than rounding; on every rank if on one.
+    """
+    length, generator = 2 * context.size * SELF_TEST_CHUNK, torch.Generator().manual_seed(0)
+    num_heads, num_kv_heads, head_dim = heads
+    inputs = [
+        torch.randn(length, count, head_dim, generator=generator).to(device, dtype)
+        for count in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    ]
+    chunks = torch.arange(length, device=device).chunk(2 * context.size)
+    own = torch.cat([chunks[context.rank], chunks[-1 - context.rank]])
+    edges = torch.tensor([0, length], dtype=torch.int32, device=device)
+    pack = partial(pack_samples, (length,), edges)
+
+    def shared(query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, _: Any) -> Tensor:
+        return attend_in_context(attend, query, key, value, samples, scoring, context)
+
+    whole = list(run_with_gradients(attend, inputs, pack(), scoring))
+    parts = list(run_with_gradients(shared, [tensor[own] for tensor in inputs], pack(), scoring))
+    errors = [
+        (part - full[own]).abs().max() / full.abs().max()
+        for part, full in zip(parts, whole, strict=True)
+    ]
+    worst = torch.stack(errors).float().nan_to_num(nan=torch.inf)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=context.group)
+    error, tolerance = float(worst.max()), 100 * torch.finfo(dtype).eps
+    if error > tolerance:
+        raise ValueError(
+            f"with parallel.context {context.size} its output or gradient is off by {error:.2g} "
+            f"of the largest value, more than {tolerance:.2g}"
+        )
+
+
+def attend_in_context(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    samples: PackedSamples,
+    scoring: Scoring,
+    context: ContextGroup,
+) -> Tensor:
+    """Attention of this rank's rows.
+
+    Args:
+        query: [T / cp_size, heads, head_dim]; key and value: [T / cp_size, kv_heads, head_dim].
+        samples: the slots of the whole row.
+
+    Returns: [rows of this rank's slots, heads, head_dim], without the row's padding.
+    """
+    if samples.share is None:  # the same for all layers
+        samples.share = share_row(samples.seqlens, len(query), context, query.device)
+    share: ContextShare = samples.share
+    keys, values = GatherKeys.apply(key, value, share, context)
+    query = query[: sum(share.segments.seqlens)]
+    return attend(query, keys, values, share.segments, scoring)

@@ -1,0 +1,77 @@
+"""Attention over packed samples as a `core_attention` module for megatron-core layer specs.
+
+Samples in a pack never see each other. The cost is the sum of the squared sample lengths, not the
+square of the row: padding rows are not attended at all.
+"""
+
+from collections.abc import Sequence
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional
+
+from sft_fast.megatron.attention.backends import Attend, PackedSamples, Scoring, dense_attention
+from sft_fast.megatron.attention.context_parallel import ContextGroup, attend_in_context
+
+
+class PackedAttention(MegatronModule):
+    """Dot-product attention, causal within each sample; grouped queries supported."""
+
+    def __init__(
+        self,
+        config: object,
+        layer_number: int,
+        attn_mask_type: object,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        *,
+        attend: Attend,
+        scorings: Sequence[Scoring],
+        context: ContextGroup | None = None,
+        **kwargs: object,
+    ):
+        """Args:
+        scorings: of all layers of the model.
+        """
+        super().__init__(config=config)
+        assert config.attention_dropout == 0.0, "the backends have no dropout"  # type: ignore[attr-defined]
+        self.scoring = scorings[layer_number - 1]
+        self.attend = attend
+        self.context = context
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attends within samples.
+
+        Args:
+            query: [s, b, heads / tp, head_dim]; key, value: [s, b, kv_heads / tp, head_dim].
+            packed_seq_params: a `PackedSamples` (then b is 1), or None: each of the b columns is
+                one sample of length s.
+
+        Returns: [s, b, heads * head_dim / tp]; zero on rows past the last sample.
+        """
+        assert attention_mask is None and attention_bias is None, "only causal masks are known"
+        if packed_seq_params is None:
+            return dense_attention(query, key, value, self.scoring).flatten(2)
+        assert isinstance(packed_seq_params, PackedSamples) and query.shape[1] == 1
+        context_size = 1 if self.context is None else self.context.size
+        num_tokens = sum(packed_seq_params.seqlens) // context_size
+        padding = query.shape[0] - num_tokens
+        assert padding >= 0, (query.shape, packed_seq_params.seqlens)
+        if self.context is None:
+            query, key, value = (tensor[:num_tokens, 0] for tensor in (query, key, value))
+            output = self.attend(query, key, value, packed_seq_params, self.scoring)
+        else:
+            query, key, value = (tensor[:, 0] for tensor in (query, key, value))
+            arguments = query, key, value, packed_seq_params, self.scoring, self.context
+            output = attend_in_context(self.attend, *arguments)
+        return functional.pad(output.flatten(1), (0, 0, 0, padding)).unsqueeze(1)

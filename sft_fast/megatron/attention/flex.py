@@ -1,0 +1,92 @@
+"""Attention by FlexAttention: PyTorch writes the kernel, which knows windows and soft caps.
+
+On a GPU the kernel and the block mask are compiled once for each length of a row, so rows are
+padded to few lengths. Without a GPU there is no backward pass, and the forward pass is for tests.
+
+Source: Dong et al. 2024, arXiv 2412.05496; torch.nn.attention.flex_attention.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sft_fast.megatron.attention.backends import Attend, PackedSamples, Scoring, size_class
+
+BLOCK = 128
+MOST_KERNELS = 128
+"""One for each length of a row, window, and whether there are gradients."""
+
+
+def load_flex() -> Attend:
+    from torch._dynamo import config as compiler
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Beyond it the plain version would run, which holds the scores of all pairs of rows.
+    compiler.recompile_limit = max(compiler.recompile_limit, MOST_KERNELS)
+    make_mask: Any = torch.compile(create_block_mask, dynamic=False)
+    kernel: Any = torch.compile(flex_attention, dynamic=False)
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+    ) -> Tensor:
+        on_gpu = query.is_cuda
+        num_tokens = len(query)
+        query, key, value = (pad_rows(tensor) for tensor in (query, key, value))
+        if scoring.window not in samples.flex_masks:  # the same for all such layers
+            make = make_mask if on_gpu else create_block_mask
+            visible = visibility(samples, scoring.window, len(query), len(key))
+            samples.flex_masks[scoring.window] = make(
+                visible, None, None, len(query), len(key), device=query.device
+            )
+        output = (kernel if on_gpu else flex_attention)(
+            *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
+            score_mod=None if scoring.softcap is None else capped(scoring.softcap),
+            block_mask=samples.flex_masks[scoring.window],
+            scale=scoring.scale,
+            enable_gqa=True,
+        )
+        return output[0].transpose(0, 1)[:num_tokens]
+
+    return attend
+
+
+def pad_rows(tensor: Tensor) -> Tensor:
+    """[T, heads, head_dim] -> one of few lengths, with zeros at the end."""
+    length = -(-size_class(len(tensor)) // BLOCK) * BLOCK
+    return functional.pad(tensor, (0, 0, 0, 0, 0, length - len(tensor)))
+
+
+def visibility(
+    samples: PackedSamples, window: int | None, num_queries: int, num_keys: int
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's mask_mod: whether a query row sees a key row; padding is a sample too."""
+    query_ends, key_ends = samples.cu_seqlens_q[1:], samples.cu_seqlens_kv[1:]
+    query_rows = torch.arange(num_queries, device=query_ends.device, dtype=torch.int32)
+    key_rows = torch.arange(num_keys, device=query_ends.device, dtype=torch.int32)
+    query_samples = torch.searchsorted(query_ends, query_rows, right=True, out_int32=True)
+    key_samples = torch.searchsorted(key_ends, key_rows, right=True, out_int32=True)
+    # The last query of a sample sees its last key.
+    shifts = functional.pad(key_ends - query_ends, (0, 1), value=num_keys - num_queries)
+    last_keys = query_rows + shifts[query_samples]
+    width = num_keys if window is None else window
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        last = last_keys[query]
+        is_near = (key <= last) & (key > last - width)
+        return is_near & (query_samples[query] == key_samples[key])
+
+    return sees
+
+
+@cache
+def capped(softcap: float) -> Callable[..., Tensor]:
+    """FlexAttention's score_mod of a soft cap; one function for each, or all would be compiled."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap

@@ -1,0 +1,1 @@
+"""Whole checkpoints: what is saved, by whom, and how it is read back."""

@@ -1,0 +1,239 @@
+"""Each rank's own part of weights and optimizer state, as blocks of the global tensors.
+
+megatron's distributed optimizer gives every data-parallel rank a flat range of each parameter. A
+flat range is a few blocks (flat_ranges.py), so a rank saves and loads what it owns, straight from
+the device: no collective, and no copy of what other ranks own. What every data-parallel rank holds
+is cut into equal ranges likewise.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from sft_fast.megatron.checkpoint.flat_ranges import Sharded, pieces
+from sft_fast.megatron.checkpoint.shards import ShardReader
+from sft_fast.megatron.optim import optimizer_parts
+
+# The one optimizer layout of megatron that loads at any data-parallel size; its names are ours.
+# megatron adds process groups to the mapping it is given, so it gets copies.
+SHARDING: Mapping[str, str] = {"distrib_optim_sharding_type": "fully_reshardable"}
+SHARDING_FIELD = "param_state_sharding_type"
+STATES = ("param", "exp_avg", "exp_avg_sq")
+
+
+def state_of_parts(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Each optimizer with its own part of a state in megatron's form."""
+    parts = optimizer_parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    return list(zip(parts, states, strict=True))
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether each data-parallel rank has its own part of the state."""
+    kinds = {isinstance(part, DistributedOptimizer) for part in optimizer_parts(optimizer)}
+    assert len(kinds) <= 1, "distributed and other optimizers in one run"
+    return kinds == {True}
+
+
+def state_prefixes(optimizer: MegatronOptimizer) -> list[tuple[Any, str]]:
+    """The distributed optimizers, and what megatron puts before the keys of their states."""
+    parts = optimizer_parts(optimizer)
+    chained = len(parts) > 1
+    named = ((part, f"chained_{number}." if chained else "") for number, part in enumerate(parts))
+    return [(part, prefix) for part, prefix in named if not part.is_stub_optimizer]
+
+
+def owned_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """The parameters of which this rank has optimizer state, with their first and last + 1
+    element."""
+    for ranges in part.gbuf_ranges:
+        for buckets in ranges.values():
+            for bucket in buckets:
+                for parameter, found in bucket["param_map"].items():
+                    yield parameter, found["param"].start, found["param"].end
+
+
+def by_parameter(weights: Mapping[str, Any]) -> dict[Tensor, Sharded]:
+    tensors, _ = extract_sharded_tensors_and_factories(dict(weights))
+    return {sharded.data: sharded for sharded in nested_values(tensors)}
+
+
+def is_written_here(sharded: Sharded) -> bool:
+    """Whether the data-parallel ranks of this rank are those that write a tensor, not another
+    pipeline stage or tensor-parallel rank with the same one."""
+    assert len(sharded.replica_id) == 3, f"{sharded.key}: replica {sharded.replica_id}"
+    return sharded.replica_id[0] == sharded.replica_id[1] == 0
+
+
+def own_tensors(
+    weights: Mapping[str, Any], optimizer: MegatronOptimizer
+) -> Iterator[ShardedTensor]:
+    """What this rank owns of a distributed optimizer's states, and of the weights it updates.
+
+    Only the owner's weights are sure to be up to date: the others' come with the next gather.
+    """
+    found = by_parameter(weights)
+    for part, prefix in state_prefixes(optimizer):
+        allocate_state(part)
+        for parameter, begin, end in owned_ranges(part):
+            sharded = found[parameter]
+            assert sharded.replica_id[-1] == part.data_parallel_group.rank(), sharded.key
+            if not is_written_here(sharded):
+                continue
+            values = parameter.detach().reshape(-1)[begin:end]
+            yield from (p for *_, p in pieces(sharded, begin, end, "", values, values.dtype))
+            states = part._get_main_param_and_optimizer_states(parameter)
+            for name in STATES:
+                values, key = states[name].detach().reshape(-1), f"{prefix}optimizer.state.{name}."
+                yield from (p for *_, p in pieces(sharded, begin, end, key, values, values.dtype))
+
+
+def allocate_state(part: Any) -> None:
+    """Gives the state of step 0 to an optimizer that has made no step, where all were skipped."""
+    if not part.optimizer.state and part.init_state_fn is not None:
+        part.init_state_fn(part.optimizer, part.config)
+
+
+def spread_replicas(tensors: Iterable[Sharded]) -> Iterator[ShardedTensor]:
+    """This rank's equal share, in bytes, of tensors that all data-parallel ranks hold.
+
+    Each rank finds the same ends from the sizes alone, so that the shares fit together.
+    """
+    groups: dict[bool, list[Sharded]] = {False: [], True: []}
+    for sharded in tensors:
+        if is_written_here(sharded):
+            groups[".experts." in sharded.key].append(sharded)
+    for is_expert, group in groups.items():
+        total, passed = sum(sharded.data.nbytes for sharded in group), 0
+        for sharded in group:
+            rank, size = sharded.replica_id[-1], num_replicas(is_expert)
+            assert rank < size, f"{sharded.key}: replica {rank} of {size}"
+            values = sharded.data.detach().reshape(-1)
+            item, count = values.element_size(), values.numel()
+            ends = (total * index // size - passed for index in (rank, rank + 1))
+            begin, end = (min(max(-(-place // item), 0), count) for place in ends)
+            passed += count * item
+            data = values[begin:end]
+            yield from (p for *_, p in pieces(sharded, begin, end, "", data, data.dtype))
+
+
+def num_replicas(is_expert: bool) -> int:
+    if is_expert:
+        return int(parallel_state.get_expert_data_parallel_world_size())
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
+def state_to_save(weights: dict[str, Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What this rank writes, and what is common to all, of weights and optimizer.
+
+    Args:
+        weights: sharded state dicts of the model's chunks.
+    """
+    if is_distributed(optimizer):
+        updated = {
+            parameter
+            for part, _ in state_prefixes(optimizer)
+            for buffer in part.buffers
+            for parameter in buffer.param_index_map
+        }
+        own, common = list(own_tensors(weights, optimizer)), common_state(optimizer)
+    else:
+        # megatron's are in the sharded form already; the same on all data-parallel ranks.
+        updated, own = set(), []
+        common = optimizer.sharded_state_dict(weights, metadata=dict(SHARDING))
+    replicated, rest = extract_sharded_tensors_and_factories(
+        {"model": dict(weights), "optimizer": common}
+    )
+    own += spread_replicas(t for t in nested_values(replicated) if t.data not in updated)
+    assert len({(p.key, p.global_offset) for p in own}) == len(own), "a block twice"
+    return {**rest, "own": dict(enumerate(own))}
+
+
+def common_state(optimizer: MegatronOptimizer) -> dict[Any, Any]:
+    """What a distributed optimizer has besides its tensors, in megatron's form."""
+    parts = optimizer_parts(optimizer)
+    if len(parts) > 1:
+        optimizer._synchronize_steps()
+    sharding = {SHARDING_FIELD: SHARDING["distrib_optim_sharding_type"]}
+    states = [{} if part.is_stub_optimizer else part.state_dict() | sharding for part in parts]
+    for state in states:
+        for group in state.get("optimizer", {}).get("param_groups", ()):
+            # An offloaded optimizer's groups name the classes of its parts.
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
+    return states[0] if len(parts) == 1 else dict(enumerate(states))
+
+
+def load_weights(weights: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
+    """Reads tensors into the parameters themselves, one after the other.
+
+    Returns: the values that are no tensors, by name.
+    """
+    others = {}
+    for name, sharded in weights.items():
+        if isinstance(sharded, ShardedObject):
+            others[name] = reader.read(sharded)
+            continue
+        target = sharded.data.detach()
+        values = read_range(sharded, 0, target.numel(), "", reader, target.dtype)
+        target.copy_(values.view(target.shape))
+    return others
+
+
+def read_range(
+    sharded: Sharded, begin: int, end: int, prefix: str, reader: ShardReader, dtype: torch.dtype
+) -> Tensor:
+    """[end - begin]: elements of a local tensor, wherever the checkpoint has them."""
+    values = torch.empty(end - begin, dtype=dtype)
+    for first, last, piece in pieces(sharded, begin, end, prefix, None, dtype):
+        values[first:last] = reader.read(piece).reshape(-1)
+    return values
+
+
+@torch.no_grad()
+def load_optimizer(
+    optimizer: MegatronOptimizer,
+    common: Mapping[Any, Any],
+    weights: Mapping[str, Any],
+    reader: ShardReader,
+) -> None:
+    """Restores a distributed optimizer; this rank reads what it owns."""
+    parts = state_of_parts(optimizer, common)
+    for part, state in parts:
+        if not part.is_stub_optimizer:
+            fields = {name: value for name, value in state.items() if name != SHARDING_FIELD}
+            part.load_state_dict(fields)
+    if len(parts) > 1:
+        optimizer._synchronize_steps()
+    found = by_parameter(weights)
+    for part, prefix in state_prefixes(optimizer):
+        for parameter, begin, end in owned_ranges(part):
+            sharded = found[parameter]
+            states_read = {
+                name: read_range(
+                    sharded, begin, end, f"{prefix}optimizer.state.{name}.", reader, torch.float32
+                )
+                for name in STATES
+            }
+            set_states(part, parameter, states_read)
+        if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
+            part.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def set_states(part: Any, parameter: Tensor, states: dict[str, Tensor]) -> None:
+    # torch's AdamW has a step count per parameter, which megatron has restored but asks for again.
+    group, order = part.model_param_group_index_map[parameter]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    step = {"step": state["step"]} if "step" in state else {}
+    part._set_main_param_and_optimizer_states(parameter, step | states)

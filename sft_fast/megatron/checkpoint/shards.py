@@ -1,0 +1,351 @@
+"""megatron's sharded state dicts as safetensors and JSON, readable at any layout.
+
+megatron-core's own files keep their index and their common state in pickles, load when they are
+damaged, and are written by forked processes that can hang. Here each rank writes the shards it is
+the main replica of into one safetensors file, whose header says where they belong; a reader copies
+what overlaps the shard it wants. Nothing on this path unpickles.
+"""
+
+import errno
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factory_merges,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sft_fast.errors import DamageError
+from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
+from sft_fast.runtime.manifest import HashedFile, StagedDirectory, read_manifest
+from sft_fast.runtime.watchdog import current_watch
+
+COMMON_FILE = "common.json"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of a global tensor. A layer's tensor has its layer number as first dimension."""
+
+    key: str
+    offset: Sizes
+    shape: Sizes
+    global_shape: Sizes
+
+    @staticmethod
+    def of(sharded: ShardedTensor) -> "Shard":
+        shape = (1,) * sharded.prepend_axis_num + tuple(sharded.local_shape)
+        return Shard(sharded.key, tuple(sharded.global_offset), shape, tuple(sharded.global_shape))
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}@{','.join(map(str, self.offset))}"
+
+    def overlap(self, other: "Shard") -> tuple[Sizes, Sizes] | None:
+        """First and last + 1 global index of what both hold."""
+        first = tuple(map(max, self.offset, other.offset))
+        ends = (a + n for a, n in zip(self.offset, self.shape, strict=True))
+        other_ends = (a + n for a, n in zip(other.offset, other.shape, strict=True))
+        last = tuple(map(min, ends, other_ends))
+        if any(a >= b for a, b in zip(first, last, strict=True)):
+            return None
+        return first, last
+
+    def slices(self, first: Sizes, last: Sizes) -> tuple[slice, ...]:
+        """This shard's own indices of a global block."""
+        places = zip(self.offset, first, last, strict=True)
+        return tuple(slice(a - start, b - start) for start, a, b in places)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's share of a state dict."""
+
+    tensors: list[tuple[Shard, Tensor]]
+    objects: dict[str, Any]
+    """Sharded values that are no tensors."""
+    common: dict[str, Any]
+    """What is equal on every rank."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
+
+
+def own_share(state: dict[str, Any]) -> Snapshot:
+    """What this rank has to write of a sharded state dict, its tensors as they are."""
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    tensors, objects = [], {}
+    for value in nested_values(sharded):
+        if not is_main_replica(value.replica_id):
+            continue
+        if isinstance(value, ShardedObject):
+            objects[value.unique_key] = value.data
+        else:
+            tensors.append((Shard.of(value), value.data.detach()))
+    return Snapshot(tensors, objects, common)
+
+
+def take_snapshot(state: dict[str, Any], copier: HostCopier) -> Snapshot:
+    """What this rank has to write, in host memory, so that training may go on."""
+    share = own_share(state)
+    copies = copier.copy([tensor for _, tensor in share.tensors])
+    shards = [shard for shard, _ in share.tensors]
+    objects, common = decode(encode(share.objects)), decode(encode(share.common))
+    return Snapshot(list(zip(shards, copies, strict=True)), objects, common)
+
+
+def write_snapshot(snapshot: Snapshot, stage: StagedDirectory, rank: int) -> None:
+    """Writes this rank's file, and on rank 0 the common state.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    if snapshot.tensors or snapshot.objects:
+        with stage.create(f"rank_{rank:05d}.safetensors") as file:
+            write_tensors(snapshot, file)
+    if rank == 0:
+        stage.write_text(COMMON_FILE, json.dumps(encode(snapshot.common), allow_nan=False))
+
+
+def write_tensors(snapshot: Snapshot, file: HashedFile) -> None:
+    """The safetensors layout, tensor by tensor, so that a GPU's are on the host one at a time."""
+    shards = {
+        shard.name: [shard.key, shard.offset, shard.shape, shard.global_shape]
+        for shard, _ in snapshot.tensors
+    }
+    assert len(shards) == len(snapshot.tensors), "one shard twice"
+    texts = {"shards": json.dumps(shards), "objects": json.dumps(encode(snapshot.objects))}
+    header: dict[str, Any] = {"__metadata__": texts}
+    end = 0
+    for shard, tensor in snapshot.tensors:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[shard.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": shard.shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in snapshot.tensors:
+        if tensor.numel():
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def open_safetensors(path: Path) -> Any:
+    """safe_open, with an error that users can read.
+
+    Raises:
+        ValueError: the file is missing.
+        DamageError: it is cut short, or no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a safetensors file, found none") from None
+        raise DamageError(
+            f"{path}: expected a whole safetensors file, found {path.stat().st_size:,} bytes with "
+            f"damage ({error}); copy or download it again"
+        ) from None
+
+
+class ShardReader:
+    """The tensors of a directory of shards; to be used in a `with`."""
+
+    def __init__(self, folder: Path):
+        """
+        Raises:
+            ValueError: the manifest is damaged, or a file is no safetensors file of ours.
+        """
+        self.folder, self.stack = folder, ExitStack()
+        self.pieces: dict[str, list[tuple[Shard, Any]]] = {}
+        self.objects: dict[str, Any] = {}
+        for name in read_manifest(folder):
+            if not name.endswith(".safetensors"):
+                continue
+            file = self.stack.enter_context(open_safetensors(folder / name))
+            try:
+                self.add(file)
+            except (AssertionError, LookupError, TypeError, ValueError, RecursionError) as error:
+                self.stack.close()
+                raise ValueError(
+                    f"{folder / name}: expected shards as this version writes them ({error!r})"
+                ) from None
+
+    def add(self, file: Any) -> None:
+        """Takes in what the header of a file says, where that is what the file holds."""
+        metadata = file.metadata()
+        self.objects |= decode(json.loads(metadata["objects"]))
+        names = set(file.keys())
+        for name, (key, *sizes) in json.loads(metadata["shards"]).items():
+            if name not in names:
+                raise ValueError(f"{name} is not in the file, or twice")
+            shard = Shard(key, *map(tuple, sizes))
+            shape = tuple(file.get_slice(name).get_shape())
+            if name != shard.name or shape != shard.shape:
+                raise ValueError(f"{name} has shape {list(shape)}, not {list(shard.shape)}")
+            if not len(shard.offset) == len(shape) == len(shard.global_shape):
+                raise ValueError(f"{name} has {len(shape)} dimensions")
+            names.remove(name)
+            self.pieces.setdefault(key, []).append((shard, file))
+        if names:
+            raise ValueError(f"nothing says what {sorted(names)[0]} is")
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def read(self, wanted: ShardedTensor | ShardedObject) -> Any:
+        """The value that belongs in the place of `wanted`.
+
+        Raises:
+            ValueError: it is not in the checkpoint, or has another shape there.
+        """
+        if isinstance(wanted, ShardedObject):
+            if wanted.unique_key not in self.objects:
+                raise ValueError(f"{self.folder}: there is no {wanted.unique_key}")
+            return self.objects[wanted.unique_key]
+        shard = Shard.of(wanted)
+        pieces = self.pieces.get(shard.key, [])
+        if not pieces:
+            raise ValueError(f"{self.folder}: there is no tensor {shard.key}")
+        saved = pieces[0][0].global_shape
+        if saved != shard.global_shape and not wanted.allow_shape_mismatch:
+            raise ValueError(
+                f"{self.folder}: {shard.key} has shape {list(saved)}, this run's model needs "
+                f"{list(shard.global_shape)}"
+            )
+        # Only padding of the vocabulary may differ in shape; new padding is zero.
+        result = torch.zeros(shard.shape, dtype=wanted.dtype)
+        whole = Shard(shard.key, (0,) * len(saved), saved, saved)
+        for first, last, piece, file in self.parts(shard, pieces):
+            data = file.get_slice(piece.name) if piece.shape else file.get_tensor(piece.name)
+            result[shard.slices(first, last)] = data[piece.slices(first, last)]
+        covered = sum(volume(first, last) for first, last, *_ in self.parts(shard, pieces))
+        inside = shard.overlap(whole)
+        if covered != (volume(*inside) if inside is not None else 0):
+            raise ValueError(
+                f"{self.folder}: a part of tensor {shard.key} is missing or twice there"
+            )
+        current_watch().move()
+        return result.reshape(wanted.local_shape)
+
+    @staticmethod
+    def parts(
+        shard: Shard, pieces: list[tuple[Shard, Any]]
+    ) -> Iterator[tuple[Sizes, Sizes, Shard, Any]]:
+        for piece, file in pieces:
+            block = shard.overlap(piece)
+            if block is not None:
+                yield *block, piece, file
+
+
+def check_complete(folder: Path) -> None:
+    """Raises OSError unless the files of all ranks hold each tensor wholly, and once."""
+    try:
+        reader = ShardReader(folder)
+    except ValueError as error:
+        raise OSError(errno.EIO, str(error), str(folder)) from None
+    with reader:
+        for key, pieces in reader.pieces.items():
+            shapes = {piece.global_shape for piece, _ in pieces}
+            held = sum(math.prod(piece.shape) for piece, _ in pieces)
+            if len(shapes) != 1 or held != math.prod(next(iter(shapes))):
+                text = f"{held} values of tensor {key} were written, its shapes are {shapes}"
+                raise OSError(errno.EIO, text, str(folder))
+
+
+def volume(first: Sizes, last: Sizes) -> int:
+    return math.prod(b - a for a, b in zip(first, last, strict=True))
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What was equal on every rank."""
+    common: dict[str, Any] = decode(json.loads((folder / COMMON_FILE).read_text()))
+    return common
+
+
+def load_state(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Fills a sharded state dict from `folder`, as dist_checkpointing.load does.
+
+    Raises:
+        ValueError: the checkpoint does not hold what is asked for.
+    """
+    sharded, local, factories = load_preprocess(request)
+    state = read_common(folder)
+    merge(state, local)
+    sharded, _ = extract_sharded_base(sharded)
+    with ShardReader(folder) as reader:
+        merge(state, dict_list_map_outplace(reader.read, sharded))
+    return apply_factory_merges(state, factories)
+
+
+def encode(value: Any) -> Any:
+    """As JSON, which has no tensors, tuples, numbers as keys, infinities: those become one-key
+    mappings."""
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [encode(item) for item in value]}
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        return {"tensor": [DTYPE_NAMES[tensor.dtype], encode(tensor.tolist())]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__} in the state; expected numbers, texts and tensors")
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dict":
+        return {decode(key): decode(item) for key, item in content}
+    if kind == "tuple":
+        return tuple(decode(item) for item in content)
+    if kind == "tensor":
+        dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        return torch.tensor(decode(content[1]), dtype=dtypes[content[0]])
+    assert kind == "float", kind
+    return float(content)

@@ -1,0 +1,101 @@
+"""The trained model as a Hugging Face directory: weights, configs, tokenizer, chat template."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sft_fast.config.schema import Config, load_config
+from sft_fast.megatron.exchange import StoreExchange
+from sft_fast.megatron.export.check import check_export, is_checked
+from sft_fast.megatron.hf import export_weights
+from sft_fast.megatron.load_inputs import Origin
+from sft_fast.megatron.model import DTYPES, SFTModel
+from sft_fast.megatron.parallel import Parallel
+from sft_fast.metrics.curves import draw_curves, png
+from sft_fast.metrics.model_card import CURVES_FILE, model_card
+from sft_fast.runtime.manifest import staged_directory
+from sft_fast.runtime.run_files import read_run
+from sft_fast.runtime.watchdog import current_watch
+
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+EXPORT_TIMEOUT_S = 3600
+
+
+def export_model(
+    models: Sequence[SFTModel], folder: Path, origin: Origin, config: Config, parallel: Parallel
+) -> None:
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
+
+    `folder` is replaced when it exists, after everything is written; see manifest.py.
+    """
+    dtype = config.export.dtype or config.model.dtype
+    exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
+    with staged_directory(folder, exchange) as stage:
+        with current_watch().paused("write weights", can_leave=True, is_loading=True):
+            export_weights(models, stage.path, origin.model.architecture, parallel, DTYPES[dtype])
+        if parallel.is_main:
+            origin.tokenizer.save_pretrained(stage.path)
+            write_json(stage.path / "config.json", hf_config(origin, dtype))
+            write_json(stage.path / "generation_config.json", generation_config(origin))
+            write_card(stage.path, origin.data.fingerprint, Path(config.output_dir))
+        if is_checked(origin, config, parallel):
+            dist.barrier()  # the weights are there
+            check_export(models, stage.path, origin, config, parallel)
+
+
+def write_card(folder: Path, data_fingerprint: str, output: Path) -> None:
+    """Adds README.md and, where matplotlib is there, the curves to the export of a run.
+
+    Args:
+        folder: the export.
+        data_fingerprint: of the token store that was trained on.
+        output: has the run's metrics.jsonl and config.yaml; without them there is no card.
+    """
+    if not all((output / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
+        return
+    found = read_run(output)
+    world_size = (found.last("launch") or {}).get("world_size", 1)
+    config = load_config(output / "config.yaml", [])
+    card = model_card(config, found, data_fingerprint, world_size)
+    try:
+        (folder / CURVES_FILE).write_bytes(png(draw_curves(found)))
+    except ValueError:
+        # Nothing was trained, or matplotlib is missing: a card without a picture.
+        card = card.replace(f"![training curves]({CURVES_FILE})\n\n", "")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def hf_config(origin: Origin, dtype: str) -> dict[str, Any]:
+    """The config.json: the source model's own where there is one, with the exported dtype."""
+    config = dict(origin.model.hf_config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = TORCH_NAMES[dtype]
+    if origin.model.folder is None:
+        config.update(special_token_ids(origin.tokenizer))
+    return config
+
+
+def special_token_ids(tokenizer: Any) -> dict[str, int]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: getattr(tokenizer, key) for key in keys if getattr(tokenizer, key) is not None}
+
+
+def generation_config(origin: Origin) -> dict[str, Any]:
+    """The source's generation config, made to stop at the tokens that end a trained turn too."""
+    generation: dict[str, Any] = special_token_ids(origin.tokenizer)
+    if origin.model.folder is not None:
+        path = origin.model.folder / "generation_config.json"
+        if path.is_file():
+            generation |= json.loads(path.read_text(encoding="utf-8"))
+    stops = generation.get("eos_token_id", [])
+    stops = set(stops if isinstance(stops, list) else [stops]) | set(origin.data.end_ids)
+    if stops:
+        generation["eos_token_id"] = sorted(stops)
+    return generation
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""The `("megatron", "export")` trainer: a checkpoint's weights as a Hugging Face model.
+
+Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from sft_fast.config.schema import Config
+from sft_fast.errors import DamageError
+from sft_fast.megatron.checkpoint.fingerprint import changed_fields, model_fields
+from sft_fast.megatron.checkpoint.save import SHARDING, damage_of, read_train_state
+from sft_fast.megatron.checkpoint.shards import load_state
+from sft_fast.megatron.export.model import export_model
+from sft_fast.megatron.hf import load_weights
+from sft_fast.megatron.load_inputs import Origin, read_origin
+from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, is_adapter
+from sft_fast.megatron.model import SFTModel, build_model
+from sft_fast.megatron.parallel import init_parallel
+from sft_fast.runtime.watchdog import current_watch
+
+
+def export(config: Config) -> int:
+    """Writes <output_dir>/export from the checkpoint that `checkpoint.resume` names.
+
+    Returns: the process exit code, 0.
+
+    Raises:
+        ValueError: the checkpoint does not hold this model or was trained with another tokenizer,
+            or the export is not what it holds.
+        DamageError: the checkpoint is damaged.
+    """
+    disable_progress_bar()  # of transformers, for the look at the export
+    parallel = init_parallel(config)
+    checkpoint = Path(config.checkpoint.resume)
+    if damages := damage_of(checkpoint, config.checkpoint.timeout_minutes * 60):
+        raise DamageError(
+            f"{checkpoint} is damaged; --step names another one:\n  " + "\n  ".join(damages)
+        )
+    state = read_train_state(checkpoint)
+    origin = read_origin(config, state.data)
+    check_origin(origin, state.fields, checkpoint, config)
+    architecture, is_lora = origin.model.architecture, config.lora.rank > 0
+    watch = current_watch()
+    watch.enter("model", can_leave=True, is_loading=True)
+    models = build_model(architecture, config, parallel)
+    for number, model in enumerate(models):
+        if is_lora:
+            load_weights(model, origin.model.weights, architecture, parallel)
+            add_adapters(model, architecture, config, parallel)
+        load_trained(model, number, checkpoint, is_lora)
+    watch.enter("export", can_leave=True)
+    export_model(models, Path(config.output_dir) / "export", origin, config, parallel)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def check_origin(
+    origin: Origin, saved: Mapping[str, str], checkpoint: Path, config: Config
+) -> None:
+    """Compares model and tokenizer, which may lie elsewhere by now, with the run's.
+
+    Args:
+        saved: the fields of the checkpoint; see fingerprint.run_fields.
+
+    Raises:
+        ValueError: one is another than in training, and `checkpoint.allow_change` does not name it.
+    """
+    architecture = origin.model.architecture
+    adapter = adapter_fingerprint(config, architecture, origin.model.weights)
+    present = model_fields(config, origin.tokenizer, architecture, adapter)
+    fix = "say where it is (model.path, tokenizer.path), or checkpoint.allow_change=[{}]"
+    changed_fields(saved, present, config.checkpoint.allow_change, checkpoint, fix)
+
+
+def load_trained(model: SFTModel, number: int, checkpoint: Path, is_lora: bool) -> None:
+    """Fills chunk `number` from a checkpoint; of a run with LoRA it holds the adapters only."""
+    tensors = model.sharded_state_dict(metadata=dict(SHARDING))
+    if is_lora:
+        tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+    chunk = f"chunk{number}"
+    loaded = load_state(checkpoint, {"model": {chunk: tensors}})["model"][chunk]
+    model.load_state_dict(loaded, strict=not is_lora)

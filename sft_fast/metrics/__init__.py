@@ -1,0 +1,1 @@
+"""What a run says of itself: records, progress, trackers, curves, report, model card."""

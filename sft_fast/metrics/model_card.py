@@ -1,0 +1,101 @@
+"""README.md of an exported model: what it was made from, how, and how that went."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sft_fast.config.schema import Config
+from sft_fast.config.yaml_source import dump_yaml
+from sft_fast.metrics.trackers import run_name
+from sft_fast.models.hub import HUB_ID
+from sft_fast.redact import redact
+from sft_fast.runtime.run_files import RunFiles
+
+VERSIONS = ("sft-fast", "megatron-core", "torch", "transformers", "datasets")
+CURVES_FILE = "curves.png"
+
+
+def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_size: int) -> str:
+    """The card in the hub's format: YAML between dashes, then Markdown.
+
+    Args:
+        config: of the run.
+        found: the run so far.
+        data_fingerprint: of the token store that was trained on.
+        world_size: ranks.
+    """
+    base = config.model.path
+    title = run_name(config)
+    start = f"`{base}`" if base is not None else "random weights"
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "sft_fast"],
+    }
+    if base is not None and is_hub_id(base):
+        head["base_model"] = base
+    datasets = [name for name in source_names(config) if is_hub_id(name)]
+    if datasets:
+        head["datasets"] = datasets
+    return redact(
+        f"---\n{dump_yaml(head)}---\n\n# {title}\n\n"
+        f"Fine-tuned from {start} with sft_fast: supervised fine-tuning, loss on the answers "
+        f"only{', LoRA adapters merged' if config.lora.rank > 0 else ''}.\n\n"
+        f"{facts(config, found, data_fingerprint)}\n\n"
+        f"![training curves]({CURVES_FILE})\n\n"
+        "## Use\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'chat = [{"role": "user", "content": "Hello"}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
+        "output = model.generate(**inputs, max_new_tokens=200)\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))\n```\n\n"
+        "`sft_fast chat .` and `vllm serve .` read this directory too.\n\n"
+        f"## How it was made\n\n```bash\nsft_fast train config.yaml --nproc-per-node {world_size}"
+        f"\n```\n\n<details><summary>config.yaml</summary>\n\n```yaml\n"
+        f"{dump_yaml(config.model_dump())}```\n\n</details>\n"
+    )
+
+
+def facts(config: Config, found: RunFiles, data_fingerprint: str) -> str:
+    """A table of figures."""
+    rows = [("data", ", ".join(f"`{name}`" for name in source_names(config)))]
+    rows.append(("data fingerprint (xxh3_128)", f"`{data_fingerprint}`"))
+    data, step, evaluation = (found.last(kind) for kind in ("data", "step", "eval"))
+    if data is not None:
+        share = data["supervised_tokens"] / max(data["tokens"], 1)
+        text = f"{data['samples']:,} samples, {data['tokens']:,} tokens, {share:.1%} trained"
+        rows.append(("samples", text))
+    if step is not None:
+        rows.append(("optimizer steps", f"{step['step']:,}"))
+        rows.append(("training loss", f"{step['loss']:.4f}" if step["loss"] is not None else "NaN"))
+    if evaluation is not None and evaluation.get("loss") is not None:
+        rows.append(("evaluation loss", f"{evaluation['loss']:.4f}"))
+    rows.append(("seed", str(config.seed)))
+    rows += [(name, version) for name in VERSIONS if (version := version_of(name))]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines)
+
+
+def source_names(config: Config) -> list[str]:
+    train = config.data.train
+    return [train] if isinstance(train, str) else [entry.path for entry in train]
+
+
+def is_hub_id(name: str) -> bool:
+    """True for `owner/name`, with or without a configuration and a revision."""
+    plain = re.split("[:@]", name)[0]
+    return "/" in plain and HUB_ID.fullmatch(plain) is not None and not Path(name).exists()
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

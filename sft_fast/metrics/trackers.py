@@ -1,0 +1,128 @@
+"""Copies of the metrics to TensorBoard, wandb, trackio or mlflow; each imported only when named.
+
+They get numbers and the configuration, never the command line or the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from sft_fast.config.schema import Config
+from sft_fast.redact import redact_values
+
+
+class Tracker(Protocol):
+    """Where numbers go."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ValueError where a tracker's library is missing; every rank finds out by itself."""
+    for name in config.metrics.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"metrics.trackers: {name} is not installed: pip install 'sft-fast[{name}]'"
+            )
+
+
+def open_trackers(config: Config) -> list[Tracker]:
+    """Starts the trackers of `metrics.trackers`."""
+    return [TRACKERS[name](config) for name in config.metrics.trackers]
+
+
+class TensorBoard:
+    """Event files in <output_dir>/tensorboard."""
+
+    def __init__(self, config: Config) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases; the key comes from the environment or `wandb login`."""
+
+    def __init__(self, config: Config) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.metrics.project,
+            name=run_name(config),
+            dir=config.output_dir,
+            config=dict(flat(redact_values(config.model_dump()))),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of trackio, which keeps it on this machine."""
+
+    def __init__(self, config: Config) -> None:
+        import trackio
+
+        self._trackio = trackio
+        settings = dict(flat(redact_values(config.model_dump())))
+        trackio.init(project=config.metrics.project, name=run_name(config), config=settings)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._trackio.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+class Mlflow:
+    """A run of MLflow; MLFLOW_TRACKING_URI says where."""
+
+    def __init__(self, config: Config) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment(config.metrics.project)
+        mlflow.start_run(run_name=run_name(config))
+        mlflow.log_params(dict(flat(redact_values(config.model_dump()))))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, Callable[[Config], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+    "mlflow": Mlflow,
+}
+
+
+def run_name(config: Config) -> str:
+    return config.metrics.run_name or Path(config.output_dir).name
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("optim.lr", 1e-5) and so on."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

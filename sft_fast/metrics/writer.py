@@ -1,0 +1,266 @@
+"""What a run says: metrics.jsonl always, one line for the eye, trackers where they are wanted.
+
+Only the main rank writes; on the others every method returns at once.
+"""
+
+import contextlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from sft_fast.packing.steps import StepCounts
+
+if TYPE_CHECKING:
+    from sft_fast.metrics.progress import ProgressLine
+    from sft_fast.metrics.trackers import Tracker
+
+Item = TypeVar("Item")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave; equal on every rank."""
+
+    loss: float
+    """Mean over the global batch's supervised tokens, nats."""
+    grad_norm: float
+    lr: float
+    was_skipped: bool
+    """True when the weights did not move."""
+    complaint: str = ""
+    """Why: fp16 overflow, or what the guard says, which may only have been a warning."""
+
+
+@dataclass
+class Window:
+    """The steps since the last line; speeds are means over them."""
+
+    num_steps: int = 0
+    elapsed_s: float = 0.0
+    data_wait_s: float = 0.0
+    flops: float = 0.0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    num_slots: int = 0
+
+    def add(self, counts: StepCounts, elapsed_s: float, data_wait_s: float, flops: float) -> None:
+        self.num_steps += 1
+        self.elapsed_s += elapsed_s
+        self.data_wait_s += data_wait_s
+        self.flops += flops
+        self.num_tokens += counts.num_tokens
+        self.num_supervised += counts.num_supervised
+        self.num_slots += counts.num_slots
+
+    def speeds(self, peak_flops: float | None) -> dict[str, float | None]:
+        """Figures of a line.
+
+        Args:
+            peak_flops: FLOP/s of all ranks; None: unknown, and so is the MFU.
+        """
+        seconds = max(self.elapsed_s, 1e-9)
+        return {
+            "elapsed_s": seconds / max(self.num_steps, 1),
+            "tokens_per_s": self.num_tokens / seconds,
+            "supervised_tokens_per_s": self.num_supervised / seconds,
+            "slots_per_s": self.num_slots / seconds,
+            "padding": 1 - self.num_tokens / max(self.num_slots, 1),
+            "data_wait": self.data_wait_s / seconds,
+            "tflops": self.flops / seconds / 1e12,
+            "mfu": None if peak_flops is None else self.flops / seconds / peak_flops,
+        }
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`, prints, and feeds trackers."""
+
+    def __init__(self, folder: Path, is_main: bool, trackers: "list[Tracker] | None" = None):
+        self.is_main = is_main
+        self.file = None
+        self.is_failing = False
+        self.trackers = trackers or []
+        self.progress: ProgressLine | None = None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Appends one record; `kind` names it ("plan", "step", "eval", ...).
+
+        NaN and infinity are written as null: they are not JSON. A full disk does not end a run for
+        the sake of its log: it is said once, and tried again with the next record.
+        """
+        if self.file is None:
+            return
+        record = {"kind": kind, "time": round(time.time(), 3), **values}
+        clean = {key: finite(value) for key, value in record.items()}
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+            self.is_failing = False
+        except OSError as error:
+            if not self.is_failing:
+                self.say(f"warning: {self.file.name} is not written: {error.strerror}")
+            self.is_failing = True
+        if "step" in values:
+            self._track(kind, values)
+
+    def _track(self, kind: str, values: dict[str, Any]) -> None:
+        numbers = {
+            f"{kind}/{name}": float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and name != "step" and math.isfinite(value)
+        }
+        for tracker in self.trackers:
+            tracker.log(numbers, values["step"])
+
+    def say(self, text: str) -> None:
+        if not self.is_main:
+            return
+        # Standard output may be a file on a full disk, or a pipe that nobody reads any more.
+        with contextlib.suppress(OSError):
+            if self.progress is not None:
+                self.progress.print(text)
+            else:
+                print(text, flush=True)
+
+    def end_progress(self) -> None:
+        """Leaves the line as it is; what is said later is printed below it."""
+        if self.progress is not None:
+            self.progress.close()
+            self.progress = None
+
+    def close(self) -> None:
+        self.end_progress()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
+
+class StepMeter:
+    """Turns steps into lines.
+
+    A terminal gets one line that is drawn anew; anything else a line every `every_steps` steps.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        num_steps: int,
+        every_steps: int,
+        flops: Callable[[StepCounts], float],
+        peak_flops: float | None = None,
+    ) -> None:
+        """
+        Args:
+            writer: where lines go.
+            num_steps: of the run.
+            every_steps: steps between lines.
+            flops: of a step with these counts, over all ranks.
+            peak_flops: FLOP/s of all ranks together; None: unknown.
+        """
+        self.writer = writer
+        self.num_steps = num_steps
+        self.every_steps = every_steps
+        self.flops = flops
+        self.peak_flops = peak_flops
+        self.window = Window()
+        if writer.is_main and sys.stdout.isatty():
+            from sft_fast.metrics.progress import ProgressLine
+
+            writer.progress = ProgressLine(num_steps)
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        counts: StepCounts,
+        elapsed_s: float,
+        data_wait_s: float,
+    ) -> None:
+        """Takes in one optimizer step; `step` counts from 1."""
+        if not self.writer.is_main:
+            return
+        self.window.add(counts, elapsed_s, data_wait_s, self.flops(counts))
+        is_due = step == self.num_steps or step % self.every_steps == 0
+        progress = self.writer.progress
+        is_drawn = progress is not None and (step == self.num_steps or progress.is_due())
+        if not is_due and not is_drawn:
+            return
+        speeds = self.window.speeds(self.peak_flops)
+        eta_s = (self.num_steps - step) * (speeds["elapsed_s"] or 0.0)
+        figures = {**asdict(result), **speeds, "memory_gib": peak_memory_gib(), "eta_s": eta_s}
+        if progress is not None and is_drawn:
+            progress.update(step, figures)
+        if is_due:
+            self.writer.write("step", step=step, **asdict(counts), **figures)
+            if progress is None:
+                self.writer.say(f"step {step}/{self.num_steps}  {line(figures)}")
+            self.window = Window()
+
+
+def line(figures: dict[str, Any]) -> str:
+    """The figures of a step as text."""
+    mfu = "" if figures["mfu"] is None else f"  mfu {figures['mfu']:.1%}"
+    skipped = f"  {complaint(figures)}" if figures["complaint"] else ""
+    return (
+        f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  grad_norm {figures['grad_norm']:.3f}"
+        f"  tokens/s {figures['tokens_per_s']:,.0f} "
+        f"(trained {figures['supervised_tokens_per_s']:,.0f}, slots {figures['slots_per_s']:,.0f})"
+        f"  padding {figures['padding']:.1%}{mfu}  memory {figures['memory_gib']:.1f} GiB"
+        f"  wait {figures['data_wait']:.1%}  eta {duration(figures['eta_s'])}{skipped}"
+    )
+
+
+def complaint(figures: Mapping[str, Any]) -> str:
+    """What is wrong with the step; empty: nothing."""
+    if not figures["complaint"]:
+        return ""
+    return f"{'SKIPPED' if figures['was_skipped'] else 'WARNING'}: {figures['complaint']}"
+
+
+def duration(seconds: float) -> str:
+    """3725.2 -> "1:02:05"."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def peak_memory_gib() -> float:
+    """Most memory that this process has held: of the GPU, or without one of the machine."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+class Timed(Iterator[Item], Generic[Item]):
+    """An iterator that knows how long it was waited for."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items = items
+        self._waited_s = 0.0
+
+    def __next__(self) -> Item:
+        began = time.perf_counter()
+        item = next(self._items)
+        self._waited_s += time.perf_counter() - began
+        return item
+
+    def take_waited_s(self) -> float:
+        """Seconds waited since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+
+def finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

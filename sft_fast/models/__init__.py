@@ -1,0 +1,1 @@
+"""What a model is, how it is laid out over ranks, what it costs; no torch."""

@@ -1,0 +1,242 @@
+"""The model's architecture as plain numbers, from and to a Hugging Face config.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sft_fast.config.schema import ShapeConfig
+from sft_fast.models.families import FAMILIES, REFUSED, Family
+from sft_fast.models.rope import RopeScaling, rope_scaling
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder with RMSNorm, rotary positions, grouped queries and a gated MLP or experts."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    ffn_hidden_size: int
+    """Width of the MLP, or of one expert."""
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies change for long samples; None = they do not."""
+    local_rope_theta: float | None = None
+    """Of the layers with a sliding window, which then have no scaling; None = as the others."""
+    rotary_fraction: float = 1.0
+    """Share of a head's channels that are rotated."""
+    layers_without_rope: frozenset[int] = frozenset()
+    """Layers, counted from 0, that know no positions."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Queries and keys are normalised per head, before the rotary embedding."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself and those before it; None = all."""
+    layers_without_window: frozenset[int] = frozenset()
+    """Layers, counted from 0, that attend to the whole sample all the same."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None = 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Bound c of the attention scores c * tanh(scores / c); None = none."""
+    logit_softcap: float | None = None
+    """The same for the logits."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    is_gemma: bool = False
+    """Norms multiply by 1 + weight and also follow attention and MLP; embeddings are scaled."""
+    num_experts: int = 0
+    """Experts per layer; 0 = a dense MLP."""
+    experts_per_token: int = 0
+    renormalise_experts: bool = False
+    """The weights of a token's experts add up to 1."""
+    family: str = "LlamaForCausalLM"
+    """Key of FAMILIES, which has the names of the weights."""
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token of `layer` (from 0) attends to; None = its whole sample."""
+        return None if layer in self.layers_without_window else self.sliding_window
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Returns the config.json of a model directory, without what makes transformers run code.
+
+    Raises:
+        ValueError: there is none, or it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"model.path: {folder} has no config.json; expected a Hugging Face model directory "
+            "(config.json and *.safetensors)"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    # Keys with an underscore are transformers' own attributes, some of which name kernels to fetch.
+    return {
+        key: value for key, value in config.items() if not key.startswith("_") and key != "auto_map"
+    }
+
+
+def architecture_from_hf(config: dict[str, Any]) -> Architecture:
+    """Translates a config.json of a supported family.
+
+    Raises:
+        ValueError: another architecture, or an option of it that we would compute wrongly.
+    """
+    name = (config.get("architectures") or ["(missing)"])[0]
+    if name not in FAMILIES:
+        reason = f" ({REFUSED[name]})" if name in REFUSED else ""
+        raise ValueError(
+            f"config.json: architectures is {name}{reason}; supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    for key, expected in (*family.fixed, family.activation, ("attention_dropout", 0.0)):
+        # Most keys may also be null for "off".
+        if (config.get(key, expected) or 0) != (expected or 0):
+            raise ValueError(f"config.json: {key} is {config[key]!r}; supported: {expected!r}")
+    heads = config["num_attention_heads"]
+    return Architecture(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        ffn_hidden_size=config[family.experts_of or "intermediate_size"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=config.get("tie_word_embeddings", family.tie_word_embeddings),
+        initializer_range=config.get("initializer_range", 0.02),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        activation="gelu_tanh" if family.activation[1] == "gelu_pytorch_tanh" else "silu",
+        is_gemma=family.is_gemma,
+        attention_softcap=config.get("attn_logit_softcapping"),
+        logit_softcap=config.get("final_logit_softcapping"),
+        family=name,
+        **rope_from_hf(config, family),
+        **windows_from_hf(config, family),
+        **experts_from_hf(config, family),
+    )
+
+
+def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of sliding windows, and the scale of the scores."""
+    fields: dict[str, Any] = {}
+    if "query_pre_attn_scalar" in config:
+        fields["attention_scale"] = config["query_pre_attn_scalar"] ** -0.5
+    # Qwen writes the key down even where use_sliding_window turns it off.
+    if "use_sliding_window" in config or config.get("sliding_window") is None:
+        return fields
+    types, period = config.get("layer_types"), family.window_period
+    if types is None and period is not None:
+        period = config.get("sliding_window_pattern", period)
+        types = [
+            "sliding_attention" if (layer + 1) % period else "full_attention"
+            for layer in range(config["num_hidden_layers"])
+        ]
+    without = [i for i, kind in enumerate(types or ()) if kind != "sliding_attention"]
+    return fields | {
+        "sliding_window": config["sliding_window"],
+        "layers_without_window": frozenset(without),
+    }
+
+
+def experts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    if family.experts_of is None:
+        return {}
+    return {
+        "num_experts": config.get("num_experts") or config["num_local_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        # Mixtral has no such key, and always does.
+        "renormalise_experts": config.get("norm_topk_prob", "norm_topk_prob" not in config),
+    }
+
+
+def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of rotary positions, from either spelling of the keys."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fields: dict[str, Any] = {}
+    local = rope.get("sliding_attention")
+    if local is not None:
+        rope = rope["full_attention"]
+        if rope_scaling(local, config) is not None:
+            raise ValueError(f"config.json: sliding_attention of rope_parameters is {local}")
+        fields["local_rope_theta"] = local["rope_theta"]
+    elif "rope_local_base_freq" in config:
+        fields["local_rope_theta"] = config["rope_local_base_freq"]
+    scaling = rope_scaling(rope, config)
+    # Both would reach the layers with a sliding window, which have no scaling.
+    if fields and scaling and (scaling.kind == "longrope" or scaling.attention_factor != 1.0):
+        raise ValueError(
+            f"config.json: rotary scaling {scaling.kind} is not supported in a model whose layers "
+            "with a sliding window have rotary positions of their own"
+        )
+    fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    return fields | {
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rope_scaling": scaling,
+        "rotary_fraction": fraction,
+        "layers_without_rope": layers_without_rope(config, family),
+    }
+
+
+def layers_without_rope(config: dict[str, Any], family: Family) -> frozenset[int]:
+    used, period = config.get("no_rope_layers"), family.no_rope_period
+    if used is None and period is not None:
+        period = config.get("no_rope_layer_interval", period)
+        used = [(layer + 1) % period for layer in range(config["num_hidden_layers"])]
+    return frozenset(layer for layer, is_used in enumerate(used or ()) if not is_used)
+
+
+def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
+    """The config.json of a model that has no source directory."""
+    assert architecture.rope_scaling is None, "model.shape knows no scaling"
+    rope = {"rope_type": "default", "rope_theta": architecture.rope_theta}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": architecture.hidden_size,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "intermediate_size": architecture.ffn_hidden_size,
+        "head_dim": architecture.head_dim,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "rms_norm_eps": architecture.norm_eps,
+        "rope_parameters": rope,
+        "rope_theta": architecture.rope_theta,
+        "tie_word_embeddings": architecture.tie_word_embeddings,
+        "initializer_range": architecture.initializer_range,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def architecture_from_shape(shape: ShapeConfig, vocab_size: int) -> Architecture:
+    """The architecture that `model.shape` describes, with the tokenizer's vocabulary."""
+    return Architecture(
+        vocab_size=vocab_size,
+        head_dim=shape.hidden_size // shape.num_attention_heads,
+        **shape.model_dump(),
+    )
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: a multiple of 128 on each rank."""
+    multiple = 128 * tp_size
+    return -(-vocab_size // multiple) * multiple

@@ -1,0 +1,365 @@
+"""Memory of a rank and time of a run, from the configuration alone.
+
+Bytes are counted for what this trainer keeps; every formula below says what it counts. Symbols:
+t, p, d = tensor, pipeline and data parallel sizes; b = bytes of model.dtype; h, q, k, f = hidden
+size, width of the queries (heads * head_dim), of the keys, of the MLP; s = t with sequence
+parallelism, else 1. The tokens of a micro-batch on a rank are packing.capacity *
+train.micro_batch_size / context-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sft_fast.config.schema import model_parallel_size
+from sft_fast.kernels.memory_plan import MemoryPlan
+from sft_fast.models.architecture import Architecture, padded_vocab_size
+from sft_fast.models.flops import (
+    Work,
+    active_matrix_parameters,
+    adapter_parameters,
+    layer_matrix_parameters,
+    layer_vector_parameters,
+    mlp_parameters,
+    training_flops,
+)
+
+if TYPE_CHECKING:
+    from sft_fast.config.schema import Config
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+RUNTIME_BYTES = 3 * 10**9
+"""Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
+DEFAULT_MFU = 0.4
+"""Share of the data sheet's bf16 rate that is assumed to be reached; an assumption."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that needs most.
+
+    Attributes:
+        weights: parameters in model.dtype.
+        gradients: fp32, of what is trained.
+        optimizer: fp32 master weights (not with fp32 parameters) and two moments.
+        activations: what the layers keep for the backward pass, at the fullest moment.
+        logits: rows of logits in memory at a time, what sums the head's gradient until the backward
+            pass, and the rows' hidden states.
+        workspace: what one layer's backward pass needs: gradients of its activations, and with
+            recomputation the activations too.
+        runtime: what is neither tensor nor cache, on a GPU.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment; the logits are gone before the first layer runs backward."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.passing + self.runtime
+
+    @property
+    def passing(self) -> int:
+        """What comes and goes with a micro-batch."""
+        return self.activations + max(self.logits, self.workspace)
+
+
+def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, int]:
+    """Parameters of the fullest rank: (frozen or trained base weights, trained ones).
+
+    Matrices are split over t, experts over expert and expert_tensor, layers over p; the first stage
+    has the embedding and the last one the head and the final norm; with tied weights each has the
+    matrix. The vocabulary is padded to a multiple of 128 t.
+    """
+    a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
+    vocab = shard_columns(a, config)
+    layers = a.num_layers // pipeline
+    experts = a.num_experts * mlp_parameters(a)
+    per_layer = (layer_matrix_parameters(a) - experts) // tensor + layer_vector_parameters(a)
+    embedding = vocab * a.hidden_size
+    if pipeline == 1:
+        ends = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size
+    else:
+        ends = embedding + a.hidden_size
+    base = layers * per_layer + ends + stage_expert_parameters(a, config)
+    if config.lora.rank == 0:
+        return base, base
+    adapters = adapter_parameters(a, config.lora.rank, config.lora.targets)
+    return base, adapters // (pipeline * tensor)
+
+
+def shard_columns(architecture: Architecture, config: Config) -> int:
+    """Columns of the padded vocabulary on a tensor-parallel rank."""
+    tensor = config.parallel.tensor
+    return padded_vocab_size(architecture.vocab_size, tensor) // tensor
+
+
+def logits_bytes(architecture: Architecture, config: Config, rows: int) -> int:
+    """What the loss of that many trained rows holds, by the rule that the loss itself follows."""
+    loss, size = config.loss, BYTES[config.model.dtype]
+    columns, is_trained = shard_columns(architecture, config), config.lora.rank == 0
+    sums = 4 * columns * architecture.hidden_size if is_trained else 0
+    plan = MemoryPlan.choose(
+        loss.policy,
+        round(loss.memory_budget_gib * 2**30),
+        num_rows=rows,
+        row_bytes=columns * size,
+        weight_grad_bytes=sums,
+        adds_to_main_grad=is_trained,
+        summed=loss.custom is None,
+    )
+    held = plan.chunk_rows * columns * size + rows * architecture.hidden_size * size
+    return held + (sums if plan.policy == "gradient_in_forward" else 0)
+
+
+def stage_expert_parameters(architecture: Architecture, config: Config) -> int:
+    """Those of them that belong to experts."""
+    a, parallel = architecture, config.parallel
+    experts = a.num_experts * mlp_parameters(a) // (parallel.expert * parallel.expert_tensor)
+    return a.num_layers // parallel.pipeline * experts
+
+
+def layer_bytes_per_token(
+    architecture: Architecture, config: Config, is_fused: bool = True
+) -> float:
+    """What a layer keeps of a token: b * (4 h / s + (3 q + 2 k + 3 f) / t).
+
+    h: input and output of both norms. q: rotated queries, attention output, and its copy behind
+    the padding. k: rotated keys, values. f: gate and up (2 f) and their product. Without fused
+    norms and SwiGLU (a CPU) also 2 f / t, SiLU's output and a copy of its input, and 2 h / s, the
+    norms' unscaled outputs; with 16-bit parameters these are there in fp32 as well, 6 h / s.
+    With n experts a token: n (3 f + h) / t in place of 3 f / t, evenly spread.
+    """
+    a, tensor = architecture, config.parallel.tensor
+    sequence = tensor if config.parallel.sequence else 1
+    # A token is copied to each of its experts.
+    copies = max(a.experts_per_token, 1)
+    dispatched = copies * a.hidden_size if a.num_experts else 0
+    query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    norms, silu = 0, 0
+    if not is_fused:
+        norms, silu = (2 if config.model.dtype == "fp32" else 6), 2
+    hidden = (4 + norms) * a.hidden_size / sequence
+    mlp = (3 + silu) * copies * a.ffn_hidden_size + dispatched
+    split = (3 * query + 2 * key + mlp) / tensor
+    return BYTES[config.model.dtype] * (hidden + split)
+
+
+def in_flight(config: Config, num_microbatches: int) -> float:
+    """Micro-batches whose activations the first stage holds at once, in whole stages.
+
+    1F1B: p; interleaved over v parts: p (1 + (p - 1) / (p v)). Source: Narayanan et al. 2021,
+    arXiv 2104.04473, and Korthikanti et al. 2022, arXiv 2205.05198.
+    """
+    pipeline, parts = config.parallel.pipeline, config.parallel.virtual_pipeline
+    held = float(min(pipeline, num_microbatches))
+    return held if parts == 1 else held * (1 + (pipeline - 1) / (pipeline * parts))
+
+
+def estimate_memory(
+    architecture: Architecture,
+    config: Config,
+    num_ranks: int,
+    supervised_share: float = 1.0,
+    is_gpu: bool = True,
+) -> Memory:
+    """Memory of the fullest rank.
+
+    Args:
+        architecture: the model.
+        config: of a layout that `check_world_size` accepts for `num_ranks`.
+        num_ranks: over all machines.
+        supervised_share: of the tokens of a row, 0 to 1; decides the rows of logits.
+        is_gpu: False: a CPU, which has no fused norms and no runtime to count.
+    """
+    a, parallel, train = architecture, config.parallel, config.train
+    data_parallel = max(num_ranks // model_parallel_size(config), 1)
+    size = BYTES[config.model.dtype]
+    base, trained = stage_parameters(a, config)
+    state = (8 if config.model.dtype == "fp32" else 12) * trained
+    if parallel.distributed_optimizer:
+        # Context-parallel ranks hold the same weights, so they share the state as well. Experts
+        # are held by fewer ranks than the rest is, or by more.
+        experts = stage_expert_parameters(a, config) if config.lora.rank == 0 else 0
+        expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+        part = experts / trained / max(num_ranks // expert_ranks, 1)
+        part += (1 - experts / trained) / (data_parallel * parallel.context)
+        state = round(state * part)
+    tokens = config.packing.capacity * train.micro_batch_size / parallel.context
+    micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
+    layers = a.num_layers // parallel.pipeline
+    one_layer = layer_bytes_per_token(a, config, is_gpu) * tokens
+    sequence = parallel.tensor if parallel.sequence else 1
+    # The gradients of gate, up and their product, and of two residual streams.
+    workspace = size * tokens * (3 * a.ffn_hidden_size / parallel.tensor + 2 * a.hidden_size)
+    layer_input = size * a.hidden_size / sequence * tokens
+    again = recomputed_layers(config, layers)
+    if again:
+        workspace += one_layer
+    kept = again * layer_input + (layers - again) * (one_layer - recomputed_part(a, config, tokens))
+    kept *= 1 - min(config.model.offload_layers, layers) / layers
+    activations = kept * in_flight(config, micro_batches)
+    return Memory(
+        weights=size * base,
+        gradients=4 * trained,
+        optimizer=state,
+        activations=round(activations),
+        logits=logits_bytes(a, config, round(tokens * supervised_share)),
+        workspace=round(workspace),
+        runtime=RUNTIME_BYTES if is_gpu else 0,
+    )
+
+
+def recomputed_layers(config: Config, layers: int) -> int:
+    """Layers of a stage that keep their input only."""
+    if config.model.recompute == "full":
+        return layers
+    if config.model.recompute == "block":
+        return min(config.model.recompute_layers or 0, layers)
+    return 0
+
+
+def recomputed_part(architecture: Architecture, config: Config, tokens: float) -> float:
+    """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts."""
+    model = config.model
+    if model.recompute != "selective" or "mlp" not in model.recompute_modules:
+        return 0.0
+    width = 3 * architecture.ffn_hidden_size / config.parallel.tensor
+    return BYTES[model.dtype] * tokens * width
+
+
+def bubble(config: Config, num_ranks: int) -> float:
+    """Share of useful time that pipeline stages wait: (p - 1) / (m v), Narayanan et al. 2021."""
+    parallel, train = config.parallel, config.train
+    data_parallel = max(num_ranks // model_parallel_size(config), 1)
+    micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
+    return (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
+
+
+def estimate_seconds(
+    architecture: Architecture,
+    config: Config,
+    work: Work,
+    num_ranks: int,
+    tflops: float,
+    mfu: float = DEFAULT_MFU,
+) -> float:
+    """Seconds of training on `work`.
+
+    FLOPs / (ranks * rate * mfu), times 1 + r / 3 where the share r of the layers is run forward
+    again, times 1 + bubble. Evaluation, checkpoints and start-up are not counted.
+    """
+    flops = training_flops(architecture, work, lora=config.lora.rank > 0)
+    seconds = flops / (num_ranks * tflops * 1e12 * mfu)
+    layers = architecture.num_layers // config.parallel.pipeline
+    again = recomputed_layers(config, layers) / layers
+    if recomputed_part(architecture, config, 1) > 0:
+        again += mlp_parameters(architecture) / active_matrix_parameters(architecture)
+    return seconds * (1 + again / 3) * (1 + bubble(config, num_ranks))
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A change of the configuration, and what it would do.
+
+    Attributes:
+        overrides: keys to change, as for the command line.
+        memory_bytes: total of the fullest rank then.
+        seconds: of the run then.
+    """
+
+    overrides: str
+    memory_bytes: int
+    seconds: float
+
+
+def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, object]]]:
+    """Yields sections to update; not all of them are allowed for every model."""
+    parallel, train = config.parallel, config.train
+    if config.model.recompute == "none":
+        yield {"model": {"recompute": "full"}}
+        yield {"model": {"recompute": "selective", "recompute_modules": ["mlp"]}}
+    else:
+        yield {"model": {"recompute": "none"}}
+    if parallel.context == 1 and config.packing.capacity % 4 == 0:
+        yield {"parallel": {"context": 2}, "packing": {"alignment": 4}}
+    if not parallel.distributed_optimizer and num_ranks > 1:
+        yield {"parallel": {"distributed_optimizer": True}}
+    for tensor in (2, 4, 8):
+        if tensor != parallel.tensor and num_ranks % tensor == 0:
+            yield {"parallel": {"tensor": tensor, "sequence": True}}
+    if parallel.tensor > 1:
+        yield {"parallel": {"tensor": 1, "sequence": False}}
+        if not parallel.sequence:
+            yield {"parallel": {"sequence": True}}
+    for pipeline in (1, 2, 4):
+        if pipeline != parallel.pipeline:
+            yield {"parallel": {"pipeline": pipeline, "virtual_pipeline": 1}}
+    if train.micro_batch_size > 1:
+        yield {"train": {"micro_batch_size": train.micro_batch_size // 2}}
+    if config.lora.rank == 0:
+        yield {"lora": {"rank": 16}}
+
+
+def best_knobs(
+    architecture: Architecture,
+    config: Config,
+    work: Work,
+    num_ranks: int,
+    memory_bytes: float,
+    tflops: float,
+    mfu: float = DEFAULT_MFU,
+    supervised_share: float = 1.0,
+    count: int = 3,
+) -> list[Knob]:
+    """The changes that would help most.
+
+    A run that does not fit: what makes it fit at the least time, else what saves most memory. One
+    that fits: what saves time and still fits. Training adapters instead of all weights is another
+    task, so it is offered only where the run does not fit.
+    """
+    from sft_fast.config.schema import Config as ConfigModel
+    from sft_fast.config.schema import check_world_size
+    from sft_fast.models.layout import layout_problems
+
+    def cost(changed: Config) -> tuple[int, float]:
+        memory = estimate_memory(architecture, changed, num_ranks, supervised_share)
+        seconds = estimate_seconds(architecture, changed, work, num_ranks, tflops, mfu)
+        return memory.total, seconds
+
+    total, seconds = cost(config)
+    fits = total <= memory_bytes
+    knobs = []
+    for sections in changes(config, num_ranks):
+        values = config.model_dump()
+        for section, update in sections.items():
+            values[section] |= update
+        try:
+            changed = ConfigModel.model_validate(values)
+            check_world_size(changed, num_ranks)
+        except ValueError:
+            continue
+        if any(layout_problems(architecture, changed)):
+            continue
+        overrides = " ".join(
+            f"{section}.{key}={str(value).lower()}"
+            for section, update in sections.items()
+            for key, value in update.items()
+        )
+        knob = Knob(overrides, *cost(changed))
+        if fits and "lora" not in sections and knob.memory_bytes <= memory_bytes:
+            knobs += [knob] if knob.seconds < seconds else []
+        elif not fits and knob.memory_bytes < total:
+            knobs.append(knob)
+    knobs.sort(key=lambda knob: (knob.memory_bytes > memory_bytes, knob.seconds))
+    if not fits and all(knob.memory_bytes > memory_bytes for knob in knobs):
+        knobs.sort(key=lambda knob: knob.memory_bytes)
+    return knobs[:count]

@@ -1,0 +1,100 @@
+"""Whether a model can be laid out over ranks as the configuration says; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sft_fast.errors import Problem
+from sft_fast.models.families import FAMILIES
+
+if TYPE_CHECKING:
+    from sft_fast.config.schema import Config, ModelConfig
+    from sft_fast.models.architecture import Architecture
+
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def uses_engine(model: ModelConfig) -> bool:
+    """Whether the linear layers are Transformer Engine's."""
+    return model.transformer_impl == "te" or model.fp8 != "none"
+
+
+def fp8_multiple(model: ModelConfig) -> int:
+    """What divides the rows and columns of a matrix in an 8-bit product; 1 without them."""
+    return 1 if model.fp8 == "none" else FP8_MULTIPLES[model.fp8_recipe]
+
+
+def layout_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
+    """Yields everything that keeps the model from being split as `config.parallel` says."""
+    parallel, is_moe = config.parallel, architecture.num_experts > 0
+    stages: tuple[str, ...] = ("parallel.pipeline",)
+    if parallel.virtual_pipeline > 1:
+        stages += ("parallel.virtual_pipeline",)
+    splits = [
+        (("parallel.tensor",), parallel.tensor, "num_attention_heads"),
+        (("parallel.tensor",), parallel.tensor, "num_key_value_heads"),
+        (stages, parallel.pipeline * parallel.virtual_pipeline, "num_layers"),
+    ]
+    if is_moe:
+        splits.append((("parallel.expert",), parallel.expert, "num_experts"))
+        splits.append((("parallel.expert_tensor",), parallel.expert_tensor, "ffn_hidden_size"))
+    else:
+        splits.append((("parallel.tensor",), parallel.tensor, "ffn_hidden_size"))
+    for keys, size, name in splits:
+        count = getattr(architecture, name)
+        if count % size != 0:
+            fits = ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
+            found = f"{' x '.join(keys)} is {size}, and {name} of the model is {count}"
+            yield Problem(keys, found, f"a divisor of {count}", f"one of {fits}")
+    if not is_moe and (parallel.expert > 1 or parallel.expert_tensor > 1):
+        yield Problem(
+            ("parallel.expert", "parallel.expert_tensor"),
+            f"{parallel.expert} and {parallel.expert_tensor} for a model without experts",
+            "1 and 1",
+        )
+    if is_moe and parallel.tensor > 1 and not parallel.sequence:
+        yield Problem(
+            ("parallel.sequence", "parallel.tensor"),
+            "tensor parallel without sequence parallel, for a model with experts",
+            "parallel.sequence true, because each rank routes its own tokens",
+            "parallel.sequence=true",
+        )
+    yield from engine_problems(architecture, config)
+    if config.lora.rank > 0 and FAMILIES[architecture.family].is_fused:
+        yield Problem(
+            ("lora.rank", "model.path"),
+            f"{config.lora.rank} for {architecture.family}, which keeps queries, keys and values "
+            "in one matrix",
+            "a model with a matrix for each, or all weights trained",
+            "lora.rank=0, or another model.path",
+        )
+
+
+def engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
+    """Yields everything that Transformer Engine's linear layers cannot do for this model."""
+    model, tensor = config.model, config.parallel.tensor
+    if not uses_engine(model):
+        return
+    if architecture.num_experts:
+        yield Problem(
+            ("model.transformer_impl", "model.fp8"),
+            f"{model.transformer_impl} and {model.fp8} for a model with experts",
+            "local and none: Transformer Engine keeps experts in matrices of another form",
+            "model.transformer_impl=local model.fp8=none",
+        )
+    widths = {
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads x head_dim": architecture.num_attention_heads * architecture.head_dim,
+        "num_key_value_heads x head_dim": architecture.num_key_value_heads * architecture.head_dim,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+    }
+    for name, width in widths.items():
+        count = width if name == "hidden_size" else width // tensor
+        if count % fp8_multiple(model) != 0:
+            yield Problem(
+                ("model.fp8_recipe", "parallel.tensor"),
+                f"{model.fp8_recipe} with {count} columns on a rank ({name} of the model)",
+                f"a multiple of {fp8_multiple(model)}",
+                "a smaller parallel.tensor, model.fp8_recipe=tensorwise, or model.fp8=none",
+            )

@@ -1,0 +1,1 @@
+"""Samples to packed rows to steps to micro-batches."""

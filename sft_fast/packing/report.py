@@ -1,0 +1,174 @@
+"""What packing costs and saves: figures for the log, and a picture."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from sft_fast.packing.steps import BinPlan, StepPlan
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """The packing of one epoch."""
+
+    strategy: str
+    """The strategy in use."""
+    reason: str
+    """Why it is in use."""
+    num_samples: int
+    num_tokens: int
+    num_supervised: int
+    num_bins: int
+    """Bins that hold samples."""
+    num_empty_bins: int
+    """Rows of padding that complete the last step."""
+    capacity: int
+    """Tokens per bin."""
+    alignment_padding: int
+    """Tokens of padding inside bins, after samples, because of packing.alignment."""
+    tail_padding: int
+    """Tokens of padding at the end of bins that hold samples."""
+    max_samples_per_bin: int
+    """The most samples that a bin holds."""
+    length_correlation: float
+    """Correlation of log length inside bins: 0 = a bin is a random sample of the data, 1 = short
+    samples share bins with short ones only. NaN where no bin holds two samples."""
+    max_places_moved: int | None
+    """The farthest that a sample moved from its place in the order that the strategy starts from;
+    None for strategies that keep no order."""
+    cost_imbalance: float
+    """Time of a step over that with equal ranks, by the cost model, as bins are assigned."""
+    cost_imbalance_in_turn: float
+    """The same if ranks took the bins in turn."""
+    num_steps: int
+    """Steps per epoch."""
+
+    @property
+    def lower_bound(self) -> int:
+        """Bins that no packing can go below: all tokens laid end to end."""
+        return -(-self.num_tokens // self.capacity)
+
+    @property
+    def efficiency(self) -> float:
+        """lower_bound / num_bins, in (0, 1]."""
+        return self.lower_bound / self.num_bins
+
+    @property
+    def empty_bin_padding(self) -> int:
+        """Tokens of padding in the empty bins that complete the last step."""
+        return self.num_empty_bins * self.capacity
+
+    @property
+    def padding_share(self) -> float:
+        """Share of computed rows that hold no token, those of empty bins included."""
+        padding = self.alignment_padding + self.tail_padding + self.empty_bin_padding
+        return padding / self.num_slots
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of an epoch, padding included."""
+        return (self.num_bins + self.num_empty_bins) * self.capacity
+
+    @property
+    def supervised_share(self) -> float:
+        """Share of tokens that train."""
+        return self.num_supervised / self.num_tokens
+
+    @property
+    def samples_per_bin(self) -> float:
+        """Mean over the bins that hold samples."""
+        return self.num_samples / self.num_bins
+
+    def record(self) -> dict[str, Any]:
+        """Returns every figure, for metrics.jsonl."""
+        names = (
+            *("lower_bound", "efficiency", "padding_share", "empty_bin_padding"),
+            *("supervised_share", "samples_per_bin"),
+        )
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+    def brief(self) -> str:
+        """What a run says of it."""
+        return (
+            f"{self.num_bins} rows of {self.capacity} by {self.strategy}, "
+            f"{self.samples_per_bin:.1f} samples a row, {self.padding_share:.2%} padding "
+            f"({self.causes()}), {self.num_steps} steps an epoch"
+        )
+
+    def causes(self) -> str:
+        """Shares of padding by what it is for."""
+        parts = {
+            "alignment": self.alignment_padding,
+            "row ends": self.tail_padding,
+            "last step": self.empty_bin_padding,
+        }
+        return ", ".join(f"{name} {part / self.num_slots:.2%}" for name, part in parts.items())
+
+    def __str__(self) -> str:
+        moved = "" if self.max_places_moved is None else f", moved <= {self.max_places_moved}"
+        return (
+            f"{self.num_samples} samples, {self.num_tokens} tokens "
+            f"({self.supervised_share:.1%} supervised) in {self.num_bins} rows of {self.capacity} "
+            f"(bound {self.lower_bound}, efficiency {self.efficiency:.2%}), "
+            f"{self.samples_per_bin:.1f} samples per row (at most {self.max_samples_per_bin}), "
+            f"{self.padding_share:.2%} padding ({self.causes()}), "
+            f"{self.num_steps} steps per epoch; {self.strategy}: {self.reason}; "
+            f"length correlation {self.length_correlation:.2f}{moved}; "
+            f"cost imbalance {self.cost_imbalance:.3f} "
+            f"(bins in turn: {self.cost_imbalance_in_turn:.3f})"
+        )
+
+
+def length_correlation(plan: "BinPlan", lengths: NDArray[np.int32]) -> float:
+    """Returns the intra-class correlation of log length, the bins being the classes.
+
+    Source: R. A. Fisher's one-way analysis of variance, with the mean class size for unequal
+    classes of P. E. Shrout and J. L. Fleiss, "Intraclass correlations", 1979.
+    """
+    num_samples, num_bins = len(plan.sample_ids), plan.num_bins
+    if num_bins < 2 or num_samples == num_bins:
+        return float("nan")
+    sizes = np.diff(plan.bin_offsets)
+    logs = np.log(lengths[plan.sample_ids])
+    means = np.add.reduceat(logs, plan.bin_offsets[:-1]) / sizes
+    between = (sizes * (means - logs.mean()) ** 2).sum() / (num_bins - 1)
+    within = ((logs - np.repeat(means, sizes)) ** 2).sum() / (num_samples - num_bins)
+    mean_size = (num_samples - (sizes**2).sum() / num_samples) / (num_bins - 1)
+    spread = between + (mean_size - 1) * within
+    return float((between - within) / spread) if spread > 0 else float("nan")
+
+
+def plot_plan(plan: "StepPlan", path: Path) -> None:
+    """Draws sample lengths, tokens per bin and samples per bin of an epoch.
+
+    Args:
+        path: the picture; its suffix decides the format (.png, .svg, .pdf).
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(f"a picture ({path}) needs matplotlib: pip install matplotlib") from None
+    bins = plan.plan(0)
+    tokens = np.add.reduceat(plan.lengths[bins.sample_ids].astype(np.int64), bins.bin_offsets[:-1])
+    report = plan.report()
+    panels = (
+        (plan.lengths, "tokens per sample", f"{report.num_samples} samples"),
+        (tokens, f"tokens per row of {plan.capacity}", f"efficiency {report.efficiency:.2%}"),
+        (np.diff(bins.bin_offsets), "samples per row", f"{report.num_bins} rows ({plan.strategy})"),
+    )
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, (values, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        # Few different numbers get a bar each, around them.
+        edges = np.arange(values.min(), values.max() + 2) - 0.5
+        axes.hist(values, bins=edges if len(edges) <= 64 else 64)
+        axes.set(xlabel=label, ylabel="count", title=title)
+        # A few rows that are not full would not be seen beside all that are.
+        axes.set_yscale("log")
+    figure.savefig(path)

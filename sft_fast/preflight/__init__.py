@@ -1,0 +1,1 @@
+"""What is said before it costs: machine checks and previews."""

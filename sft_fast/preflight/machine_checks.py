@@ -1,0 +1,319 @@
+"""Checks of a configuration against this machine: models, data, disk. Reads heads, not contents.
+
+Nothing is downloaded and torch is not imported: hub ids are taken on trust.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft_fast.errors import Problem
+from sft_fast.models.layout import engine_problems, layout_problems, uses_engine
+
+if TYPE_CHECKING:
+    from sft_fast.config.schema import Config
+    from sft_fast.data.source import Source
+    from sft_fast.models.architecture import Architecture
+
+HEAD_ROWS = 50
+LARGEST_LIST_BYTES = 32 << 20
+"""A JSON list has to be read whole; larger ones are left to the run."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass
+class Findings:
+    """What the checks saw.
+
+    Attributes:
+        problems: what would stop a run.
+        notes: what is good, and what was not looked at, in words.
+        architecture: of the model, where its config.json is on this machine.
+    """
+
+    problems: list[Problem]
+    notes: list[str]
+    architecture: Architecture | None = None
+
+
+def check_machine(config: Config) -> Findings:
+    """Looks at everything that `config` names."""
+    findings = Findings([], [])
+    for check in (
+        _check_plugins,
+        _check_model,
+        _check_engine,
+        _check_tokenizer,
+        _check_data,
+        _check_resume,
+        _check_disk,
+    ):
+        findings.problems += check(config, findings)
+    return findings
+
+
+def _check_plugins(config: Config, findings: Findings) -> Iterator[Problem]:
+    for number, path in enumerate(config.plugins):
+        if not Path(path).is_file():
+            yield Problem((f"plugins[{number}]",), f"{path} does not exist", "a Python file")
+
+
+def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.models.architecture import (
+        architecture_from_hf,
+        architecture_from_shape,
+        read_hf_config,
+    )
+
+    path = config.model.path
+    if path is None:
+        assert config.model.shape is not None, "the configuration has a path or a shape"
+        yield from engine_problems(architecture_from_shape(config.model.shape, 1), config)
+        return
+    folder = Path(path)
+    if not folder.is_dir():
+        yield from _missing(path, "model.path", "config.json and *.safetensors", findings)
+        return
+    try:
+        architecture = architecture_from_hf(read_hf_config(folder))
+    except ValueError as error:
+        yield Problem(("model.path",), str(error).removeprefix("model.path: "), "a supported model")
+        return
+    findings.architecture = architecture
+    findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
+    yield from _check_weights(folder, config)
+    yield from _check_layout(architecture, config, folder)
+
+
+def _check_engine(config: Config, findings: Findings) -> list[Problem]:
+    """The run may be on another machine, so this is a note."""
+    from importlib.util import find_spec
+
+    if uses_engine(config.model) and find_spec("transformer_engine") is None:
+        findings.notes.append(
+            "model.transformer_impl, model.fp8: need Transformer Engine, which is not installed "
+            "on this machine"
+        )
+    return []
+
+
+def _check_weights(folder: Path, config: Config) -> Iterator[Problem]:
+    import json
+
+    if config.model.random_init:
+        return
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    elif not (folder / "model.safetensors").is_file():
+        files = {path.name for path in folder.glob("*.safetensors")} or files
+    missing = sorted(name for name in files if not (folder / name).is_file())
+    if missing:
+        found = f"{folder} lacks {', '.join(missing[:3])}"
+        yield Problem(("model.path",), found, "the weights as *.safetensors")
+
+
+def _check_layout(architecture: Architecture, config: Config, folder: Path) -> Iterator[Problem]:
+    yield from layout_problems(architecture, config)
+    positions, capacity = architecture.max_position_embeddings, config.packing.capacity
+    if capacity > positions:
+        yield Problem(
+            ("packing.capacity",),
+            f"{capacity}, but max_position_embeddings of {folder / 'config.json'} is {positions}",
+            f"packing.capacity <= {positions}",
+        )
+
+
+def _check_tokenizer(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.data.templates import TEMPLATES
+
+    path, template = config.tokenizer.path, config.tokenizer.chat_template
+    key = "model.path" if path is None else "tokenizer.path"
+    folder = Path(path or config.model.path or "demo")
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        yield Problem(
+            (key,),
+            f"{folder} has no tokenizer.json",
+            "a fast tokenizer",
+            "tokenizer.path=<directory or hub id of one>",
+        )
+    elif path is not None and path != "demo" and not folder.is_dir():
+        yield from _missing(path, key, "tokenizer.json", findings)
+    if template is not None and template not in TEMPLATES and not Path(template).is_file():
+        from sft_fast.errors import nearest
+
+        near = nearest(template, TEMPLATES)
+        yield Problem(
+            ("tokenizer.chat_template",),
+            f"{template} is no file and no template",
+            f"a Jinja file, or one of {', '.join(TEMPLATES)}",
+            f"did you mean {near}?" if near else "",
+        )
+
+
+def require_data(config: Config) -> None:
+    """Looks for the files of the data, so that a run without them does not start first.
+
+    Raises:
+        ValueError: one that is meant as a path is not there.
+    """
+    from sft_fast.data.source import load_rows, looks_local
+
+    for key, name, _, _ in _data_entries(config):
+        path = os.path.expanduser(name)
+        if looks_local(path) and not os.path.exists(path):
+            try:
+                load_rows(name)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+
+def _check_data(config: Config, findings: Findings) -> Iterator[Problem]:
+    for entry in _data_entries(config):
+        yield from _check_source(*entry, findings)
+
+
+def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+    """Key, path, format and fields of every source."""
+    for part in ("train", "eval"):
+        chosen = getattr(config.data, part)
+        if chosen is None:
+            continue
+        entries = [chosen] if isinstance(chosen, str) else chosen
+        for number, entry in enumerate(entries):
+            name = entry if isinstance(entry, str) else entry.path
+            key = f"data.{part}" if isinstance(chosen, str) else f"data.{part}[{number}]"
+            own_format = None if isinstance(entry, str) else entry.format
+            own_fields = None if isinstance(entry, str) else entry.fields
+            fields = config.data.fields if own_fields is None else own_fields
+            yield key, name, own_format or config.data.format, fields
+
+
+def _check_source(
+    key: str, name: str, format_name: str, fields: dict[str, str], findings: Findings
+) -> Iterator[Problem]:
+    from sft_fast.data.source import KINDS, Source, load_rows, looks_local
+
+    path = Path(name).expanduser()
+    if name != "demo" and not path.exists() and not looks_local(str(path)) and "*" not in name:
+        findings.notes.append(f"{key}: {name} is taken for a hub id and was not looked at")
+        return
+    is_large_list = path.is_file() and path.stat().st_size > LARGEST_LIST_BYTES
+    if is_large_list and path.suffix == ".json":
+        findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
+        return
+    try:
+        # The split decides which rows are used; the head of the file shows what a row looks like.
+        rows = load_rows(name, evaluation=path.suffix == "" and key.startswith("data.eval"))
+        if any(KINDS.get(Path(file).suffix) in ("parquet", "arrow") for file in rows.files):
+            findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
+            return
+        bad = list(_bad_rows(Source(rows, format_name, fields), findings, key))
+    except ValueError as error:
+        is_there = path.exists() or "*" in name
+        expected = "rows that a format knows" if is_there else "a file, directory, glob or hub id"
+        yield Problem((key,), str(error), expected)
+        return
+    for message in bad:
+        yield Problem((key,), message, "rows that a format knows")
+
+
+def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
+    """Messages of the first rows that cannot be used, at most three."""
+    from sft_fast.data.formats import ConversationReader
+    from sft_fast.data.json_rows import BadRow
+
+    reader = ConversationReader(source.format_name, source.fields)
+    messages, count = [], 0
+    for row in islice(source.rows.scan(), HEAD_ROWS):
+        count += 1
+        try:
+            if isinstance(row, BadRow):
+                raise ValueError(row.message)
+            reader(row)
+        except ValueError as error:
+            messages.append(str(error))
+            if len(messages) == 3:
+                break
+    kinds = ", ".join(sorted({known.name for known in reader.files.values()}))
+    if not messages:
+        findings.notes.append(f"{key}: the first {count} rows of {source.rows.name} are {kinds}")
+    yield from messages
+
+
+def _check_resume(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.runtime.run_files import check_resume
+
+    try:
+        check_resume(config.checkpoint.resume, Path(config.output_dir))
+    except ValueError as error:
+        found, _, expected = str(error).removeprefix("checkpoint.resume: ").partition("; expected ")
+        yield Problem(("checkpoint.resume",), found, expected)
+
+
+def _check_disk(config: Config, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.models.flops import num_parameters
+    from sft_fast.runtime.run_lock import check_output_dir
+
+    try:
+        check_output_dir(Path(config.output_dir))
+    except ValueError as error:
+        found = str(error).removeprefix("output_dir: ")
+        yield Problem(("output_dir",), found, "a directory that can be written")
+        return
+    if findings.architecture is None:
+        return
+    weights = num_parameters(findings.architecture)
+    # fp32 copies and two moments beside the weights; with LoRA only the adapters are written.
+    state = BYTES[config.model.dtype] + 12 if config.lora.rank == 0 else 0
+    export = BYTES[config.export.dtype or config.model.dtype] if config.export.enabled else 0
+    # One more checkpoint than is kept lies there while it is written.
+    needed = weights * (state * (config.checkpoint.keep_last + 1) + export)
+    folder = Path(config.output_dir)
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        yield Problem(
+            ("output_dir", "checkpoint.keep_last"),
+            f"{free / 2**30:.1f} GiB free at {_existing(folder)}",
+            f"{needed / 2**30:.1f} GiB for {config.checkpoint.keep_last} checkpoints, the one "
+            "being written, and the export",
+            "another output_dir, or a smaller checkpoint.keep_last",
+        )
+    else:
+        findings.notes.append(
+            f"output_dir: checkpoints and export need {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _missing(path: str, key: str, content: str, findings: Findings) -> Iterator[Problem]:
+    from sft_fast.errors import nearest
+    from sft_fast.models.hub import HUB_ID
+
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not is_local and HUB_ID.fullmatch(path) and not Path(path).exists():
+        findings.notes.append(f"{key}: {path} is taken for a hub id and was not looked at")
+        return
+    parent = _existing(Path(path).expanduser())
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = nearest(Path(path).name, names)
+    yield Problem(
+        (key,),
+        f"{path} is not a directory",
+        f"a directory with {content}, or a hub id",
+        f"did you mean {parent / near}?" if near else f"the path is right up to {parent}",
+    )

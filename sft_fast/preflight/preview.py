@@ -1,0 +1,240 @@
+"""What the first rows of a source become: tokens, their mask, and the rows they are packed into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft_fast.config.schema import Config
+from sft_fast.data.from_config import Part, build_options, find_sources
+from sft_fast.data.json_rows import BadRow, Row
+from sft_fast.data.sample_maker import MakerOptions, SampleMaker
+from sft_fast.data.source import Source
+from sft_fast.data.tokens import Sample
+from sft_fast.packing.steps import BinPlan, PackingOptions, plan_bins
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["trained", "trained special", "masked", "masked special"]
+MAX_TOKENS_OF_A_CHARACTER = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one token, or of the few that make one character.
+
+    Attributes:
+        text: what the model reads or learns to write.
+        ids: the tokens.
+        kind: trained = a target of the loss; special = added to the vocabulary as a control token.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample.
+
+    Attributes:
+        origin: file:line of its row.
+        pieces: the text, in order.
+        num_tokens, num_supervised: counts; the first token is never a target and does not count.
+        num_answers: runs of trained tokens.
+        warnings: what deserves a look, in words.
+    """
+
+    origin: str
+    pieces: tuple[Piece, ...]
+    num_tokens: int
+    num_supervised: int
+    num_answers: int
+    warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        share = self.num_supervised / self.num_tokens
+        return (
+            f"{self.origin}: {self.num_tokens} tokens, {self.num_supervised} trained ({share:.0%}) "
+            f"in {self.num_answers} answer{'s' if self.num_answers != 1 else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Samples of the first rows.
+
+    Attributes:
+        samples: in the order of the rows.
+        rejected: messages of rows that cannot be used or are too long.
+        bins: the samples packed; indices into `samples`.
+        capacity: tokens of a packed row.
+        template: which chat template was used, in words.
+    """
+
+    samples: tuple[Shown, ...]
+    rejected: tuple[str, ...]
+    bins: BinPlan | None
+    capacity: int
+    template: str
+
+    def bin_summary(self, number: int) -> str:
+        assert self.bins is not None
+        chosen = [self.samples[index] for index in self.bins.bin(number)]
+        used = sum(sample.num_tokens for sample in chosen)
+        trained = sum(sample.num_supervised for sample in chosen)
+        return (
+            f"{len(chosen)} samples, {used} of {self.capacity} tokens "
+            f"({used / self.capacity:.1%} full), {trained} trained"
+        )
+
+
+def make_preview(
+    config: Config, tokenizer: PreTrainedTokenizerBase, num_rows: int, part: Part = "train"
+) -> Preview:
+    """Renders, tokenises and packs the first rows of every source, as a run would.
+
+    Raises:
+        ValueError: a source does not exist, or the configuration has no such part.
+    """
+    sources = find_sources(config, part)
+    if sources is None:
+        raise ValueError("the configuration has no data.eval and no data.eval_fraction to preview")
+    samples: list[Shown] = []
+    rejected: list[str] = []
+    template = ""
+    special = special_ids(tokenizer)
+    texts: dict[tuple[int, ...], str] = {}
+    for source in sources:
+        maker = sample_maker(config, source, tokenizer)
+        template = maker.template_source
+        for row in islice(source.rows.scan(), num_rows):
+            if isinstance(row, BadRow):
+                rejected.append(row.message)
+                continue
+            made, messages = samples_of(maker, row, config)
+            rejected += messages
+            samples += [show(sample, row.origin, tokenizer, special, texts) for sample in made]
+    lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int32)
+    packing = config.packing
+    bins = None
+    if len(samples):
+        options = PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size)
+        bins = plan_bins(lengths, packing.capacity, packing.strategy, config.seed, options=options)
+    return Preview(tuple(samples), tuple(rejected), bins, packing.capacity, template)
+
+
+def sample_maker(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> SampleMaker:
+    build = build_options(config)
+    return SampleMaker(
+        tokenizer,
+        MakerOptions(
+            source.format_name,
+            source.fields,
+            build.row_functions,
+            build.mask,
+            build.capacity,
+            build.over_length,
+        ),
+    )
+
+
+def samples_of(maker: SampleMaker, row: Row, config: Config) -> tuple[list[Sample], list[str]]:
+    """The samples of a row, and what there is to say of it."""
+    try:
+        maker.look(row)
+    except ValueError as error:
+        return [], [f"{row.origin}: {error}"]
+    (outcome,) = maker.make([row], {}, True)
+    messages = [message for _, message in outcome.notes]
+    if outcome.rejected is not None:
+        return [], [f"{outcome.rejected[1]} ({outcome.rejected[0]})"]
+    fitting = []
+    for sample in outcome.samples:
+        if len(sample.input_ids) <= config.packing.capacity:
+            fitting.append(sample)
+        else:
+            messages.append(
+                f"{row.origin}: {len(sample.input_ids)} tokens, more than packing.capacity "
+                f"{config.packing.capacity}; data.over_length is {config.data.over_length}"
+            )
+    return fitting, messages
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {number for number, token in added if token.special}
+
+
+def show(
+    sample: Sample,
+    origin: str,
+    tokenizer: Any,
+    special: set[int],
+    texts: dict[tuple[int, ...], str],
+) -> Shown:
+    """`texts` remembers the text of tokens that were seen before."""
+    ids, supervised = sample.input_ids.tolist(), sample.supervised
+    starts = np.flatnonzero(supervised & ~np.insert(supervised[:-1], 0, False))
+    ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False))
+    unended = sum(ids[end] not in special for end in ends)
+    warnings = []
+    if unended:
+        warnings.append(f"{unended} answers end with no special token: the model may not stop")
+    if supervised[1:].all():
+        warnings.append("every token is trained, prompts too")
+    return Shown(
+        origin,
+        tuple(pieces(ids, supervised, tokenizer, special, texts)),
+        len(ids),
+        int(np.count_nonzero(supervised[1:])),
+        len(starts),
+        tuple(warnings),
+    )
+
+
+def pieces(
+    ids: Sequence[int],
+    supervised: NDArray[np.bool_],
+    tokenizer: Any,
+    special: set[int],
+    texts: dict[tuple[int, ...], str],
+) -> Iterator[Piece]:
+    """Cuts a sample at its tokens; tokens that hold parts of one character stay together."""
+    start = 0
+    while start < len(ids):
+        stop = start + 1
+        text = text_of(tuple(ids[start:stop]), tokenizer, texts)
+        while "\ufffd" in text and stop < min(len(ids), start + MAX_TOKENS_OF_A_CHARACTER):
+            if supervised[stop] != supervised[start] or ids[stop] in special:
+                break
+            stop += 1
+            text = text_of(tuple(ids[start:stop]), tokenizer, texts)
+        kind = "trained" if supervised[start] else "masked"
+        if ids[start] in special:
+            kind += " special"
+        yield Piece(text, tuple(ids[start:stop]), kind)  # type: ignore[arg-type]
+        start = stop
+
+
+def text_of(ids: tuple[int, ...], tokenizer: Any, texts: dict[tuple[int, ...], str]) -> str:
+    if ids not in texts:
+        text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        token = tokenizer.convert_ids_to_tokens(ids[0])
+        # Decoding drops the space in front of the first word of a text; here no token is first.
+        is_spaced = isinstance(token, str) and token.startswith("\u2581")
+        texts[ids] = f" {text}" if is_spaced and not text.startswith(" ") else text
+    return texts[ids]
+
+
+def runs(shown: Shown) -> Iterator[tuple[Kind, str]]:
+    """(kind, text) of neighbouring pieces of one kind."""
+    for kind, group in groupby(shown.pieces, key=lambda piece: piece.kind):
+        yield kind, "".join(piece.text for piece in group)

@@ -1,0 +1,1 @@
+"""What keeps a run alive: watchdog, hangs, locks, manifests, launcher."""

@@ -1,0 +1,140 @@
+"""How a rank notices that nothing moves any more. Nothing here imports torch.
+
+A training step must end in a time limit. Where weights are read or written the limit is longer,
+and counts from the last tensor that any rank has done: a slow file system is no hang while it gives
+one tensor after the other. Other phases have no limit here.
+"""
+
+import contextlib
+import faulthandler
+import json
+import socket
+import time
+from typing import Any
+
+from sft_fast.runtime.launch_files import LaunchFiles
+from sft_fast.runtime.processes import is_stopped
+
+# The first step compiles kernels; a tensor may be large, and far away.
+FIRST_STEP_FACTOR = LOADING_FACTOR = 10
+SLOW_STEP_FACTOR = 10
+MISSED_RENEWALS = 10
+
+
+class HangDetector:
+    """One rank's; `begin`, `beat` and `move` are called by the main thread, the others by another.
+
+    Attributes:
+        files: of the launch; `files.progress["tensors"]` counts what `move` was told.
+    """
+
+    def __init__(self, files: LaunchFiles, hang_timeout_s: float):
+        self.files, self.hang_timeout_s = files, hang_timeout_s
+        self.last_beat: float | None = None
+        self.slowest_s = 0.0
+        self.is_loading = False
+        self.moved_at = 0.0
+        self.seen: dict[int, int] = {}
+        """Rank -> tensors when last looked at."""
+        self.has_dumped = False
+        self.stuck: Any = None
+        """The file for a stuck interpreter."""
+
+    def begin(self, is_loading: bool = False) -> None:
+        """A phase without steps begins.
+
+        Args:
+            is_loading: `move` is called in it for each tensor.
+        """
+        self.last_beat = None
+        self.moved_at, self.is_loading = time.monotonic(), is_loading
+
+    def beat(self) -> None:
+        """A step ended; from now on the next one must within the time limit."""
+        now = time.monotonic()
+        if self.last_beat is not None:
+            self.slowest_s = max(self.slowest_s, now - self.last_beat)
+        self.last_beat = now
+
+    def move(self) -> None:
+        """A tensor was read or written."""
+        self.files.progress["tensors"] = self.files.progress.get("tensors", 0) + 1
+        self.moved_at = time.monotonic()
+
+    def find(self) -> str | None:
+        """Says for how long nothing moved; None: not long enough for a hang."""
+        if self.is_loading:
+            return self.find_standstill()
+        last_beat = self.last_beat  # the main thread may begin a phase meanwhile
+        if last_beat is None:
+            return None
+        silent_s = time.monotonic() - last_beat
+        limit_s = max(self.hang_timeout_s, SLOW_STEP_FACTOR * self.slowest_s)
+        if self.slowest_s == 0.0:
+            limit_s *= FIRST_STEP_FACTOR
+        if silent_s < limit_s:
+            return None
+        return f"no step ended for {silent_s:.0f} s"
+
+    def find_standstill(self) -> str | None:
+        silent_s = time.monotonic() - self.moved_at
+        if silent_s < LOADING_FACTOR * self.hang_timeout_s:
+            return None
+        # Another rank may have been moving, and this one waiting for it.
+        tensors = {rank: peer.get("tensors", 0) for rank, peer in self.files.peers()}
+        if tensors != self.seen:
+            self.seen, self.moved_at = tensors, time.monotonic()
+            return None
+        return f"no tensor was read or written for {silent_s:.0f} s"
+
+    def suspects(self) -> str:
+        """Says which ranks give no sign of life, or are behind."""
+        figure = "tensors" if self.is_loading else "step"
+        now, peers = time.time(), self.files.peers()
+        limit_s = 3 * self.files.publish_every_s
+        silent = [rank for rank, peer in peers if now - peer["time"] > limit_s]
+        host = socket.gethostname()
+        stopped = [r for r, peer in peers if peer["host"] == host and is_stopped(peer["pid"])]
+        if stopped:
+            return f"ranks that are stopped by a signal: {sorted(stopped)}"
+        if silent:
+            return f"ranks that give no sign of life: {silent}"
+        done = {rank: peer.get(figure, 0) for rank, peer in peers}
+        done[self.files.rank] = self.files.progress.get(figure, 0)
+        last = min(done.values())
+        behind = [rank for rank, number in sorted(done.items()) if number == last]
+        if len(behind) < len(done):
+            return f"ranks that are behind: {behind}"
+        return f"all ranks wait after {figure} {last}"
+
+    def dump_stacks(self) -> None:
+        """Writes them once: what a rank does that follows another one hides where it hung."""
+        if self.has_dumped:
+            return
+        self.has_dumped = True
+        folder = self.files.output / "stacks"
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            with (folder / f"rank_{self.files.rank:05d}.txt").open("w") as file:
+                file.write(f"{json.dumps(self.files.record())}\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+
+    def guard_against_stuck_interpreter(self) -> None:
+        """A C thread that ends the process when this thread no longer gets to run."""
+        if self.stuck is None:
+            try:
+                self.stuck = (self.files.folder / f"stuck_{self.files.rank:05d}.txt").open("w")
+            except OSError:
+                return  # the disk is full for now
+        limit_s = max(
+            FIRST_STEP_FACTOR * self.hang_timeout_s,
+            SLOW_STEP_FACTOR * self.slowest_s,
+            MISSED_RENEWALS * self.files.publish_every_s,
+        )
+        faulthandler.dump_traceback_later(limit_s, file=self.stuck, exit=True)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self.stuck is not None:
+            self.stuck.close()

@@ -1,0 +1,190 @@
+"""What the ranks of a launch write for each other, and for the user. Nothing here imports torch.
+
+<output_dir>/.launch/<id>/  of one start of all ranks: what each does, which failed first
+<output_dir>/status.json    where the run stands, renewed by rank 0
+<output_dir>/error.json     the first failure: rank, phase, cause
+<output_dir>/stacks/        stacks of every rank that saw a hang
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sft_fast.runtime.processes import is_alive
+
+PUBLISH_S = 2.0
+RANKS_THAT_WRITE_PER_S = 50
+OLD_LAUNCH_S = 60.0
+HALF_WRITTEN = (".status.json.*", ".error.json.*", ".config.yaml.*", ".lock-*")
+ANNOUNCEMENTS = ("failed", "left")
+
+
+class LaunchFiles:
+    """One rank's view of them.
+
+    Attributes:
+        phase: what this process does; named in every report.
+        progress: figures for every report.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        env = os.environ
+        self.rank, self.world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        first = self.rank - int(env.get("LOCAL_RANK", "0"))
+        local = range(first, first + int(env.get("LOCAL_WORLD_SIZE", "1")))
+        self.unmet = {rank for rank in local if rank != self.rank}
+        """Ranks of this machine that have not shown themselves yet."""
+        self.met: dict[int, dict[str, Any]] = {}
+        self.publish_every_s = max(PUBLISH_S, self.world_size / RANKS_THAT_WRITE_PER_S)
+        self.launch, self.job = launch_name()
+        self.folder = output / ".launch" / self.launch
+        self.parent = os.getppid()
+        self.started = self.launched = time.time()
+        if "TORCHELASTIC_RUN_ID" in env:
+            self.launched = psutil.Process(self.parent).create_time()
+        self.phase = "start"
+        self.progress: dict[str, Any] = {}
+        self.stale: dict[str, dict[str, Any]] = {}
+        """Announcements of an earlier launch that had the same name."""
+
+    def open(self) -> None:
+        """Makes the launch's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ANNOUNCEMENTS:
+            record = read_json(self.folder / name)
+            if record is not None and record["time"] < self.launched:
+                self.stale[name] = record
+
+    def tidy(self) -> None:
+        """Removes what earlier launches left; this launch's other ranks may be here already."""
+        old = [path for path in self.folder.parent.glob("*") if path != self.folder]
+        # What a kill left between writing a file and giving it its name.
+        for pattern in HALF_WRITTEN:
+            old += self.output.glob(pattern)
+        for path in old:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= self.started - OLD_LAUNCH_S:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+        (self.output / "error.json").unlink(missing_ok=True)
+        shutil.rmtree(self.output / "stacks", ignore_errors=True)
+
+    # --- this rank
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "parent": self.parent,
+            "phase": self.phase,
+            "time": time.time(),
+            "launch": self.launch,
+            **self.progress,
+        }
+
+    def publish(self, state: str) -> None:
+        with contextlib.suppress(OSError):
+            write_json(self.path_of(self.rank), self.record() | {"state": state})
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Readable at any time; `heartbeat` is renewed every two seconds while the run lives."""
+        done = {"job": self.job, "started": self.started, "heartbeat": time.time()}
+        with contextlib.suppress(OSError):
+            write_json(
+                self.output / "status.json", {"state": state, **self.record(), **done, **more}
+            )
+
+    def announce(self, name: str, record: dict[str, Any]) -> bool:
+        """Makes the file `name` unless another rank was first."""
+        path, temporary = self.folder / name, self.folder / f".{name}_{self.rank}"
+        try:
+            if self.stale.get(name) is not None and read_json(path) == self.stale[name]:
+                path.unlink(missing_ok=True)
+            write_json(temporary, record)
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # a full disk must not hide the failure
+        return True
+
+    # --- the others
+
+    def path_of(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}.json"
+
+    def announced(self, name: str) -> dict[str, Any] | None:
+        """What another rank of this launch announced."""
+        record = read_json(self.folder / name)
+        if record is None or record == self.stale.get(name):
+            return None
+        # Not by process id: ranks in containers have the same ones.
+        return record if record.get("reported_by", record["rank"]) != self.rank else None
+
+    def peers(self) -> list[tuple[int, dict[str, Any]]]:
+        """All other ranks, as they last showed themselves."""
+        paths = sorted(self.folder.glob("rank_*.json"))
+        found = [(int(path.stem[5:]), read_json(path)) for path in paths]
+        return [(rank, peer) for rank, peer in found if peer is not None and rank != self.rank]
+
+    def meet(self) -> None:
+        """Takes notice of the ranks on this machine, of the same parent."""
+        for rank in sorted(self.unmet):
+            peer = read_json(self.path_of(rank))
+            # A file of an earlier start has another parent.
+            if peer is not None and peer["parent"] == self.parent:
+                self.met[rank] = peer
+                self.unmet.remove(rank)
+
+    def dead_peers(self) -> list[tuple[int, dict[str, Any]]]:
+        """Those of them that ended without saying so."""
+        dead = []
+        for rank, peer in self.met.items():
+            if not is_alive(peer["pid"]):
+                last = read_json(self.path_of(rank)) or peer
+                if last["pid"] == peer["pid"] and last["state"] != "done":
+                    dead.append((rank, last))
+        return dead
+
+
+def launch_name() -> tuple[str, str]:
+    """(name of this start of all ranks, name of the job that its restarts share)."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env:
+        own = f"process-{os.getpid()}"
+        return own, own
+    job = f"{env['TORCHELASTIC_RUN_ID']}-{env.get('MASTER_PORT', '')}"
+    job = re.sub(r"[^\w.-]", "_", job, flags=re.ASCII)
+    return f"{job}-attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", job
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None when it is not there, or half-written as some file systems show it for a moment."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:
+    """In one step, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+    os.replace(temporary, path)

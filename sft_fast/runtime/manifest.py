@@ -1,0 +1,332 @@
+"""Directories that appear whole or not at all, and that say what they must hold.
+
+A directory is written under a temporary name: every file is hashed and synced, manifest.json lists
+them, and the last act is a rename. So a directory of the final name was complete once, and
+`find_damage` tells whether it still is. Nothing here imports torch.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import xxhash
+
+from sft_fast.runtime.run_files import MANIFEST_FILE
+
+TEMPORARY_PREFIX = ".incomplete_"
+REPLACED_PREFIX = ".replaced_"
+MAX_MANIFEST_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
+# Fits into a core's cache, so that the file system copies what the hash has just read.
+WRITE_BYTES = 1 << 20
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+
+Value = TypeVar("Value")
+
+
+class Exchange(Protocol):
+    """How the ranks that write one directory tell each other how it went."""
+
+    rank: int
+
+    def all_gather(self, name: str, value: Any) -> list[Any]:
+        """Every rank's `value` (JSON), by rank; raises TimeoutError naming ranks that are late."""
+
+
+class LoneRank:
+    """The exchange of a single process."""
+
+    rank = 0
+
+    def all_gather(self, name: str, value: Any) -> list[Any]:
+        return [value]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    name: str
+    """Relative to its directory, with slashes."""
+    num_bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not what the manifest says."""
+
+    file: Path
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: expected {self.expected}, found {self.found}"
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, and synced when it is closed."""
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name, self.num_bytes = path, name, 0
+        self.hasher = xxhash.xxh3_128()
+        self.file: BinaryIO = path.open("xb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), WRITE_BYTES):
+            chunk = view[start : start + WRITE_BYTES]
+            self.hasher.update(chunk)
+            while chunk:
+                chunk = chunk[self.file.write(chunk) :]
+        self.num_bytes += len(view)
+
+    def close(self) -> FileRecord:
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return FileRecord(self.name, self.num_bytes, self.hasher.hexdigest())
+
+
+def hash_file(path: Path, name: str) -> FileRecord:
+    """Reads a file once."""
+    hasher, num_bytes = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            hasher.update(chunk)
+            num_bytes += len(chunk)
+    return FileRecord(name, num_bytes, hasher.hexdigest())
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class StagedDirectory:
+    """A directory while it is written; its files are this rank's share."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: list[FileRecord] = []
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[HashedFile]:
+        """A new file, hashed while it is written."""
+        file = HashedFile(self.path / name, name)
+        try:
+            yield file
+            self.records.append(file.close())
+        except OSError as error:
+            # A failed write does not say of which file.
+            error.filename = error.filename or str(file.path)
+            raise
+        finally:
+            file.file.close()
+
+    def write_text(self, name: str, text: str) -> None:
+        with self.create(name) as file:
+            file.write(text.encode())
+
+
+@contextlib.contextmanager
+def staged_directory(
+    final: Path,
+    exchange: Exchange,
+    needed_bytes: int = 0,
+    check: Callable[[Path], None] | None = None,
+) -> Iterator[StagedDirectory]:
+    """Writes the directory `final`; all ranks of `exchange` enter and leave together.
+
+    Files that the body makes without `StagedDirectory.create` are hashed when it ends. An existing
+    `final` is replaced only after the new one is complete.
+
+    Args:
+        needed_bytes: what this rank is going to write; 0 = unknown.
+        check: raises an error when what was written is not fit to get the name.
+
+    Raises:
+        OSError: on every rank, when what comes before or behind the body failed on one of them. An
+            error of the body is raised at once: it should be one that `agree` told of, or end the
+            run. What was written is removed.
+        TimeoutError: a rank did not get here in the exchange's time limit.
+    """
+    stage = StagedDirectory(final.with_name(TEMPORARY_PREFIX + final.name))
+    needed = sum(exchange.all_gather("size", needed_bytes))
+    agree(exchange, "begin", on_main(exchange, lambda: prepare(stage.path, needed)))
+    try:
+        yield stage
+        own = [[record.name, record.num_bytes, record.xxh3_128] for record in stage.records]
+        shares = exchange.all_gather("written", own)
+        records = [FileRecord(*item) for share in shares for item in share]
+        agree(
+            exchange,
+            "complete",
+            on_main(exchange, lambda: complete(stage.path, final, records, check)),
+        )
+    finally:
+        if exchange.rank == 0:
+            shutil.rmtree(stage.path, ignore_errors=True)
+
+
+def on_main(exchange: Exchange, work: Callable[[], None]) -> Callable[[], None]:
+    return work if exchange.rank == 0 else lambda: None
+
+
+def agree(exchange: Exchange, name: str, work: Callable[[], Value]) -> list[Value]:
+    """Every rank's result of `work`; whatever breaks in it on one rank is an OSError on all."""
+    value, cause, problem, number = None, None, None, 0
+    try:
+        value = work()
+    except BaseException as error:  # the other ranks must hear of it, or they wait for this one
+        cause, problem = error, explain(error)
+        number = getattr(error, "errno", None) or errno.EIO
+    answers = exchange.all_gather(name, [value, problem, number])
+    for rank, (_, problem, number) in enumerate(answers):
+        if problem is not None:
+            raise OSError(number, f"rank {rank}: {problem}") from cause
+    return [value for value, _, _ in answers]
+
+
+def explain(error: BaseException) -> str:
+    """The error with the path, and the free space where that is the reason."""
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
+        folder = Path(error.filename).absolute().parent
+        if folder.is_dir():
+            text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    return text
+
+
+def prepare(temporary: Path, needed_bytes: int) -> None:
+    """Makes the empty temporary directory when there is room for `needed_bytes`."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    free = shutil.disk_usage(temporary.parent).free
+    if needed_bytes > free:
+        raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes needed", str(temporary))
+    temporary.mkdir()
+
+
+def complete(
+    temporary: Path,
+    final: Path,
+    records: list[FileRecord],
+    check: Callable[[Path], None] | None,
+) -> None:
+    """Lists all files, syncs, and gives the directory its name."""
+    known = {record.name: record for record in records}
+    for path in sorted(temporary.rglob("*")):
+        name = path.relative_to(temporary).as_posix()
+        if path.is_dir():
+            sync(path)
+        elif name not in known:
+            sync(path)
+            known[name] = hash_file(path, name)
+    manifest = HashedFile(temporary / MANIFEST_FILE, MANIFEST_FILE)
+    manifest.write(manifest_text(known).encode())
+    manifest.close()
+    sync(temporary)
+    if check is not None:
+        check(temporary)
+    replaced = set_aside(final) if final.exists() else None
+    os.rename(temporary, final)
+    sync(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Takes a directory's name away, so that nobody takes what is left of it for a whole one."""
+    aside = folder.with_name(REPLACED_PREFIX + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return aside
+
+
+def remove_directory(folder: Path) -> None:
+    """Deletes a directory; when that is cut short, what is left has no name that counts."""
+    shutil.rmtree(set_aside(folder), ignore_errors=True)
+
+
+def manifest_text(records: dict[str, FileRecord]) -> str:
+    files = {name: [r.num_bytes, r.xxh3_128] for name, r in sorted(records.items())}
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
+    return json.dumps({"version": 1, "files": files, "checksum": checksum}, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """The files that `folder` must hold.
+
+    Raises:
+        ValueError: the manifest is missing, damaged, or names files outside `folder`.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        records = {name: FileRecord(name, *entry) for name, entry in files.items()}
+        is_ours = manifest_text(records) == text
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a manifest, found none") from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a manifest, found {explain(error)}") from None
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: expected a manifest, found damage ({error!r})") from None
+    if not is_ours:
+        raise ValueError(f"{path}: expected a manifest, found damage (checksum)")
+    for name in records:
+        if not PLAIN_NAME.fullmatch(name) or ".." in name.split("/"):
+            raise ValueError(f"{path}: {name!r} is not a plain name inside the directory")
+    return records
+
+
+def find_damage(
+    folder: Path, part: int = 0, num_parts: int = 1, hash_content: bool = True
+) -> list[Damage]:
+    """Compares a directory with its manifest.
+
+    Args:
+        part, num_parts: check only every `num_parts`-th file, so that ranks can share the work.
+        hash_content: False = sizes only.
+    """
+    try:
+        records = read_manifest(folder)
+    except ValueError as error:
+        why = str(error).partition(", found ")[2] or str(error)
+        return [Damage(folder / MANIFEST_FILE, "a whole manifest", why)]
+    damages = []
+    for number, (name, record) in enumerate(sorted(records.items())):
+        if number % num_parts != part:
+            continue
+        path, expected = folder / name, f"{record.num_bytes} bytes, xxh3_128 {record.xxh3_128}"
+        try:
+            if path.is_symlink() or not path.is_file():
+                damages.append(Damage(path, expected, "no regular file"))
+                continue
+            found = FileRecord(name, path.stat().st_size, record.xxh3_128)
+            if hash_content:
+                found = hash_file(path, name)
+        except OSError as error:
+            damages.append(Damage(path, expected, explain(error)))
+            continue
+        if found != record:
+            text = f"{found.num_bytes} bytes"
+            if hash_content:
+                text += f", xxh3_128 {found.xxh3_128}"
+            damages.append(Damage(path, expected, text))
+    return damages

@@ -1,0 +1,149 @@
+"""One job per run directory, and a directory that can be written. Nothing here imports torch.
+
+The lock is a file whose modification time is a heartbeat: that works on network file systems, where
+flock often does not. No clock of a machine is trusted: heartbeats are compared with the time of the
+file system that holds them, and processes are told apart by their start since boot.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sft_fast.runtime.processes import start_of
+
+LOCK_FILE = ".lock"
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+
+
+class RunLock:
+    """Held by rank 0 of a job; `beat` keeps it."""
+
+    def __init__(self, folder: Path, job: str):
+        """
+        Args:
+            job: names the job; its restarted ranks take the lock over at once.
+
+        Raises:
+            ValueError: another job uses `folder`.
+        """
+        self.path = folder / LOCK_FILE
+        self.text = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process_started": start_of(os.getpid()),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "job": job,
+            }
+        )
+        while not self.create():
+            holder = self.holder()
+            if holder is not None and not is_abandoned(self.path, holder, job):
+                raise ValueError(
+                    f"output_dir: {folder} is in use by process {holder.get('pid')} on "
+                    f"{holder.get('host')} since {holder.get('started')}; wait for it, or choose "
+                    "another output_dir"
+                )
+            if holder is not None:
+                self.take_away(holder)
+
+    def create(self) -> bool:
+        # Linked, not opened for writing: nobody sees a lock that does not name its holder yet.
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=".lock-") as file:
+            file.write(self.text)
+            file.flush()
+            try:
+                os.link(file.name, self.path)
+            except FileExistsError:
+                return False
+        return True
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who holds the lock now; None when it has just been given back."""
+        try:
+            holder = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def take_away(self, holder: dict[str, Any]) -> None:
+        """Removes an abandoned lock; of several jobs that try, one moves the file."""
+        grave = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, grave)
+            moved = grave.read_text()
+            if moved and json.loads(moved) != holder:
+                # Another job was faster: this is its new lock.
+                with contextlib.suppress(FileExistsError):
+                    os.link(grave, self.path)
+            grave.unlink()
+
+    def beat(self) -> bool:
+        """Renews the heartbeat; False when the lock is no longer this job's."""
+        try:
+            if self.path.read_text() != self.text:
+                return False
+            os.utime(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            # A network file system that is away for a moment; the next beat will tell.
+            return True
+        return True
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.path.read_text() == self.text:
+                self.path.unlink()
+
+
+def is_abandoned(path: Path, holder: dict[str, Any], job: str) -> bool:
+    """True when the holder is dead or has been silent, or belongs to this very job."""
+    if holder.get("job") == job:
+        return True
+    if holder.get("host") == socket.gethostname():
+        try:
+            return start_of(holder["pid"]) != holder.get("process_started")
+        except psutil.NoSuchProcess:
+            return True
+    try:
+        return file_system_time(path.parent) - path.stat().st_mtime > STALE_S
+    except FileNotFoundError:
+        return True
+
+
+def file_system_time(folder: Path) -> float:
+    """What the file system of `folder`, perhaps another machine's, takes the time to be."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raises ValueError unless files can be made in `folder`, or in the first parent there is."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"output_dir: {existing} is a file; expected a directory")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        free = shutil.disk_usage(existing).free
+        raise ValueError(
+            f"output_dir: nothing can be written to {existing}: {error.strerror} ({free:,} bytes "
+            "free); choose another output_dir"
+        ) from None

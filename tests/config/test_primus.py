@@ -1,0 +1,443 @@
+import logging
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from config_cases import only_problem, problems_of
+from sft_fast.config import primus_arguments as tables
+from sft_fast.config.schema import Config, load_config
+from sft_fast.config.validation import dotted_keys
+from sft_fast.errors import ConfigError
+
+HEAD = """\
+work_group: amd
+user_name: someone
+exp_name: llama-sft
+workspace: ./output
+modules:
+  post_trainer:
+    framework: megatron
+    config: sft_trainer.yaml
+    model: llama3_8B.yaml
+    overrides:
+"""
+MINIMAL = """\
+hf_path: some/model
+sft_dataset_name: data.jsonl
+"""
+SIZES = """\
+num_layers: 4
+hidden_size: 64
+ffn_hidden_size: 128
+num_attention_heads: 8
+sft_dataset_name: data.jsonl
+tokenizer_model: demo
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_arguments(arguments: str, *overrides: str, head: str = HEAD) -> Config:
+        path = tmp_path / "primus.yaml"
+        path.write_text(head + textwrap.indent(arguments, " " * 6))
+        return load_config(path, list(overrides))
+
+    return load_arguments
+
+
+def test_every_mapped_argument_reaches_its_key(load):
+    config = load("""\
+stage: sft
+seed: 7
+save: runs/a
+hf_path: some/model
+recompute_granularity: full
+tokenizer_model: some/tokenizer
+sft_dataset_name: tatsu-lab/alpaca
+sft_dataset_split: train[:90%]
+sft_conversation_format: chatml
+seq_length: 512
+enable_packed_sequences: true
+use_packed_attention: true
+train_iters: 300
+global_batch_size: 64
+micro_batch_size: 2
+tensor_model_parallel_size: 2
+pipeline_model_parallel_size: 4
+sequence_parallel: 1
+use_distributed_optimizer: true
+overlap_grad_reduce: true
+overlap_param_gather: true
+distributed_timeout_minutes: 45
+lr: 2e-5
+min_lr: 1e-6
+lr_warmup_iters: 30
+lr_decay_style: linear
+lr_decay_iters: 250
+weight_decay: 0.01
+adam_beta1: 0.8
+adam_beta2: 0.99
+adam_eps: 1.0e-6
+clip_grad: 0.3
+fp16: true
+bf16: false
+eval_interval: 40
+eval_iters: 3
+save_interval: 60
+log_interval: 5
+auto_continue_train: false
+""", "data.eval=eval.jsonl")  # fmt: skip
+    assert config.model_dump(exclude_defaults=True) == {
+        "output_dir": "runs/a",
+        "seed": 7,
+        "model": {"path": "some/model", "dtype": "fp16", "recompute": "full"},
+        "tokenizer": {"path": "some/tokenizer"},
+        "data": {
+            "train": "tatsu-lab/alpaca",
+            "eval": "eval.jsonl",
+            "train_split": "train[:90%]",
+            "format": "chatml",
+        },
+        "packing": {"capacity": 512},
+        "train": {"steps": 300, "global_batch_size": 64, "micro_batch_size": 2},
+        "parallel": {
+            "tensor": 2,
+            "pipeline": 4,
+            "sequence": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "timeout_minutes": 45,
+        },
+        "optim": {
+            "lr": 2e-5,
+            "min_lr": 1e-6,
+            "warmup_steps": 30,
+            "decay": "linear",
+            "decay_steps": 250,
+            "weight_decay": 0.01,
+            "beta1": 0.8,
+            "beta2": 0.99,
+            "eps": 1e-6,
+            "clip_grad": 0.3,
+        },
+        "evaluation": {"every_steps": 40, "max_samples": 192},
+        "checkpoint": {"every_steps": 60, "resume": "never"},
+        "metrics": {"log_every_steps": 5},
+    }
+    assert config.packing.strategy == "auto"
+
+
+def test_shape_arguments_reach_model_shape(load):
+    config = load(SIZES + """\
+num_query_groups: 2
+group_query_attention: true
+rotary_base: 500000
+norm_epsilon: 1.0e-6
+untie_embeddings_and_output_weights: true
+max_position_embeddings: 8192
+""")  # fmt: skip
+    assert config.model.shape.model_dump() == {
+        "hidden_size": 64,
+        "num_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "ffn_hidden_size": 128,
+        "rope_theta": 500000.0,
+        "norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+    }
+
+
+def test_without_query_groups_every_head_has_its_own_keys(load):
+    assert load(SIZES).model.shape.num_key_value_heads == 8
+    assert load(SIZES + "group_query_attention: false").model.shape.num_key_value_heads == 8
+    text = SIZES + "group_query_attention: false\nnum_query_groups: 2"
+    assert "num_query_groups" in only_problem(load, text).keys[0]
+
+
+def test_what_is_not_given_has_the_defaults_of_primus(load):
+    config = load(MINIMAL)
+    assert config.output_dir == "output/amd/someone/llama-sft"
+    assert config.packing.strategy == "none"
+    assert (config.train.steps, config.train.global_batch_size) == (1000, 128)
+    assert (config.optim.warmup_steps, config.checkpoint.every_steps) == (50, 100)
+    assert config.model.dtype == "bf16"
+    assert config.data.format == "alpaca"
+
+
+def test_null_takes_a_default_away(load):
+    config = load(MINIMAL + "save_interval: null\nload: null\nsave: null\nlr_decay_iters: null")
+    assert config.checkpoint.every_steps is None
+    assert config.output_dir == "output/amd/someone/llama-sft"
+
+
+@pytest.mark.parametrize(
+    "text, dtype",
+    [("bf16: true", "bf16"), ("fp16: true", "fp16"), ("bf16: false", "fp32"), ("", "bf16")],
+)
+def test_dtype(load, text, dtype):
+    assert load(MINIMAL + text).model.dtype == dtype
+
+
+def test_both_half_types_are_a_contradiction(load):
+    assert only_problem(load, MINIMAL + "bf16: true\nfp16: true").found == "fp16 and bf16"
+
+
+@pytest.mark.parametrize("name", ["pre_trainer", "post_trainer", "trainer"])
+def test_module_may_have_any_name(load, name):
+    assert load(MINIMAL, head=HEAD.replace("post_trainer", name)).backend == "megatron"
+
+
+def test_framework_and_stage_pick_the_pair(load):
+    config = load(MINIMAL + "stage: dpo", head=HEAD.replace("megatron", "torchtitan"))
+    assert (config.backend, config.stage) == ("torchtitan", "dpo")
+
+
+def test_arguments_that_agree_are_accepted(load):
+    load(MINIMAL + """\
+calculate_per_token_loss: true
+context_parallel_size: 1
+expert_model_parallel_size: 1
+tokenizer_type: HuggingFaceTokenizer
+optimizer: adam
+trust_remote_code: false
+num_experts: null
+moe_grouped_gemm: false
+mtp_num_layers: 0
+cross_entropy_loss_fusion: true
+cross_entropy_fusion_impl: te
+profile: true
+profile_ranks: [0]
+wandb_project: sft
+lora: {enabled: false, dim: 32}
+attention_dropout: 0.0
+swiglu: true
+""")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("calculate_per_token_loss: false", "mean over the supervised tokens"),
+        ("lora: {enabled: true}", "all weights are trained"),
+        ("lora: true", "all weights are trained"),
+        ("moe_router_topk: 2", "mixture-of-experts"),
+        ("num_experts: 8", "mixture-of-experts"),
+        ("fp8_margin: 1", "8-bit"),
+        ("pretrained_checkpoint: x", "hf_path"),
+        ("num_layers_per_virtual_pipeline_stage: 2", "virtual_pipeline_model_parallel_size"),
+        ("tokenizer_type: Llama2Tokenizer", "Hugging Face"),
+        ("optimizer: sgd", "AdamW"),
+        ("load: ckpt", "finetune: false"),
+        ("num_layers: 4", "config.json"),
+        ("eod_mask_loss: true", "learns to stop"),
+        ("enable_packed_sequences: true\nuse_packed_attention: false", "never see each other"),
+        ("use_torch_fsdp2: true", "use_distributed_optimizer"),
+        ("exp_avg_dtype: bf16", "fp32"),
+    ],
+)
+def test_arguments_that_disagree_are_refused_with_the_reason(load, line, reason):
+    problem = only_problem(load, MINIMAL + line)
+    name = line.splitlines()[-1].split(":")[0]
+    assert problem.keys[0].startswith(f"modules.post_trainer.overrides.{name}")
+    assert reason in problem.expected
+    assert problem.where.endswith(f":{13 + line.count(chr(10))}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["normalization: LayerNorm", "hidden_dropout: 0.1", "add_qkv_bias: true", "swiglu: false"],
+)
+def test_architecture_arguments_count_only_for_random_weights(load, line, caplog):
+    assert "a Llama" in only_problem(load, SIZES + line).expected
+    with caplog.at_level(logging.WARNING):
+        load(MINIMAL + line)
+    assert line.split(":")[0] in caplog.text
+
+
+def test_experts_and_8_bits_have_keys_of_ours(load):
+    config = load(MINIMAL + "expert_model_parallel_size: 8\nfp8: hybrid\nfp8_recipe: mxfp8")
+    assert config.parallel.expert == 8
+    assert (config.model.fp8, config.model.fp8_recipe) == ("hybrid", "mxfp8")
+    assert load(MINIMAL + "fp8: false").model.fp8 == "none"
+    assert "tensorwise" in only_problem(load, MINIMAL + "fp8_recipe: delayed").expected
+
+
+def test_load_resumes_when_finetune_is_off(load):
+    assert load(MINIMAL + "load: ckpt\nfinetune: false").checkpoint.resume == "ckpt"
+
+
+def test_sequence_parallel_means_nothing_without_tensor_parallel(load):
+    assert load(MINIMAL + "sequence_parallel: true").parallel.sequence is False
+
+
+def test_evaluation_needs_data(load, caplog):
+    assert load(MINIMAL).evaluation.every_steps is None
+    assert "data.eval=" in caplog.text
+    config = load(MINIMAL, "data.eval=e.jsonl")
+    assert (config.evaluation.every_steps, config.evaluation.max_samples) == (50, 1280)
+    assert load(MINIMAL + "eval_iters: 0", "data.eval=e.jsonl").evaluation.every_steps is None
+
+
+def test_evaluation_asked_for_on_the_command_line_is_not_dropped(load):
+    problem = only_problem(load, MINIMAL, "evaluation.every_steps=5")
+    assert problem.keys == ("evaluation.every_steps", "data.eval")
+
+
+def test_overrides_use_our_keys(load):
+    config = load(MINIMAL, "optim.lr=3e-4", "train.steps=null", "train.epochs=1")
+    assert (config.optim.lr, config.train.epochs) == (3e-4, 1)
+
+
+def test_all_errors_at_once_with_lines_and_names(load):
+    text = MINIMAL + """\
+lr_decay_style: WSD
+micro_batch_sise: 2
+seq_length: "2048"
+calculate_per_token_loss: false
+train_iters: 20
+lr: 1.0e-5
+"""  # fmt: skip
+    problems = problems_of(load, text)
+    found = {(problem.keys[0], problem.where.rpartition(":")[2]) for problem in problems}
+    base = "modules.post_trainer.overrides"
+    assert found == {
+        ("lr_decay_style (optim.decay)", "13"),
+        (f"{base}.micro_batch_sise", "14"),
+        ("seq_length (packing.capacity)", "15"),
+        (f"{base}.calculate_per_token_loss", "16"),
+        ("lr_warmup_iters (optim.warmup_steps)", "17"),
+    }
+    typo = next(problem for problem in problems if "sise" in problem.keys[0])
+    assert typo.fix == "did you mean micro_batch_size?"
+    warmup = next(problem for problem in problems if "warmup" in problem.keys[0])
+    assert "default of sft_trainer.yaml" in warmup.where
+
+
+def test_missing_weights_point_at_the_preset(load):
+    problem = only_problem(load, "sft_dataset_name: a.jsonl\ntokenizer_model: t\n")
+    assert problem.keys[0] == "hf_path (model.path)"
+    assert problem.where.endswith(":9")
+
+
+def test_missing_sizes_have_their_megatron_names(load):
+    text = "num_layers: 2\nhidden_size: 64\nsft_dataset_name: a.jsonl\ntokenizer_model: t\n"
+    keys = {problem.keys[0].split()[0] for problem in problems_of(load, text)}
+    assert keys == {"ffn_hidden_size", "num_attention_heads", "num_query_groups"}
+
+
+@pytest.mark.parametrize(
+    "old, new, key",
+    [
+        ("    framework: megatron\n", "", "modules.post_trainer.framework"),
+        ("sft_trainer.yaml", "pre_trainer.yaml", "modules.post_trainer.config"),
+        ("    model:", "    modle:", "modules.post_trainer.modle"),
+        ("workspace:", "workspaces:", "workspaces"),
+        ("work_group: amd", "extends: [a.yaml]", "extends"),
+        ("workspace: ./output", "optim: {lr: 1e-3}", "optim"),
+        ("  post_trainer:", "  pre_trainer: {}\n  post_trainer:", "modules"),
+    ],
+)
+def test_frame_of_the_file_is_checked(load, old, new, key):
+    assert only_problem(load, MINIMAL, head=HEAD.replace(old, new, 1)).keys == (key,)
+
+
+@pytest.mark.parametrize("modules", ["null", "[]", "{}", "x", "{a: null}", "{a: [1]}"])
+def test_modules_that_are_none(tmp_path, modules):
+    path = tmp_path / "primus.yaml"
+    path.write_text(f"modules: {modules}\n")
+    assert only_problem(load_config, path, []).keys[0].startswith("modules")
+
+
+@pytest.mark.parametrize("value", ["3", "[1]", "x"])
+def test_overrides_that_are_no_mapping(tmp_path, value):
+    path = tmp_path / "primus.yaml"
+    path.write_text(HEAD.rstrip() + f" {value}\n")
+    assert "modules.post_trainer.overrides" in problems_of(load_config, path, [])[0].keys
+
+
+@pytest.mark.parametrize("value", ["[1]", "{a: 1}", "maybe", "2.5"])
+@pytest.mark.parametrize("name", sorted({*tables.TARGETS, *tables.SIZES, *tables.COMBINED}))
+def test_no_value_of_any_argument_escapes_as_another_error(load, name, value):
+    text = "\n".join(line for line in MINIMAL.splitlines() if not line.startswith(name))
+    try:
+        load(f"{text}\n{name}: {value}\n", "data.eval=e.jsonl")
+    except ConfigError as error:
+        assert name in str(error)
+
+
+def test_environment_variables(load, monkeypatch):
+    monkeypatch.delenv("PRIMUS_TP", raising=False)
+    monkeypatch.setenv("PRIMUS_MBS", "4")
+    monkeypatch.setenv("PRIMUS_LR", "2e-5")
+    monkeypatch.setenv("PRIMUS_NAME", "tiny")
+    config = load(MINIMAL + """\
+tensor_model_parallel_size: ${PRIMUS_TP:2}
+micro_batch_size: "${PRIMUS_MBS:1}"
+lr: ${PRIMUS_LR}
+save: ${PRIMUS_ROOT:./out}/${PRIMUS_NAME}/x
+""")  # fmt: skip
+    assert (config.parallel.tensor, config.train.micro_batch_size) == (2, 4)
+    assert config.optim.lr == 2e-5
+    assert config.output_dir == "./out/tiny/x"
+
+
+def test_environment_variable_that_is_not_set(load, monkeypatch):
+    monkeypatch.delenv("PRIMUS_TP", raising=False)
+    problems = problems_of(load, MINIMAL + "tensor_model_parallel_size: ${PRIMUS_TP}")
+    assert "${PRIMUS_TP}, which is not set" in problems[0].found
+    assert problems[0].where.endswith(":13")
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD"])
+def test_secrets_of_the_environment_are_never_read(load, monkeypatch, name):
+    monkeypatch.setenv(name, "value-of-the-secret")
+    with pytest.raises(ConfigError) as caught:
+        load(MINIMAL + f"wandb_project: ${{{name}}}")
+    assert name in str(caught.value)
+    assert "value-of-the-secret" not in str(caught.value)
+
+
+def test_environment_value_is_data_not_yaml_structure(load, monkeypatch):
+    monkeypatch.setenv("PRIMUS_NAME", "{a: 1}")
+    assert load(MINIMAL + "save: ${PRIMUS_NAME}").output_dir == "{a: 1}"
+
+
+def test_our_files_expand_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRIMUS_NAME", "x")
+    path = tmp_path / "ours.yaml"
+    path.write_text("model: {path: m}\ndata: {train: '${PRIMUS_NAME}'}\ntrain: {steps: 1}\n")
+    assert load_config(path, []).data.train == "${PRIMUS_NAME}"
+
+
+def test_no_argument_is_in_two_tables():
+    names = [
+        *tables.TARGETS,
+        *tables.SIZES,
+        *tables.DETAILS,
+        *tables.ARCHITECTURE,
+        *tables.FIXED,
+        *tables.OFF,
+        *tables.IGNORED,
+        *tables.COMBINED,
+    ]
+    assert len(names) == len(set(names))
+    hidden = [n for n in names if n not in tables.OFF and n.startswith(tuple(tables.OFF))]
+    assert hidden == []
+
+
+def test_every_target_is_a_key_of_ours():
+    known = set(dotted_keys(Config))
+    for table in (tables.TARGETS, tables.SIZES, tables.DETAILS):
+        assert {target.key for target in table.values()} <= known
+
+
+def test_shipped_example_says_what_it_means():
+    root = Path(__file__).parents[2]
+    config = load_config(root / "sft_fast/recipes/primus_style.yaml", [])
+    assert (config.backend, config.stage) == ("megatron", "sft")
+    assert config.packing.strategy == "auto"
+    assert config.train.steps == 200

@@ -1,0 +1,147 @@
+"""config.json to architecture: what is understood, and what is refused instead of miscomputed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_fast.models.architecture import (
+    architecture_from_hf,
+    architecture_to_hf,
+    read_hf_config,
+)
+from sft_fast.models.families import FAMILIES
+from sft_fast.models.rope import RopeScaling
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096,
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LlamaForCausalLM"),
+        ({"architectures": None}, "missing"),
+        ({"architectures": ["GptOssForCausalLM"]}, "sinks and experts in MXFP4 are not supported"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text model alone"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]}, "mlp_only_layers"),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "lacks"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "linear lacks 'factor'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.5}},
+            "attention_factor of rotary scaling yarn is 0.5",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_local_base_freq": 1e4},
+            "yarn is not supported in a model whose layers with a sliding window",
+        ),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "sliding"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        architecture_from_hf(LLAMA | change)
+
+
+def test_old_and_new_spelling_of_rope_mean_the_same() -> None:
+    old = LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA31_ROPE}
+    new = LLAMA | {"rope_parameters": LLAMA31_ROPE | {"rope_theta": 5e5}}
+    assert architecture_from_hf(old) == architecture_from_hf(new)
+    assert architecture_from_hf(old).rope_scaling == RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
+    assert architecture_from_hf(LLAMA | {"rope_theta": 7.0}).rope_theta == 7.0
+
+
+def test_a_written_config_reads_back_as_the_same_architecture() -> None:
+    plain = architecture_from_hf(LLAMA)
+    for architecture in (plain, replace(plain, tie_word_embeddings=True, head_dim=16)):
+        assert architecture_from_hf(architecture_to_hf(architecture)) == architecture
+
+
+def test_missing_keys_take_the_defaults_of_transformers() -> None:
+    architecture = architecture_from_hf(LLAMA)
+    assert architecture.num_key_value_heads == 4
+    assert architecture.head_dim == 8
+    assert not architecture.tie_word_embeddings
+
+
+def test_a_window_that_is_switched_off_does_not_count() -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    assert architecture_from_hf(mistral).sliding_window == 4096
+    qwen = mistral | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
+    assert architecture_from_hf(qwen).sliding_window is None
+    assert set(FAMILIES) >= {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"}
+
+
+def test_layers_without_positions_are_every_fourth_unless_they_are_listed() -> None:
+    smollm = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 9}
+    assert architecture_from_hf(smollm).layers_without_rope == {3, 7}
+    assert architecture_from_hf(smollm | {"no_rope_layer_interval": 3}).layers_without_rope == {
+        *(2, 5, 8)
+    }
+    listed = architecture_from_hf(smollm | {"no_rope_layers": [1, 0, *[1] * 7]})
+    assert listed.layers_without_rope == {1}
+    assert not architecture_from_hf(LLAMA).layers_without_rope
+
+
+def test_gemma_as_the_hub_has_it() -> None:
+    gemma: dict[str, Any] = LLAMA | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "num_hidden_layers": 7,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window": 512,
+        "sliding_window_pattern": 3,
+    }
+    architecture = architecture_from_hf(gemma)
+    assert architecture.tie_word_embeddings
+    assert architecture.attention_scale == 0.25
+    assert (architecture.rope_theta, architecture.local_rope_theta) == (1e6, 1e4)
+    windows = [architecture.window(layer) for layer in range(7)]
+    assert windows == [512, 512, None, 512, 512, None, 512]
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    new = {
+        "sliding_window_pattern": None,
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": rope | {"rope_theta": 1e4},
+        },
+    }
+    assert architecture_from_hf(gemma | new) == architecture
+
+
+def test_a_broken_config_json_names_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no config.json"):
+        read_hf_config(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text('{"vocab_size": 100,\n oops}')
+    with pytest.raises(ValueError, match="config.json:2"):
+        read_hf_config(tmp_path)
+    path.write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="JSON object"):
+        read_hf_config(tmp_path)
