@@ -18,9 +18,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from sft_fast import _C
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.data.targets import count_targets
+from sft_fast.packing.bins import BinPlan, plan_bins
 from sft_fast.packing.micro_batch import MicroBatch, RowBuffers, fill_micro_batch
-from sft_fast.packing.report import length_correlation
-from sft_fast.packing.steps import BinPlan, StepPlan, count_targets, plan_bins
+from sft_fast.packing.report import length_correlation, packing_report
+from sft_fast.packing.steps import StepPlan
 from sft_fast.reference.packing import best_fit_decreasing, fill_row
 
 # Lognormal lengths: mean, sigma of the logarithm, shortest. Shaped like instruction, chat and code.
@@ -204,7 +206,7 @@ def test_micro_batches(benchmark: BenchmarkFixture, num_bins: int) -> None:
     assert np.array_equal(np.sort(ids), np.sort(np.concatenate(plan.step_bins(0, 0))))
     benchmark.group = "one rank's share of a step"
     benchmark.pedantic(plan.micro_batches, (0, 3, 8, 1), rounds=50, warmup_rounds=2)
-    report = plan.report(dp_size=8)
+    report = packing_report(plan, dp_size=8)
     benchmark.extra_info.update(
         cost_imbalance=round(report.cost_imbalance, 4),
         cost_imbalance_in_turn=round(report.cost_imbalance_in_turn, 4),

@@ -400,7 +400,9 @@ def save_in_background(
     Args:
         folder: None = nothing is written to disk.
     """
-    from sft_fast.megatron.checkpoint.save import CheckpointWriter, TrainState, sharded_state
+    from sft_fast.megatron.checkpoint.save import CheckpointWriter
+    from sft_fast.megatron.checkpoint.state import sharded_state
+    from sft_fast.megatron.checkpoint.train_state import TrainState
 
     release_memory()
     config = make_config(case, **sections)

@@ -170,7 +170,8 @@ def test_keys_that_the_documentation_names_exist() -> None:
 
 
 def test_keys_of_other_trainers_get_the_hint_that_their_table_gives() -> None:
-    from sft_fast.config.schema import OTHER_NAMES, Config
+    from sft_fast.config.aliases import OTHER_NAMES
+    from sft_fast.config.schema import Config
     from sft_fast.config.validation import dotted_keys
     from sft_fast.errors import nearest_key
 

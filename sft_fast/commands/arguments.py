@@ -41,7 +41,7 @@ def not_negative(text: str) -> int:
 
 def config_path(parsed: argparse.Namespace) -> Path:
     """The file that the user means: a path, or a recipe's name."""
-    from sft_fast.commands.recipes import find_recipe
+    from sft_fast.recipes import find_recipe
 
     path: Path = parsed.config
     is_name = not path.suffix and path.parent == Path(".")

@@ -9,13 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_fast.commands.arguments import (
-    Commands,
-    add_config,
-    config_path,
-    not_negative,
-    positive,
-)
+from sft_fast.commands.arguments import Commands, add_config, config_path, not_negative, positive
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config

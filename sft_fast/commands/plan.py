@@ -137,7 +137,9 @@ def figures(
     }
     if plan is not None:
         steps, work = run_work(config, plan)
-        report = plan.report(1, config.train.micro_batch_size)
+        from sft_fast.packing.report import packing_report
+
+        report = packing_report(plan, 1, config.train.micro_batch_size)
         share = report.supervised_share
         seconds = estimate_seconds(architecture, config, work, ranks, gpu.bf16_tflops, mfu)
         found |= {

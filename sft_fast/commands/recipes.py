@@ -9,8 +9,8 @@ import textwrap
 from pathlib import Path
 
 from sft_fast.commands.arguments import Commands
+from sft_fast.recipes import RECIPES, find_recipe, recipe_name
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 LONGEST_ROW = 8192
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 SMALL_BYTES = 2_000_000
@@ -145,29 +145,9 @@ def run_list(parsed: argparse.Namespace) -> None:
         print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
-def recipe_name(path: Path) -> str:
-    return path.relative_to(RECIPES).with_suffix("").as_posix()
-
-
 def first_comment(path: Path) -> str:
     line = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return line.removeprefix("#").strip() if line.startswith("#") else ""
-
-
-def find_recipe(name: str) -> Path:
-    """Path of a recipe.
-
-    Raises:
-        ValueError: there is none of that name; the message names the nearest.
-    """
-    from sft_fast.errors import nearest
-
-    path = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if path.is_file() and RECIPES in path.resolve().parents:
-        return path
-    near = nearest(name, [recipe_name(path) for path in RECIPES.rglob("*.yaml")])
-    hint = f"did you mean {near}?" if near else "`sft_fast ls` lists them"
-    raise ValueError(f"there is no file and no recipe {name}; {hint}")
 
 
 def run_copy(parsed: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def lines(found: RunFiles) -> list[tuple[str, str]]:
     """(name, value) of what there is to say."""
-    from sft_fast.metrics.writer import duration
+    from sft_fast.metrics.format import duration
 
     told = [("state", state(found))]
     status, step, best = found.status or {}, found.last("step"), found.last("best")

@@ -1,34 +1,25 @@
 """Checks of keys that must fit together; each names its keys, so a message can point at them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from sft_fast.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExportConfig,
+    LoraConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    PackingConfig,
+    ParallelConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from sft_fast.errors import Problem
-from sft_fast.models.layout import fp8_multiple, uses_engine
-
-if TYPE_CHECKING:
-    from sft_fast.config.schema import Config
 
 
-def cross_field_problems(config: Config) -> Iterator[Problem]:
-    """Yields every contradiction between the keys of a configuration."""
-    yield from _model_problems(config)
-    yield from _memory_problems(config)
-    yield from _engine_problems(config)
-    yield from _shape_problems(config)
-    yield from _train_problems(config)
-    yield from _packing_problems(config)
-    yield from _lora_problems(config)
-    yield from _optim_problems(config)
-    yield from _parallel_problems(config)
-    yield from _evaluation_problems(config)
-    yield from _metrics_problems(config)
-
-
-def _model_problems(config: Config) -> Iterator[Problem]:
-    model, tokenizer = config.model, config.tokenizer
+def model_problems(model: ModelConfig, tokenizer: TokenizerConfig) -> Iterator[Problem]:
     if (model.path is None) == (model.shape is None):
         yield Problem(
             ("model.path", "model.shape"),
@@ -52,8 +43,9 @@ def _model_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _memory_problems(config: Config) -> Iterator[Problem]:
-    model = config.model
+def memory_problems(
+    model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig
+) -> Iterator[Problem]:
     if (model.recompute == "block") != (model.recompute_layers is not None):
         yield Problem(
             ("model.recompute", "model.recompute_layers"),
@@ -69,33 +61,33 @@ def _memory_problems(config: Config) -> Iterator[Problem]:
             "one of the two",
             "model.recompute=none, or model.offload_layers=0",
         )
-    if model.offload_layers > 0 and config.parallel.pipeline > 1:
+    if model.offload_layers > 0 and parallel.pipeline > 1:
         yield Problem(
             ("model.offload_layers", "parallel.pipeline"),
-            f"{model.offload_layers} offloaded layers with parallel.pipeline "
-            f"{config.parallel.pipeline}",
+            f"{model.offload_layers} offloaded layers with parallel.pipeline {parallel.pipeline}",
             "no offloading of activations with pipeline stages",
             "model.offload_layers=0, or model.recompute=full",
         )
-    if config.optim.offload_fraction > 0 and not config.parallel.distributed_optimizer:
+    if optim.offload_fraction > 0 and not parallel.distributed_optimizer:
         yield Problem(
             ("optim.offload_fraction", "parallel.distributed_optimizer"),
-            f"{config.optim.offload_fraction} without the distributed optimizer",
+            f"{optim.offload_fraction} without the distributed optimizer",
             "parallel.distributed_optimizer true",
             "parallel.distributed_optimizer=true",
         )
-    if config.optim.offload_fraction > 0 and model.dtype == "fp32":
+    if optim.offload_fraction > 0 and model.dtype == "fp32":
         yield Problem(
             ("optim.offload_fraction", "model.dtype"),
-            f"{config.optim.offload_fraction} with weights in fp32, of which megatron-core cannot "
+            f"{optim.offload_fraction} with weights in fp32, of which megatron-core cannot "
             "load an offloaded optimizer",
             "weights in 16 bits",
             "model.dtype=bf16, or optim.offload_fraction=0",
         )
 
 
-def _engine_problems(config: Config) -> Iterator[Problem]:
-    model, parallel = config.model, config.parallel
+def engine_problems(
+    model: ModelConfig, packing: PackingConfig, parallel: ParallelConfig, lora: LoraConfig
+) -> Iterator[Problem]:
     if model.fp8 != "none" and model.transformer_impl == "local":
         yield Problem(
             ("model.fp8", "model.transformer_impl"),
@@ -110,26 +102,28 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
             "bf16 for what is not computed in 8 bits",
             "model.dtype=bf16",
         )
-    if uses_engine(model) and config.lora.rank > 0:
+    if model.uses_transformer_engine and lora.rank > 0:
         yield Problem(
             ("lora.rank", "model.transformer_impl", "model.fp8"),
-            f"{config.lora.rank} with Transformer Engine's linear layers",
+            f"{lora.rank} with Transformer Engine's linear layers",
             "adapters beside megatron-core's own, which know how to add them",
             "model.transformer_impl=local model.fp8=none, or lora.rank=0",
         )
-    rows = fp8_multiple(model) * parallel.tensor * parallel.context
-    if model.fp8 != "none" and parallel.pipeline > 1 and config.packing.capacity % rows != 0:
-        better = -(-config.packing.capacity // rows) * rows
+    rows = model.fp8_multiple * parallel.tensor * parallel.context
+    if model.fp8 != "none" and parallel.pipeline > 1 and packing.capacity % rows != 0:
+        better = -(-packing.capacity // rows) * rows
         yield Problem(
             ("packing.capacity", "model.fp8"),
-            f"{config.packing.capacity} with model.fp8_recipe {model.fp8_recipe}",
-            f"a multiple of {rows}, so that each rank has a multiple of {fp8_multiple(model)}",
+            f"{packing.capacity} with model.fp8_recipe {model.fp8_recipe}",
+            f"a multiple of {rows}, so that each rank has a multiple of {model.fp8_multiple}",
             f"packing.capacity={better}",
         )
 
 
-def _shape_problems(config: Config) -> Iterator[Problem]:
-    shape, parallel = config.model.shape, config.parallel
+def shape_problems(
+    model: ModelConfig, packing: PackingConfig, parallel: ParallelConfig
+) -> Iterator[Problem]:
+    shape = model.shape
     if shape is None:
         return
     values = {f"model.shape.{name}": value for name, value in shape.model_dump().items()}
@@ -166,16 +160,15 @@ def _shape_problems(config: Config) -> Iterator[Problem]:
             f"{head_dim} channels per head",
             "an even number, because the rotary embedding turns pairs of channels",
         )
-    if config.packing.capacity > shape.max_position_embeddings:
+    if packing.capacity > shape.max_position_embeddings:
         yield Problem(
             ("packing.capacity", "model.shape.max_position_embeddings"),
-            f"rows of {config.packing.capacity} tokens, {shape.max_position_embeddings} positions",
+            f"rows of {packing.capacity} tokens, {shape.max_position_embeddings} positions",
             "packing.capacity <= model.shape.max_position_embeddings",
         )
 
 
-def _train_problems(config: Config) -> Iterator[Problem]:
-    train = config.train
+def train_problems(train: TrainConfig) -> Iterator[Problem]:
     if (train.steps is None) == (train.epochs is None):
         yield Problem(
             ("train.steps", "train.epochs"),
@@ -191,8 +184,7 @@ def _train_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _packing_problems(config: Config) -> Iterator[Problem]:
-    packing = config.packing
+def packing_problems(packing: PackingConfig) -> Iterator[Problem]:
     if packing.capacity % packing.alignment != 0:
         yield Problem(
             ("packing.alignment", "packing.capacity"),
@@ -201,8 +193,7 @@ def _packing_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _lora_problems(config: Config) -> Iterator[Problem]:
-    lora = config.lora
+def lora_problems(lora: LoraConfig) -> Iterator[Problem]:
     if lora.dora and lora.dropout > 0:
         yield Problem(
             ("lora.dora", "lora.dropout"),
@@ -212,8 +203,7 @@ def _lora_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _optim_problems(config: Config) -> Iterator[Problem]:
-    train, optim = config.train, config.optim
+def optim_problems(train: TrainConfig, optim: OptimConfig) -> Iterator[Problem]:
     if optim.min_lr > optim.lr:
         yield Problem(("optim.min_lr", "optim.lr"), f"{optim.min_lr} > {optim.lr}", "min_lr <= lr")
     end_key = "train.steps" if optim.decay_steps is None else "optim.decay_steps"
@@ -227,8 +217,7 @@ def _optim_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _parallel_problems(config: Config) -> Iterator[Problem]:
-    parallel = config.parallel
+def parallel_problems(packing: PackingConfig, parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.sequence and parallel.tensor == 1:
         yield Problem(
             ("parallel.sequence", "parallel.tensor"),
@@ -243,7 +232,7 @@ def _parallel_problems(config: Config) -> Iterator[Problem]:
             "parallel.pipeline > 1",
             "parallel.virtual_pipeline=1, or parallel.pipeline=2",
         )
-    capacity, alignment = config.packing.capacity, config.packing.alignment
+    capacity, alignment = packing.capacity, packing.alignment
     if parallel.context > 1 and alignment % (2 * parallel.context) != 0:
         multiple = 2 * parallel.context
         better = -(-alignment // multiple) * multiple
@@ -275,9 +264,13 @@ def _parallel_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _evaluation_problems(config: Config) -> Iterator[Problem]:
-    evaluation = config.evaluation
-    if config.data.eval is not None and config.data.eval_fraction is not None:
+def evaluation_problems(
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    checkpoint: CheckpointConfig,
+    export: ExportConfig,
+) -> Iterator[Problem]:
+    if data.eval is not None and data.eval_fraction is not None:
         yield Problem(
             ("data.eval", "data.eval_fraction"),
             "both",
@@ -285,16 +278,16 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             "data.eval_fraction=null",
         )
     wanted = {
-        "data.eval_split": config.data.eval_split,
+        "data.eval_split": data.eval_split,
         "evaluation.every_steps": evaluation.every_steps,
         "evaluation.max_samples": evaluation.max_samples,
         "evaluation.exact_match_samples": evaluation.exact_match_samples,
         "evaluation.metrics": evaluation.metrics,
         "evaluation.patience": evaluation.patience,
-        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "checkpoint.keep_best": checkpoint.keep_best,
     }
     for key, value in wanted.items():
-        if value and config.data.eval is None and config.data.eval_fraction is None:
+        if value and data.eval is None and data.eval_fraction is None:
             yield Problem(
                 (key, "data.eval"),
                 f"{value}, but there is no evaluation data",
@@ -316,14 +309,14 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             evaluation.best_by,
             f"one of {', '.join(names)}; others are named in evaluation.metrics first",
         )
-    if config.export.best and not config.checkpoint.keep_best:
+    if export.best and not checkpoint.keep_best:
         yield Problem(
             ("export.best", "checkpoint.keep_best"),
             "the best weights are to be exported, but they are not kept",
             "checkpoint.keep_best true, or export.best false",
             "checkpoint.keep_best=true",
         )
-    if evaluation.exact_match_samples and not config.export.enabled:
+    if evaluation.exact_match_samples and not export.enabled:
         yield Problem(
             ("evaluation.exact_match_samples", "export.enabled"),
             "questions for the exported model, but nothing is exported",
@@ -331,15 +324,15 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _metrics_problems(config: Config) -> Iterator[Problem]:
-    steps = config.metrics.profile_steps
+def metrics_problems(metrics: MetricsConfig, export: ExportConfig) -> Iterator[Problem]:
+    steps = metrics.profile_steps
     if steps is not None and steps[0] > steps[1]:
         found = f"first step {steps[0]}, last step {steps[1]}"
         yield Problem(("metrics.profile_steps",), found, "first <= last")
-    if config.metrics.samples and not (config.metrics.pictures and config.export.enabled):
+    if metrics.samples and not (metrics.pictures and export.enabled):
         yield Problem(
             ("metrics.samples", "metrics.pictures", "export.enabled"),
-            f"{config.metrics.samples} answers for a report that is not written, or of a model "
+            f"{metrics.samples} answers for a report that is not written, or of a model "
             "that is not exported",
             "pictures and the export, or no samples",
             "metrics.samples=0",

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_fast.data.formats import ConversationReader
-from sft_fast.data.json_rows import Row
 from sft_fast.data.templates import CHATML_TEMPLATE
 
 if TYPE_CHECKING:
@@ -148,28 +146,6 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
     )
     tokenizer.chat_template = CHATML_TEMPLATE
     return tokenizer
-
-
-def chance_accuracy(rows: Iterable[Row]) -> float:
-    """Exact match to expect on demo rows from a guesser that knows each task but sees no operand.
-
-    Args:
-        rows: rows of the demo, in any of its formats; the last question of each counts.
-
-    Raises:
-        ValueError: a question is not of the demo, or there are no rows.
-    """
-    reader = ConversationReader("auto")
-    chances = []
-    for row in rows:
-        questions = [turn.content for turn in reader(row).messages if turn.role == "user"]
-        task = next((task for task in TASKS if questions[-1].startswith(task.question)), None)
-        if task is None:
-            raise ValueError(f"{row.origin}: {questions[-1]!r} is no question of the demo")
-        chances.append(task.chance)
-    if not chances:
-        raise ValueError("no rows, so there is no chance accuracy")
-    return sum(chances) / len(chances)
 
 
 def _operands(rng: random.Random) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

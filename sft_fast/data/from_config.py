@@ -18,7 +18,8 @@ from sft_fast.data.store import TokenStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sft_fast.config.schema import Config, DataSource
+    from sft_fast.config.schema import Config
+    from sft_fast.config.sections import DataSource
     from sft_fast.models.architecture import Architecture
 
 Part = Literal["train", "eval"]

@@ -15,12 +15,7 @@ import xxhash
 
 from sft_fast.data.build import BuildOptions, Progress, prepare_store
 from sft_fast.data.source import Source
-from sft_fast.data.store import (
-    DataReport,
-    StoreWriter,
-    TokenStore,
-    open_store,
-)
+from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -38,7 +38,7 @@ import numpy.typing as npt
 import psutil
 
 from sft_fast.data.columns import BLOCK_DTYPE, Column
-from sft_fast.packing.steps import count_targets
+from sft_fast.data.targets import count_targets
 
 STORE_VERSION = 3
 FLUSH_TOKENS = 1 << 20

@@ -1,11 +1,20 @@
 """Asks an exported model held-out questions, through transformers alone."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft_fast.data.demo import TASKS
+from sft_fast.data.formats import ConversationReader
+from sft_fast.data.json_rows import Row
 from sft_fast.data.questions import Question
+
+if TYPE_CHECKING:
+    pass
 
 BATCH_SIZE = 32
 
@@ -64,3 +73,25 @@ def generate(
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def chance_accuracy(rows: Iterable[Row]) -> float:
+    """Exact match to expect on demo rows from a guesser that knows each task but sees no operand.
+
+    Args:
+        rows: rows of the demo, in any of its formats; the last question of each counts.
+
+    Raises:
+        ValueError: a question is not of the demo, or there are no rows.
+    """
+    reader = ConversationReader("auto")
+    chances = []
+    for row in rows:
+        questions = [turn.content for turn in reader(row).messages if turn.role == "user"]
+        task = next((task for task in TASKS if questions[-1].startswith(task.question)), None)
+        if task is None:
+            raise ValueError(f"{row.origin}: {questions[-1]!r} is no question of the demo")
+        chances.append(task.chance)
+    if not chances:
+        raise ValueError("no rows, so there is no chance accuracy")
+    return sum(chances) / len(chances)

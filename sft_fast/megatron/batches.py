@@ -7,7 +7,6 @@ import numpy as np
 from sft_fast.config.schema import Config
 from sft_fast.data.store import TokenStore
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.models.layout import fp8_multiple
 from sft_fast.packing.micro_batch import RowLayout
 from sft_fast.packing.prefetch import BatchLoader, Row
 from sft_fast.packing.steps import StepPlan
@@ -18,7 +17,7 @@ def packed_rows(
 ) -> Iterator[Row]:
     """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
     size, alignment = config.train.micro_batch_size, config.packing.alignment
-    num_parts = parallel.tp_size * parallel.cp_size * fp8_multiple(config.model)
+    num_parts = parallel.tp_size * parallel.cp_size * config.model.fp8_multiple
     for step in steps:
         for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
             sample_ids = np.concatenate(bins)
@@ -34,7 +33,7 @@ def open_batches(
     store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
 ) -> BatchLoader:
     """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
-    num_parts = parallel.tp_size * parallel.cp_size * fp8_multiple(config.model)
+    num_parts = parallel.tp_size * parallel.cp_size * config.model.fp8_multiple
     max_rows = round_up(config.packing.capacity * config.train.micro_batch_size, num_parts)
     return BatchLoader(
         store,

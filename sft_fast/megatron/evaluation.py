@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from sft_fast.config.schema import Config
-from sft_fast.data.demo import chance_accuracy
 from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluation.early_stopping import Standing
-from sft_fast.evaluation.exact_match import exact_match
+from sft_fast.evaluation.exact_match import chance_accuracy, exact_match
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.checkpoint.save import checkpoint_path
+from sft_fast.megatron.checkpoint.train_state import checkpoint_path
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from sft_fast.megatron.attention.backends import PackedSamples, pack_samples
+from sft_fast.megatron.attention.packed_samples import PackedSamples, pack_samples
 from sft_fast.megatron.model import unwrap
 from sft_fast.packing.micro_batch import MicroBatch
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from sft_fast.config.schema import GuardConfig
+from sft_fast.config.sections import GuardConfig
 from sft_fast.data.store import TokenStore
-from sft_fast.metrics.writer import MetricsWriter, StepResult, finite
+from sft_fast.metrics.format import finite
+from sft_fast.metrics.writer import MetricsWriter, StepResult
 
 # Standard deviations of a normal distribution per median absolute deviation.
 MAD_TO_SIGMA = 1.4826

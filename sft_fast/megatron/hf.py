@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sft_fast.megatron.checkpoint.shards import open_safetensors
+from sft_fast.errors import DamageError
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
@@ -428,3 +428,21 @@ def write_index(writer: ShardWriter, folder: Path, parallel: Parallel) -> None:
     total_bytes = sum(num_bytes for _, num_bytes in parts)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def open_safetensors(path: Path) -> Any:
+    """safe_open, with an error that users can read.
+
+    Raises:
+        ValueError: the file is missing.
+        DamageError: it is cut short, or no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a safetensors file, found none") from None
+        raise DamageError(
+            f"{path}: expected a whole safetensors file, found {path.stat().st_size:,} bytes with "
+            f"damage ({error}); copy or download it again"
+        ) from None

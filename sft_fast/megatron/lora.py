@@ -37,7 +37,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from sft_fast.config.schema import Config, LoraConfig
+from sft_fast.config.schema import Config
+from sft_fast.config.sections import LoraConfig
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,

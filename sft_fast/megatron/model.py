@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.config.schema import Config, LossConfig
+from sft_fast.config.schema import Config
+from sft_fast.config.sections import LossConfig
 from sft_fast.errors import ConfigError
 from sft_fast.loss import (
     LossOptions,
@@ -31,15 +32,10 @@ from sft_fast.loss import (
     masked_linear_cross_entropy,
     masked_linear_outputs,
 )
-from sft_fast.megatron.attention.backends import (
-    Attend,
-    AttentionChoice,
-    PackedSamples,
-    Scoring,
-    choose_attention,
-)
+from sft_fast.megatron.attention.backends import AttentionChoice, choose_attention
 from sft_fast.megatron.attention.context_parallel import ContextGroup, check_context, context_group
 from sft_fast.megatron.attention.core import PackedAttention
+from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring
 from sft_fast.megatron.device import prepare_for_experts
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm

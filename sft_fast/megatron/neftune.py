@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from sft_fast.config.schema import Config
-from sft_fast.megatron.attention.backends import PackedSamples
+from sft_fast.megatron.attention.packed_samples import PackedSamples
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.parallel import Parallel
 

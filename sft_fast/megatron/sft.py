@@ -19,17 +19,14 @@ from sft_fast.evaluation.samples import write_samples
 from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.checkpoint.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
-from sft_fast.megatron.checkpoint.save import (
-    CheckpointWriter,
-    TrainState,
-    checkpoint_path,
+from sft_fast.megatron.checkpoint.load import (
     continuations,
     load_checkpoint,
     newest_whole_checkpoint,
-    read_train_state,
-    remove_leftovers,
-    sharded_state,
 )
+from sft_fast.megatron.checkpoint.save import CheckpointWriter, remove_leftovers
+from sft_fast.megatron.checkpoint.state import sharded_state
+from sft_fast.megatron.checkpoint.train_state import TrainState, checkpoint_path, read_train_state
 from sft_fast.megatron.device import free_memory
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
 from sft_fast.megatron.export.adapter import export_adapter
@@ -61,6 +58,7 @@ from sft_fast.metrics.writer import MetricsWriter, StepResult, Timed
 from sft_fast.models.architecture import Architecture
 from sft_fast.packing.from_config import make_plan, warm_up_warning
 from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.packing.report import packing_report
 from sft_fast.packing.steps import StepCounts
 from sft_fast.runtime.manifest import MANIFEST_FILE
 from sft_fast.runtime.rendezvous import public_address_warning
@@ -221,7 +219,7 @@ def train(config: Config) -> int:
     inputs = read_inputs(config, metrics.say)
     metrics.say(inputs.store.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
-    packing = plan.report(parallel.dp_size, config.train.micro_batch_size)
+    packing = packing_report(plan, parallel.dp_size, config.train.micro_batch_size)
     metrics.say(f"packing: {packing.brief()}")
     adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
     fields = run_fields(

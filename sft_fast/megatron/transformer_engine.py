@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from sft_fast.config.schema import Config
 from sft_fast.megatron.memory import require
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.models.layout import uses_engine
 
 
 def engine_options(config: Config, parallel: Parallel) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def engine_options(config: Config, parallel: Parallel) -> dict[str, Any]:
         ValueError: there is no GPU, or no Transformer Engine.
     """
     model = config.model
-    if not uses_engine(model):
+    if not model.uses_transformer_engine:
         return {"transformer_impl": "local"}
     key = "fp8" if model.transformer_impl == "auto" else "transformer_impl"
     require(f"model.{key}", getattr(model, key), parallel)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from sft_fast.metrics.writer import complaint, duration
+from sft_fast.metrics.format import complaint, duration
 
 SECONDS_BETWEEN_DRAWS = 1.0
 BAR_WIDTH = 30

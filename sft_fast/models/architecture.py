@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_fast.config.schema import ShapeConfig
+from sft_fast.config.sections import ShapeConfig
 from sft_fast.models.families import FAMILIES, REFUSED, Family
 from sft_fast.models.rope import RopeScaling, rope_scaling
 

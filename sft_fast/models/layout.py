@@ -9,20 +9,8 @@ from sft_fast.errors import Problem
 from sft_fast.models.families import FAMILIES
 
 if TYPE_CHECKING:
-    from sft_fast.config.schema import Config, ModelConfig
+    from sft_fast.config.schema import Config
     from sft_fast.models.architecture import Architecture
-
-FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-
-
-def uses_engine(model: ModelConfig) -> bool:
-    """Whether the linear layers are Transformer Engine's."""
-    return model.transformer_impl == "te" or model.fp8 != "none"
-
-
-def fp8_multiple(model: ModelConfig) -> int:
-    """What divides the rows and columns of a matrix in an 8-bit product; 1 without them."""
-    return 1 if model.fp8 == "none" else FP8_MULTIPLES[model.fp8_recipe]
 
 
 def layout_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
@@ -74,7 +62,7 @@ def layout_problems(architecture: Architecture, config: Config) -> Iterator[Prob
 def engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
     """Yields everything that Transformer Engine's linear layers cannot do for this model."""
     model, tensor = config.model, config.parallel.tensor
-    if not uses_engine(model):
+    if not model.uses_transformer_engine:
         return
     if architecture.num_experts:
         yield Problem(
@@ -91,10 +79,10 @@ def engine_problems(architecture: Architecture, config: Config) -> Iterator[Prob
     }
     for name, width in widths.items():
         count = width if name == "hidden_size" else width // tensor
-        if count % fp8_multiple(model) != 0:
+        if count % model.fp8_multiple != 0:
             yield Problem(
                 ("model.fp8_recipe", "parallel.tensor"),
                 f"{model.fp8_recipe} with {count} columns on a rank ({name} of the model)",
-                f"a multiple of {fp8_multiple(model)}",
+                f"a multiple of {model.fp8_multiple}",
                 "a smaller parallel.tensor, model.fp8_recipe=tensorwise, or model.fp8=none",
             )

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from sft_fast.config.schema import Config
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
-from sft_fast.packing.steps import PackingOptions, StepPlan
+from sft_fast.packing.bins import PackingOptions
+from sft_fast.packing.steps import StepPlan
 
 if TYPE_CHECKING:
     from sft_fast.data.store import TokenStore

@@ -2,13 +2,15 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from sft_fast.packing.steps import BinPlan, StepPlan
+from sft_fast import _C
+from sft_fast.packing.balance import balance, imbalance, in_turn
+from sft_fast.packing.bins import BinPlan, round_up
+from sft_fast.packing.steps import StepPlan, check_batch_split
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class PackingReport:
         )
 
 
-def length_correlation(plan: "BinPlan", lengths: NDArray[np.int32]) -> float:
+def length_correlation(plan: BinPlan, lengths: NDArray[np.int32]) -> float:
     """Returns the intra-class correlation of log length, the bins being the classes.
 
     Source: R. A. Fisher's one-way analysis of variance, with the mean class size for unequal
@@ -142,7 +144,59 @@ def length_correlation(plan: "BinPlan", lengths: NDArray[np.int32]) -> float:
     return float((between - within) / spread) if spread > 0 else float("nan")
 
 
-def plot_plan(plan: "StepPlan", path: Path) -> None:
+def packing_report(steps: StepPlan, dp_size: int = 1, micro_batch_size: int = 1) -> PackingReport:
+    """Returns the packing figures of epoch 0.
+
+    Args:
+        dp_size: the data-parallel size for which the cost imbalance is computed.
+        micro_batch_size: likewise.
+    """
+    check_batch_split(steps.global_batch_size, 0, dp_size, micro_batch_size)
+    plan = steps.plan(0)
+    num_tokens = int(steps.lengths.sum(dtype=np.int64))
+    num_rounded = int(round_up(steps.lengths, steps.options.alignment).sum(dtype=np.int64))
+    costs = [steps.step(step).costs() for step in some_steps(steps)]
+    return PackingReport(
+        strategy=steps.strategy,
+        reason=steps.reason,
+        num_samples=len(steps.lengths),
+        num_tokens=num_tokens,
+        num_supervised=int(steps.supervised.sum(dtype=np.int64)),
+        num_bins=plan.num_bins,
+        num_empty_bins=steps.num_steps_per_epoch * steps.global_batch_size - plan.num_bins,
+        capacity=steps.capacity,
+        alignment_padding=num_rounded - num_tokens,
+        tail_padding=plan.num_bins * steps.capacity - num_rounded,
+        max_samples_per_bin=int(np.diff(plan.bin_offsets).max()),
+        length_correlation=length_correlation(plan, steps.lengths),
+        max_places_moved=max_places_moved(steps, plan),
+        cost_imbalance=float(
+            np.mean([imbalance(c, balance(c, dp_size, micro_batch_size)) for c in costs])
+        ),
+        cost_imbalance_in_turn=float(
+            np.mean([imbalance(c, in_turn(len(c), dp_size, micro_batch_size)) for c in costs])
+        ),
+        num_steps=steps.num_steps_per_epoch,
+    )
+
+
+def some_steps(steps: StepPlan) -> list[int]:
+    """Returns at most 64 steps, spread over an epoch."""
+    return sorted({int(step) for step in np.linspace(0, steps.num_steps_per_epoch - 1, 64)})
+
+
+def max_places_moved(steps: StepPlan, plan: BinPlan) -> int | None:
+    """Returns how far from its place in the strategy's own order of epoch 0 a sample got."""
+    if steps.strategy == "sequential":
+        return 0
+    if steps.strategy != "window":
+        return None
+    places = np.empty(len(plan.sample_ids), np.int64)
+    places[_C.sample_order(len(places), steps.seed, 0)] = np.arange(len(places))
+    return int(np.abs(places[plan.sample_ids] - np.arange(len(places))).max())
+
+
+def plot_plan(plan: StepPlan, path: Path) -> None:
     """Draws sample lengths, tokens per bin and samples per bin of an epoch.
 
     Args:
@@ -157,7 +211,7 @@ def plot_plan(plan: "StepPlan", path: Path) -> None:
         raise ValueError(f"a picture ({path}) needs matplotlib: pip install matplotlib") from None
     bins = plan.plan(0)
     tokens = np.add.reduceat(plan.lengths[bins.sample_ids].astype(np.int64), bins.bin_offsets[:-1])
-    report = plan.report()
+    report = packing_report(plan)
     panels = (
         (plan.lengths, "tokens per sample", f"{report.num_samples} samples"),
         (tokens, f"tokens per row of {plan.capacity}", f"efficiency {report.efficiency:.2%}"),

@@ -5,222 +5,24 @@ same one, so ranks agree on every step without talking to each other, and a run 
 step with any data-parallel size.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
-from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance, imbalance, in_turn
-from sft_fast.packing.report import PackingReport, length_correlation
-
-Bin = NDArray[np.int64]
-"""The ids of the samples that share one packed row; empty for a row of padding."""
-
-
-class Planner(Protocol):
-    """Returns (sample_ids, bin_offsets, order) of a `BinPlan`."""
-
-    def __call__(
-        self,
-        lengths: NDArray[np.int32],
-        capacity: int,
-        seed: int,
-        epoch: int,
-        *,
-        alignment: int,
-        max_samples: int,
-        pool_size: int,
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]: ...
-
-
-class StoredTargets(Protocol):
-    """What `count_targets` reads of a token store; see `packing.micro_batch.TokenStore`."""
-
-    @property
-    def tokens(self) -> NDArray[np.uint32]: ...
-    @property
-    def supervised_bits(self) -> NDArray[np.uint8]: ...
-    @property
-    def offsets(self) -> NDArray[np.int64]: ...
-    @property
-    def weights(self) -> NDArray[np.float16] | None: ...
-
-
-PLANNERS: dict[str, Planner] = {
-    "bfd": _C.plan_best_fit_decreasing,
-    "window": _C.plan_window,
-    "sequential": _C.plan_sequential,
-    "none": _C.plan_one_per_bin,
-}
-"""Strategy name -> planner."""
-
-STRATEGIES = ("auto", *PLANNERS)
-
-MAX_CAPACITY = 2**24
-MAX_POOL_SIZE = 2**22
-# Enough for the share of unfilled bins to be known to better than the limit below.
-NUM_TRIAL_SAMPLES = 100_000
-MAX_EXTRA_BINS = 0.002
-
-VERSION = 2
-"""Of the planners; another version means another data order for the same options."""
-
-
-@dataclass(frozen=True)
-class PackingOptions:
-    """Limits on bins; every one of them changes which samples share a bin."""
-
-    alignment: int = 1
-    """A sample takes up a multiple of this many tokens: 2 * context-parallel size, or what the
-    kernels of a number format ask for."""
-    max_samples_per_bin: int | None = None
-    """None = no limit."""
-    pool_size: int = 1000
-    """Samples that "window" chooses from, at least; it takes more where these are less than 8
-    bins' worth."""
-
-    def __post_init__(self) -> None:
-        limits = {"alignment": MAX_CAPACITY, "pool_size": MAX_POOL_SIZE}
-        limits["max_samples_per_bin"] = 2**31 - 1
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if value is None and name == "max_samples_per_bin":
-                continue
-            if not 1 <= value <= limit:
-                raise ValueError(f"packing.{name} is {value}; expected 1 to {limit}")
-
-    def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-
-
-DEFAULT_OPTIONS = PackingOptions()
-
-
-@dataclass(frozen=True)
-class BinPlan:
-    """One epoch's bins.
-
-    Attributes:
-        sample_ids: uint32 [N], bin after bin; every sample exactly once.
-        bin_offsets: int64 [num_bins + 1], into sample_ids.
-        order: uint32 [num_bins]; the i-th bin to train on is stored at place order[i].
-        capacity: tokens per bin.
-    """
-
-    sample_ids: NDArray[np.uint32]
-    bin_offsets: NDArray[np.int64]
-    order: NDArray[np.uint32]
-    capacity: int
-
-    @property
-    def num_bins(self) -> int:
-        """Bins in the epoch."""
-        return len(self.order)
-
-    def bin(self, index: int) -> Bin:
-        """Returns the sample ids of the `index`-th bin in training order."""
-        place = int(self.order[index])
-        ids = self.sample_ids[self.bin_offsets[place] : self.bin_offsets[place + 1]]
-        return ids.astype(np.int64)
-
-
-def plan_bins(
-    lengths: NDArray[np.integer],
-    capacity: int,
-    strategy: str = "bfd",
-    seed: int = 0,
-    epoch: int = 0,
-    options: PackingOptions = DEFAULT_OPTIONS,
-) -> BinPlan:
-    """Assigns every sample to a bin of at most `capacity` tokens.
-
-    Args:
-        lengths: integer [N], tokens per sample, each in [1, capacity].
-        capacity: tokens per bin, a multiple of the alignment.
-        strategy: one of `STRATEGIES`. "bfd": best-fit decreasing; fewest bins, but short samples
-            share bins with short ones. "window": random order, each bin filled exactly from those
-            next in line; bins are random samples of the data. "sequential": next-fit in the
-            order given, the same in every epoch. "none": one sample per bin. "auto": whatever
-            `choose_strategy` says.
-        seed: in [0, 2**64).
-        epoch: counted from 0.
-
-    Raises:
-        ValueError: a sample that is empty or longer than a bin, or an argument out of range.
-    """
-    if strategy not in STRATEGIES:
-        expected = ", ".join(STRATEGIES)
-        raise ValueError(f"packing.strategy is {strategy!r}; expected one of {expected}")
-    if not (0 <= seed < 2**64 and 0 <= epoch < 2**64):
-        raise ValueError(f"seed is {seed}, epoch is {epoch}; expected both in [0, 2**64)")
-    if not 1 <= capacity <= MAX_CAPACITY:
-        raise ValueError(f"packing.capacity is {capacity}; expected 1 to {MAX_CAPACITY} tokens")
-    if strategy == "auto":
-        strategy, _ = choose_strategy(lengths, capacity, options)
-    planned = PLANNERS[strategy](
-        as_int32(lengths),
-        capacity,
-        seed,
-        epoch,
-        alignment=options.alignment,
-        max_samples=options.max_samples_per_bin or 0,
-        pool_size=options.pool_size,
-    )
-    return BinPlan(*planned, capacity=capacity)
-
-
-def choose_strategy(
-    lengths: NDArray[np.integer], capacity: int, options: PackingOptions = DEFAULT_OPTIONS
-) -> tuple[str, str]:
-    """Decides between "window" and "bfd", by packing some of the samples with both.
-
-    It is "window", whose bins are random samples of the data, unless that needs over 0.2 % more
-    bins. The answer depends on nothing but the arguments: it is the same in every epoch and run.
-
-    Returns:
-        The strategy, and the reason in words.
-    """
-    # Spread over all of the data, which may be sorted.
-    some = np.asarray(lengths)[:: -(-len(lengths) // NUM_TRIAL_SAMPLES) or 1]
-    window, bfd = (
-        plan_bins(some, capacity, strategy, options=options).num_bins
-        for strategy in ("window", "bfd")
-    )
-    is_dense = window <= bfd * (1 + MAX_EXTRA_BINS)
-    reason = (
-        f"auto, because {len(some)} samples need {window} bins by window and {bfd} by bfd, "
-        f"{'at most' if is_dense else 'over'} {MAX_EXTRA_BINS:.1%} more"
-    )
-    return ("window" if is_dense else "bfd"), reason
-
-
-def count_targets(
-    store: StoredTargets,
-) -> tuple[NDArray[np.int32], NDArray[np.float64] | None]:
-    """Returns the targets of each sample, int32 [N], and the sum of their weights, float64 [N].
-
-    The first token of a sample is no target: there is no row before it. The sums are None where
-    all weights are 1.
-    """
-    weights = None if store.weights is None else store.weights.view(np.uint16)
-    return _C.count_targets(store.tokens, store.supervised_bits, store.offsets, weights)
-
-
-def as_int32(lengths: NDArray[np.integer]) -> NDArray[np.int32]:
-    """Returns lengths as contiguous int32 [N]; a value that does not survive raises ValueError."""
-    array = np.asarray(lengths)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"lengths is a {array.ndim}-d {array.dtype} array; expected 1-d and integer"
-        )
-    converted = np.ascontiguousarray(array, dtype=np.int32)
-    changed = np.flatnonzero(converted != array)
-    if changed.size:
-        sample = changed[0]
-        raise ValueError(f"sample {sample} has {array[sample]} tokens, more than int32 can hold")
-    return converted
+from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance
+from sft_fast.packing.bins import (
+    DEFAULT_OPTIONS,
+    VERSION,
+    Bin,
+    BinPlan,
+    PackingOptions,
+    as_int32,
+    choose_strategy,
+    plan_bins,
+    round_up,
+)
 
 
 @dataclass(frozen=True)
@@ -265,7 +67,7 @@ class Step:
 
     def micro_batches(self, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[list[Bin]]:
         """Returns one rank's share; see `StepPlan.micro_batches`."""
-        check_layout(len(self.bins), dp_rank, dp_size, micro_batch_size)
+        check_batch_split(len(self.bins), dp_rank, dp_size, micro_batch_size)
         assigned = balance(self.costs(), dp_size, micro_batch_size)
         return [[self.bins[place] for place in places] for places in assigned[:, dp_rank]]
 
@@ -445,62 +247,10 @@ class StepPlan:
             self.cost_model,
         )
 
-    def report(self, dp_size: int = 1, micro_batch_size: int = 1) -> PackingReport:
-        """Returns the packing figures of epoch 0.
 
-        Args:
-            dp_size: the data-parallel size for which the cost imbalance is computed.
-            micro_batch_size: likewise.
-        """
-        check_layout(self.global_batch_size, 0, dp_size, micro_batch_size)
-        plan = self.plan(0)
-        num_tokens = int(self.lengths.sum(dtype=np.int64))
-        num_rounded = int(round_up(self.lengths, self.options.alignment).sum(dtype=np.int64))
-        costs = [self.step(step).costs() for step in self.some_steps()]
-        return PackingReport(
-            strategy=self.strategy,
-            reason=self.reason,
-            num_samples=len(self.lengths),
-            num_tokens=num_tokens,
-            num_supervised=int(self.supervised.sum(dtype=np.int64)),
-            num_bins=plan.num_bins,
-            num_empty_bins=self.num_steps_per_epoch * self.global_batch_size - plan.num_bins,
-            capacity=self.capacity,
-            alignment_padding=num_rounded - num_tokens,
-            tail_padding=plan.num_bins * self.capacity - num_rounded,
-            max_samples_per_bin=int(np.diff(plan.bin_offsets).max()),
-            length_correlation=length_correlation(plan, self.lengths),
-            max_places_moved=self.max_places_moved(plan),
-            cost_imbalance=float(
-                np.mean([imbalance(c, balance(c, dp_size, micro_batch_size)) for c in costs])
-            ),
-            cost_imbalance_in_turn=float(
-                np.mean([imbalance(c, in_turn(len(c), dp_size, micro_batch_size)) for c in costs])
-            ),
-            num_steps=self.num_steps_per_epoch,
-        )
-
-    def some_steps(self) -> list[int]:
-        """Returns at most 64 steps, spread over an epoch."""
-        return sorted({int(step) for step in np.linspace(0, self.num_steps_per_epoch - 1, 64)})
-
-    def max_places_moved(self, plan: BinPlan) -> int | None:
-        """Returns how far from its place in the strategy's own order of epoch 0 a sample got."""
-        if self.strategy == "sequential":
-            return 0
-        if self.strategy != "window":
-            return None
-        places = np.empty(len(plan.sample_ids), np.int64)
-        places[_C.sample_order(len(places), self.seed, 0)] = np.arange(len(places))
-        return int(np.abs(places[plan.sample_ids] - np.arange(len(places))).max())
-
-
-def round_up(lengths: NDArray[np.int32], alignment: int) -> NDArray[np.int32]:
-    """Returns the tokens that samples take up, int32 [N]."""
-    return -(-lengths // np.int32(alignment)) * np.int32(alignment)
-
-
-def check_layout(global_batch_size: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> None:
+def check_batch_split(
+    global_batch_size: int, dp_rank: int, dp_size: int, micro_batch_size: int
+) -> None:
     """Raises ValueError if the global batch does not divide evenly, or `dp_rank` does not exist."""
     if micro_batch_size < 1 or dp_size < 1 or not 0 <= dp_rank < dp_size:
         raise ValueError(

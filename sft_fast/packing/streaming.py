@@ -14,16 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
+from sft_fast.data.targets import count_targets
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
-from sft_fast.packing.steps import (
-    DEFAULT_OPTIONS,
-    MAX_CAPACITY,
-    VERSION,
-    Bin,
-    PackingOptions,
-    Step,
-    count_targets,
-)
+from sft_fast.packing.bins import DEFAULT_OPTIONS, MAX_CAPACITY, VERSION, Bin, PackingOptions
+from sft_fast.packing.steps import Step
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.errors import Problem
-from sft_fast.models.layout import engine_problems, layout_problems, uses_engine
+from sft_fast.models.layout import engine_problems, layout_problems
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
@@ -95,7 +95,7 @@ def _check_engine(config: Config, findings: Findings) -> list[Problem]:
     """The run may be on another machine, so this is a note."""
     from importlib.util import find_spec
 
-    if uses_engine(config.model) and find_spec("transformer_engine") is None:
+    if config.model.uses_transformer_engine and find_spec("transformer_engine") is None:
         findings.notes.append(
             "model.transformer_impl, model.fp8: need Transformer Engine, which is not installed "
             "on this machine"

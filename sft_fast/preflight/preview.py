@@ -16,7 +16,7 @@ from sft_fast.data.json_rows import BadRow, Row
 from sft_fast.data.sample_maker import MakerOptions, SampleMaker
 from sft_fast.data.source import Source
 from sft_fast.data.tokens import Sample
-from sft_fast.packing.steps import BinPlan, PackingOptions, plan_bins
+from sft_fast.packing.bins import BinPlan, PackingOptions, plan_bins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

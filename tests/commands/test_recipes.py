@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sft_fast.cli import main
-from sft_fast.commands.recipes import RECIPES
 from sft_fast.config.schema import load_config
+from sft_fast.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,11 @@ import pytest
 
 from sft_fast.data import demo
 from sft_fast.data.build import BuildOptions, build_store
-from sft_fast.data.demo import TASKS, chance_accuracy, demo_tokenizer, write_demo_data
+from sft_fast.data.demo import TASKS, demo_tokenizer, write_demo_data
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.json_rows import Row
 from sft_fast.data.source import Source, load_rows
+from sft_fast.evaluation.exact_match import chance_accuracy
 
 ANSWERS = {
     "repeat": lambda words: words[-1],

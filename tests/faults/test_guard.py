@@ -6,7 +6,7 @@ import math
 import pytest
 
 from faults.launcher import Launcher, step_losses
-from sft_fast.config.schema import GuardConfig
+from sft_fast.config.sections import GuardConfig
 from sft_fast.megatron.guard import Guard
 
 

@@ -162,12 +162,7 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
         named_rules,
     )
     from sft_fast.megatron.model import build_model
-    from sft_fast.megatron.optim import (
-        build_optimizer,
-        connect_schedule,
-        normalise_by,
-        wrap_model,
-    )
+    from sft_fast.megatron.optim import build_optimizer, connect_schedule, normalise_by, wrap_model
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     architecture = architecture_from_hf(read_hf_config(folder))

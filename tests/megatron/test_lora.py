@@ -547,7 +547,7 @@ def test_adapters_of_fused_matrices_are_refused_before_the_start() -> None:
 
 
 def test_a_stage_without_adapters_is_refused() -> None:
-    from sft_fast.config.schema import LoraConfig
+    from sft_fast.config.sections import LoraConfig
     from sft_fast.megatron.lora import target_names
     from sft_fast.models.architecture import architecture_from_hf
 

@@ -19,7 +19,7 @@ LENGTHS = np.array([40, 3, 400, 17], dtype=np.int32)
 
 def noise_of(ids: list[int], step: int = 7, seed: int = 1, alignment: int = 1) -> torch.Tensor:
     """[rows, HIDDEN] of the samples `ids` packed in a row, with two rows of padding."""
-    from sft_fast.megatron.attention.backends import pack_samples
+    from sft_fast.megatron.attention.packed_samples import pack_samples
     from sft_fast.megatron.neftune import EmbeddingNoise
 
     parallel: Any = SimpleNamespace(cp_size=1, tp_rank=0)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sft_fast.metrics.writer import MetricsWriter, StepMeter, StepResult, Timed, Window, duration
+from sft_fast.metrics.format import duration
+from sft_fast.metrics.writer import MetricsWriter, StepMeter, StepResult, Timed, Window
 from sft_fast.packing.steps import StepCounts
 from tiny import make_config
 

@@ -7,11 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft_fast.models.architecture import (
-    architecture_from_hf,
-    architecture_to_hf,
-    read_hf_config,
-)
+from sft_fast.models.architecture import architecture_from_hf, architecture_to_hf, read_hf_config
 from sft_fast.models.families import FAMILIES
 from sft_fast.models.rope import RopeScaling
 

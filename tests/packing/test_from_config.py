@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from config_cases import load_text
-from sft_fast.config.schema import Config, PackingConfig
+from sft_fast.config.schema import Config
+from sft_fast.config.sections import PackingConfig
 from sft_fast.errors import ConfigError
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import RowLayout, fill_micro_batch
+from sft_fast.packing.report import packing_report
 from sft_fast.packing.steps import StepPlan
 from tiny import ListStore, make_config, make_store, random_samples
 
@@ -45,7 +47,7 @@ def test_strategy(store: ListStore) -> None:
         _, plan = plan_of(store, strategy=strategy)
         bins = found[strategy] = bins_of(plan)
         assert sorted(sum(bins, [])) == list(range(NUM_SAMPLES))
-        assert plan.report().strategy == ("window" if strategy == "auto" else strategy)
+        assert packing_report(plan).strategy == ("window" if strategy == "auto" else strategy)
     assert sum(found["sequential"], []) == list(range(NUM_SAMPLES)), "the order of the data"
     assert all(len(one) == 1 for one in found["none"])
     assert len(found["bfd"]) <= len(found["window"]) < len(found["sequential"]) < NUM_SAMPLES
@@ -72,7 +74,7 @@ def test_alignment(store: ListStore, alignment: int) -> None:
         batch = fill_micro_batch(store, one, config.packing.capacity, layout=layout)
         batch.check(131)
         assert not (batch.cu_seqlens % alignment).any()
-    padding = plan.report().alignment_padding
+    padding = packing_report(plan).alignment_padding
     assert padding == int((-store.lengths % alignment).sum())
 
 
@@ -82,14 +84,14 @@ def test_max_samples_per_bin(store: ListStore, strategy: str) -> None:
     assert max(map(len, bins_of(free))) > 3
     _, plan = plan_of(store, strategy=strategy, max_samples_per_bin=3)
     assert max(map(len, bins_of(plan))) == 3
-    assert plan.report().max_samples_per_bin == 3
+    assert packing_report(plan).max_samples_per_bin == 3
 
 
 def test_pool_size(store: ListStore) -> None:
     moved = []
     for pool_size in (60, 400):
         _, plan = plan_of(store, strategy="window", pool_size=pool_size)
-        moved.append(plan.report().max_places_moved)
+        moved.append(packing_report(plan).max_places_moved)
         assert moved[-1] is not None and moved[-1] < pool_size
     assert moved[1] > moved[0], "a larger pool reaches farther"
 

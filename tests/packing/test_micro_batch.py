@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.data.targets import count_targets
 from sft_fast.packing.micro_batch import MicroBatch, RowBuffers, RowLayout, fill_micro_batch
-from sft_fast.packing.steps import count_targets
 from sft_fast.reference.packing import fill_row
 from token_stores import VOCAB_SIZE, ArrayStore, make_store
 

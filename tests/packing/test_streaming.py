@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_fast import _C
+from sft_fast.packing.bins import PackingOptions, plan_bins
 from sft_fast.packing.micro_batch import fill_micro_batch
-from sft_fast.packing.steps import PackingOptions, plan_bins
 from sft_fast.packing.streaming import StreamPlan, StreamSample, StreamState, StreamStep
 
 

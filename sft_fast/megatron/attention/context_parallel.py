@@ -21,13 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.megatron.attention.backends import (
-    Attend,
-    PackedSamples,
-    Scoring,
-    pack_samples,
-    run_with_gradients,
-)
+from sft_fast.megatron.attention.backends import run_with_gradients
+from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring, pack_samples
 from sft_fast.megatron.parallel import Parallel
 
 

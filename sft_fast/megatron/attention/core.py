@@ -11,8 +11,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.megatron.attention.backends import Attend, PackedSamples, Scoring, dense_attention
+from sft_fast.megatron.attention.backends import dense_attention
 from sft_fast.megatron.attention.context_parallel import ContextGroup, attend_in_context
+from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring
 
 
 class PackedAttention(MegatronModule):

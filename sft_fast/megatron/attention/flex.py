@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.megatron.attention.backends import Attend, PackedSamples, Scoring, size_class
+from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring, size_class
 
 BLOCK = 128
 MOST_KERNELS = 128

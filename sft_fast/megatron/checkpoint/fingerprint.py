@@ -12,7 +12,8 @@ from sft_fast.config.schema import Config
 from sft_fast.data.store import TokenStore
 from sft_fast.data.tokenizer import tokenizer_digest
 from sft_fast.models.architecture import Architecture
-from sft_fast.packing.steps import VERSION, StepPlan
+from sft_fast.packing.bins import VERSION
+from sft_fast.packing.steps import StepPlan
 
 DECIDE_DATA_ORDER = {"data", "tokenizer", "template", "seed", "packing", "batch"}
 # Of a store's fingerprint; these have fields of their own.

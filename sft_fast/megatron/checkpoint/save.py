@@ -11,98 +11,34 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.nn import ModuleList
-
-from sft_fast.config.schema import CheckpointConfig
-from sft_fast.errors import DamageError
+from sft_fast.config.sections import CheckpointConfig
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
-from sft_fast.megatron.checkpoint.optimizer_shards import (
-    SHARDING,
-    is_distributed,
-    load_optimizer,
-    load_weights,
-    state_of_parts,
-    state_to_save,
-)
+from sft_fast.megatron.checkpoint.load import quick_damage
 from sft_fast.megatron.checkpoint.shards import (
-    ShardReader,
     Snapshot,
     check_complete,
-    load_state,
     own_share,
-    read_common,
     take_snapshot,
     write_snapshot,
 )
+from sft_fast.megatron.checkpoint.train_state import STATE_FILE, TrainState, checkpoint_path
 from sft_fast.megatron.exchange import StoreExchange
-from sft_fast.megatron.lora import has_adapters, is_adapter
-from sft_fast.megatron.model import unwrap
-from sft_fast.megatron.optim import fuse_update, separate_step_counts
 from sft_fast.runtime.manifest import (
     REPLACED_PREFIX,
     TEMPORARY_PREFIX,
-    Damage,
     StagedDirectory,
     agree,
-    find_damage,
     remove_directory,
     staged_directory,
 )
-from sft_fast.runtime.run_files import check_is_checkpoint, list_checkpoints
+from sft_fast.runtime.run_files import list_checkpoints
 from sft_fast.runtime.watchdog import current_watch
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "train_state.json"
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands; the data position follows from `step` alone."""
-
-    step: int
-    """Optimizer steps done, skipped ones included."""
-    fields: dict[str, str]
-    """What the weights and the order of the data depend on; see fingerprint.run_fields."""
-    first_data_step: int = 0
-    """Step at which the present data began; later than 0 after a change that was allowed."""
-    guard: dict[str, Any] = field(default_factory=dict)
-    """What the numerical guard remembers; see guard.Guard."""
-    standing: dict[str, Any] = field(default_factory=dict)
-    """How the evaluations so far compare; see standing.Standing."""
-    resumed_from: str = ""
-    """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """What an export says of the data; see traits.DataTraits. {} in checkpoints of before."""
-
-
-def model_weights(model: ModuleList) -> dict[str, Any]:
-    """The weights of each chunk in dist_checkpointing's sharded form; with LoRA, the adapters."""
-    weights = {}
-    for number, chunk in enumerate(model):
-        tensors = unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING))
-        if has_adapters(model):
-            tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
-        weights[f"chunk{number}"] = tensors
-    return weights
-
-
-def sharded_state(
-    model: ModuleList, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
-) -> dict[str, Any]:
-    """What this rank saves, in dist_checkpointing's sharded form; its tensors stay where they are.
-
-    With LoRA it holds the adapters and their optimizer state, no base weights.
-    """
-    state = state_to_save(model_weights(model), optimizer)
-    return {**state, "lr_schedule": schedule.state_dict()}
 
 
 class CheckpointWriter:
@@ -266,124 +202,8 @@ class CheckpointWriter:
                 self.warnings.append(f"warning: {old} could not be deleted: {error}")
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return folder / f"step_{step:08d}"
-
-
-def quick_damage(checkpoint: Path) -> list[Damage]:
-    """Files of another size than they should have."""
-    return find_damage(checkpoint, hash_content=False)
-
-
 def remove_leftovers(folder: Path) -> None:
     """Deletes what saves left that did not end; only for the one rank that holds the run's lock."""
     for prefix in (TEMPORARY_PREFIX, REPLACED_PREFIX):
         for path in folder.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def newest_whole_checkpoint(
-    checkpoints: list[Path], say: Callable[[str], None], timeout_s: float
-) -> Path | None:
-    """The newest of `checkpoints` (oldest first) without damage; the ranks share the reading.
-
-    Raises:
-        DamageError: there are checkpoints, but all are damaged; names every damaged file.
-    """
-    everything: list[str] = []
-    for checkpoint in reversed(checkpoints):
-        damages = damage_of(checkpoint, timeout_s)
-        if not damages:
-            return checkpoint
-        everything += damages
-        say(f"warning: {checkpoint} is damaged and not used:\n  " + "\n  ".join(damages))
-    if everything:
-        raise DamageError(
-            "no checkpoint is whole; delete them to start anew:\n  " + "\n  ".join(everything)
-        )
-    return None
-
-
-def damage_of(checkpoint: Path, timeout_s: float) -> list[str]:
-    """What is wrong with its files, as texts; every rank calls it, and reads a part."""
-    exchange = StoreExchange(f"verify/{checkpoint}", timeout_s)
-    found = find_damage(checkpoint, exchange.rank, exchange.world_size)
-    shares = exchange.all_gather("damage", [str(damage) for damage in found])
-    return sorted({text for share in shares for text in share})
-
-
-def read_train_state(checkpoint: Path) -> TrainState:
-    """Raises ValueError when `checkpoint` is not a checkpoint of this version."""
-    path = checkpoint / STATE_FILE
-    try:
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint: {error}") from None
-
-
-def continuations(origin: Path, existing: list[Path]) -> list[Path]:
-    """`origin` and what a run that began there has saved since, oldest first: so the command that
-    names a checkpoint can be given again after an interruption.
-
-    Args:
-        existing: the checkpoints in the run's own directory.
-
-    Raises:
-        ValueError: `origin` is no checkpoint, or later ones there belong to another run.
-    """
-    own: list[tuple[int, Path]] = []
-    others: list[tuple[int, Path]] = []
-    for checkpoint in existing:
-        try:
-            state = read_train_state(checkpoint)
-        except ValueError:
-            continue
-        begun_at = state.resumed_from
-        is_own = begun_at != "" and Path(begun_at).resolve() == origin.resolve()
-        (own if is_own else others).append((state.step, checkpoint))
-    if not own:
-        check_is_checkpoint(origin)
-    if not own and not quick_damage(origin):
-        step = read_train_state(origin).step
-        later = [checkpoint.name for other, checkpoint in others if other > step]
-        if later:
-            raise ValueError(
-                f"checkpoint.resume is {origin}, but {existing[0].parent} holds later checkpoints "
-                f"of another run, {', '.join(later)}; move them away, or choose another output_dir"
-            )
-    return [origin, *(checkpoint for _, checkpoint in own)]
-
-
-def load_checkpoint(
-    checkpoint: Path,
-    model: ModuleList,
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
-) -> None:
-    """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
-    weights = model_weights(model)
-    common = read_common(checkpoint)
-    with ShardReader(checkpoint) as reader:
-        for number, chunk in enumerate(model):
-            others = load_weights(weights[f"chunk{number}"], reader)
-            unwrap(chunk).load_state_dict(others, strict=False)
-        if is_distributed(optimizer):
-            load_optimizer(optimizer, common["optimizer"], weights, reader)
-    if not is_distributed(optimizer):
-        request = optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(SHARDING))
-        loaded = load_state(checkpoint, {"optimizer": request})["optimizer"]
-        add_step_zero(optimizer, loaded)
-        optimizer.load_state_dict(loaded)
-    fuse_update(optimizer)
-    separate_step_counts(optimizer)
-    schedule.load_state_dict(common["lr_schedule"])
-
-
-def add_step_zero(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
-    """Adds the step count that megatron leaves out where all steps so far were skipped; torch's
-    Adam does not load without it."""
-    for part, state in state_of_parts(optimizer, loaded):
-        if isinstance(part.optimizer, torch.optim.Adam):
-            of_parameters = state.get("optimizer", state)["state"]
-            of_parameters.setdefault("common_step", torch.tensor(0.0))

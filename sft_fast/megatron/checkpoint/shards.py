@@ -16,11 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_outplace,
-    merge,
-    nested_values,
-)
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -29,11 +25,10 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sft_fast.errors import DamageError
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
+from sft_fast.megatron.hf import open_safetensors
 from sft_fast.runtime.manifest import HashedFile, StagedDirectory, read_manifest
 from sft_fast.runtime.watchdog import current_watch
 
@@ -161,24 +156,6 @@ def write_tensors(snapshot: Snapshot, file: HashedFile) -> None:
     for _, tensor in snapshot.tensors:
         if tensor.numel():
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def open_safetensors(path: Path) -> Any:
-    """safe_open, with an error that users can read.
-
-    Raises:
-        ValueError: the file is missing.
-        DamageError: it is cut short, or no safetensors file.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a safetensors file, found none") from None
-        raise DamageError(
-            f"{path}: expected a whole safetensors file, found {path.stat().st_size:,} bytes with "
-            f"damage ({error}); copy or download it again"
-        ) from None
 
 
 class ShardReader:

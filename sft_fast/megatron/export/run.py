@@ -12,8 +12,10 @@ from transformers.utils.logging import disable_progress_bar
 from sft_fast.config.schema import Config
 from sft_fast.errors import DamageError
 from sft_fast.megatron.checkpoint.fingerprint import changed_fields, model_fields
-from sft_fast.megatron.checkpoint.save import SHARDING, damage_of, read_train_state
+from sft_fast.megatron.checkpoint.load import damage_of
+from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING
 from sft_fast.megatron.checkpoint.shards import load_state
+from sft_fast.megatron.checkpoint.train_state import read_train_state
 from sft_fast.megatron.export.model import export_model
 from sft_fast.megatron.hf import load_weights
 from sft_fast.megatron.load_inputs import Origin, read_origin

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @pytest.fixture
-def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+def chain(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     from sft_fast.megatron.attention import backends
 
     chain = dict(backends.BACKENDS)
@@ -60,9 +60,9 @@ def broken(*args: object) -> Tensor:
     ],
 )
 def test_a_backend_that_computes_something_else_is_refused(
-    backends: dict, backend: object, reason: str
+    chain: dict, backend: object, reason: str
 ) -> None:
-    backends["flash_attn"] = lambda: backend
+    chain["flash_attn"] = lambda: backend
     with pytest.raises(ValueError, match=reason):
         choose("flash_attn")
 
@@ -71,7 +71,7 @@ def test_a_backend_that_computes_something_else_is_refused(
     "error", [OSError("libcudart.so"), AssertionError("found two wheels"), AttributeError("no _C")]
 )
 def test_auto_passes_over_a_broken_installation(
-    backends: dict, monkeypatch: pytest.MonkeyPatch, error: Exception
+    chain: dict, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from sft_fast.megatron.attention import backends
 
@@ -79,28 +79,28 @@ def test_auto_passes_over_a_broken_installation(
         raise error
 
     monkeypatch.setattr(backends, "on_cpu_only", lambda device: False)
-    for name in set(backends) - {"sdpa"}:
-        backends[name] = load
+    for name in set(chain) - {"sdpa"}:
+        chain[name] = load
     choice = choose("auto")
     assert choice.name == "sdpa" and f"not transformer_engine: {error}" in choice.passed_over
 
 
 def test_auto_takes_the_first_that_works_and_says_why(
-    backends: dict, monkeypatch: pytest.MonkeyPatch
+    chain: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sft_fast.megatron.attention import backends
 
     def missing() -> object:
         raise ImportError("No module named 'flash_attn'")
 
-    backends.update(flash_attn=missing, aiter=lambda: leaky, torch_varlen=lambda: broken)
+    chain.update(flash_attn=missing, aiter=lambda: leaky, torch_varlen=lambda: broken)
     monkeypatch.setattr(backends, "on_cpu_only", lambda device: False)
     choice = choose("auto")
     assert choice.name == "sdpa"
     text = str(choice)
     for reason in ("flash_attn: No module", "aiter: its output is off", "no kernel image"):
         assert reason in text
-    backends["aiter"] = lambda: backends.attend_sdpa
+    chain["aiter"] = lambda: backends.attend_sdpa
     assert choose("auto").name == "aiter"
 
 
@@ -220,7 +220,8 @@ def test_what_is_installed_computes_it_or_says_that_it_cannot(
 def test_windows_and_soft_caps_as_they_are_defined(
     window: int | None, softcap: float | None
 ) -> None:
-    from sft_fast.megatron.attention.backends import Scoring, attend_sdpa, pack_samples
+    from sft_fast.megatron.attention.backends import attend_sdpa
+    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
 
     seqlens = (5, 1, 40, 33, 2)
     edges = torch.tensor((0, *seqlens)).cumsum(0)
@@ -239,9 +240,7 @@ def test_windows_and_soft_caps_as_they_are_defined(
         torch.testing.assert_close(output[row, head], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_auto_skips_what_cannot_do_the_layers(
-    backends: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_skips_what_cannot_do_the_layers(chain: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library without soft caps, one that ignores windows, and one that has both."""
     from sft_fast.megatron.attention import backends
 
@@ -251,7 +250,7 @@ def test_auto_skips_what_cannot_do_the_layers(
 
     monkeypatch.setattr(backends, "on_cpu_only", lambda device: False)
     without_cap = backends.varlen_backend(broken, "scale", None)
-    backends.update(flash_attn=lambda: without_cap, aiter=lambda: no_window)
+    chain.update(flash_attn=lambda: without_cap, aiter=lambda: no_window)
     capped = backends.Scoring(0.25, 4096, 50.0)
     arguments = "auto", torch.device("cpu"), torch.float32, 4, 2, 16
     text = str(backends.choose_attention(*arguments, [capped]))
@@ -262,7 +261,8 @@ def test_auto_skips_what_cannot_do_the_layers(
 
 
 def test_nothing_crosses_from_sample_to_sample() -> None:
-    from sft_fast.megatron.attention.backends import Scoring, attend_sdpa, pack_samples
+    from sft_fast.megatron.attention.backends import attend_sdpa
+    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
 
     seqlens = (5, 1, 40, 33, 2)
     edges = torch.tensor((0, *seqlens)).cumsum(0).int()

@@ -9,7 +9,7 @@ from torch import Tensor
 from rank_pool import RankPool
 
 
-def choice_of(backends: dict[str, str], cp_size: int) -> str:
+def choice_of(chain: dict[str, str], cp_size: int) -> str:
     """What `auto` chooses among functions of this file, or the error."""
     from megatron.core import parallel_state
 
@@ -21,9 +21,9 @@ def choice_of(backends: dict[str, str], cp_size: int) -> str:
         parallel_state.get_context_parallel_rank(),
         parallel_state.get_context_parallel_group(),
     )
-    own = {name: attend for name, attend in globals().items() if name in backends.values()}
+    own = {name: attend for name, attend in globals().items() if name in chain.values()}
     original = dict(backends.BACKENDS)
-    backends.BACKENDS.update({key: lambda v=own[v]: v for key, v in backends.items()})
+    backends.BACKENDS.update({key: lambda v=own[v]: v for key, v in chain.items()})
     backends.on_cpu_only, on_cpu_only = (
         lambda device: False,
         backends.on_cpu_only,
@@ -45,7 +45,8 @@ def choice_of(backends: dict[str, str], cp_size: int) -> str:
 
 def top_left(query: Tensor, key: Tensor, value: Tensor, samples: Any, scoring: Any) -> Tensor:
     """The first query sees the first key, also where there are more keys."""
-    from sft_fast.megatron.attention.backends import attend_sdpa, pack_samples
+    from sft_fast.megatron.attention.backends import attend_sdpa
+    from sft_fast.megatron.attention.packed_samples import pack_samples
 
     if samples.key_lengths is not None:
         starts = samples.cu_seqlens_kv[:-1].tolist()
@@ -81,8 +82,9 @@ def test_a_backend_that_fails_in_context_is_passed_over_on_every_rank(rank_pool:
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: float | None) -> None:
     """Without communication: the segments' rows of the gathered keys, and the attention."""
-    from sft_fast.megatron.attention.backends import Scoring, attend_sdpa, pack_samples
+    from sft_fast.megatron.attention.backends import attend_sdpa
     from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
+    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
 
     scoring = Scoring(0.3, window, softcap)
     lengths = tuple(2 * cp_size * count for count in (1, 9, 2, 40))
@@ -121,13 +123,9 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
 @pytest.mark.parametrize("name", ["flash_attn", "aiter", "torch_varlen", "sdpa"])
 def test_the_share_of_many_samples_on_a_gpu(name: str) -> None:
     """Whether a library aligns queries with the last keys; bf16, output and gradients."""
-    from sft_fast.megatron.attention.backends import (
-        BACKENDS,
-        Scoring,
-        pack_samples,
-        run_with_gradients,
-    )
+    from sft_fast.megatron.attention.backends import BACKENDS, run_with_gradients
     from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
+    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
 
     try:
         attend = BACKENDS[name]()

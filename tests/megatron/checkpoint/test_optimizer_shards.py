@@ -82,11 +82,13 @@ def work(
         is_old: save megatron's gathered state, as earlier versions did.
     """
     from sft_fast.megatron import sft
-    from sft_fast.megatron.checkpoint import save
+    from sft_fast.megatron.checkpoint.load import load_checkpoint
+    from sft_fast.megatron.checkpoint.save import CheckpointWriter
+    from sft_fast.megatron.checkpoint.train_state import TrainState
 
     run, config, ranks = begin(model, parallel, dtype)
     if source:
-        save.load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
+        load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
     store = make_store(random_samples(NUM_SAMPLES, seed=3))
     plan = sft.make_plan(store, config)
     num_steps = max(targets)
@@ -96,11 +98,9 @@ def work(
     ) as batches:
         for step in range(num_steps + 1):
             if step in targets:
-                writer = save.CheckpointWriter(
-                    Path(targets[step]), config.checkpoint, print, run.copier
-                )
+                writer = CheckpointWriter(Path(targets[step]), config.checkpoint, print, run.copier)
                 parts = old_state(run) if is_old else state_without_collectives(run)
-                writer.save(save.TrainState(0, {}), parts, is_last=True)
+                writer.save(TrainState(0, {}), parts, is_last=True)
             if step < num_steps:
                 result = sft.train_step(run, batches, plan.counts(0), config, ranks)
                 losses.append(result.loss)
@@ -129,7 +129,8 @@ def begin(model: str, parallel: Section, dtype: str = "fp32") -> tuple[Any, Any,
 
 
 def old_state(run: Any) -> dict[str, Any]:
-    from sft_fast.megatron.checkpoint.save import SHARDING, model_weights
+    from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING
+    from sft_fast.megatron.checkpoint.state import model_weights
 
     weights = model_weights(run.model)
     optimizer = run.optimizer.sharded_state_dict(weights, metadata=dict(SHARDING))
@@ -139,8 +140,8 @@ def old_state(run: Any) -> dict[str, Any]:
 def state_without_collectives(run: Any) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from sft_fast.megatron.checkpoint.save import sharded_state
     from sft_fast.megatron.checkpoint.shards import take_snapshot
+    from sft_fast.megatron.checkpoint.state import sharded_state
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a collective while the state is taken")
@@ -157,8 +158,8 @@ def read_tensors(folder: str) -> dict[str, Any]:
     """The global tensors of a checkpoint, without padding of the vocabulary."""
     import torch
 
-    from sft_fast.megatron.checkpoint.save import checkpoint_path
     from sft_fast.megatron.checkpoint.shards import ShardReader
+    from sft_fast.megatron.checkpoint.train_state import checkpoint_path
 
     tensors = {}
     with ShardReader(checkpoint_path(Path(folder), 0)) as reader:
@@ -325,7 +326,7 @@ def test_every_rank_writes_and_reads_its_share(
 
 def states_read(model: str, parallel: Section, source: str) -> int:
     """Bytes of the optimizer's states that this rank reads to resume."""
-    from sft_fast.megatron.checkpoint import save
+    from sft_fast.megatron.checkpoint.load import load_checkpoint
     from sft_fast.megatron.checkpoint.shards import ShardReader
 
     run, _, _ = begin(model, parallel)
@@ -339,7 +340,7 @@ def states_read(model: str, parallel: Section, source: str) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardReader, "read", counted)
-        save.load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
+        load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
     return sum(counts)
 
 
@@ -382,17 +383,20 @@ def bytes_of_an_update(model: str, parallel: Section, folder: str) -> list[int]:
     after a checkpoint of an optimizer that was not fused was loaded."""
     import torch
 
-    from sft_fast.megatron.checkpoint import save
+    from sft_fast.megatron.checkpoint.load import load_checkpoint
+    from sft_fast.megatron.checkpoint.save import CheckpointWriter
+    from sft_fast.megatron.checkpoint.state import sharded_state
+    from sft_fast.megatron.checkpoint.train_state import TrainState
     from sft_fast.megatron.optim import torch_adam_parts
 
     run, config, _ = begin(model, parallel)
     (adam,) = torch_adam_parts(run.optimizer)
     for group in adam.param_groups:
         group.update(fused=None, foreach=None)
-    writer = save.CheckpointWriter(Path(folder), config.checkpoint, print, run.copier)
-    state = save.sharded_state(run.model, run.optimizer, run.schedule)
-    writer.save(save.TrainState(0, {}), state, is_last=True)
-    save.load_checkpoint(Path(checkpoint_in(folder)), run.model, run.optimizer, run.schedule)
+    writer = CheckpointWriter(Path(folder), config.checkpoint, print, run.copier)
+    state = sharded_state(run.model, run.optimizer, run.schedule)
+    writer.save(TrainState(0, {}), state, is_last=True)
+    load_checkpoint(Path(checkpoint_in(folder)), run.model, run.optimizer, run.schedule)
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)

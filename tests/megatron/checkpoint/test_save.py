@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rank_pool import RankPool
-from sft_fast.config.schema import CheckpointConfig
+from sft_fast.config.sections import CheckpointConfig
 from sft_fast.runtime.manifest import LoneRank, agree, find_damage, staged_directory
 from sft_fast.runtime.run_files import list_checkpoints
 
@@ -21,7 +21,8 @@ def said() -> list[str]:
 @pytest.fixture
 def writer(tmp_path: Path, said: list[str]) -> Any:
     from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
-    from sft_fast.megatron.checkpoint.save import CheckpointWriter, checkpoint_path
+    from sft_fast.megatron.checkpoint.save import CheckpointWriter
+    from sft_fast.megatron.checkpoint.train_state import checkpoint_path
 
     for step in range(1, 6):
         with staged_directory(checkpoint_path(tmp_path, step), LoneRank()) as stage:
@@ -109,7 +110,8 @@ def saves_of_a_rank_without_room(folder: str) -> list[bool]:
     import torch.distributed as dist
 
     from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
-    from sft_fast.megatron.checkpoint.save import CheckpointWriter, TrainState
+    from sft_fast.megatron.checkpoint.save import CheckpointWriter
+    from sft_fast.megatron.checkpoint.train_state import TrainState
 
     def copy(tensors: Any) -> Any:
         if dist.get_rank() == 1 and state.step == 2:

@@ -1,0 +1,116 @@
+"""What attention is told of a packed row: the samples, the score options, the signature."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class PackedSamples(PackedSeqParams):
+    """What every layer must know of a micro-batch; travels in megatron's `packed_seq_params` slot.
+
+    `qkv_format` stays "sbhd": the row is dense to megatron, only our attention sees the samples.
+    """
+
+    seqlens: tuple[int, ...] = ()
+    """Tokens of each sample, in row order; their sum may be shorter than the row."""
+    active_rows: Tensor | None = None
+    """int64 [num_supervised]: rows that have a label."""
+    key_lengths: tuple[int, ...] | None = None
+    """Keys of each sample where they are more than its queries; the last query sees the last key.
+    None = as many as queries."""
+    share: Any = None
+    """Under context parallelism what this rank computes; see context.ContextShare."""
+    sample_ids: Any = None
+    """int64 [samples]: their numbers in the token store."""
+    wants_outputs: bool = False
+    """The model returns log probabilities, entropies and correctness in place of losses."""
+    token_weights: Tensor | None = None
+    """float32 [1, T]: factor of each row's loss; None = 1."""
+    flex_masks: dict[int | None, Any] = field(default_factory=dict)
+    """FlexAttention's masks by window; see flex.py."""
+
+    @cached_property
+    def groups(self) -> tuple[list[Tensor], Tensor]:
+        """How attention takes the row apart and puts it together again, on the CPU.
+
+        Returns:
+            Groups of samples of similar length: row numbers int64 [samples, longest]. A shorter
+            sample repeats its first row at the end; those copies come after its own rows, so that
+            no row of the sample attends to them.
+            The place of each row in the concatenated groups: int64 [sum of seqlens].
+        """
+        lengths = torch.tensor(self.seqlens)
+        starts = lengths.cumsum(0) - lengths
+        classes = torch.tensor([size_class(length) for length in self.seqlens])
+        groups, order, num_places = [], torch.empty(int(lengths.sum()), dtype=torch.int64), 0
+        for size in classes.unique():
+            members = classes == size
+            steps = torch.arange(int(lengths[members].max()))
+            is_own = steps < lengths[members, None]
+            rows = starts[members, None] + torch.where(is_own, steps, 0)
+            places = num_places + torch.arange(rows.numel()).view_as(rows)
+            order[rows[is_own]] = places[is_own]
+            groups.append(rows)
+            num_places += rows.numel()
+        return groups, order
+
+
+def pack_samples(
+    seqlens: tuple[int, ...],
+    cu_seqlens: Tensor,
+    active_rows: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cp_size: int = 1,
+) -> PackedSamples:
+    """Describes the samples of a row.
+
+    A row of padding alone is one sample of one token, or of the fewest that all ranks can share: it
+    has to attend to something, because every weight must get its (zero) gradient, or DDP would wait
+    for it.
+
+    Args:
+        cu_seqlens: int32 [samples + 1], on the device that computes.
+    """
+    if not seqlens:
+        length = 1 if cp_size == 1 else 2 * cp_size
+        edges = torch.tensor([0, length], dtype=torch.int32)
+        seqlens, cu_seqlens = (length,), edges.to(cu_seqlens.device, non_blocking=True)
+    longest = max(seqlens)
+    return PackedSamples(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        seqlens=seqlens,
+        active_rows=active_rows,
+        token_weights=token_weights,
+    )
+
+
+def size_class(length: int) -> int:
+    """Rounds up to a step of 32, or of an eighth to a quarter of the length where that is more."""
+    step = max(32, (1 << length.bit_length()) >> 3)
+    return -(-length // step) * step
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a layer does with the scores of its causal attention."""
+
+    scale: float
+    window: int | None = None
+    """Tokens that a token attends to, itself and those before it; None = its whole sample."""
+    softcap: float | None = None
+    """Bound c of c * tanh(scores / c); None = none."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedSamples, Scoring], Tensor]
+"""(query [T, heads, head_dim], key and value [T, kv_heads, head_dim], samples, scoring) ->
+[T, heads, head_dim], where T is the sum of the samples' lengths."""

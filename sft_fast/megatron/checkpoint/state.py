@@ -1,0 +1,33 @@
+"""What a checkpoint holds of a run: sharded weights, optimizer and schedule."""
+
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.nn import ModuleList
+
+from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING, state_to_save
+from sft_fast.megatron.lora import has_adapters, is_adapter
+from sft_fast.megatron.model import unwrap
+
+
+def model_weights(model: ModuleList) -> dict[str, Any]:
+    """The weights of each chunk in dist_checkpointing's sharded form; with LoRA, the adapters."""
+    weights = {}
+    for number, chunk in enumerate(model):
+        tensors = unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING))
+        if has_adapters(model):
+            tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+        weights[f"chunk{number}"] = tensors
+    return weights
+
+
+def sharded_state(
+    model: ModuleList, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+) -> dict[str, Any]:
+    """What this rank saves, in dist_checkpointing's sharded form; its tensors stay where they are.
+
+    With LoRA it holds the adapters and their optimizer state, no base weights.
+    """
+    state = state_to_save(model_weights(model), optimizer)
+    return {**state, "lr_schedule": schedule.state_dict()}
