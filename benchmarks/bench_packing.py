@@ -209,7 +209,7 @@ def test_micro_batches(benchmark: BenchmarkFixture, num_bins: int) -> None:
     report = packing_report(plan, dp_size=8)
     benchmark.extra_info.update(
         cost_imbalance=round(report.cost_imbalance, 4),
-        cost_imbalance_in_turn=round(report.cost_imbalance_in_turn, 4),
+        cost_imbalance_round_robin=round(report.cost_imbalance_round_robin, 4),
     )
 
 

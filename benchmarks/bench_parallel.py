@@ -41,7 +41,7 @@ from sft_fast.loss import masked_linear_cross_entropy
 from sft_fast.megatron import optim, sft
 from sft_fast.megatron.parallel import init_parallel
 from sft_fast.packing import steps
-from sft_fast.packing.balance import imbalance, in_turn
+from sft_fast.packing.balance import imbalance, round_robin
 from sft_fast.packing.from_config import make_plan
 from timing import DEVICE, ON_GPU, matmul_flops_per_s, median_s
 
@@ -316,7 +316,7 @@ def release_memory() -> None:
 
 
 def assign_in_turn(costs: Any, dp_size: int, micro_batch_size: int) -> Any:
-    return in_turn(len(costs), dp_size, micro_batch_size)
+    return round_robin(len(costs), dp_size, micro_batch_size)
 
 
 def slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:

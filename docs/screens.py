@@ -131,7 +131,7 @@ def progress(folder: Path) -> None:
         "lr": 9.1e-6,
         "grad_norm": 0.612,
         "was_skipped": False,
-        "complaint": "",
+        "warning": "",
     }
     figures |= {"memory_gib": 96.2, "eta_s": 3725.0}
     console = screen()

@@ -34,7 +34,7 @@ from sft_fast.kernels.memory_plan import MemoryPlan
 
 
 @dataclass(frozen=True)
-class HeadLoss:
+class HeadLossArgs:
     """All that the loss of one call depends on, besides its tensors."""
 
     rows: ActiveRows
@@ -59,7 +59,7 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         row_labels: Tensor,
         row_weights: Tensor | None,
-        head: HeadLoss,
+        head: HeadLossArgs,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.head, ctx.hidden_shape = head, hidden.shape
@@ -106,18 +106,18 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
             return None, None, None, None, None
         if ctx.head.plan.policy == "gradient_in_forward":
             assert grad_loss is not None
-            grads = scaled_gradients(ctx, grad_loss)
+            grads = backward_from_saved_gradients(ctx, grad_loss)
         else:
-            grads = fresh_gradients(ctx, grad_loss, grad_logprob)
+            grads = backward_from_logits(ctx, grad_loss, grad_logprob)
         return *grads, None, None, None
 
 
-def fresh_gradients(
+def backward_from_logits(
     ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Backward pass from the stored logits, or from logits computed again chunk by chunk."""
     weight, weights, active_hidden, labels, *kept = ctx.saved_tensors
-    head: HeadLoss = ctx.head
+    head: HeadLossArgs = ctx.head
     # The gradient overwrites the logits: a second backward has to compute them again.
     stored, ctx.logits = ctx.logits, None
     grads = stack_grads(grad_loss, grad_logprob, kept[0].dtype).index_select(1, head.rows.rows)
@@ -143,10 +143,12 @@ def fresh_gradients(
     return scatter_hidden(own_grad, ctx), grad_weight
 
 
-def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def backward_from_saved_gradients(
+    ctx: Any, grad_loss: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Backward pass where the forward pass left the gradients of sum(row_weights * loss)."""
     weight, _, own_grad, weight_total = ctx.saved_tensors
-    head: HeadLoss = ctx.head
+    head: HeadLossArgs = ctx.head
     scale = common_value(grad_loss.index_select(0, head.rows.rows))
     if own_grad is not None:
         own_grad = (own_grad * scale).to(own_grad.dtype)

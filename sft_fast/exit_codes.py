@@ -7,6 +7,6 @@ USER_ERROR = 2
 DAMAGED = 4
 """Files are not what they were when they were written."""
 HANG = 75
-"""Nothing moved, or an answer or a save took too long; the same command goes on."""
+"""Nothing moved, or an answer or a save took too long; rerun the same command to resume."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141

@@ -19,7 +19,7 @@ from sft_fast.kernels.masked_cross_entropy import (
     TokenOutputs,
     VocabShard,
 )
-from sft_fast.kernels.masked_linear_cross_entropy import HeadLoss, MaskedLinearCrossEntropy
+from sft_fast.kernels.masked_linear_cross_entropy import HeadLossArgs, MaskedLinearCrossEntropy
 from sft_fast.kernels.memory_plan import POLICIES, MemoryPlan, Policy
 from sft_fast.loss_registry import get_loss
 
@@ -260,7 +260,7 @@ def run_head(
         adds_to_main_grad=accumulate_into_main_grad,
         summed=summed and torch.is_grad_enabled(),
     )
-    head = HeadLoss(
+    head = HeadLossArgs(
         rows=rows,
         shard=shard,
         kernels=load_backend(backend, hidden.device.type),

@@ -234,7 +234,7 @@ def test_a_run_leaves_a_loadable_config_metrics_and_a_model(
     steps = [record for record in records if record["kind"] == "step"]
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
-        assert 0 < step["num_supervised"] < step["num_tokens"] <= step["num_slots"] == 4 * 128
+        assert 0 < step["num_supervised"] < step["num_tokens"] <= step["capacity_tokens"] == 4 * 128
         assert step["num_samples"] > 4
     assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 2]
     model = AutoModelForCausalLM.from_pretrained(run / "export")

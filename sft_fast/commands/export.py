@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.commands.arguments import Commands, add_run, positive
-from sft_fast.commands.launch import ENGINE
+from sft_fast.commands.launch import TRAIN_SCRIPT
 from sft_fast.exit_codes import FAILED
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(parsed: argparse.Namespace) -> int:
     with workplace(target) as work:
         write_story(found, step, Path(work))
         # -P: a folder of our name in the working directory is not this package.
-        command = [sys.executable, "-P", str(ENGINE), "--config", str(saved), *overrides]
+        command = [sys.executable, "-P", str(TRAIN_SCRIPT), "--config", str(saved), *overrides]
         command += [f"output_dir={work}", *(["--debug"] if parsed.debug else [])]
         print(f"exporting step {step} of {found.path}", flush=True)
         result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)

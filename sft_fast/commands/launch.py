@@ -14,7 +14,7 @@ from sft_fast.commands.arguments import Commands, add_config, config_path, not_n
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
 
-ENGINE = Path(__file__).parents[1] / "train.py"
+TRAIN_SCRIPT = Path(__file__).parents[1] / "train.py"
 # Handed to torchrun as they are.
 TORCHRUN_FLAGS = {
     "--nnodes": "machines; for more than one run the same command on each",
@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace) -> None:
     command += [
         part for flag, value in given.items() if value is not None for part in (flag, str(value))
     ]
-    command += [str(ENGINE), "--config", str(path)]
+    command += [str(TRAIN_SCRIPT), "--config", str(path)]
     command += ["--debug"] if parsed.debug else []
     if parsed.allow_change:
         command += ["--allow-change", parsed.allow_change]

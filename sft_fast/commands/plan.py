@@ -18,7 +18,7 @@ from sft_fast.commands.arguments import (
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
     from sft_fast.models.architecture import Architecture
-    from sft_fast.models.flops import Work
+    from sft_fast.models.flops import Workload
     from sft_fast.models.hardware import Gpu
     from sft_fast.packing.steps import StepPlan
 
@@ -99,18 +99,18 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
     return make_plan(store, config, architecture)
 
 
-def run_work(config: Config, plan: StepPlan) -> tuple[int, Work]:
+def run_work(config: Config, plan: StepPlan) -> tuple[int, Workload]:
     """Optimizer steps, and what they compute on; epochs are alike but for their order."""
     import numpy as np
 
-    from sft_fast.models.flops import Work
+    from sft_fast.models.flops import Workload
 
     steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
     epochs = steps / plan.num_steps_per_epoch
     lengths = plan.lengths.astype(np.int64)
     supervised = int(plan.supervised.sum(dtype=np.int64))
     sums = (int(lengths.sum()), int((lengths**2).sum()), supervised)
-    return steps, Work(*(round(value * epochs) for value in sums))
+    return steps, Workload(*(round(value * epochs) for value in sums))
 
 
 def figures(
@@ -124,11 +124,11 @@ def figures(
     """Everything that the command says."""
     from dataclasses import asdict
 
-    from sft_fast.models.estimate import best_knobs, estimate_memory, estimate_seconds
-    from sft_fast.models.flops import Work, num_parameters, training_flops
+    from sft_fast.models.estimate import best_suggestions, estimate_memory, estimate_seconds
+    from sft_fast.models.flops import Workload, num_parameters, training_flops
     from sft_fast.packing.from_config import warm_up_warning
 
-    share, work = 1.0, Work(1, 0, 1)
+    share, workload = 1.0, Workload(1, 0, 1)
     found: dict[str, Any] = {
         "gpu": gpu.name,
         "ranks": ranks,
@@ -136,32 +136,41 @@ def figures(
         "memory_limit": gpu.memory_gb * 1e9,
     }
     if plan is not None:
-        steps, work = run_work(config, plan)
+        steps, workload = run_work(config, plan)
         from sft_fast.packing.report import packing_report
 
         report = packing_report(plan, 1, config.train.micro_batch_size)
         share = report.supervised_share
-        seconds = estimate_seconds(architecture, config, work, ranks, gpu.bf16_tflops, mfu)
+        seconds = estimate_seconds(architecture, config, workload, ranks, gpu.bf16_tflops, mfu)
         found |= {
             "steps": steps,
-            "tokens": work.tokens,
-            "supervised_tokens": work.supervised,
+            "tokens": workload.tokens,
+            "supervised_tokens": workload.supervised,
             "samples_per_row": report.samples_per_bin,
             "packing_efficiency": report.efficiency,
             "padding": report.padding_share,
             "packing": report.strategy,
             "warning": warm_up_warning(config, steps),
-            "flops": training_flops(architecture, work, lora=config.lora.rank > 0),
+            "flops": training_flops(architecture, workload, lora=config.lora.rank > 0),
             "hours": seconds / 3600,
             "mfu": mfu,
         }
     memory = estimate_memory(architecture, config, ranks, share)
     found["memory"] = asdict(memory) | {"total": memory.total}
     found["fits"] = memory.total <= gpu.memory_gb * 1e9
-    found["knobs"] = [
-        asdict(knob)
-        for knob in best_knobs(
-            *(architecture, config, work, ranks, gpu.memory_gb * 1e9, gpu.bf16_tflops, mfu, share)
+    found["suggestions"] = [
+        asdict(suggestion)
+        for suggestion in best_suggestions(
+            *(
+                architecture,
+                config,
+                workload,
+                ranks,
+                gpu.memory_gb * 1e9,
+                gpu.bf16_tflops,
+                mfu,
+                share,
+            )
         )
     ]
     return found
@@ -194,9 +203,9 @@ def as_text(found: dict[str, Any]) -> str:
     text = f"{size_text(total)} of {limit / 1e9:.0f} GB on the fullest rank: {verdict}"
     lines.append(("memory", text))
     lines += [("", f"{size_text(size):>9}  {name}") for name, size in memory.items() if size]
-    for number, knob in enumerate(found["knobs"]):
-        time = f", {time_text(knob['seconds'])}" if "steps" in found else ""
-        text = f"{size_text(knob['memory_bytes']):>9}{time}  {knob['overrides']}"
+    for number, suggestion in enumerate(found["suggestions"]):
+        time = f", {time_text(suggestion['seconds'])}" if "steps" in found else ""
+        text = f"{size_text(suggestion['memory_bytes']):>9}{time}  {suggestion['overrides']}"
         lines.append(("would help" if number == 0 else "", text))
     if found.get("warning"):
         lines.append(("", found["warning"]))

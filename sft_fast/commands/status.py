@@ -74,7 +74,7 @@ def state(found: RunFiles) -> str:
         return "unknown: no status.json"
     silent_s = time.time() - status.get("heartbeat", 0)
     if status["state"] in ("running", "stopping") and silent_s > HEARTBEAT_LOST_S:
-        return f"lost: silent for {silent_s:,.0f} s; the same command goes on"
+        return f"lost: silent for {silent_s:,.0f} s; rerun the same command to resume"
     if status["state"] == "running":
         return "running" if "phase" not in status else f"running ({status['phase']})"
     return str(status["state"])

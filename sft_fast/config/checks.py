@@ -85,7 +85,7 @@ def memory_problems(
         )
 
 
-def engine_problems(
+def transformer_engine_problems(
     model: ModelConfig, packing: PackingConfig, parallel: ParallelConfig, lora: LoraConfig
 ) -> Iterator[Problem]:
     if model.fp8 != "none" and model.transformer_impl == "local":

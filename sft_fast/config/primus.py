@@ -19,7 +19,7 @@ from sft_fast.config.primus_arguments import (
     Target,
     as_flag,
 )
-from sft_fast.config.validation import Origin, Tree
+from sft_fast.config.validation import Tree, ValueOrigin
 from sft_fast.config.yaml_source import Document, KeyPath, dotted, parse_value
 from sft_fast.errors import ConfigError, Problem, is_secret_name, nearest, show
 
@@ -52,7 +52,7 @@ def drop_idle_evaluation(tree: Tree) -> None:
     idle = [
         key
         for key in ("every_steps", "max_samples")
-        if tree.origins.get(("evaluation", key), Origin("")).name
+        if tree.origins.get(("evaluation", key), ValueOrigin("")).name
     ]
     for key in idle:
         tree.remove("evaluation", key)
@@ -201,14 +201,14 @@ class _Translation:
         return self.arguments.get(name, self.defaults.get(name))
 
     def _set(self, key: str, value: Any, path: KeyPath, name: str) -> None:
-        self.tree.set(tuple(key.split(".")), value, Origin(self.document.where(path), name))
+        self.tree.set(tuple(key.split(".")), value, ValueOrigin(self.document.where(path), name))
 
     def _set_argument(self, name: str, target: Target) -> None:
         where = self.document.where((*self.base, name))
         if name not in self.arguments:
             where = f"{self.document.where(self.base)} (default of {MODULE_FILE})"
         value = target.convert(self._value(name))
-        self.tree.set(tuple(target.key.split(".")), value, Origin(where, name))
+        self.tree.set(tuple(target.key.split(".")), value, ValueOrigin(where, name))
 
     def _translate_dtype(self) -> None:
         fp16, bf16 = (as_flag(self._value(name)) for name in ("fp16", "bf16"))
@@ -235,14 +235,14 @@ class _Translation:
         self._check_fixed(ARCHITECTURE)
         if not sizes:
             # The "neither path nor shape" error then points at the preset, which is not read.
-            origin = Origin(self.document.where((*self.base[:2], "model")), "hf_path")
+            origin = ValueOrigin(self.document.where((*self.base[:2], "model")), "hf_path")
             self.tree.origins[("model", "path")] = origin
             return
         for name, target in {**SIZES, **DETAILS}.items():
             if name in self.arguments:
                 self._set_argument(name, target)
             else:
-                origin = Origin(self.document.where(self.base), name)
+                origin = ValueOrigin(self.document.where(self.base), name)
                 self.tree.origins[tuple(target.key.split("."))] = origin
         heads, groups = (self.arguments.get(n) for n in ("num_attention_heads", "num_query_groups"))
         grouped = as_flag(self._value("group_query_attention"))

@@ -78,7 +78,9 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     """Yields every contradiction between the keys of a configuration."""
     yield from checks.model_problems(config.model, config.tokenizer)
     yield from checks.memory_problems(config.model, config.parallel, config.optim)
-    yield from checks.engine_problems(config.model, config.packing, config.parallel, config.lora)
+    yield from checks.transformer_engine_problems(
+        config.model, config.packing, config.parallel, config.lora
+    )
     yield from checks.shape_problems(config.model, config.packing, config.parallel)
     yield from checks.train_problems(config.train)
     yield from checks.packing_problems(config.packing)

@@ -28,7 +28,7 @@ MEANING_WIDTH = 90
 
 
 @dataclass(frozen=True)
-class Origin:
+class ValueOrigin:
     """Where a value comes from.
 
     Attributes:
@@ -47,22 +47,22 @@ class Tree:
     Attributes:
         source: What the error message's title names.
         data: Nested mapping of our keys.
-        origins: Origin of every key, by path.
+        origins: ValueOrigin of every key, by path.
         problems: What is already known to be wrong.
     """
 
     source: str
     data: dict[str, Any] = field(default_factory=dict)
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    origins: dict[KeyPath, ValueOrigin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     @classmethod
     def from_document(cls, document: Document) -> "Tree":
         """Returns the tree of a file that is written in our own keys."""
-        origins = {path: Origin(document.where(path)) for path in document.lines}
+        origins = {path: ValueOrigin(document.where(path)) for path in document.lines}
         return cls(document.name, copy.deepcopy(document.data), origins, list(document.problems))
 
-    def set(self, path: KeyPath, value: Any, origin: Origin) -> None:
+    def set(self, path: KeyPath, value: Any, origin: ValueOrigin) -> None:
         """Puts `value` at `path`, making the sections on the way.
 
         Raises:
@@ -87,15 +87,15 @@ class Tree:
     def _forget(self, path: KeyPath) -> None:
         self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
 
-    def origin(self, path: KeyPath) -> Origin:
+    def origin(self, path: KeyPath) -> ValueOrigin:
         """Returns the origin of `path`, or of the nearest key above it, or an empty one."""
         while path and path not in self.origins:
             path = path[:-1]
-        return self.origins.get(path, Origin(""))
+        return self.origins.get(path, ValueOrigin(""))
 
     def name(self, path: KeyPath) -> str:
         """Returns the dotted key, with the user's own name for it where that differs."""
-        own = self.origins.get(path, Origin("")).name
+        own = self.origins.get(path, ValueOrigin("")).name
         return f"{own} ({dotted(path)})" if own else dotted(path)
 
 
@@ -111,7 +111,7 @@ def apply_overrides(tree: Tree, overrides: list[str]) -> None:
             )
             continue
         try:
-            tree.set(path, parse_value(value_text), Origin(where))
+            tree.set(path, parse_value(value_text), ValueOrigin(where))
         except ValueError as error:
             expected = "a YAML value under a known key"
             tree.problems.append(Problem((dotted(path),), str(error), expected, where=where))

@@ -14,7 +14,7 @@ NUM_SAMPLES_READ = 1000
 
 
 @dataclass(frozen=True)
-class DataTraits:
+class ExportMetadata:
     """Facts about a token store."""
 
     fingerprint: str
@@ -23,9 +23,9 @@ class DataTraits:
     """Ids of the special tokens that samples end with, ascending."""
 
 
-def data_traits(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> DataTraits:
+def export_metadata(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> ExportMetadata:
     """Reads the first samples of a store."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ends = store.offsets[1 : NUM_SAMPLES_READ + 1] - 1
     found = special & {int(token) for token in store.tokens[ends]}
-    return DataTraits(store.fingerprint, sorted(found))
+    return ExportMetadata(store.fingerprint, sorted(found))

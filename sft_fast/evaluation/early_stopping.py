@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Standing:
+class EarlyStopping:
     """What the evaluations have shown so far; part of every checkpoint, so that a resumed run
     stops where the unbroken one does."""
 
@@ -20,8 +20,10 @@ class Standing:
     num_since_best: int = 0
     """Evaluations after it."""
 
-    def after(self, step: int, value: float, greater_is_better: bool, min_delta: float) -> Standing:
-        """The standing after one more evaluation; NaN is never an improvement.
+    def after(
+        self, step: int, value: float, greater_is_better: bool, min_delta: float
+    ) -> EarlyStopping:
+        """The state after one more evaluation; NaN is never an improvement.
 
         Args:
             step: optimizer steps done, at least 1.
@@ -34,9 +36,9 @@ class Standing:
             self.best is None or sign * (value - self.best) > min_delta
         )
         if is_best:
-            return Standing(step, step, value, 0)
-        return Standing(step, self.best_step, self.best, self.num_since_best + 1)
+            return EarlyStopping(step, step, value, 0)
+        return EarlyStopping(step, self.best_step, self.best, self.num_since_best + 1)
 
-    def is_over(self, patience: int | None) -> bool:
+    def should_stop(self, patience: int | None) -> bool:
         """Whether training stops: `patience` evaluations in a row were no improvement."""
         return patience is not None and self.num_since_best >= patience

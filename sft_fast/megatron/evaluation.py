@@ -19,7 +19,7 @@ from torch.nn import ModuleList
 from sft_fast.config.schema import Config
 from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
-from sft_fast.evaluation.early_stopping import Standing
+from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.exact_match import chance_accuracy, exact_match
 from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.checkpoint.train_state import checkpoint_path
@@ -31,7 +31,7 @@ from sft_fast.metric_registry import Metric, SampleOutputs, get_metric, is_great
 from sft_fast.metrics.writer import MetricsWriter
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 Values = dict[str, float]
 LOSS, NUM_TOKENS, NUM_CORRECT, NUM_BUILT_IN = range(4)
@@ -46,18 +46,18 @@ class Evaluator:
         config: Config,
         parallel: Parallel,
         metrics: MetricsWriter,
-        standing: Standing,
+        early_stopping: EarlyStopping,
     ):
         """
         Args:
             store: the evaluation set; None = there is nothing to do.
-            standing: after the evaluations of the checkpoint that the run resumes from.
+            early_stopping: after the evaluations of the checkpoint that the run resumes from.
 
         Raises:
             ValueError: a metric that the config names is not registered.
         """
         self.store, self.config, self.parallel, self.metrics = store, config, parallel, metrics
-        self.standing = standing
+        self.early_stopping = early_stopping
         self.custom = [get_metric(name) for name in config.evaluation.metrics]
         self.greater_is_better = is_greater_better(config.evaluation.best_by)
 
@@ -65,7 +65,7 @@ class Evaluator:
         """Evaluates where the run begins; it does not count, unless the checkpoint missed it."""
         if step == 0:
             self.measure(model, 0)
-        elif self.is_due(step) and self.standing.last_step < step:
+        elif self.is_due(step) and self.early_stopping.last_step < step:
             self.after_step(model, step)
 
     def after_step(self, model: ModuleList, step: int) -> None:
@@ -74,7 +74,7 @@ class Evaluator:
         if values is not None:
             evaluation = self.config.evaluation
             value = values[evaluation.best_by]
-            self.standing = self.standing.after(
+            self.early_stopping = self.early_stopping.after(
                 step, value, self.greater_is_better, evaluation.min_delta
             )
 
@@ -84,13 +84,13 @@ class Evaluator:
 
     def should_save(self, step: int) -> bool:
         """Whether the weights of `step` are the best so far and are to be kept."""
-        return self.config.checkpoint.keep_best and self.standing.best_step == step > 0
+        return self.config.checkpoint.keep_best and self.early_stopping.best_step == step > 0
 
     def should_stop(self) -> bool:
-        return self.standing.is_over(self.config.evaluation.patience)
+        return self.early_stopping.should_stop(self.config.evaluation.patience)
 
     def report_best(self) -> None:
-        best = self.standing
+        best = self.early_stopping
         if best.best is not None:
             name = self.config.evaluation.best_by
             kept = None
@@ -101,13 +101,13 @@ class Evaluator:
                 "best", step=best.best_step, metric=name, value=best.best, checkpoint=kept
             )
             stopped = ", training stopped early" if self.should_stop() else ""
-            self.metrics.say(f"best {name} {best.best:.4f} at step {best.best_step}{stopped}")
+            self.metrics.log(f"best {name} {best.best:.4f} at step {best.best_step}{stopped}")
 
     def measure(self, model: ModuleList, step: int) -> Values | None:
         """Evaluates and reports; None without an evaluation set, or when told to stop."""
         if self.store is None:
             return None
-        with current_watch().paused("evaluate"):
+        with current_watchdog().paused("evaluate"):
             values = evaluate(model, self.store, self.config, self.parallel, self.custom)
         if values is None:
             return None
@@ -115,7 +115,7 @@ class Evaluator:
         self.metrics.write("eval", step=step, **clean(overall), **listed(by_source))
         shown = ("loss", "accuracy", *(metric.name for metric in self.custom))
         text = "  ".join(f"{name} {overall[name]:.4f}" for name in shown)
-        self.metrics.say(f"eval at step {step}: {text}")
+        self.metrics.log(f"eval at step {step}: {text}")
         return overall
 
 
@@ -150,21 +150,21 @@ def evaluate(
     tally = partial(tally_micro_batch, source_of, len(names), custom, parallel)
     shape = (len(names), NUM_BUILT_IN + 2 * len(custom))
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
-    watch = current_watch()
+    watchdog = current_watchdog()
     model.eval()
     with open_batches(store, plan, steps, config, parallel) as batches:
         for _ in steps:
             reports = run_schedule(
                 model, batches, config, parallel, partial(eval_step, tally), forward_only=True
             )
-            added, votes = sum_over_ranks(reports, "tally", shape, parallel, watch.requests())
+            added, votes = sum_over_ranks(reports, "tally", shape, parallel, watchdog.votes())
             total += added
-            watch.beat()
-            watch.agree(*votes.tolist())
-            if watch.all_stop:
+            watchdog.heartbeat()
+            watchdog.apply_votes(*votes.tolist())
+            if watchdog.all_stop:
                 break
     model.train()
-    if watch.all_stop:
+    if watchdog.all_stop:
         return None
     sums = total.cpu().numpy()
     by_source = {name: values_of(row, custom) for name, row in zip(names, sums, strict=True)}
@@ -316,12 +316,12 @@ def report_exact_match(
     assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
     questions = read_questions(inputs.eval_rows, config.evaluation.exact_match_samples)
     if not questions:
-        metrics.say("no exact match: the evaluation rows hold no question with an answer in words")
+        metrics.log("no exact match: the evaluation rows hold no question with an answer in words")
         return
     try:
         matches = exact_match(folder, questions, config.evaluation.max_new_tokens)
     except torch.OutOfMemoryError:
-        metrics.say(f"no exact match: {folder} does not fit one device beside the run")
+        metrics.log(f"no exact match: {folder} does not fit one device beside the run")
         return
     accuracy = sum(matches) / len(matches)
     text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
@@ -330,4 +330,4 @@ def report_exact_match(
         values["chance"] = chance_accuracy([question.row for question in questions])
         text += f" (chance {values['chance']:.1%})"
     metrics.write("exact_match", **values)
-    metrics.say(text)
+    metrics.log(text)

@@ -52,7 +52,7 @@ class Guard:
             "num_skipped": self.num_skipped,
         }
 
-    def complaint(self, loss: float, grad_norm: float) -> str:
+    def warning(self, loss: float, grad_norm: float) -> str:
         """What is wrong with a step; "" if nothing is."""
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
@@ -75,38 +75,38 @@ class Guard:
         return value > median + self.config.spike_sigmas * MAD_TO_SIGMA * spread
 
     def accepts(self, loss: float, grad_norm: float) -> tuple[bool, str]:
-        """Judges one step: (whether it is taken, complaint).
+        """Judges one step: (whether it is taken, warning).
 
         Remembers the values of steps that are taken.
         """
-        complaint = self.complaint(loss, grad_norm)
+        warning = self.warning(loss, grad_norm)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        is_taken = is_finite and (not complaint or self.config.on_spike == "warn")
+        is_taken = is_finite and (not warning or self.config.on_spike == "warn")
         if is_taken:
             self.num_skipped = 0
             self.losses.append(loss)
             self.grad_norms.append(grad_norm)
         else:
             self.num_skipped += 1
-        return is_taken, complaint
+        return is_taken, warning
 
 
 def statistics_floor(history: deque[float]) -> float:
     return statistics.median(history) if history else 0.0
 
 
-def check_limit(guard: Guard, step: int, complaint: str, folder: Path) -> None:
+def check_limit(guard: Guard, step: int, warning: str, folder: Path) -> None:
     """Raises ValueError after `guard.max_skips` steps in a row that were not taken."""
     most = guard.config.max_skips
     if guard.num_skipped >= most:
         raise ValueError(
-            f"guard: {most} steps in a row were skipped, the last is step {step}: {complaint}. "
+            f"guard: {most} steps in a row were skipped, the last is step {step}: {warning}. "
             f"Their samples are in {folder}. Look at them, lower optim.lr, or set "
             "guard.on_spike=warn if these are no spikes; the last checkpoint is from before"
         )
 
 
-def report_complaint(
+def report_warning(
     step: int,
     result: StepResult,
     sample_ids: NDArray[np.int64],
@@ -123,17 +123,17 @@ def report_complaint(
         return
     verb = "skipped" if result.was_skipped else "warning"
     metrics.write("guard", step=step, **asdict(result))
-    metrics.say(f"step {step} {verb}: {result.complaint}; its samples: {folder}")
+    metrics.log(f"step {step} {verb}: {result.warning}; its samples: {folder}")
     try:
         keep_samples(step, result, [int(sample) for sample in sample_ids], store, folder)
     except OSError as error:
-        metrics.say(f"warning: the samples of step {step} could not be written: {error}")
+        metrics.log(f"warning: the samples of step {step} could not be written: {error}")
 
 
 def keep_samples(
     step: int, result: StepResult, ids: list[int], store: TokenStore, folder: Path
 ) -> None:
-    """Writes the two files of `report_complaint`.
+    """Writes the two files of `report_warning`.
 
     Raises:
         OSError: the disk is full or not writable.

@@ -24,7 +24,7 @@ from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.families import FAMILIES, MODEL, Rule
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -229,7 +229,7 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
 
 
 @torch.no_grad()
-def load_weights(
+def load_hf_weights(
     model: SFTModel, source: WeightSource, architecture: Architecture, parallel: Parallel
 ) -> None:
     """Fills every parameter of this rank from `source`, slice by slice, in its own dtype."""
@@ -238,11 +238,11 @@ def load_weights(
         parameter = parameters[name]
         if rule.split == "vocab":
             parameter.zero_()  # the rows that pad the vocabulary
-        for piece in pieces(rule, parameter, architecture, *shard_of(rule, parallel)):
+        for piece in shard_slices(rule, parameter, architecture, *shard_of(rule, parallel)):
             shape = piece.view.shape
             # Not kept in a variable, or it would still be there while the next one is read.
             piece.view.copy_(source.read(piece.source, piece.rows, piece.columns).reshape(shape))
-            current_watch().move()
+            current_watchdog().tensor_done()
 
 
 def part(total: int, size: int, rank: int) -> slice:
@@ -259,7 +259,7 @@ def shard_of(rule: Rule, parallel: Parallel) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """Part of a Hugging Face tensor, and the part of a parameter that holds the same numbers."""
 
     source: str
@@ -270,20 +270,20 @@ class Piece:
     """As many numbers in the same order, with other dimensions."""
 
 
-def pieces(
+def shard_slices(
     rule: Rule, parameter: Tensor, architecture: Architecture, size: int, rank: int
-) -> Iterator[Piece]:
+) -> Iterator[ShardSlice]:
     """Takes the parameter of rank `rank` of `size` apart; the rows of padding are left out."""
     source = next(iter(rule.sources))
     if rule.split == "replicated":
-        yield Piece(source, ALL, ALL, parameter)
+        yield ShardSlice(source, ALL, ALL, parameter)
     elif rule.split == "columns":
-        yield Piece(source, ALL, part(parameter.shape[1] * size, size, rank), parameter)
+        yield ShardSlice(source, ALL, part(parameter.shape[1] * size, size, rank), parameter)
     elif rule.split == "vocab":
         rows = part(len(parameter) * size, size, rank)
         stop = min(rows.stop, architecture.vocab_size)
         start = min(rows.start, stop)
-        yield Piece(source, slice(start, stop), ALL, parameter[: stop - start])
+        yield ShardSlice(source, slice(start, stop), ALL, parameter[: stop - start])
     else:
         # Blocks alternate: once per query group, or not at all.
         groups = architecture.num_key_value_heads if rule.split == "qkv" else size
@@ -293,7 +293,7 @@ def pieces(
         for source, start, num_rows in blocks(rule, architecture):
             width = num_rows // groups
             rows = slice(start + mine.start * width, start + mine.stop * width)
-            yield Piece(source, rows, ALL, grouped[:, width_before : width_before + width])
+            yield ShardSlice(source, rows, ALL, grouped[:, width_before : width_before + width])
             width_before += width
 
 
@@ -308,13 +308,13 @@ def blocks(rule: Rule, architecture: Architecture) -> Iterator[tuple[str, int, i
 
 
 def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
-    """The inverse of load_weights: all shards of a parameter -> the rule's Hugging Face tensors."""
+    """All shards of a parameter -> the rule's Hugging Face tensors; the inverse of loading."""
     merged = {
         name: shards[0].new_empty(shape_of(dims, architecture))
         for name, dims in rule.sources.items()
     }
     for rank, shard in enumerate(shards):
-        for piece in pieces(rule, shard, architecture, len(shards), rank):
+        for piece in shard_slices(rule, shard, architecture, len(shards), rank):
             rows = merged[piece.source][piece.rows]
             target = rows if rows.dim() == 1 else rows[:, piece.columns]
             target.copy_(piece.view.reshape(target.shape))
@@ -351,7 +351,7 @@ def export_weights(
             continue
         shards = gather_shards(merged_parameter(model, name), parallel, rule.is_expert)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
-        current_watch().move()
+        current_watchdog().tensor_done()
         if shard_of(rule, parallel)[1] != 0 or is_tied_copy:
             continue
         tensors = merge_shards(rule, shards, architecture)
@@ -402,7 +402,7 @@ class ShardWriter:
         self.num_files += 1
         file = f"model-{self.prefix}-{self.num_files:05d}.safetensors"
         save_tensors(self.pending, self.folder / file)
-        current_watch().move()
+        current_watchdog().tensor_done()
         self.file_of.update(dict.fromkeys(self.pending, file))
         self.pending, self.pending_bytes = {}, 0
 

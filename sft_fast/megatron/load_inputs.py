@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_fast.config.schema import Config
 from sft_fast.data.build import Progress
-from sft_fast.data.export_metadata import DataTraits, data_traits
+from sft_fast.data.export_metadata import ExportMetadata, export_metadata
 from sft_fast.data.from_config import find_sources, open_configured_store
 from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.source import Source
@@ -41,12 +41,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ExportSource:
     """What an exported model comes from, its weights aside."""
 
     tokenizer: Any
     model: Model
-    data: DataTraits
+    data: ExportMetadata
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Inputs:
     model: Model
 
     @property
-    def origin(self) -> Origin:
-        return Origin(self.tokenizer, self.model, data_traits(self.store, self.tokenizer))
+    def origin(self) -> ExportSource:
+        return ExportSource(self.tokenizer, self.model, export_metadata(self.store, self.tokenizer))
 
 
-def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
+def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
     """Reads what `config` names; token stores are built first where they are missing.
 
     Args:
@@ -76,32 +76,34 @@ def read_inputs(config: Config, say: Progress = logger.info) -> Inputs:
     """
     tokenizer, model = read_start(config)
     rows, eval_rows = find_rows(config)
-    store = read_store("data.train", rows, config, tokenizer, model.architecture, say)
+    store = read_store("data.train", rows, config, tokenizer, model.architecture, log)
     eval_store = None
     if eval_rows is not None:
         eval_store = read_store(
-            "data.eval", eval_rows, config, tokenizer, model.architecture, say, apart_from=store
+            "data.eval", eval_rows, config, tokenizer, model.architecture, log, apart_from=store
         )
     return Inputs(tokenizer, store, eval_store, eval_rows, model)
 
 
-def read_origin(config: Config, traits: dict[str, Any], say: Progress = logger.info) -> Origin:
+def read_export_source(
+    config: Config, metadata: dict[str, Any], log: Progress = logger.info
+) -> ExportSource:
     """Reads what an export needs beside the weights of a checkpoint.
 
     Args:
         config: of the export.
-        traits: of the data, as the checkpoint has them; {} in one of an earlier version, for which
-            the data is read.
-        say: as for `read_inputs`.
+        metadata: of the data, as the checkpoint has it; {} in one that does not, and the data is
+            read.
+        log: as for `read_inputs`.
 
     Raises:
         ValueError: as `read_inputs`.
     """
-    if not traits:
-        return read_inputs(config, say).origin
+    if not metadata:
+        return read_inputs(config, log).origin
     # LoRA's are merged into the model's own weights; all others are in the checkpoint.
     tokenizer, model = read_start(config, needs_weights=config.lora.rank > 0)
-    return Origin(tokenizer, model, DataTraits(**traits))
+    return ExportSource(tokenizer, model, ExportMetadata(**metadata))
 
 
 def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
@@ -196,7 +198,7 @@ def read_store(
     config: Config,
     tokenizer: Any,
     architecture: Architecture,
-    say: Progress = logger.info,
+    log: Progress = logger.info,
     apart_from: TokenStore | None = None,
 ) -> TokenStore:
     """Opens the token store of `rows`; one rank per node builds it where it is missing.
@@ -220,6 +222,6 @@ def read_store(
             check_eval_is_not_train(apart_from, store)
         return store.path
 
-    store = open_store(once_per_node(key, prepare, say))
+    store = open_store(once_per_node(key, prepare, log))
     check_equal_on_all_ranks(f"fingerprint of {key}", store.fingerprint)
     return store

@@ -7,7 +7,7 @@ from sft_fast.megatron.parallel import Parallel
 from sft_fast.metrics.trackers import open_trackers
 from sft_fast.metrics.writer import MetricsWriter, StepMeter
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.flops import Work, training_flops
+from sft_fast.models.flops import Workload, training_flops
 from sft_fast.models.hardware import find_gpu
 from sft_fast.packing.steps import StepCounts
 
@@ -22,8 +22,8 @@ def step_meter(
     """Starts the trackers and the line of the training loop."""
 
     def flops(counts: StepCounts) -> float:
-        work = Work(counts.num_tokens, counts.sum_squared_lengths, counts.num_supervised)
-        return training_flops(architecture, work, lora=config.lora.rank > 0)
+        workload = Workload(counts.num_tokens, counts.sum_squared_lengths, counts.num_supervised)
+        return training_flops(architecture, workload, lora=config.lora.rank > 0)
 
     peak_tflops = config.metrics.peak_tflops
     if peak_tflops is None and parallel.device.type == "cuda":

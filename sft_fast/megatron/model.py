@@ -35,13 +35,13 @@ from sft_fast.loss import (
 from sft_fast.megatron.attention.backends import AttentionChoice, choose_attention
 from sft_fast.megatron.attention.context_parallel import ContextGroup, check_context, context_group
 from sft_fast.megatron.attention.core import PackedAttention
-from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring
+from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.device import prepare_for_experts
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.rotary import (
-    ChoosingAttention,
+    PerLayerRotaryAttention,
     concentration_option,
     frequencies_by_length,
     longest_short_sample,
@@ -49,7 +49,7 @@ from sft_fast.megatron.rotary import (
     rotary_frequencies,
     rotary_kind,
 )
-from sft_fast.megatron.transformer_engine import engine_options, use_engine
+from sft_fast.megatron.transformer_engine import transformer_engine_options, use_transformer_engine
 from sft_fast.models.architecture import Architecture, padded_vocab_size
 from sft_fast.models.layout import layout_problems
 
@@ -230,11 +230,11 @@ def softcap(architecture: Architecture, loss_config: LossConfig) -> float:
     return own or asked
 
 
-def scorings(architecture: Architecture) -> list[Scoring]:
+def scorings(architecture: Architecture) -> list[ScoreOptions]:
     """What each layer does with its attention scores."""
     scale = architecture.attention_scale or 1.0 / math.sqrt(architecture.head_dim)
     return [
-        Scoring(scale, architecture.window(layer), architecture.attention_softcap)
+        ScoreOptions(scale, architecture.window(layer), architecture.attention_softcap)
         for layer in range(architecture.num_layers)
     ]
 
@@ -242,7 +242,7 @@ def scorings(architecture: Architecture) -> list[Scoring]:
 def block_spec(
     config: TransformerConfig,
     architecture: Architecture,
-    attend: Attend,
+    attend: AttentionFn,
     context: ContextGroup | None,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
@@ -251,7 +251,7 @@ def block_spec(
     spec = get_gpt_layer_local_spec(architecture.num_experts or None, normalization="RMSNorm")
     layer = spec.submodules
     if config.transformer_impl == "transformer_engine":
-        use_engine(layer)
+        use_transformer_engine(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if architecture.is_gemma:
         params = {
@@ -266,7 +266,7 @@ def block_spec(
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if {rotary_kind(architecture, i) for i in range(architecture.num_layers)} != {0}:
-        layer.self_attention.module = ChoosingAttention
+        layer.self_attention.module = PerLayerRotaryAttention
         layer.self_attention.params["architecture"] = architecture
     num_layers = get_num_layers_to_build(config, vp_stage, None)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
@@ -314,7 +314,7 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu and architecture.activation == "silu",
         **memory_options(config, parallel),
-        **engine_options(config, parallel),
+        **transformer_engine_options(config, parallel),
         **experts_config(architecture, parallel),
     )
     if (concentration := concentration_option(architecture)) is not None:

@@ -159,7 +159,7 @@ def current_parallel(device: torch.device) -> Parallel:
     )
 
 
-def once_per_node(name: str, work: Callable[[Progress], Path], say: Progress = logger.info) -> Path:
+def once_per_node(name: str, work: Callable[[Progress], Path], log: Progress = logger.info) -> Path:
     """Runs `work` on one rank of each node while the node's other ranks wait for it.
 
     They wait on keys of the store, not inside a collective, so no watchdog fires however long the
@@ -185,7 +185,7 @@ def once_per_node(name: str, work: Callable[[Progress], Path], say: Progress = l
         return wait_for_node(store, key, name)
 
     def report(text: str) -> None:
-        say(text)
+        log(text)
         store.set(f"{key}/progress", text)
 
     store.set(f"{key}/worker", " ".join(map(str, this_process())))

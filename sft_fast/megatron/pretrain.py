@@ -30,7 +30,7 @@ from sft_fast.data.store import TokenStore
 from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.device import init_device
 from sft_fast.megatron.forward_step import forward_step
-from sft_fast.megatron.hf import load_weights
+from sft_fast.megatron.hf import load_hf_weights
 from sft_fast.megatron.load_inputs import Inputs, read_inputs
 from sft_fast.megatron.lora import add_adapters
 from sft_fast.megatron.model import SFTModel, build_model
@@ -150,7 +150,7 @@ class Providers:
         architecture = self.inputs.model.architecture
         modules = build_model(architecture, self.config, self.parallel)
         for module in modules:
-            load_weights(module, self.inputs.model.weights, architecture, self.parallel)
+            load_hf_weights(module, self.inputs.model.weights, architecture, self.parallel)
             if self.config.lora.rank > 0:
                 add_adapters(module, architecture, self.config, self.parallel)
         return modules

@@ -18,7 +18,7 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
     """fp32 [kinds, rotated channels / 2], radians per position.
 
     The kinds, where there are two: layers that see the whole sample and layers with a sliding
-    window; or, with longrope, samples of up to and of more than original_positions tokens.
+    window; or, with longrope, samples of up to original_max_position_embeddings tokens and longer.
     """
     plain = plain_frequencies(architecture, architecture.rope_theta)
     scaling = architecture.rope_scaling
@@ -53,9 +53,9 @@ def scaled(frequencies: Tensor, architecture: Architecture) -> Tensor:
     low = frequencies / scaling.factor
     if scaling.kind == "linear":
         return low
-    few, many = scaling.few_turns, scaling.many_turns
+    few, many = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.kind == "llama3":
-        turns = scaling.original_positions * frequencies / (2 * math.pi)
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - few) / (many - few)).clamp(0, 1)
     else:
         # yarn mixes by the number of the channel, which is linear in the logarithm of the turns.
@@ -70,7 +70,7 @@ def scaled(frequencies: Tensor, architecture: Architecture) -> Tensor:
 
 def channel_of(turns: float, architecture: Architecture, scaling: RopeScaling) -> float:
     """Number of the frequency that turns so often within the original positions."""
-    positions = scaling.original_positions / (turns * 2 * math.pi)
+    positions = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
     channels = rotated_channels(architecture)
     return channels * math.log(positions) / (2 * math.log(architecture.rope_theta))
 
@@ -80,7 +80,7 @@ def longest_short_sample(architecture: Architecture) -> int | None:
     scaling = architecture.rope_scaling
     if scaling is None or scaling.kind != "longrope":
         return None
-    return scaling.original_positions
+    return scaling.original_max_position_embeddings
 
 
 def frequencies_by_length(
@@ -133,7 +133,7 @@ def rotary_kind(architecture: Architecture, layer: int) -> int | None:
     return int(has_window and architecture.local_rope_theta is not None)
 
 
-class ChoosingAttention(SelfAttention):
+class PerLayerRotaryAttention(SelfAttention):
     """megatron-core's self-attention with the rotary angles of this layer's kind, or none."""
 
     def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any):

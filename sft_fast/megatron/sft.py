@@ -13,14 +13,14 @@ from torch.nn import ModuleList
 from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.config.schema import Config, save_config
-from sft_fast.data.export_metadata import DataTraits
-from sft_fast.evaluation.early_stopping import Standing
+from sft_fast.data.export_metadata import ExportMetadata
+from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.samples import write_samples
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.checkpoint.fingerprint import DECIDE_DATA_ORDER, changed_fields, run_fields
+from sft_fast.megatron.checkpoint.fingerprint import DATA_ORDER_FIELDS, changed_fields, run_fields
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
 from sft_fast.megatron.checkpoint.load import (
-    continuations,
+    checkpoints_resumed_from,
     load_checkpoint,
     newest_whole_checkpoint,
 )
@@ -31,8 +31,8 @@ from sft_fast.megatron.device import free_memory
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
 from sft_fast.megatron.export.adapter import export_adapter
 from sft_fast.megatron.export.model import export_model
-from sft_fast.megatron.guard import Guard, check_limit, report_complaint
-from sft_fast.megatron.hf import WeightSource, load_weights
+from sft_fast.megatron.guard import Guard, check_limit, report_warning
+from sft_fast.megatron.hf import WeightSource, load_hf_weights
 from sft_fast.megatron.load_inputs import read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, seed_dropout
 from sft_fast.megatron.memory import describe_memory
@@ -63,7 +63,7 @@ from sft_fast.packing.steps import StepCounts
 from sft_fast.runtime.manifest import MANIFEST_FILE
 from sft_fast.runtime.rendezvous import public_address_warning
 from sft_fast.runtime.run_files import check_resume, list_checkpoints
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 OVERFLOW = "fp16 overflow"
 
@@ -99,8 +99,8 @@ def train_step(
     run.optimizer.zero_grad()
     normalise_by(run.model, counts.loss_weight)
     reports = run_schedule(run.model, batches, config, parallel)
-    watch = current_watch()
-    total, votes = sum_over_ranks(reports, "lm loss", (2,), parallel, watch.requests())
+    watchdog = current_watchdog()
+    total, votes = sum_over_ranks(reports, "lm loss", (2,), parallel, watchdog.votes())
     lr = run.optimizer.param_groups[0]["lr"]
     verdict = (True, OVERFLOW)
 
@@ -117,7 +117,7 @@ def train_step(
         run.schedule.step(increment=1)
     loss_sum, counted = total.tolist()
     assert counted == counts.num_supervised, (counted, counts)
-    watch.agree(*votes.tolist())
+    watchdog.apply_votes(*votes.tolist())
     loss = loss_sum / (counts.loss_weight or 1.0)
     return StepResult(loss, grad_norm, lr, not was_updated, verdict[1])
 
@@ -132,7 +132,7 @@ def build_run(
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
     modules = build_model(architecture, config, parallel)
     for module in modules:
-        load_weights(module, weights, architecture, parallel)
+        load_hf_weights(module, weights, architecture, parallel)
         if config.lora.rank > 0:
             add_adapters(module, architecture, config, parallel)
     model = wrap_model(modules, config)
@@ -141,7 +141,7 @@ def build_run(
     return Run(model, optimizer, build_lr_schedule(optimizer, config, num_steps))
 
 
-def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(config: Config, parallel: Parallel, log: Callable[[str], None]) -> Path | None:
     """The checkpoint that `checkpoint.resume` names; None = begin at step 0.
 
     Raises:
@@ -157,36 +157,36 @@ def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], Non
         )
     check_resume(options.resume, Path(config.output_dir))
     if options.resume not in ("auto", "never"):
-        existing = continuations(Path(options.resume), existing)
+        existing = checkpoints_resumed_from(Path(options.resume), existing)
     dist.barrier()  # every rank has seen the same folder before rank 0 tidies it up
     if parallel.is_main:
         remove_leftovers(folder)
-    return newest_whole_checkpoint(existing, say, options.timeout_minutes * 60)
+    return newest_whole_checkpoint(existing, log, options.timeout_minutes * 60)
 
 
 def continued_state(
     config: Config,
     checkpoint: Path,
     fields: dict[str, str],
-    traits: DataTraits,
-    say: Callable[[str], None],
+    metadata: ExportMetadata,
+    log: Callable[[str], None],
 ) -> TrainState:
     """Where `checkpoint` stands, and where the data begins anew if other data is allowed.
 
     Args:
         fields: of this run; see fingerprint.run_fields.
-        traits: of its data.
+        metadata: of its data.
 
     Raises:
         ValueError: the checkpoint belongs to other data, another order of it or another model.
     """
-    found = replace(read_train_state(checkpoint), data=asdict(traits))
+    found = replace(read_train_state(checkpoint), data=asdict(metadata))
     if config.checkpoint.resume != "auto":
         found = replace(found, resumed_from=str(Path(config.checkpoint.resume).resolve()))
     changed = changed_fields(found.fields, fields, config.checkpoint.allow_change, checkpoint)
-    if not changed & DECIDE_DATA_ORDER:
+    if not changed & DATA_ORDER_FIELDS:
         return replace(found, fields=fields)
-    say(f"changed: {', '.join(sorted(changed))}; the data begins anew")
+    log(f"changed: {', '.join(sorted(changed))}; the data begins anew")
     return replace(found, fields=fields, first_data_step=found.step)
 
 
@@ -206,31 +206,31 @@ def train(config: Config) -> int:
     Raises:
         ValueError: the config does not fit the data, the model or the world size.
     """
-    watch = current_watch()
-    watch.enter("join", can_leave=True)
+    watchdog = current_watchdog()
+    watchdog.enter("join", can_leave=True)
     parallel = init_parallel(config)
     output = Path(config.output_dir)
     check_trackers(config)
     metrics = MetricsWriter(output, parallel.is_main)
-    metrics.say(describe(parallel))
+    metrics.log(describe(parallel))
     if warning := public_address_warning():
-        metrics.say(warning)
-    watch.enter("data", can_leave=True)
-    inputs = read_inputs(config, metrics.say)
-    metrics.say(inputs.store.summary())
+        metrics.log(warning)
+    watchdog.enter("data", can_leave=True)
+    inputs = read_inputs(config, metrics.log)
+    metrics.log(inputs.store.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
     packing = packing_report(plan, parallel.dp_size, config.train.micro_batch_size)
-    metrics.say(f"packing: {packing.brief()}")
+    metrics.log(f"packing: {packing.brief()}")
     adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
     fields = run_fields(
         config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
     )
     origin = inputs.origin
     state = TrainState(0, fields, data=asdict(origin.data))
-    watch.enter("resume", can_leave=True)
-    checkpoint = find_checkpoint(config, parallel, metrics.say)
+    watchdog.enter("resume", can_leave=True)
+    checkpoint = find_checkpoint(config, parallel, metrics.log)
     if checkpoint is not None:
-        state = continued_state(config, checkpoint, fields, origin.data, metrics.say)
+        state = continued_state(config, checkpoint, fields, origin.data, metrics.log)
     first, start = state.first_data_step, state.step
     num_steps = config.train.steps or first + (config.train.epochs or 0) * plan.num_steps_per_epoch
     if start > num_steps:
@@ -239,38 +239,38 @@ def train(config: Config) -> int:
             "train.steps or train.epochs; raise them, or choose another output_dir"
         )
     # Not before the run is known to belong here: a refused one leaves no records.
-    watch.accept()
+    watchdog.confirm_run()
     metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.write("lengths", **length_histogram(inputs.store.lengths))
     metrics.write("packing", **packing.record())
     if warning := warm_up_warning(config, num_steps):
-        metrics.say(warning)
-    standing = Standing(**state.standing)
-    if standing.is_over(config.evaluation.patience):
+        metrics.log(warning)
+    early_stopping = EarlyStopping(**state.early_stopping)
+    if early_stopping.should_stop(config.evaluation.patience):
         num_steps = start
     if checkpoint is not None and start == num_steps and is_exported(checkpoint, config):
-        metrics.say(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
+        metrics.log(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
         return finish(metrics)
-    watch.enter("model", can_leave=True, is_loading=True)
+    watchdog.enter("model", can_leave=True, is_loading=True)
     run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
-    metrics.say(f"attention: {unwrap(run.model[0]).attention}; {describe_memory(config, parallel)}")
+    metrics.log(f"attention: {unwrap(run.model[0]).attention}; {describe_memory(config, parallel)}")
     add_noise(run.model, config, inputs.store.lengths, parallel)
     if checkpoint is not None:
         load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
-        metrics.say(f"resumed from {checkpoint} at step {start} of {num_steps}")
+        metrics.log(f"resumed from {checkpoint} at step {start} of {num_steps}")
     if parallel.is_main:
         save_config(config, output / "config.yaml")
     checkpoints = CheckpointWriter(
-        output / "checkpoints", config.checkpoint, metrics.say, run.copier
+        output / "checkpoints", config.checkpoint, metrics.log, run.copier
     )
     if config.checkpoint.asynchronous and config.checkpoint.every_steps is not None:
         checkpoints.prepare(sharded_state(run.model, run.optimizer, run.schedule))
     guard = Guard(config.guard, config.optim.clip_grad, state.guard)
 
-    evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, standing)
-    watch.enter("train")
-    watch.beat(step=start, num_steps=num_steps)
+    evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, early_stopping)
+    watchdog.enter("train")
+    watchdog.heartbeat(step=start, num_steps=num_steps)
     evaluator.before_training(run.model, start)
     plan_steps = range(start - first, num_steps - first)
     meter = step_meter(metrics, config, inputs.model.architecture, num_steps, parallel)
@@ -278,7 +278,7 @@ def train(config: Config) -> int:
     with open_batches(inputs.store, plan, plan_steps, config, parallel) as loader:
         batches = Timed(loader)
         for step in range(start, num_steps):
-            if watch.all_stop:
+            if watchdog.all_stop:
                 break
             profiler.before(step + 1)
             began = time.perf_counter()
@@ -288,35 +288,40 @@ def train(config: Config) -> int:
             result = train_step(run, batches, counts, config, parallel, guard)
             done = step + 1
             elapsed_s = time.perf_counter() - began
-            watch.beat(step=done, loss=result.loss)
+            watchdog.heartbeat(step=done, loss=result.loss)
             checkpoints.poll()
-            if result.complaint not in ("", OVERFLOW):
+            if result.warning not in ("", OVERFLOW):
                 samples = np.concatenate(plan.step_bins(*plan.locate(step - first)))
-                report_complaint(done, result, samples, inputs.store, output / "skipped", metrics)
-                check_limit(guard, done, result.complaint, output / "skipped")
+                report_warning(done, result, samples, inputs.store, output / "skipped", metrics)
+                check_limit(guard, done, result.warning, output / "skipped")
             meter.step(done, result, counts, elapsed_s, batches.take_waited_s())
             trace = profiler.after(done)
             if trace is not None:
-                metrics.say(f"profile: {trace}")
-            if (done == num_steps or evaluator.is_due(done)) and not watch.all_stop:
+                metrics.log(f"profile: {trace}")
+            if (done == num_steps or evaluator.is_due(done)) and not watchdog.all_stop:
                 evaluator.after_step(run.model, done)
             state = replace(
-                state, step=done, standing=asdict(evaluator.standing), guard=guard.state()
+                state,
+                step=done,
+                early_stopping=asdict(evaluator.early_stopping),
+                guard=guard.state(),
             )
-            is_last = done == num_steps or evaluator.should_stop() or watch.all_stop
+            is_last = done == num_steps or evaluator.should_stop() or watchdog.all_stop
             is_wanted = is_due(config.checkpoint.every_steps, done) or evaluator.should_save(done)
-            if is_last or is_wanted or watch.all_save:
+            if is_last or is_wanted or watchdog.all_save:
                 save_run(checkpoints, state, run, is_last)
             if is_last:
                 break
     metrics.end_progress()
     checkpoints.finish(is_last=True)
     run.copier.release()
-    if watch.all_stop:
-        metrics.say(f"stopped at step {state.step} of {num_steps}; the same command goes on")
+    if watchdog.all_stop:
+        metrics.log(
+            f"stopped at step {state.step} of {num_steps}; rerun the same command to resume"
+        )
         return finish(metrics)
 
-    watch.enter("export", can_leave=True)
+    watchdog.enter("export", can_leave=True)
     disable_progress_bar()  # of transformers, for each look at the export
     evaluator.report_best()
     if config.export.best:
@@ -327,7 +332,7 @@ def train(config: Config) -> int:
         export_model(models, output / "export", origin, config, parallel)
         if config.lora.rank > 0:
             export_adapter(run.model, output / "adapter", config, parallel)
-        metrics.say(f"exported to {output / 'export'}")
+        metrics.log(f"exported to {output / 'export'}")
         del run, models  # their memory is wanted for the models that answer
         free_memory()
         if parallel.is_main and config.evaluation.exact_match_samples > 0:
@@ -335,7 +340,7 @@ def train(config: Config) -> int:
     if parallel.is_main and config.metrics.pictures:
         draw(output, config, metrics)
     if config.export.enabled:
-        metrics.say(f"talk to it: sft_fast chat {output}")
+        metrics.log(f"talk to it: sft_fast chat {output}")
     return finish(metrics)
 
 
@@ -344,9 +349,9 @@ def draw(output: Path, config: Config, metrics: MetricsWriter) -> None:
     try:
         if config.metrics.samples > 0:
             write_samples(output, config.metrics.samples, config.evaluation.max_new_tokens)
-        metrics.say(f"pictures: {', '.join(map(str, write_report(output)))}")
+        metrics.log(f"pictures: {', '.join(map(str, write_report(output)))}")
     except (ValueError, OSError) as error:
-        metrics.say(f"no pictures: {error}")
+        metrics.log(f"no pictures: {error}")
 
 
 def finish(metrics: MetricsWriter) -> int:
@@ -371,18 +376,18 @@ def is_due(every_steps: int | None, done: int) -> bool:
 
 def load_best(run: Run, state: TrainState, config: Config, metrics: MetricsWriter) -> None:
     """Goes back to the checkpoint of the best evaluation."""
-    best = Standing(**state.standing).best_step
+    best = EarlyStopping(**state.early_stopping).best_step
     if best in (0, state.step):
         return
     checkpoint = checkpoint_path(Path(config.output_dir) / "checkpoints", best)
     if not checkpoint.is_dir():
-        metrics.say(f"warning: {checkpoint}, the best one, was not saved; the last weights stay")
+        metrics.log(f"warning: {checkpoint}, the best one, was not saved; the last weights stay")
         return
     load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
-    metrics.say(f"loaded the best weights from {checkpoint}")
+    metrics.log(f"loaded the best weights from {checkpoint}")
 
 
 def save_run(checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool) -> None:
-    with current_watch().paused("save"):
+    with current_watchdog().paused("save"):
         parts = sharded_state(run.model, run.optimizer, run.schedule)
         checkpoints.save(state, parts, is_last)

@@ -21,7 +21,7 @@ from sft_fast.megatron.memory import require
 from sft_fast.megatron.parallel import Parallel
 
 
-def engine_options(config: Config, parallel: Parallel) -> dict[str, Any]:
+def transformer_engine_options(config: Config, parallel: Parallel) -> dict[str, Any]:
     """TransformerConfig arguments for `model.transformer_impl` and `model.fp8`.
 
     Raises:
@@ -61,7 +61,7 @@ def without_extra_state(linear: Any) -> Any:
     return type(linear.__name__, (linear,), overrides)
 
 
-def use_engine(layer: TransformerLayerSubmodules) -> None:
+def use_transformer_engine(layer: TransformerLayerSubmodules) -> None:
     """Puts Transformer Engine's linear layers into a layer spec."""
     column, row = linear_classes()
     attention, mlp = layer.self_attention.submodules, layer.mlp

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from sft_fast.metrics.format import complaint, duration
+from sft_fast.metrics.format import duration, warning
 
 SECONDS_BETWEEN_DRAWS = 1.0
 BAR_WIDTH = 30
@@ -46,8 +46,8 @@ class ProgressLine:
         texts = [labelled(fields) for fields in (learning(figures), speed(figures))]
         if sum(len(text) for text in texts) + 2 <= self._console.width:
             texts = [Text("  ").join(texts)]
-        if warning := complaint(figures):
-            texts.append(Text(warning, "bold yellow"))
+        if text := warning(figures):
+            texts.append(Text(text, "bold yellow"))
         self._live.update(Text("\n").join([head, *texts]), refresh=True)
 
     def print(self, text: str) -> None:
@@ -80,7 +80,7 @@ def speed(figures: Mapping[str, Any]) -> list[Field]:
     return [
         ("tokens/s", f"{figures['tokens_per_s']:,.0f}"),
         ("trained", f"{figures['supervised_tokens_per_s']:,.0f}"),
-        ("slots", f"{figures['slots_per_s']:,.0f}"),
+        ("computed", f"{figures['capacity_tokens_per_s']:,.0f}"),
         ("padding", f"{figures['padding']:.1%}"),
         *([] if mfu is None else [("mfu", f"{mfu:.1%}")]),
     ]

@@ -35,7 +35,7 @@ class StepResult:
     lr: float
     was_skipped: bool
     """True when the weights did not move."""
-    complaint: str = ""
+    warning: str = ""
     """Why: fp16 overflow, or what the guard says, which may only have been a warning."""
 
 
@@ -49,7 +49,7 @@ class Window:
     flops: float = 0.0
     num_tokens: int = 0
     num_supervised: int = 0
-    num_slots: int = 0
+    capacity_tokens: int = 0
 
     def add(self, counts: StepCounts, elapsed_s: float, data_wait_s: float, flops: float) -> None:
         self.num_steps += 1
@@ -58,7 +58,7 @@ class Window:
         self.flops += flops
         self.num_tokens += counts.num_tokens
         self.num_supervised += counts.num_supervised
-        self.num_slots += counts.num_slots
+        self.capacity_tokens += counts.capacity_tokens
 
     def speeds(self, peak_flops: float | None) -> dict[str, float | None]:
         """Figures of a line.
@@ -71,8 +71,8 @@ class Window:
             "elapsed_s": seconds / max(self.num_steps, 1),
             "tokens_per_s": self.num_tokens / seconds,
             "supervised_tokens_per_s": self.num_supervised / seconds,
-            "slots_per_s": self.num_slots / seconds,
-            "padding": 1 - self.num_tokens / max(self.num_slots, 1),
+            "capacity_tokens_per_s": self.capacity_tokens / seconds,
+            "padding": 1 - self.num_tokens / max(self.capacity_tokens, 1),
             "data_wait": self.data_wait_s / seconds,
             "tflops": self.flops / seconds / 1e12,
             "mfu": None if peak_flops is None else self.flops / seconds / peak_flops,
@@ -108,7 +108,7 @@ class MetricsWriter:
             self.is_failing = False
         except OSError as error:
             if not self.is_failing:
-                self.say(f"warning: {self.file.name} is not written: {error.strerror}")
+                self.log(f"warning: {self.file.name} is not written: {error.strerror}")
             self.is_failing = True
         if "step" in values:
             self._track(kind, values)
@@ -122,7 +122,7 @@ class MetricsWriter:
         for tracker in self.trackers:
             tracker.log(numbers, values["step"])
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if not self.is_main:
             return
         # Standard output may be a file on a full disk, or a pipe that nobody reads any more.
@@ -206,7 +206,7 @@ class StepMeter:
         if is_due:
             self.writer.write("step", step=step, **asdict(counts), **figures)
             if progress is None:
-                self.writer.say(f"step {step}/{self.num_steps}  {line(figures)}")
+                self.writer.log(f"step {step}/{self.num_steps}  {line(figures)}")
             self.window = Window()
 
 

@@ -17,7 +17,7 @@ from sft_fast.config.schema import model_parallel_size
 from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.models.architecture import Architecture, padded_vocab_size
 from sft_fast.models.flops import (
-    Work,
+    Workload,
     active_matrix_parameters,
     adapter_parameters,
     layer_matrix_parameters,
@@ -247,7 +247,7 @@ def bubble(config: Config, num_ranks: int) -> float:
 def estimate_seconds(
     architecture: Architecture,
     config: Config,
-    work: Work,
+    workload: Workload,
     num_ranks: int,
     tflops: float,
     mfu: float = DEFAULT_MFU,
@@ -257,7 +257,7 @@ def estimate_seconds(
     FLOPs / (ranks * rate * mfu), times 1 + r / 3 where the share r of the layers is run forward
     again, times 1 + bubble. Evaluation, checkpoints and start-up are not counted.
     """
-    flops = training_flops(architecture, work, lora=config.lora.rank > 0)
+    flops = training_flops(architecture, workload, lora=config.lora.rank > 0)
     seconds = flops / (num_ranks * tflops * 1e12 * mfu)
     layers = architecture.num_layers // config.parallel.pipeline
     again = recomputed_layers(config, layers) / layers
@@ -267,7 +267,7 @@ def estimate_seconds(
 
 
 @dataclass(frozen=True)
-class Knob:
+class Suggestion:
     """A change of the configuration, and what it would do.
 
     Attributes:
@@ -309,17 +309,17 @@ def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, obje
         yield {"lora": {"rank": 16}}
 
 
-def best_knobs(
+def best_suggestions(
     architecture: Architecture,
     config: Config,
-    work: Work,
+    workload: Workload,
     num_ranks: int,
     memory_bytes: float,
     tflops: float,
     mfu: float = DEFAULT_MFU,
     supervised_share: float = 1.0,
     count: int = 3,
-) -> list[Knob]:
+) -> list[Suggestion]:
     """The changes that would help most.
 
     A run that does not fit: what makes it fit at the least time, else what saves most memory. One
@@ -332,12 +332,12 @@ def best_knobs(
 
     def cost(changed: Config) -> tuple[int, float]:
         memory = estimate_memory(architecture, changed, num_ranks, supervised_share)
-        seconds = estimate_seconds(architecture, changed, work, num_ranks, tflops, mfu)
+        seconds = estimate_seconds(architecture, changed, workload, num_ranks, tflops, mfu)
         return memory.total, seconds
 
     total, seconds = cost(config)
     fits = total <= memory_bytes
-    knobs = []
+    suggestions = []
     for sections in changes(config, num_ranks):
         values = config.model_dump()
         for section, update in sections.items():
@@ -354,12 +354,14 @@ def best_knobs(
             for section, update in sections.items()
             for key, value in update.items()
         )
-        knob = Knob(overrides, *cost(changed))
-        if fits and "lora" not in sections and knob.memory_bytes <= memory_bytes:
-            knobs += [knob] if knob.seconds < seconds else []
-        elif not fits and knob.memory_bytes < total:
-            knobs.append(knob)
-    knobs.sort(key=lambda knob: (knob.memory_bytes > memory_bytes, knob.seconds))
-    if not fits and all(knob.memory_bytes > memory_bytes for knob in knobs):
-        knobs.sort(key=lambda knob: knob.memory_bytes)
-    return knobs[:count]
+        suggestion = Suggestion(overrides, *cost(changed))
+        if fits and "lora" not in sections and suggestion.memory_bytes <= memory_bytes:
+            suggestions += [suggestion] if suggestion.seconds < seconds else []
+        elif not fits and suggestion.memory_bytes < total:
+            suggestions.append(suggestion)
+    suggestions.sort(
+        key=lambda suggestion: (suggestion.memory_bytes > memory_bytes, suggestion.seconds)
+    )
+    if not fits and all(suggestion.memory_bytes > memory_bytes for suggestion in suggestions):
+        suggestions.sort(key=lambda suggestion: suggestion.memory_bytes)
+    return suggestions[:count]

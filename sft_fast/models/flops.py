@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is computed on; sums over samples.
 
     Attributes:
@@ -88,25 +88,25 @@ def adapter_parameters(architecture: Architecture, rank: int, targets: list[str]
     return a.num_layers * rank * sum(sides.get(name, 0) for name in targets)
 
 
-def forward_flops(architecture: Architecture, work: Work) -> float:
+def forward_flops(architecture: Architecture, workload: Workload) -> float:
     """FLOPs of one forward pass."""
     a = architecture
-    layers = 2 * active_matrix_parameters(a) * work.tokens
+    layers = 2 * active_matrix_parameters(a) * workload.tokens
     # Scores and values, each 2 * s^2 * width; the causal mask halves them.
-    attention = 2 * a.num_attention_heads * a.head_dim * work.squares
-    head = 2 * a.hidden_size * a.vocab_size * work.supervised
+    attention = 2 * a.num_attention_heads * a.head_dim * workload.squares
+    head = 2 * a.hidden_size * a.vocab_size * workload.supervised
     return a.num_layers * (layers + attention) + head
 
 
-def training_flops(architecture: Architecture, work: Work, lora: bool = False) -> float:
+def training_flops(architecture: Architecture, workload: Workload, lora: bool = False) -> float:
     """FLOPs of forward and backward; recomputation is not counted, it is no progress.
 
     The backward pass costs twice the forward pass. With LoRA the weights of the matrices are
     frozen, so their half of the backward products is not computed; attention has no weights.
     """
-    forward = forward_flops(architecture, work)
+    forward = forward_flops(architecture, workload)
     if not lora:
         return 3 * forward
     a = architecture
-    attention = 2 * a.num_layers * a.num_attention_heads * a.head_dim * work.squares
+    attention = 2 * a.num_layers * a.num_attention_heads * a.head_dim * workload.squares
     return 2 * forward + attention

@@ -48,7 +48,7 @@ def layout_problems(architecture: Architecture, config: Config) -> Iterator[Prob
             "parallel.sequence true, because each rank routes its own tokens",
             "parallel.sequence=true",
         )
-    yield from engine_problems(architecture, config)
+    yield from transformer_engine_problems(architecture, config)
     if config.lora.rank > 0 and FAMILIES[architecture.family].is_fused:
         yield Problem(
             ("lora.rank", "model.path"),
@@ -59,7 +59,7 @@ def layout_problems(architecture: Architecture, config: Config) -> Iterator[Prob
         )
 
 
-def engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
+def transformer_engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
     """Yields everything that Transformer Engine's linear layers cannot do for this model."""
     model, tensor = config.model, config.parallel.tensor
     if not model.uses_transformer_engine:

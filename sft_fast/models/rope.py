@@ -19,18 +19,18 @@ class RopeScaling:
     """linear: all are divided by the factor; llama3 and yarn: those that turn often are kept, those
     that turn rarely are divided; longrope: each is divided by a number of its own."""
     factor: float = 1.0
-    original_positions: int = 0
+    original_max_position_embeddings: int = 0
     """Longest sample of the first training, in tokens."""
-    few_turns: float = 1.0
-    """Within original_positions; frequencies below it are divided by the factor."""
-    many_turns: float = 4.0
+    low_freq_factor: float = 1.0
+    """Within original_max_position_embeddings; frequencies below it are divided by the factor."""
+    high_freq_factor: float = 4.0
     """Frequencies above it are kept; between the two they are mixed."""
     has_whole_bounds: bool = True
     """yarn: the mixing begins and ends at whole channels."""
     attention_factor: float = 1.0
     """Multiplies cosine and sine."""
     short_factors: tuple[float, ...] = ()
-    """longrope: the divisors, for samples of up to original_positions tokens."""
+    """longrope: the divisors, for samples of up to original_max_position_embeddings tokens."""
     long_factors: tuple[float, ...] = ()
     """longrope: the divisors, for longer samples."""
 
@@ -68,7 +68,7 @@ def rope_scaling(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling | 
     return scaling
 
 
-def original_positions(rope: dict[str, Any], config: dict[str, Any]) -> int:
+def original_length(rope: dict[str, Any], config: dict[str, Any]) -> int:
     key = "original_max_position_embeddings"
     found = config.get(key) or rope.get(key) or config["max_position_embeddings"]
     return int(found)
@@ -82,14 +82,14 @@ def llama3(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
     return RopeScaling(
         "llama3",
         float(rope["factor"]),
-        original_positions(rope, config),
+        original_length(rope, config),
         float(rope["low_freq_factor"]),
         float(rope["high_freq_factor"]),
     )
 
 
 def yarn(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
-    original = original_positions(rope, config)
+    original = original_length(rope, config)
     factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
 
     def strength(multiplier: float = 1.0) -> float:
@@ -112,7 +112,7 @@ def yarn(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
 
 
 def longrope(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
-    original = original_positions(rope, config)
+    original = original_length(rope, config)
     factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
     attention = rope.get("attention_factor")
     if attention is None:

@@ -123,7 +123,7 @@ def split_evenly(
     return shares.T
 
 
-def in_turn(num_bins: int, dp_size: int, micro_batch_size: int) -> NDArray[np.int64]:
+def round_robin(num_bins: int, dp_size: int, micro_batch_size: int) -> NDArray[np.int64]:
     """Returns the assignment that `balance` improves on: bins as they come, ranks taking turns."""
     return np.arange(num_bins).reshape(-1, dp_size, micro_batch_size)
 

@@ -141,17 +141,17 @@ class MicroBatch:
         require("seqlens", slots.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
         longest = int(slots.max()) if self.num_samples else 0
         require("max_seqlen", longest == self.max_seqlen, f"longest slot is {longest}")
-        positions, slot_ids = self.places()
+        positions, sample_index = self.places()
         is_counting = torch.equal(self.position_ids[0].long(), positions)
         require("position_ids", is_counting, "not 0, 1, ... per slot")
         labelled = self.labels[0] != IGNORE_INDEX
-        require("labels", not labelled[slot_ids < 0].any(), "a padding row has a label")
-        is_last = positions + 1 == torch.cat([slots, slots.new_zeros(1)])[slot_ids]
+        require("labels", not labelled[sample_index < 0].any(), "a padding row has a label")
+        is_last = positions + 1 == torch.cat([slots, slots.new_zeros(1)])[sample_index]
         require("labels", not labelled[is_last].any(), "a sample's last row has a label")
         rows = labelled.nonzero().flatten()
         # The next token may be on another rank.
         here = rows[rows + 1 < len(positions)]
-        here = here[slot_ids[here + 1] == slot_ids[here]]
+        here = here[sample_index[here + 1] == sample_index[here]]
         here = here[positions[here + 1] == positions[here] + 1]
         is_next = torch.equal(self.labels[0, here], self.tokens[0, here + 1])
         require("labels", is_next, "a label is not the next token")
@@ -170,7 +170,7 @@ class MicroBatch:
         cp_size, cp_rank = self.layout.cp_size, self.layout.cp_rank
         num_rows = self.tokens.shape[1]
         positions = torch.zeros(num_rows, dtype=torch.int64)
-        slot_ids = torch.full((num_rows,), -1, dtype=torch.int64)
+        sample_index = torch.full((num_rows,), -1, dtype=torch.int64)
         row = 0
         for slot, length in enumerate(self.seqlens):
             share = torch.arange(length)
@@ -178,9 +178,9 @@ class MicroBatch:
                 chunks = share.chunk(2 * cp_size)
                 share = torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]])
             positions[row : row + len(share)] = share
-            slot_ids[row : row + len(share)] = slot
+            sample_index[row : row + len(share)] = slot
             row += len(share)
-        return positions, slot_ids
+        return positions, sample_index
 
     def check_shapes(self) -> None:
         """Verifies shapes and dtypes; raises ValueError as `check` does."""

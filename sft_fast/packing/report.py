@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
-from sft_fast.packing.balance import balance, imbalance, in_turn
+from sft_fast.packing.balance import balance, imbalance, round_robin
 from sft_fast.packing.bins import BinPlan, round_up
 from sft_fast.packing.steps import StepPlan, check_batch_split
 
@@ -44,7 +44,7 @@ class PackingReport:
     None for strategies that keep no order."""
     cost_imbalance: float
     """Time of a step over that with equal ranks, by the cost model, as bins are assigned."""
-    cost_imbalance_in_turn: float
+    cost_imbalance_round_robin: float
     """The same if ranks took the bins in turn."""
     num_steps: int
     """Steps per epoch."""
@@ -68,10 +68,10 @@ class PackingReport:
     def padding_share(self) -> float:
         """Share of computed rows that hold no token, those of empty bins included."""
         padding = self.alignment_padding + self.tail_padding + self.empty_bin_padding
-        return padding / self.num_slots
+        return padding / self.capacity_tokens
 
     @property
-    def num_slots(self) -> int:
+    def capacity_tokens(self) -> int:
         """Rows of an epoch, padding included."""
         return (self.num_bins + self.num_empty_bins) * self.capacity
 
@@ -108,7 +108,9 @@ class PackingReport:
             "row ends": self.tail_padding,
             "last step": self.empty_bin_padding,
         }
-        return ", ".join(f"{name} {part / self.num_slots:.2%}" for name, part in parts.items())
+        return ", ".join(
+            f"{name} {part / self.capacity_tokens:.2%}" for name, part in parts.items()
+        )
 
     def __str__(self) -> str:
         moved = "" if self.max_places_moved is None else f", moved <= {self.max_places_moved}"
@@ -121,7 +123,7 @@ class PackingReport:
             f"{self.num_steps} steps per epoch; {self.strategy}: {self.reason}; "
             f"length correlation {self.length_correlation:.2f}{moved}; "
             f"cost imbalance {self.cost_imbalance:.3f} "
-            f"(bins in turn: {self.cost_imbalance_in_turn:.3f})"
+            f"(bins in turn: {self.cost_imbalance_round_robin:.3f})"
         )
 
 
@@ -173,8 +175,8 @@ def packing_report(steps: StepPlan, dp_size: int = 1, micro_batch_size: int = 1)
         cost_imbalance=float(
             np.mean([imbalance(c, balance(c, dp_size, micro_batch_size)) for c in costs])
         ),
-        cost_imbalance_in_turn=float(
-            np.mean([imbalance(c, in_turn(len(c), dp_size, micro_batch_size)) for c in costs])
+        cost_imbalance_round_robin=float(
+            np.mean([imbalance(c, round_robin(len(c), dp_size, micro_batch_size)) for c in costs])
         ),
         num_steps=steps.num_steps_per_epoch,
     )

@@ -37,7 +37,7 @@ class StepCounts:
     loss_weight: float
     """Sum of the weights of these tokens, num_supervised where all are 1: the denominator of the
     step's loss."""
-    num_slots: int
+    capacity_tokens: int
     """Tokens that the packed rows have room for."""
     sum_squared_lengths: int
     """Of the samples: what attention computes."""
@@ -90,7 +90,7 @@ class Step:
             num_tokens=int(lengths.sum()),
             num_supervised=num_supervised,
             loss_weight=float(num_supervised if weights is None else weights[sample_ids].sum()),
-            num_slots=self.capacity * len(self.bins),
+            capacity_tokens=self.capacity * len(self.bins),
             sum_squared_lengths=int((lengths * lengths).sum()),
         )
 

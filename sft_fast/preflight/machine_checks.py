@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.errors import Problem
-from sft_fast.models.layout import engine_problems, layout_problems
+from sft_fast.models.layout import layout_problems, transformer_engine_problems
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
@@ -74,7 +74,9 @@ def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
     path = config.model.path
     if path is None:
         assert config.model.shape is not None, "the configuration has a path or a shape"
-        yield from engine_problems(architecture_from_shape(config.model.shape, 1), config)
+        yield from transformer_engine_problems(
+            architecture_from_shape(config.model.shape, 1), config
+        )
         return
     folder = Path(path)
     if not folder.is_dir():

@@ -26,7 +26,7 @@ MAX_TOKENS_OF_A_CHARACTER = 4
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextRun:
     """Text of one token, or of the few that make one character.
 
     Attributes:
@@ -46,14 +46,14 @@ class Shown:
 
     Attributes:
         origin: file:line of its row.
-        pieces: the text, in order.
+        runs: the text, in order.
         num_tokens, num_supervised: counts; the first token is never a target and does not count.
         num_answers: runs of trained tokens.
         warnings: what deserves a look, in words.
     """
 
     origin: str
-    pieces: tuple[Piece, ...]
+    runs: tuple[TextRun, ...]
     num_tokens: int
     num_supervised: int
     num_answers: int
@@ -192,7 +192,7 @@ def show(
         warnings.append("every token is trained, prompts too")
     return Shown(
         origin,
-        tuple(pieces(ids, supervised, tokenizer, special, texts)),
+        tuple(text_runs(ids, supervised, tokenizer, special, texts)),
         len(ids),
         int(np.count_nonzero(supervised[1:])),
         len(starts),
@@ -200,13 +200,13 @@ def show(
     )
 
 
-def pieces(
+def text_runs(
     ids: Sequence[int],
     supervised: NDArray[np.bool_],
     tokenizer: Any,
     special: set[int],
     texts: dict[tuple[int, ...], str],
-) -> Iterator[Piece]:
+) -> Iterator[TextRun]:
     """Cuts a sample at its tokens; tokens that hold parts of one character stay together."""
     start = 0
     while start < len(ids):
@@ -220,7 +220,7 @@ def pieces(
         kind = "trained" if supervised[start] else "masked"
         if ids[start] in special:
             kind += " special"
-        yield Piece(text, tuple(ids[start:stop]), kind)  # type: ignore[arg-type]
+        yield TextRun(text, tuple(ids[start:stop]), kind)  # type: ignore[arg-type]
         start = stop
 
 
@@ -235,6 +235,6 @@ def text_of(ids: tuple[int, ...], tokenizer: Any, texts: dict[tuple[int, ...], s
 
 
 def runs(shown: Shown) -> Iterator[tuple[Kind, str]]:
-    """(kind, text) of neighbouring pieces of one kind."""
-    for kind, group in groupby(shown.pieces, key=lambda piece: piece.kind):
-        yield kind, "".join(piece.text for piece in group)
+    """(kind, text) of neighbouring runs of one kind."""
+    for kind, group in groupby(shown.runs, key=lambda run: run.kind):
+        yield kind, "".join(run.text for run in group)

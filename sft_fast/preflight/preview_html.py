@@ -60,9 +60,8 @@ def bins_html(preview: Preview, num_bins: int) -> str:
 
 def sample_html(sample: Shown) -> str:
     spans = "".join(
-        f'<span class="{piece.kind}" title="{", ".join(map(str, piece.ids))}">'
-        f"{escape(piece.text)}</span>"
-        for piece in sample.pieces
+        f'<span class="{run.kind}" title="{", ".join(map(str, run.ids))}">{escape(run.text)}</span>'
+        for run in sample.runs
     )
     warnings = "".join(f'<p class="warn">{escape(text)}</p>\n' for text in sample.warnings)
     return f'<p>{escape(sample.summary())}</p>\n{warnings}<div class="tokens">{spans}</div>\n'

@@ -46,7 +46,7 @@ OUT_OF_MEMORY_HINT = (
 )
 
 
-class Watch:
+class Watchdog:
     """Looks after one process; to be used in a `with`. Without `start` it only takes notes.
 
     Attributes:
@@ -76,7 +76,7 @@ class Watch:
 
     # --- what the main thread calls
 
-    def start(self) -> "Watch":
+    def start(self) -> "Watchdog":
         """Takes the run directory and begins to look.
 
         Raises:
@@ -103,18 +103,18 @@ class Watch:
 
         Args:
             can_leave: nothing would be lost if the process left at any moment.
-            is_loading: `move` is called for each tensor, and has a time limit.
+            is_loading: `tensor_done` is called for each tensor, and has a time limit.
         """
         self.hang.begin(is_loading)
         self.files.phase, self.can_leave = phase, can_leave
         if self.thread is not None:
             self.files.publish("running")
 
-    def accept(self) -> None:
+    def confirm_run(self) -> None:
         """Says that the run belongs here; a refused one leaves a finished run's records alone."""
         self.is_on_trial = False
 
-    def beat(self, **progress: Any) -> None:
+    def heartbeat(self, **progress: Any) -> None:
         """Says that a step ended; from now on the next one must within the time limit."""
         now = time.monotonic()
         self.hang.beat()
@@ -126,13 +126,13 @@ class Watch:
         step, began = self.first_step
         per_step_s = (now - began) / max(progress["step"] - step, 1)
         left = self.files.progress.get("num_steps", progress["step"]) - progress["step"]
-        self.note(eta_s=round(left * per_step_s, 1) if now > began else None)
+        self.record(eta_s=round(left * per_step_s, 1) if now > began else None)
 
-    def move(self) -> None:
+    def tensor_done(self) -> None:
         """Says that a tensor was read or written in a phase of loading."""
         self.hang.move()
 
-    def note(self, **progress: Any) -> None:
+    def record(self, **progress: Any) -> None:
         """Adds figures to the reports."""
         self.files.progress |= progress
 
@@ -151,11 +151,11 @@ class Watch:
         hang.begin(was_loading)
         hang.last_beat = time.monotonic() if was_timed else None
 
-    def requests(self) -> tuple[float, float]:
+    def votes(self) -> tuple[float, float]:
         """(save, stop): this rank's votes, 0 or 1."""
         return float(self.save_requested), float(self.stop_requested)
 
-    def agree(self, save: float, stop: float) -> None:
+    def apply_votes(self, save: float, stop: float) -> None:
         """Takes in the sum of all ranks' votes."""
         self.all_save, self.all_stop = save > 0, stop > 0
         if self.all_stop:
@@ -306,7 +306,7 @@ class Watch:
         if not self.stop_requested:
             self.stop_reason = reason
             self.stop_requested = True
-            say(f"rank {self.rank}: {reason} in phase {self.files.phase}: saving and leaving")
+            log(f"rank {self.rank}: {reason} in phase {self.files.phase}: saving and leaving")
         self.leave_at = min(self.leave_at, time.monotonic() + within_s)
 
     def look_for_triggers(self) -> None:
@@ -327,7 +327,7 @@ class Watch:
         self.is_closed.wait(FOLLOW_S)
         cause = f"{silence}; {self.hang.suspects()}"
         if self.fail(cause, exit_code=HANG):
-            say(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")
+            log(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")
         self.leave("failed", HANG, cause)
 
     def leave(self, state: str, code: int, cause: str | None = None) -> NoReturn:
@@ -356,37 +356,37 @@ def ignore(number: int, frame: object) -> None:
     """The thread hears of a signal through the wake-up pipe; this only keeps the default away."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
-_current: Watch | None = None
+_current: Watchdog | None = None
 
 
-def current_watch() -> Watch:
+def current_watchdog() -> Watchdog:
     """The watch of this process; one that only takes notes where none was started."""
     global _current
     if _current is None:
-        _current = Watch(Path("."))
+        _current = Watchdog(Path("."))
     return _current
 
 
 @contextlib.contextmanager
-def watching(output: Path, hang_timeout_s: float) -> Iterator[Watch]:
-    """Starts the process's watch, and ends it with the state that fits how the body ended."""
+def watching(output: Path, hang_timeout_s: float) -> Iterator[Watchdog]:
+    """Starts the process's watchdog, and ends it with the state that fits how the body ended."""
     global _current
-    watch = Watch(output, hang_timeout_s).start()
-    _current = watch
+    watchdog = Watchdog(output, hang_timeout_s).start()
+    _current = watchdog
     state = "failed"
     try:
-        yield watch
-        state = "preempted" if watch.stop_requested else "finished"
+        yield watchdog
+        state = "preempted" if watchdog.stop_requested else "finished"
     except BaseException as error:  # recorded, not handled
-        watch.fail_with(error)
+        watchdog.fail_with(error)
         raise
     finally:
-        watch.close(state)
+        watchdog.close(state)
         _current = None
 
 

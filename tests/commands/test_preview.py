@@ -9,7 +9,7 @@ from sft_fast.cli import main
 from sft_fast.config.schema import Config
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.from_config import find_sources, open_configured_store
-from sft_fast.preflight.preview import make_preview, pieces, special_ids
+from sft_fast.preflight.preview import make_preview, special_ids, text_runs
 
 SHAPE = {
     "hidden_size": 8,
@@ -52,11 +52,11 @@ def test_the_preview_shows_the_tokens_and_the_mask_of_the_store(tmp_path: Path) 
     preview = make_preview(config, tokenizer, 40)
     for number, sample in enumerate(preview.samples):
         ids, supervised = store.sample(number)
-        shown = [(i, p.kind.startswith("trained")) for p in sample.pieces for i in p.ids]
+        shown = [(i, p.kind.startswith("trained")) for p in sample.runs for i in p.ids]
         assert shown == list(zip(ids.tolist(), supervised.tolist(), strict=True))
         assert sample.num_supervised == store.num_supervised[number]
         assert sample.origin == store.origin(number)
-        assert "".join(piece.text for piece in sample.pieces) == tokenizer.decode(ids)
+        assert "".join(piece.text for piece in sample.runs) == tokenizer.decode(ids)
 
 
 def test_characters_of_several_tokens_stay_whole_and_special_tokens_are_marked() -> None:
@@ -64,7 +64,7 @@ def test_characters_of_several_tokens_stay_whole_and_special_tokens_are_marked()
     text = "<|im_start|>user\n🎉é<|im_end|>"
     ids = tokenizer(text)["input_ids"]
     supervised = np.array([number >= len(ids) - 1 for number in range(len(ids))])
-    found = list(pieces(ids, supervised, tokenizer, special_ids(tokenizer), {}))
+    found = list(text_runs(ids, supervised, tokenizer, special_ids(tokenizer), {}))
     assert "".join(piece.text for piece in found) == text
     assert [piece.text for piece in found][-3:] == ["🎉", "é", "<|im_end|>"]
     assert found[0].kind == "masked special" and found[-1].kind == "trained special"

@@ -2,14 +2,14 @@ import math
 
 import pytest
 
-from sft_fast.evaluation.early_stopping import Standing
+from sft_fast.evaluation.early_stopping import EarlyStopping
 
 
 def after_all(values, greater_is_better=False, min_delta=0.0):
-    standing = Standing()
+    early_stopping = EarlyStopping()
     for number, value in enumerate(values, start=1):
-        standing = standing.after(10 * number, value, greater_is_better, min_delta)
-    return standing
+        early_stopping = early_stopping.after(10 * number, value, greater_is_better, min_delta)
+    return early_stopping
 
 
 @pytest.mark.parametrize(
@@ -30,13 +30,21 @@ def after_all(values, greater_is_better=False, min_delta=0.0):
 def test_best_and_evaluations_since(
     values, greater_is_better, min_delta, best_step, num_since_best
 ):
-    standing = after_all(values, greater_is_better, min_delta)
-    assert standing.last_step == 10 * len(values)
-    assert (standing.best_step, standing.num_since_best) == (best_step, num_since_best)
-    assert standing.best == values[best_step // 10 - 1]
+    early_stopping = after_all(values, greater_is_better, min_delta)
+    assert early_stopping.last_step == 10 * len(values)
+    assert (early_stopping.best_step, early_stopping.num_since_best) == (best_step, num_since_best)
+    assert early_stopping.best == values[best_step // 10 - 1]
 
 
 def test_nothing_but_nan_has_no_best():
-    standing = after_all([math.nan] * 3)
-    assert (standing.best, standing.best_step, standing.num_since_best) == (None, 0, 3)
-    assert standing.is_over(3) and not standing.is_over(4) and not standing.is_over(None)
+    early_stopping = after_all([math.nan] * 3)
+    assert (early_stopping.best, early_stopping.best_step, early_stopping.num_since_best) == (
+        None,
+        0,
+        3,
+    )
+    assert (
+        early_stopping.should_stop(3)
+        and not early_stopping.should_stop(4)
+        and not early_stopping.should_stop(None)
+    )

@@ -12,21 +12,21 @@ from sft_fast.megatron.guard import Guard
 
 @pytest.mark.fault("F18")
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "warning"),
     [("loss nan 3", "loss is nan"), ("grad inf 3", "grad_norm is")],
 )
 def test_a_step_spoilt_on_one_rank_is_skipped_by_all(
-    launcher: Launcher, spoil: str, complaint: str
+    launcher: Launcher, spoil: str, warning: str
 ) -> None:
     name = f"spoilt-{spoil.split()[0]}"
     job = launcher.run(name, ranks=2, hook=["", f"spoil:{spoil}"])
     records = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
     (skipped,) = (record for record in records if record["kind"] == "guard")
-    assert skipped["step"] == 3 and skipped["was_skipped"] and complaint in skipped["complaint"]
+    assert skipped["step"] == 3 and skipped["was_skipped"] and warning in skipped["warning"]
     losses = step_losses(job.output)
     assert all(losses[step] < 6 for step in (1, 2, 4, 5, 6))
     kept = json.loads((job.output / "skipped/step_00000003.json").read_text())
-    assert complaint in kept["complaint"]
+    assert warning in kept["warning"]
     assert len(kept["sample_ids"]) == len(set(kept["sample_ids"])) > 4
     assert all(origin.startswith(str(launcher.rows)) for origin in kept["origins"])
     from safetensors.numpy import load_file

@@ -342,7 +342,7 @@ if child:
     time.sleep(60)
 die_with_parent(signal.SIGTERM)
 with watching(Path(sys.argv[1]), 60.0) as watch:
-    watch.enter("train")  # in a collective that never ends
+    watchdog.enter("train")  # in a collective that never ends
     print("ready", flush=True)
     while True:
         time.sleep(60)

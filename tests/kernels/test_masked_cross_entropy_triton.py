@@ -155,7 +155,7 @@ def compile_for(
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if triton.knobs.runtime.interpret:
+    if triton.suggestions.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set: there is no compiler")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
@@ -265,7 +265,7 @@ def resource_usage(compiled: Any, folder: Path) -> str:
     """What cuobjdump says of a compiled kernel's registers and stack."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+    command = [triton.suggestions.nvidia.cuobjdump.path, "-res-usage", cubin]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -157,7 +157,7 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
         SafetensorsSource,
         export_weights,
         gather_shards,
-        load_weights,
+        load_hf_weights,
         merge_shards,
         named_rules,
     )
@@ -167,7 +167,7 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
 
     architecture = architecture_from_hf(read_hf_config(folder))
     (model,) = build_model(architecture, config, parallel)
-    load_weights(model, SafetensorsSource(folder, architecture), architecture, parallel)
+    load_hf_weights(model, SafetensorsSource(folder, architecture), architecture, parallel)
     chunks = wrap_model([model], config)
     connect_schedule(chunks, build_optimizer(chunks, config, parallel))
     batch = make_batch()
@@ -296,7 +296,7 @@ def peak_of_import(folder: str, parallel_section: dict[str, Any]) -> tuple[int, 
     """(most bytes alive that were read, bytes of this rank's parameters, of its largest)."""
     import weakref
 
-    from sft_fast.megatron.hf import SafetensorsSource, load_weights
+    from sft_fast.megatron.hf import SafetensorsSource, load_hf_weights
     from sft_fast.megatron.model import build_model
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
@@ -323,7 +323,7 @@ def peak_of_import(folder: str, parallel_section: dict[str, Any]) -> tuple[int, 
             peak = max(peak, alive)
             return tensor
 
-    load_weights(model, Counting(), architecture, parallel)
+    load_hf_weights(model, Counting(), architecture, parallel)
     sizes = [parameter.nbytes for parameter in model.parameters()]
     return peak, sum(sizes), max(sizes)
 

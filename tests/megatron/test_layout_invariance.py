@@ -264,7 +264,7 @@ def packed_minus_alone(folder: str) -> list[float]:
     import torch
 
     from sft_fast.megatron.forward_step import packed_samples
-    from sft_fast.megatron.hf import SafetensorsSource, load_weights
+    from sft_fast.megatron.hf import SafetensorsSource, load_hf_weights
     from sft_fast.megatron.model import build_model
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
@@ -274,7 +274,7 @@ def packed_minus_alone(folder: str) -> list[float]:
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     (model,) = build_model(architecture, config, parallel)
-    load_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
+    load_hf_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
     store = make_store(random_samples(5, seed=8))
 
     def losses(sample_ids: list[int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ COUNTS = StepCounts(
     num_tokens=60,
     num_supervised=20,
     loss_weight=20.0,
-    num_slots=80,
+    capacity_tokens=80,
     sum_squared_lengths=1300,
 )
 RESULT = StepResult(loss=1.5, grad_norm=0.5, lr=1e-3, was_skipped=False)
@@ -50,7 +50,7 @@ def test_speeds_are_totals_over_the_window() -> None:
         "elapsed_s": 2.0,
         "tokens_per_s": 30.0,
         "supervised_tokens_per_s": 10.0,
-        "slots_per_s": 40.0,
+        "capacity_tokens_per_s": 40.0,
         "padding": 0.25,
         "data_wait": 0.125,
         "tflops": 1.0,
@@ -71,7 +71,14 @@ def test_a_line_and_a_record_come_every_few_steps_and_at_the_end(
     assert len(lines) == 3 and "\x1b" not in lines[0]
     for words in (
         *("step 3/7", "loss 1.5000", "lr 1.00e-03", "grad_norm 0.500", "tokens/s 30"),
-        *("(trained 10, slots 40)", "padding 25.0%", "mfu 50.0%", "GiB", "wait 25.0%", "0:00:08"),
+        *(
+            "(trained 10, computed 40)",
+            "padding 25.0%",
+            "mfu 50.0%",
+            "GiB",
+            "wait 25.0%",
+            "0:00:08",
+        ),
     ):
         assert words in lines[0]
 
@@ -89,7 +96,7 @@ def test_an_unknown_peak_shows_no_mfu_and_nan_is_null(
 ) -> None:
     writer = MetricsWriter(tmp_path, True)
     meter = StepMeter(writer, 1, 1, lambda counts: 0.0)
-    result = StepResult(math.nan, math.inf, 0.0, was_skipped=True, complaint="fp16 overflow")
+    result = StepResult(math.nan, math.inf, 0.0, was_skipped=True, warning="fp16 overflow")
     meter.step(1, result, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     (record,) = read(tmp_path)
     assert record["loss"] is None and record["grad_norm"] is None and record["mfu"] is None
@@ -117,15 +124,15 @@ def test_a_terminal_gets_one_line_drawn_anew_and_messages_above_it(
     meter = StepMeter(writer, 5, 2, lambda counts: 0.0)
     for step in (1, 2, 3):
         meter.step(step, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
-    writer.say("eval at step 3")
-    skipped = replace(RESULT, was_skipped=True, complaint="overflow")
+    writer.log("eval at step 3")
+    skipped = replace(RESULT, was_skipped=True, warning="overflow")
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWS", 1e9)
     meter.step(4, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     meter.step(5, skipped, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     writer.end_progress()
     drawn = terminal.getvalue()
     monkeypatch.setattr("builtins.print", lambda text, flush: terminal.write(f"{text}\n"))
-    writer.say("exported")
+    writer.log("exported")
     assert terminal.getvalue() == f"{drawn}exported\n", "the line is not drawn again"
     writer.close()
     text = terminal.getvalue()
@@ -148,7 +155,7 @@ def test_the_line_shows_every_figure_at_any_width(width: int) -> None:
     figures = Window(2, 2.0, 0.5, 1e12, 1_234_567, 345_678, 1_300_000).speeds(1e12)
     figures |= {"loss": 1.5, "lr": 1e-5, "grad_norm": 0.25, "memory_gib": 96.2, "eta_s": 3725.0}
     shown = ProgressLine(1000, console)
-    shown.update(420, {**figures, "was_skipped": False, "complaint": ""})
+    shown.update(420, {**figures, "was_skipped": False, "warning": ""})
     shown.close()
     assert isinstance(console.file, io.StringIO)
     text = re.sub(r"\x1b\[[?\d;]*\w", "", console.file.getvalue())
@@ -157,7 +164,7 @@ def test_the_line_shows_every_figure_at_any_width(width: int) -> None:
         assert part in words
     for part in ("grad norm 0.250", "memory 96.2 GiB", "data wait 25.0%", "tokens/s 617,284"):
         assert part in words
-    for part in ("trained 172,839", "slots 650,000", "padding 5.0%", "mfu 50.0%"):
+    for part in ("trained 172,839", "computed 650,000", "padding 5.0%", "mfu 50.0%"):
         assert part in words
     assert max(map(len, text.splitlines())) <= width
 

@@ -14,13 +14,13 @@ from sft_fast.config.schema import Config
 from sft_fast.models.architecture import Architecture, architecture_from_shape
 from sft_fast.models.estimate import (
     Memory,
-    best_knobs,
+    best_suggestions,
     bubble,
     estimate_memory,
     estimate_seconds,
     in_flight,
 )
-from sft_fast.models.flops import Work, num_parameters
+from sft_fast.models.flops import Workload, num_parameters
 from tiny import make_config
 
 VOCAB = 256
@@ -208,37 +208,39 @@ def test_adapters_have_gradients_and_moments_of_their_own_only() -> None:
 
 
 def test_time_is_flops_over_rate() -> None:
-    work = Work(10**9, 0, 10**9)
-    seconds = estimate_seconds(LLAMA3_8B, llama3_config(), work, 8, 1000, mfu=0.5)
+    workload = Workload(10**9, 0, 10**9)
+    seconds = estimate_seconds(LLAMA3_8B, llama3_config(), workload, 8, 1000, mfu=0.5)
     matrices = num_parameters(LLAMA3_8B) - 128256 * 4096
     assert seconds == pytest.approx(6 * matrices * 1e9 / (8 * 1e15 * 0.5), rel=1e-3)
     again = llama3_config(model={"recompute": "full"})
-    slower = estimate_seconds(LLAMA3_8B, again, work, 8, 1000, mfu=0.5)
+    slower = estimate_seconds(LLAMA3_8B, again, workload, 8, 1000, mfu=0.5)
     assert slower == pytest.approx(seconds * 4 / 3)
 
 
-def knobs(config: Config, ranks: int, memory_gb: float) -> list[str]:
-    work = Work(10**9, 10**12, 10**8)
-    found = best_knobs(LLAMA3_8B, config, work, ranks, memory_gb * 1e9, 1000)
-    return [knob.overrides for knob in found]
+def suggestions(config: Config, ranks: int, memory_gb: float) -> list[str]:
+    workload = Workload(10**9, 10**12, 10**8)
+    found = best_suggestions(LLAMA3_8B, config, workload, ranks, memory_gb * 1e9, 1000)
+    return [suggestion.overrides for suggestion in found]
 
 
 def test_knobs_make_a_run_fit_or_faster() -> None:
     config = llama3_config()
     assert estimate_memory(LLAMA3_8B, config, 8).total > 80e9
-    too_big = best_knobs(LLAMA3_8B, config, Work(10**9, 10**12, 10**8), 8, 80e9, 1000)
-    assert 0 < len(too_big) <= 3 and all(knob.memory_bytes <= 80e9 for knob in too_big)
-    assert [knob.seconds for knob in too_big] == sorted(knob.seconds for knob in too_big)
+    too_big = best_suggestions(LLAMA3_8B, config, Workload(10**9, 10**12, 10**8), 8, 80e9, 1000)
+    assert 0 < len(too_big) <= 3 and all(suggestion.memory_bytes <= 80e9 for suggestion in too_big)
+    assert [suggestion.seconds for suggestion in too_big] == sorted(
+        suggestion.seconds for suggestion in too_big
+    )
     roomy = llama3_config(model={"recompute": "full"})
-    assert knobs(roomy, 8, 192)[0] == "model.recompute=none"
-    assert knobs(config, 8, 192) == []
-    assert all("lora" not in knob for knob in knobs(roomy, 8, 192))
+    assert suggestions(roomy, 8, 192)[0] == "model.recompute=none"
+    assert suggestions(config, 8, 192) == []
+    assert all("lora" not in suggestion for suggestion in suggestions(roomy, 8, 192))
 
 
 def test_layouts_that_do_not_divide_the_model_are_not_proposed() -> None:
     odd = replace(LLAMA3_8B, num_key_value_heads=1)
-    found = best_knobs(odd, llama3_config(), Work(10**9, 0, 1), 8, 60e9, 1000, count=99)
-    assert found and all("tensor" not in knob.overrides for knob in found)
+    found = best_suggestions(odd, llama3_config(), Workload(10**9, 0, 1), 8, 60e9, 1000, count=99)
+    assert found and all("tensor" not in suggestion.overrides for suggestion in found)
 
 
 def test_a_memory_is_the_sum_of_its_parts() -> None:
@@ -311,7 +313,7 @@ def test_plan_refuses_what_it_cannot_mean(
 def test_recomputation_of_parts_lies_between_none_and_all() -> None:
     def total(**model: Any) -> tuple[int, float]:
         config = llama3_config(model=model)
-        seconds = estimate_seconds(LLAMA3_8B, config, Work(10**9, 0, 1), 1, 1000)
+        seconds = estimate_seconds(LLAMA3_8B, config, Workload(10**9, 0, 1), 1, 1000)
         return estimate_memory(LLAMA3_8B, config, 1).activations, seconds
 
     nothing, everything = total(), total(recompute="full")

@@ -4,7 +4,7 @@ import pytest
 
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.flops import (
-    Work,
+    Workload,
     active_matrix_parameters,
     adapter_parameters,
     forward_flops,
@@ -113,23 +113,23 @@ def test_flops_are_those_that_torch_counts() -> None:
         forward = counter.get_total_flops()
         logits.sum().backward()
     # Eager attention computes the masked half as well, and the head on every token.
-    work = Work(length, 2 * length**2, length)
-    assert forward_flops(a, work) == forward
-    assert training_flops(a, work) == counter.get_total_flops()
+    workload = Workload(length, 2 * length**2, length)
+    assert forward_flops(a, workload) == forward
+    assert training_flops(a, workload) == counter.get_total_flops()
 
 
 def test_an_8b_step_costs_what_six_n_says_when_all_tokens_train() -> None:
-    work = Work(tokens=8192, squares=0, supervised=8192)
+    workload = Workload(tokens=8192, squares=0, supervised=8192)
     matrices = num_parameters(LLAMA3_8B) - LLAMA3_8B.vocab_size * LLAMA3_8B.hidden_size
-    assert training_flops(LLAMA3_8B, work) == pytest.approx(6 * matrices * 8192, rel=1e-3)
+    assert training_flops(LLAMA3_8B, workload) == pytest.approx(6 * matrices * 8192, rel=1e-3)
 
 
 def test_lora_saves_the_weight_gradients_of_frozen_matrices_only() -> None:
-    no_attention = Work(tokens=100, squares=0, supervised=10)
+    no_attention = Workload(tokens=100, squares=0, supervised=10)
     assert training_flops(LLAMA3_8B, no_attention, lora=True) == pytest.approx(
         training_flops(LLAMA3_8B, no_attention) * 2 / 3
     )
-    attention = Work(tokens=0, squares=10**6, supervised=0)
+    attention = Workload(tokens=0, squares=10**6, supervised=0)
     assert training_flops(LLAMA3_8B, attention, lora=True) == training_flops(LLAMA3_8B, attention)
 
 
@@ -165,6 +165,6 @@ def test_a_token_meets_its_own_experts_only() -> None:
     embeddings = 2 * mixtral.vocab_size * mixtral.hidden_size
     active = mixtral.num_layers * active_matrix_parameters(mixtral) + embeddings
     assert active == pytest.approx(12.9e9, rel=0.005)
-    work = Work(tokens=100, squares=0, supervised=0)
+    workload = Workload(tokens=100, squares=0, supervised=0)
     expected = 2 * 100 * mixtral.num_layers * active_matrix_parameters(mixtral)
-    assert forward_flops(mixtral, work) == expected
+    assert forward_flops(mixtral, workload) == expected

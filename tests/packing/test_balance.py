@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance, imbalance, in_turn
+from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance, imbalance, round_robin
 from sft_fast.packing.steps import StepPlan
 
 
@@ -54,9 +54,9 @@ def test_by_hand() -> None:
 def test_imbalance_by_hand() -> None:
     costs = np.array([6, 2, 1, 3])
     # The dearest of each micro-step: 6 and 3; on average 4 and 2.
-    assert imbalance(costs, in_turn(4, 2, 1)) == pytest.approx(9 / 6)
-    assert imbalance(costs, in_turn(4, 1, 1)) == 1
-    assert imbalance(np.zeros(4, np.int64), in_turn(4, 2, 1)) == 1
+    assert imbalance(costs, round_robin(4, 2, 1)) == pytest.approx(9 / 6)
+    assert imbalance(costs, round_robin(4, 1, 1)) == 1
+    assert imbalance(np.zeros(4, np.int64), round_robin(4, 2, 1)) == 1
 
 
 # Chat, instructions and code in one set: mean, sigma of the logarithm, shortest, share.
@@ -92,7 +92,7 @@ def test_long_tailed_data_is_balanced(capacity: int, limit: float, strategy: str
         return float(np.mean(shares.max(axis=1) / shares.mean(axis=1)))
 
     balanced = dearest_over_mean(lambda cost: balance(cost, 8, 1))
-    assert balanced <= limit < dearest_over_mean(lambda cost: in_turn(64, 8, 1))
+    assert balanced <= limit < dearest_over_mean(lambda cost: round_robin(64, 8, 1))
 
 
 def test_costs_by_hand() -> None:

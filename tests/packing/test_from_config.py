@@ -63,7 +63,7 @@ def test_capacity(store: ListStore, capacity: int) -> None:
     _, plan = plan_of(store, capacity=capacity)
     loads = [int(store.lengths[one].sum()) for one in bins_of(plan)]
     assert max(loads) <= capacity < max(loads) + min(store.lengths)
-    assert plan.counts(0).num_slots == capacity * 4
+    assert plan.counts(0).capacity_tokens == capacity * 4
 
 
 @pytest.mark.parametrize("alignment", [1, 8, 32])

@@ -534,7 +534,7 @@ def test_counts_are_the_sums_over_the_step() -> None:
         assert count.num_samples == len(samples)
         assert count.num_tokens == sum(int(plan.lengths[s]) for s in samples)
         assert count.num_supervised == sum(int(plan.supervised[s]) for s in samples)
-        assert count.num_slots == 8 * 256
+        assert count.capacity_tokens == 8 * 256
     assert sum(count.num_samples for count in counts) == len(plan.lengths)
 
 
@@ -542,7 +542,7 @@ def test_counts_beyond_int32() -> None:
     lengths = np.full(300, 2**24, np.int32)
     plan = StepPlan(lengths, lengths - 1, capacity=2**24, global_batch_size=300)
     assert plan.counts(0).num_supervised == 300 * (2**24 - 1)
-    assert plan.counts(0).num_tokens == plan.counts(0).num_slots == 300 * 2**24
+    assert plan.counts(0).num_tokens == plan.counts(0).capacity_tokens == 300 * 2**24
     assert packing_report(plan).num_tokens == 300 * 2**24
 
 
@@ -701,8 +701,10 @@ def test_balance_shows_in_the_report() -> None:
         strategy="window",
     )
     report = packing_report(plan, dp_size=8, micro_batch_size=1)
-    assert 1 < report.cost_imbalance < report.cost_imbalance_in_turn
-    assert packing_report(plan).cost_imbalance == packing_report(plan).cost_imbalance_in_turn == 1
+    assert 1 < report.cost_imbalance < report.cost_imbalance_round_robin
+    assert (
+        packing_report(plan).cost_imbalance == packing_report(plan).cost_imbalance_round_robin == 1
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -167,7 +167,7 @@ def test_steps_feed_filling_and_ranks() -> None:
         assert counts.num_supervised == num_supervised
         assert counts.num_samples == len(seen)
         assert counts.num_tokens == sum(lengths[number] for number in seen)
-        assert counts.num_slots == 400
+        assert counts.capacity_tokens == 400
 
 
 def test_supervised_tokens_exclude_the_first() -> None:

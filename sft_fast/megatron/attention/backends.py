@@ -1,8 +1,8 @@
 """Causal attention within the samples of a packed row: one function per library, one that works.
 
-Every backend has the signature of `Attend`. At start the first of the chain is chosen that computes
-what plain attention computes, forward and backward: a library that is installed but broken on this
-device is passed over, and the reason is told.
+Every backend has the signature of `AttentionFn`. At start the first of the chain is chosen that
+computes what plain attention computes, forward and backward: a library that is installed but broken
+on this device is passed over, and the reason is told.
 """
 
 import importlib
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft_fast.megatron.attention.packed_samples import (
-    Attend,
+    AttentionFn,
     PackedSamples,
-    Scoring,
+    ScoreOptions,
     pack_samples,
     size_class,
 )
@@ -30,7 +30,7 @@ SELF_TEST_WINDOW = 20
 SELF_TEST_SOFTCAP = 1.0
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scoring: ScoreOptions) -> Tensor:
     """Plain causal attention of [s, b, heads, head_dim] tensors; every column is one sample."""
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     length = query.shape[2]
@@ -60,7 +60,7 @@ def window_mask(length: int, window: int | None, device: torch.device) -> Tensor
 
 
 def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: ScoreOptions
 ) -> Tensor:
     """Attention of [b, heads, s, head_dim] with a soft cap, which PyTorch's own has not; the
     weights are computed in fp32, and all of them are in memory."""
@@ -74,7 +74,7 @@ def capped_attention(
 
 
 def attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
 ) -> Tensor:
     """PyTorch's dense attention over groups of similar samples; runs everywhere."""
     if samples.key_lengths is not None:
@@ -91,7 +91,7 @@ def attend_sdpa(
 
 
 def attend_prefixes(
-    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
 ) -> Tensor:
     """The same where samples have more keys than queries, under context parallelism."""
     outputs, order = [], []
@@ -143,7 +143,7 @@ def prefix_groups(
 
 def varlen_backend(
     varlen: Callable[..., Any], scale_name: str, softcap_name: str | None, **options: Any
-) -> Attend:
+) -> AttentionFn:
     """Wraps a library's varlen function, which takes the samples as cumulative lengths.
 
     Args:
@@ -151,7 +151,7 @@ def varlen_backend(
     """
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
     ) -> Tensor:
         edges = samples.cu_seqlens_q, samples.cu_seqlens_kv
         longest = samples.max_seqlen_q, samples.max_seqlen_kv
@@ -168,7 +168,7 @@ def varlen_backend(
     return attend
 
 
-def load_torch_varlen() -> Attend:
+def load_torch_varlen() -> AttentionFn:
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -181,11 +181,11 @@ def load_torch_varlen() -> Attend:
     return repeat_heads(varlen_backend(varlen_attn, "scale", None, **options))
 
 
-def repeat_heads(attend: Attend) -> Attend:
+def repeat_heads(attend: AttentionFn) -> AttentionFn:
     """Gives `attend` a copy of its keys and values for every query head."""
 
     def attend_repeated(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
     ) -> Tensor:
         count = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(count, dim=1) for tensor in (key, value))
@@ -194,14 +194,14 @@ def repeat_heads(attend: Attend) -> Attend:
     return attend_repeated
 
 
-def load_flash_attn(module: str, softcap_name: str) -> Attend:
+def load_flash_attn(module: str, softcap_name: str) -> AttentionFn:
     varlen = getattr(importlib.import_module(module), "flash_attn_varlen_func", None)
     if varlen is None:
         raise ImportError(f"{module} has no flash_attn_varlen_func")
     return varlen_backend(varlen, "softmax_scale", softcap_name, causal=True)
 
 
-def load_transformer_engine() -> Attend:
+def load_transformer_engine() -> AttentionFn:
     engine: Any = importlib.import_module("transformer_engine.pytorch")
 
     @cache
@@ -217,7 +217,7 @@ def load_transformer_engine() -> Attend:
         )
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
     ) -> Tensor:
         if scoring.softcap is not None:
             raise NotImplementedError("it has no soft cap of the attention scores")
@@ -240,12 +240,12 @@ def load_transformer_engine() -> Attend:
     return attend
 
 
-def load_flex() -> Attend:
+def load_flex() -> AttentionFn:
     module: Any = importlib.import_module("sft_fast.megatron.attention.flex")
     return module.load_flex()
 
 
-BACKENDS: dict[str, Callable[[], Attend]] = {
+BACKENDS: dict[str, Callable[[], AttentionFn]] = {
     "flash_attn": lambda: load_flash_attn("flash_attn", "softcap"),
     "aiter": lambda: load_flash_attn("aiter", "logits_soft_cap"),
     "torch_varlen": load_torch_varlen,
@@ -268,7 +268,7 @@ class AttentionChoice:
     """The backend of a run, and why the ones before it are not."""
 
     name: str
-    attend: Attend
+    attend: AttentionFn
     passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -288,8 +288,8 @@ def choose_attention(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    scorings: Collection[Scoring] = (),
-    further_test: Callable[[Scoring, Attend], None] | None = None,
+    scorings: Collection[ScoreOptions] = (),
+    further_test: Callable[[ScoreOptions, AttentionFn], None] | None = None,
 ) -> AttentionChoice:
     """Returns the backend `name`, or with `auto` the first that passes the self-test.
 
@@ -312,7 +312,7 @@ def choose_attention(
         try:
             attend = BACKENDS[candidate]()
             # In the same order on every rank.
-            for scoring in dict.fromkeys(scorings) or [Scoring(1.0 / math.sqrt(head_dim))]:
+            for scoring in dict.fromkeys(scorings) or [ScoreOptions(1.0 / math.sqrt(head_dim))]:
                 check_attention(attend, device, dtype, num_heads, num_kv_heads, head_dim, scoring)
                 if further_test is not None:
                     further_test(scoring, attend)
@@ -324,13 +324,13 @@ def choose_attention(
 
 
 def check_attention(
-    attend: Attend,
+    attend: AttentionFn,
     device: torch.device,
     dtype: torch.dtype,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    scoring: Scoring,
+    scoring: ScoreOptions,
 ) -> None:
     """Compares output and gradients with dense attention of each sample alone.
 
@@ -371,7 +371,7 @@ def check_attention(
 
 
 def run_with_gradients(
-    attend: Attend, inputs: list[Tensor], samples: PackedSamples, scoring: Scoring
+    attend: AttentionFn, inputs: list[Tensor], samples: PackedSamples, scoring: ScoreOptions
 ) -> Iterator[Tensor]:
     *leaves, grad_output = [tensor.detach().clone() for tensor in inputs]
     leaves = [leaf.requires_grad_() for leaf in leaves]

@@ -22,7 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_fast.megatron.attention.backends import run_with_gradients
-from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring, pack_samples
+from sft_fast.megatron.attention.packed_samples import (
+    AttentionFn,
+    PackedSamples,
+    ScoreOptions,
+    pack_samples,
+)
 from sft_fast.megatron.parallel import Parallel
 
 
@@ -145,8 +150,8 @@ def check_context(
     device: torch.device,
     dtype: torch.dtype,
     heads: tuple[int, int, int],
-    scoring: Scoring,
-    attend: Attend,
+    scoring: ScoreOptions,
+    attend: AttentionFn,
 ) -> None:
     """Lets the ranks share a row, and compares with attention of the whole row on each of them.
 
@@ -187,12 +192,12 @@ def check_context(
 
 
 def attend_in_context(
-    attend: Attend,
+    attend: AttentionFn,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     samples: PackedSamples,
-    scoring: Scoring,
+    scoring: ScoreOptions,
     context: ContextGroup,
 ) -> Tensor:
     """Attention of this rank's rows.

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sft_fast.megatron.attention.backends import dense_attention
 from sft_fast.megatron.attention.context_parallel import ContextGroup, attend_in_context
-from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring
+from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 
 
 class PackedAttention(MegatronModule):
@@ -27,8 +27,8 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         *,
-        attend: Attend,
-        scorings: Sequence[Scoring],
+        attend: AttentionFn,
+        scorings: Sequence[ScoreOptions],
         context: ContextGroup | None = None,
         **kwargs: object,
     ):

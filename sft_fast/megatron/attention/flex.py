@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.megatron.attention.packed_samples import Attend, PackedSamples, Scoring, size_class
+from sft_fast.megatron.attention.packed_samples import (
+    AttentionFn,
+    PackedSamples,
+    ScoreOptions,
+    size_class,
+)
 
 BLOCK = 128
 MOST_KERNELS = 128
 """One for each length of a row, window, and whether there are gradients."""
 
 
-def load_flex() -> Attend:
+def load_flex() -> AttentionFn:
     from torch._dynamo import config as compiler
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -31,7 +36,7 @@ def load_flex() -> Attend:
     kernel: Any = torch.compile(flex_attention, dynamic=False)
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: Scoring
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
     ) -> Tensor:
         on_gpu = query.is_cuda
         num_tokens = len(query)

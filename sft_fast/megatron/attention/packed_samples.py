@@ -101,7 +101,7 @@ def size_class(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreOptions:
     """What a layer does with the scores of its causal attention."""
 
     scale: float
@@ -111,6 +111,6 @@ class Scoring:
     """Bound c of c * tanh(scores / c); None = none."""
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, PackedSamples, Scoring], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, PackedSamples, ScoreOptions], Tensor]
 """(query [T, heads, head_dim], key and value [T, kv_heads, head_dim], samples, scoring) ->
 [T, heads, head_dim], where T is the sum of the samples' lengths."""

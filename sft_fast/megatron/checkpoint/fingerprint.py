@@ -15,9 +15,9 @@ from sft_fast.models.architecture import Architecture
 from sft_fast.packing.bins import VERSION
 from sft_fast.packing.steps import StepPlan
 
-DECIDE_DATA_ORDER = {"data", "tokenizer", "template", "seed", "packing", "batch"}
+DATA_ORDER_FIELDS = {"data", "tokenizer", "template", "seed", "packing", "batch"}
 # Of a store's fingerprint; these have fields of their own.
-OWN_FIELDS = ("tokenizer", "template")
+FIELDS_LISTED_APART = ("tokenizer", "template")
 
 
 def run_fields(
@@ -29,7 +29,7 @@ def run_fields(
     adapter: str,
 ) -> dict[str, str]:
     """Field -> readable value or digest; names are those of `checkpoint.allow_change`."""
-    data = {name: part for name, part in store.parts.items() if name not in OWN_FIELDS}
+    data = {name: part for name, part in store.parts.items() if name not in FIELDS_LISTED_APART}
     return {
         "data": digest(data),
         "seed": str(config.seed),

@@ -41,7 +41,7 @@ def in_row(row: int, inner: Sizes, begin: int, end: int) -> Iterator[tuple[Sizes
         yield (row, *offset), (1, *shape)
 
 
-def blocks(sharded: Sharded) -> Iterator[tuple[int, ShardedTensor]]:
+def flat_blocks(sharded: Sharded) -> Iterator[tuple[int, ShardedTensor]]:
     """The blocks that consecutive elements of a local tensor are, each with its first element."""
     if isinstance(sharded, ShardedTensor):
         yield 0, sharded
@@ -57,7 +57,7 @@ def blocks(sharded: Sharded) -> Iterator[tuple[int, ShardedTensor]]:
     assert found == local.numel(), f"{sharded.key}: its parts are not the whole"
 
 
-def pieces(
+def as_rectangles(
     sharded: Sharded, begin: int, end: int, prefix: str, values: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, ShardedTensor]]:
     """Elements begin..end-1 of a local tensor as blocks of the global tensor.
@@ -68,7 +68,7 @@ def pieces(
 
     Returns: for each block its first and last + 1 element, counted from `begin`.
     """
-    for start, block in blocks(sharded):
+    for start, block in flat_blocks(sharded):
         local = tuple(block.local_shape)
         first, last = max(begin - start, 0), min(end - start, math.prod(local))
         lead = (1,) * block.prepend_axis_num

@@ -62,8 +62,8 @@ def forget_last_error() -> None:
 class HostCopier:
     """The copies of one save after the other, in one buffer; a new save overwrites the last."""
 
-    def __init__(self, say: Callable[[str], None] = print):
-        self.say = say
+    def __init__(self, log: Callable[[str], None] = print):
+        self.log = log
         self.buffer: HostBuffer | None = None
         self.reserving: threading.Thread | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -127,7 +127,7 @@ class HostCopier:
             self.free_buffer()
             self.buffer = HostBuffer(num_bytes)
             if not self.buffer.is_locked:
-                self.say(
+                self.log(
                     f"warning: {num_bytes / 1e9:.1f} GB of host memory could not be page-locked "
                     "for checkpoint.asynchronous; saves hold training up while they copy"
                 )

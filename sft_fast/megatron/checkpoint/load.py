@@ -13,8 +13,8 @@ from sft_fast.errors import DamageError
 from sft_fast.megatron.checkpoint.optimizer_shards import (
     SHARDING,
     is_distributed,
+    load_checkpoint_weights,
     load_optimizer,
-    load_weights,
     state_of_parts,
 )
 from sft_fast.megatron.checkpoint.shards import ShardReader, load_state, read_common
@@ -33,7 +33,7 @@ def quick_damage(checkpoint: Path) -> list[Damage]:
 
 
 def newest_whole_checkpoint(
-    checkpoints: list[Path], say: Callable[[str], None], timeout_s: float
+    checkpoints: list[Path], log: Callable[[str], None], timeout_s: float
 ) -> Path | None:
     """The newest of `checkpoints` (oldest first) without damage; the ranks share the reading.
 
@@ -46,7 +46,7 @@ def newest_whole_checkpoint(
         if not damages:
             return checkpoint
         everything += damages
-        say(f"warning: {checkpoint} is damaged and not used:\n  " + "\n  ".join(damages))
+        log(f"warning: {checkpoint} is damaged and not used:\n  " + "\n  ".join(damages))
     if everything:
         raise DamageError(
             "no checkpoint is whole; delete them to start anew:\n  " + "\n  ".join(everything)
@@ -62,7 +62,7 @@ def damage_of(checkpoint: Path, timeout_s: float) -> list[str]:
     return sorted({text for share in shares for text in share})
 
 
-def continuations(origin: Path, existing: list[Path]) -> list[Path]:
+def checkpoints_resumed_from(origin: Path, existing: list[Path]) -> list[Path]:
     """`origin` and what a run that began there has saved since, oldest first: so the command that
     names a checkpoint can be given again after an interruption.
 
@@ -106,7 +106,7 @@ def load_checkpoint(
     common = read_common(checkpoint)
     with ShardReader(checkpoint) as reader:
         for number, chunk in enumerate(model):
-            others = load_weights(weights[f"chunk{number}"], reader)
+            others = load_checkpoint_weights(weights[f"chunk{number}"], reader)
             unwrap(chunk).load_state_dict(others, strict=False)
         if is_distributed(optimizer):
             load_optimizer(optimizer, common["optimizer"], weights, reader)

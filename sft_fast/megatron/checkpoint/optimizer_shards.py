@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from sft_fast.megatron.checkpoint.flat_ranges import Sharded, pieces
+from sft_fast.megatron.checkpoint.flat_ranges import Sharded, as_rectangles
 from sft_fast.megatron.checkpoint.shards import ShardReader
 from sft_fast.megatron.optim import optimizer_parts
 
@@ -89,11 +89,13 @@ def own_tensors(
             if not is_written_here(sharded):
                 continue
             values = parameter.detach().reshape(-1)[begin:end]
-            yield from (p for *_, p in pieces(sharded, begin, end, "", values, values.dtype))
+            yield from (p for *_, p in as_rectangles(sharded, begin, end, "", values, values.dtype))
             states = part._get_main_param_and_optimizer_states(parameter)
             for name in STATES:
                 values, key = states[name].detach().reshape(-1), f"{prefix}optimizer.state.{name}."
-                yield from (p for *_, p in pieces(sharded, begin, end, key, values, values.dtype))
+                yield from (
+                    p for *_, p in as_rectangles(sharded, begin, end, key, values, values.dtype)
+                )
 
 
 def allocate_state(part: Any) -> None:
@@ -122,7 +124,7 @@ def spread_replicas(tensors: Iterable[Sharded]) -> Iterator[ShardedTensor]:
             begin, end = (min(max(-(-place // item), 0), count) for place in ends)
             passed += count * item
             data = values[begin:end]
-            yield from (p for *_, p in pieces(sharded, begin, end, "", data, data.dtype))
+            yield from (p for *_, p in as_rectangles(sharded, begin, end, "", data, data.dtype))
 
 
 def num_replicas(is_expert: bool) -> int:
@@ -172,7 +174,7 @@ def common_state(optimizer: MegatronOptimizer) -> dict[Any, Any]:
     return states[0] if len(parts) == 1 else dict(enumerate(states))
 
 
-def load_weights(weights: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
+def load_checkpoint_weights(weights: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
     """Reads tensors into the parameters themselves, one after the other.
 
     Returns: the values that are no tensors, by name.
@@ -193,7 +195,7 @@ def read_range(
 ) -> Tensor:
     """[end - begin]: elements of a local tensor, wherever the checkpoint has them."""
     values = torch.empty(end - begin, dtype=dtype)
-    for first, last, piece in pieces(sharded, begin, end, prefix, None, dtype):
+    for first, last, piece in as_rectangles(sharded, begin, end, prefix, None, dtype):
         values[first:last] = reader.read(piece).reshape(-1)
     return values
 

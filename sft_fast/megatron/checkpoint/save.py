@@ -36,7 +36,7 @@ from sft_fast.runtime.manifest import (
     staged_directory,
 )
 from sft_fast.runtime.run_files import list_checkpoints
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +51,16 @@ class CheckpointWriter:
         self,
         folder: Path,
         config: CheckpointConfig,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         copier: HostCopier,
     ):
         """
         Args:
             copier: the one whose `before_update` comes before each optimizer update.
         """
-        self.folder, self.config, self.say = folder, config, say
+        self.folder, self.config, self.log = folder, config, log
         self.copier = copier
-        copier.say = say
+        copier.log = log
         self.num_failures = 0
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -111,7 +111,7 @@ class CheckpointWriter:
                 logger.warning(
                     "warning: rank %d has no memory for checkpoint.asynchronous (%s); saves hold "
                     "training up until they are written",
-                    current_watch().rank,
+                    current_watchdog().rank,
                     error,
                 )
             self.has_room = False
@@ -127,7 +127,7 @@ class CheckpointWriter:
                 agree(exchange, "files", lambda: self.write_files(stage, state, snapshot, exchange))
             self.saved_step = state.step
             if exchange.rank == 0:
-                self.prune(state.step, state.standing.get("best_step", 0))
+                self.prune(state.step, state.early_stopping.get("best_step", 0))
         # Whatever it is, it belongs to the main thread; here nobody would see it.
         except BaseException as error:
             self.error = error
@@ -160,13 +160,13 @@ class CheckpointWriter:
             )
         self.thread, error, self.error = None, self.error, None
         while self.warnings:
-            self.say(self.warnings.pop(0))
+            self.log(self.warnings.pop(0))
         self.num_failures = 0 if error is None else self.num_failures + 1
-        current_watch().note(failed_saves=self.num_failures)
+        current_watchdog().record(failed_saves=self.num_failures)
         if error is not None:
-            self.bear(error, is_last)
+            self.handle_save_failure(error, is_last)
 
-    def bear(self, error: BaseException, is_last: bool) -> None:
+    def handle_save_failure(self, error: BaseException, is_last: bool) -> None:
         """Warns of a save that failed; raises where training may not go on after it."""
         # A time-out of the file system has a number; without one, a rank or its writer hangs.
         if not isinstance(error, OSError) or error.errno is None:
@@ -176,10 +176,10 @@ class CheckpointWriter:
             there = [path.name for path in list_checkpoints(self.folder)]
             rest = "there is no checkpoint yet"
             if there:
-                rest = f"the same command goes on from {there[-1]}"
+                rest = f"rerun the same command to resume from {there[-1]}"
             text = f"{self.saving} could not be saved: {reason}; {rest}"
             raise OSError(error.errno, text) from error
-        self.say(
+        self.log(
             f"warning: {self.saving} could not be saved ({self.num_failures} of {most} such "
             f"failures in a row allowed): {reason}; training goes on"
         )

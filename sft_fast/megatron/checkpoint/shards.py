@@ -30,7 +30,7 @@ from torch import Tensor
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
 from sft_fast.megatron.hf import open_safetensors
 from sft_fast.runtime.manifest import HashedFile, StagedDirectory, read_manifest
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 COMMON_FILE = "common.json"
 DTYPE_NAMES = {
@@ -238,7 +238,7 @@ class ShardReader:
             raise ValueError(
                 f"{self.folder}: a part of tensor {shard.key} is missing or twice there"
             )
-        current_watch().move()
+        current_watchdog().tensor_done()
         return result.reshape(wanted.local_shape)
 
     @staticmethod

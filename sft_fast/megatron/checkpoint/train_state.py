@@ -20,7 +20,7 @@ class TrainState:
     """Step at which the present data began; later than 0 after a change that was allowed."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What the numerical guard remembers; see guard.Guard."""
-    standing: dict[str, Any] = field(default_factory=dict)
+    early_stopping: dict[str, Any] = field(default_factory=dict)
     """How the evaluations so far compare; see evaluation.early_stopping."""
     resumed_from: str = ""
     """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from sft_fast.config.schema import Config
 from sft_fast.megatron.forward_step import packed_samples
 from sft_fast.megatron.hf import gather_shards, hf_shapes
-from sft_fast.megatron.load_inputs import Origin
+from sft_fast.megatron.load_inputs import ExportSource
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.transformer_engine import without_fp8
@@ -44,13 +44,13 @@ class ProbeStore:
         return np.array([0, len(self.tokens)])
 
 
-def probe(origin: Origin) -> ProbeStore:
+def probe(origin: ExportSource) -> ProbeStore:
     """A sentence, so that no data is needed; or some ids, of a tokenizer that knows no word."""
     ids = origin.tokenizer(PROBE)["input_ids"] or [*range(origin.model.architecture.vocab_size)]
     return ProbeStore(np.array(ids[:MOST_PROBE_TOKENS], dtype=np.uint32))
 
 
-def is_checked(origin: Origin, config: Config, parallel: Parallel) -> bool:
+def is_checked(origin: ExportSource, config: Config, parallel: Parallel) -> bool:
     """True where `export.verify` asks for it, and the ranks do not share rows of tokens."""
     if parallel.cp_size > 1 or config.export.verify == "never":
         return False
@@ -60,7 +60,11 @@ def is_checked(origin: Origin, config: Config, parallel: Parallel) -> bool:
 
 
 def check_export(
-    models: Sequence[SFTModel], folder: Path, origin: Origin, config: Config, parallel: Parallel
+    models: Sequence[SFTModel],
+    folder: Path,
+    origin: ExportSource,
+    config: Config,
+    parallel: Parallel,
 ) -> None:
     """Compares the logits of a sentence; every rank calls it, the main one loads the export.
 

@@ -11,21 +11,25 @@ from sft_fast.config.schema import Config, load_config
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.check import check_export, is_checked
 from sft_fast.megatron.hf import export_weights
-from sft_fast.megatron.load_inputs import Origin
+from sft_fast.megatron.load_inputs import ExportSource
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.metrics.curves import draw_curves, png
 from sft_fast.metrics.model_card import CURVES_FILE, model_card
 from sft_fast.runtime.manifest import staged_directory
 from sft_fast.runtime.run_files import read_run
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EXPORT_TIMEOUT_S = 3600
 
 
 def export_model(
-    models: Sequence[SFTModel], folder: Path, origin: Origin, config: Config, parallel: Parallel
+    models: Sequence[SFTModel],
+    folder: Path,
+    origin: ExportSource,
+    config: Config,
+    parallel: Parallel,
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
 
@@ -34,7 +38,7 @@ def export_model(
     dtype = config.export.dtype or config.model.dtype
     exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
     with staged_directory(folder, exchange) as stage:
-        with current_watch().paused("write weights", can_leave=True, is_loading=True):
+        with current_watchdog().paused("write weights", can_leave=True, is_loading=True):
             export_weights(models, stage.path, origin.model.architecture, parallel, DTYPES[dtype])
         if parallel.is_main:
             origin.tokenizer.save_pretrained(stage.path)
@@ -68,7 +72,7 @@ def write_card(folder: Path, data_fingerprint: str, output: Path) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def hf_config(origin: Origin, dtype: str) -> dict[str, Any]:
+def hf_config(origin: ExportSource, dtype: str) -> dict[str, Any]:
     """The config.json: the source model's own where there is one, with the exported dtype."""
     config = dict(origin.model.hf_config)
     config.pop("torch_dtype", None)
@@ -83,7 +87,7 @@ def special_token_ids(tokenizer: Any) -> dict[str, int]:
     return {key: getattr(tokenizer, key) for key in keys if getattr(tokenizer, key) is not None}
 
 
-def generation_config(origin: Origin) -> dict[str, Any]:
+def generation_config(origin: ExportSource) -> dict[str, Any]:
     """The source's generation config, made to stop at the tokens that end a trained turn too."""
     generation: dict[str, Any] = special_token_ids(origin.tokenizer)
     if origin.model.folder is not None:

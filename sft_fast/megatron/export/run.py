@@ -17,12 +17,12 @@ from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING
 from sft_fast.megatron.checkpoint.shards import load_state
 from sft_fast.megatron.checkpoint.train_state import read_train_state
 from sft_fast.megatron.export.model import export_model
-from sft_fast.megatron.hf import load_weights
-from sft_fast.megatron.load_inputs import Origin, read_origin
+from sft_fast.megatron.hf import load_hf_weights
+from sft_fast.megatron.load_inputs import ExportSource, read_export_source
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, is_adapter
 from sft_fast.megatron.model import SFTModel, build_model
 from sft_fast.megatron.parallel import init_parallel
-from sft_fast.runtime.watchdog import current_watch
+from sft_fast.runtime.watchdog import current_watchdog
 
 
 def export(config: Config) -> int:
@@ -43,18 +43,18 @@ def export(config: Config) -> int:
             f"{checkpoint} is damaged; --step names another one:\n  " + "\n  ".join(damages)
         )
     state = read_train_state(checkpoint)
-    origin = read_origin(config, state.data)
+    origin = read_export_source(config, state.data)
     check_origin(origin, state.fields, checkpoint, config)
     architecture, is_lora = origin.model.architecture, config.lora.rank > 0
-    watch = current_watch()
-    watch.enter("model", can_leave=True, is_loading=True)
+    watchdog = current_watchdog()
+    watchdog.enter("model", can_leave=True, is_loading=True)
     models = build_model(architecture, config, parallel)
     for number, model in enumerate(models):
         if is_lora:
-            load_weights(model, origin.model.weights, architecture, parallel)
+            load_hf_weights(model, origin.model.weights, architecture, parallel)
             add_adapters(model, architecture, config, parallel)
         load_trained(model, number, checkpoint, is_lora)
-    watch.enter("export", can_leave=True)
+    watchdog.enter("export", can_leave=True)
     export_model(models, Path(config.output_dir) / "export", origin, config, parallel)
     dist.barrier()
     dist.destroy_process_group()
@@ -62,7 +62,7 @@ def export(config: Config) -> int:
 
 
 def check_origin(
-    origin: Origin, saved: Mapping[str, str], checkpoint: Path, config: Config
+    origin: ExportSource, saved: Mapping[str, str], checkpoint: Path, config: Config
 ) -> None:
     """Compares model and tokenizer, which may lie elsewhere by now, with the run's.
 

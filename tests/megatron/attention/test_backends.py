@@ -124,7 +124,7 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
         lengths = cu_seqlens_q.diff().tolist()
         assert max_seqlen_q == max_seqlen_k == max(lengths)
         parts = zip(*(t[:, None].split(lengths) for t in (query, key, value)), strict=True)
-        scoring = backends.Scoring(softmax_scale)
+        scoring = backends.ScoreOptions(softmax_scale)
         outputs = [backends.dense_attention(*part, scoring) for part in parts]
         return torch.cat(outputs).squeeze(1), None
 
@@ -155,7 +155,7 @@ def test_transformer_engine_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPa
             assert options["attn_mask_type"] == "padding_causal"
             left, right = options["window_size"]
             assert right == 0
-            scoring = backends.Scoring(self.scale, None if left < 0 else left + 1)
+            scoring = backends.ScoreOptions(self.scale, None if left < 0 else left + 1)
             lengths = options["cu_seqlens_q"].diff().tolist()
             assert options["max_seqlen_q"] == max(lengths)
             parts = zip(*(t[:, None].split(lengths) for t in (query, key, value)), strict=True)
@@ -168,11 +168,11 @@ def test_transformer_engine_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPa
     assert choose("transformer_engine").name == "transformer_engine"
     attend = backends.load_transformer_engine()
     check = backends.check_attention
-    check(attend, torch.device("cpu"), torch.float32, 4, 2, 16, backends.Scoring(0.3, 5))
+    check(attend, torch.device("cpu"), torch.float32, 4, 2, 16, backends.ScoreOptions(0.3, 5))
     with pytest.raises(ValueError, match="no bf16"):
         choose("transformer_engine", torch.bfloat16)
     with pytest.raises(NotImplementedError, match="no soft cap"):
-        attend(*3 * [torch.ones(1, 1, 1)], None, backends.Scoring(1.0, None, 1.0))
+        attend(*3 * [torch.ones(1, 1, 1)], None, backends.ScoreOptions(1.0, None, 1.0))
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 0.7), (20, 0.7)])
@@ -190,7 +190,7 @@ def test_flex_attention_sees_what_sdpa_sees(
     query = torch.randn(query_lengths.sum(), 4, 16)
     key, value = torch.randn(2, key_lengths.sum(), 2, 16)
     samples = segments(query_lengths, key_lengths, cpu)
-    scoring = backends.Scoring(0.3, window, softcap)
+    scoring = backends.ScoreOptions(0.3, window, softcap)
     expected = backends.attend_sdpa(query, key, value, samples, scoring)
     output = backends.load_flex()(query, key, value, samples, scoring)
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
@@ -209,7 +209,7 @@ def test_what_is_installed_computes_it_or_says_that_it_cannot(
         pytest.skip("needs a GPU")
     try:
         attend = backends.BACKENDS[name]()
-        scoring = backends.Scoring(64**-0.5, window, softcap)
+        scoring = backends.ScoreOptions(64**-0.5, window, softcap)
         device = torch.device("cuda")
         backends.check_attention(attend, device, dtype, 8, 2, 64, scoring)
     except (ImportError, NotImplementedError) as error:
@@ -221,14 +221,14 @@ def test_windows_and_soft_caps_as_they_are_defined(
     window: int | None, softcap: float | None
 ) -> None:
     from sft_fast.megatron.attention.backends import attend_sdpa
-    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
+    from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
 
     seqlens = (5, 1, 40, 33, 2)
     edges = torch.tensor((0, *seqlens)).cumsum(0)
     torch.manual_seed(0)
     query, key, value = (torch.randn(81, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     samples = pack_samples(seqlens, edges.int())
-    output = attend_sdpa(query, key, value, samples, Scoring(0.3, window, softcap))
+    output = attend_sdpa(query, key, value, samples, ScoreOptions(0.3, window, softcap))
     sample = torch.arange(81)[:, None] >= edges[1:-1]
     for row, head in ((80, 0), (78, 3), (60, 1), (6, 2), (0, 0)):
         first = int(edges[sample[row].sum()])
@@ -251,7 +251,7 @@ def test_auto_skips_what_cannot_do_the_layers(chain: dict, monkeypatch: pytest.M
     monkeypatch.setattr(backends, "on_cpu_only", lambda device: False)
     without_cap = backends.varlen_backend(broken, "scale", None)
     chain.update(flash_attn=lambda: without_cap, aiter=lambda: no_window)
-    capped = backends.Scoring(0.25, 4096, 50.0)
+    capped = backends.ScoreOptions(0.25, 4096, 50.0)
     arguments = "auto", torch.device("cpu"), torch.float32, 4, 2, 16
     text = str(backends.choose_attention(*arguments, [capped]))
     assert text.startswith("sdpa")
@@ -262,14 +262,14 @@ def test_auto_skips_what_cannot_do_the_layers(chain: dict, monkeypatch: pytest.M
 
 def test_nothing_crosses_from_sample_to_sample() -> None:
     from sft_fast.megatron.attention.backends import attend_sdpa
-    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
+    from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
 
     seqlens = (5, 1, 40, 33, 2)
     edges = torch.tensor((0, *seqlens)).cumsum(0).int()
     samples = pack_samples(seqlens, edges)
     torch.manual_seed(0)
     query, key, value = (torch.randn(81, 2, 8, requires_grad=True) for _ in range(3))
-    output = attend_sdpa(query, key, value, samples, Scoring(0.3))
+    output = attend_sdpa(query, key, value, samples, ScoreOptions(0.3))
     output[edges[2] : edges[3]].sum().backward()
     for tensor in (query, key, value):
         assert tensor.grad[edges[2] : edges[3]].any()
@@ -308,7 +308,7 @@ def test_older_varlen_attention_gets_as_many_key_heads_as_query_heads(
             for tensor in (query, key, value)
         )
         outputs = [
-            backends.dense_attention(q, k, v, backends.Scoring(scale))
+            backends.dense_attention(q, k, v, backends.ScoreOptions(scale))
             for q, k, v in zip(*parts, strict=True)
         ]
         return torch.cat(outputs).squeeze(1)
@@ -317,5 +317,5 @@ def test_older_varlen_attention_gets_as_many_key_heads_as_query_heads(
     module.varlen_attn = varlen_attn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     attend = backends.load_torch_varlen()
-    scoring = backends.Scoring(8**-0.5)
+    scoring = backends.ScoreOptions(8**-0.5)
     backends.check_attention(attend, torch.device("cpu"), torch.float32, 4, 2, 8, scoring)

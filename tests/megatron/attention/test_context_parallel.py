@@ -31,7 +31,7 @@ def choice_of(chain: dict[str, str], cp_size: int) -> str:
     heads = (4, 2, 8)
     kind = torch.device("cpu"), torch.float32
 
-    scoring = backends.Scoring(8**-0.5)
+    scoring = backends.ScoreOptions(8**-0.5)
 
     def test(scoring: Any, attend: Any) -> None:
         context_parallel.check_context(group, *kind, heads, scoring, attend)
@@ -84,9 +84,9 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
     """Without communication: the segments' rows of the gathered keys, and the attention."""
     from sft_fast.megatron.attention.backends import attend_sdpa
     from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
-    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
+    from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
 
-    scoring = Scoring(0.3, window, softcap)
+    scoring = ScoreOptions(0.3, window, softcap)
     lengths = tuple(2 * cp_size * count for count in (1, 9, 2, 40))
     edges = torch.tensor((0, *lengths)).cumsum(0)
     torch.manual_seed(0)
@@ -125,14 +125,14 @@ def test_the_share_of_many_samples_on_a_gpu(name: str) -> None:
     """Whether a library aligns queries with the last keys; bf16, output and gradients."""
     from sft_fast.megatron.attention.backends import BACKENDS, run_with_gradients
     from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
-    from sft_fast.megatron.attention.packed_samples import Scoring, pack_samples
+    from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
 
     try:
         attend = BACKENDS[name]()
     except ImportError as error:
         pytest.skip(str(error))
     cp_size, lengths, device = 4, (8, 72, 16, 640), torch.device("cuda")
-    scoring = Scoring(64**-0.5)
+    scoring = ScoreOptions(64**-0.5)
     edges = torch.tensor((0, *lengths), device=device).cumsum(0)
     torch.manual_seed(0)
     query, key, value, grad = (

@@ -60,10 +60,12 @@ def test_a_save_in_the_background_that_hangs_is_found_in_time(writer: Any) -> No
 def test_a_time_out_of_the_file_system_is_borne_and_one_of_a_rank_is_not(
     writer: Any, said: list[str]
 ) -> None:
-    writer.bear(OSError(errno.ETIMEDOUT, "rank 1: Connection timed out: /nfs/x"), is_last=False)
+    writer.handle_save_failure(
+        OSError(errno.ETIMEDOUT, "rank 1: Connection timed out: /nfs/x"), is_last=False
+    )
     assert len(said) == 1 and "Connection timed out: /nfs/x; training goes on" in said[0]
     with pytest.raises(TimeoutError, match="waited"):
-        writer.bear(TimeoutError("rank 0 waited 9 s"), is_last=False)
+        writer.handle_save_failure(TimeoutError("rank 0 waited 9 s"), is_last=False)
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_fails_no_save(
