@@ -1,14 +1,18 @@
-"""A whole optimizer step on one device: packed rows and masked loss, against megatron's default.
+"""A whole optimizer step on one device, beside the strongest peer and beside megatron's default.
 
     pytest benchmarks/bench_training_step.py
 
-Both sides train the same samples with the same layers, attention, optimizer and precision, from
-random weights. The peer does what megatron does without packing: micro-batches of samples padded to
-the longest of them, logits of every position, megatron's fused cross-entropy, and the mask applied
-to the losses. Lengths are drawn like those of Alpaca; the answer is the last half of a sample.
+All train the same samples from the same random weights, and their losses are compared. The peer is
+transformers with PEFT and Liger on the same packed rows (hf_peer.py), at its fastest. megatron's
+default does what it does without packing, with the same layers, attention, optimizer and precision
+as ours: micro-batches of samples padded to the longest of them, logits of every position, its fused
+cross-entropy, and the mask applied to the losses. Lengths are drawn like those of Alpaca, and the
+answer is the last half of a sample. "full rows": each row is one sample, and every token trains.
 """
 
+import gc
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +22,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from hf_peer import run_peer
+from kernel_time import profile_step
 from sft_fast.config.schema import Config
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.megatron import sft
@@ -31,37 +38,78 @@ from sft_fast.megatron.model import SFTModel, unwrap
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.schedule import run_schedule
 from sft_fast.models.architecture import Architecture
+from sft_fast.models.flops import active_matrix_parameters
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.packing.steps import StepPlan
 from timing import DEVICE, ON_GPU, matmul_flops_per_s
 from tiny import ListStore
 
 NUM_STEPS = 4 if ON_GPU else 2
-GLOBAL_BATCH_SIZE = 4
 CAPACITY = 8192 if ON_GPU else 256
+TOKENS_PER_STEP = 4 * CAPACITY
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what of it trains, and how many samples the peer's micro-batch has."""
+    """A model, what of it trains, and on what."""
 
     architecture: Architecture
     lora_rank: int = 0
-    padded_samples: int = 16
+    padded_samples: int = 0
+    """Samples of a micro-batch of megatron's default; 0 = it is not run."""
+    capacity: int = CAPACITY
+    is_full: bool = False
+    """Every row is one sample, of which every token trains."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows per step."""
+        return TOKENS_PER_STEP // self.capacity
 
 
 LLAMA_1B = Architecture(128256, 2048, 16, 32, 8, 8192, 64, 131072, tie_word_embeddings=True)
 LLAMA_8B = Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192)
 SMALL = Architecture(8192, 128, 2, 4, 2, 384, 32, 512)
+MIXTURE = {"qk_norm": True, "renormalise_experts": True, "family": "Qwen3MoeForCausalLM"}
+# Qwen3-30B-A3B with 8 of its 48 layers.
+EXPERTS_30B = Architecture(
+    151936,
+    2048,
+    8,
+    32,
+    4,
+    768,
+    128,
+    32768,
+    1e-6,
+    1e6,
+    num_experts=128,
+    experts_per_token=8,
+    **MIXTURE,
+)
+SMALL_EXPERTS = Architecture(
+    8192, 128, 2, 4, 2, 64, 32, 512, num_experts=8, experts_per_token=2, **MIXTURE
+)
 CASES = (
-    {"8B LoRA": Case(LLAMA_8B, lora_rank=16, padded_samples=8), "1B full": Case(LLAMA_1B)}
+    {
+        "8B LoRA": Case(LLAMA_8B, lora_rank=16, padded_samples=8),
+        "1B all weights": Case(LLAMA_1B, padded_samples=16),
+        "experts all weights": Case(EXPERTS_30B),
+        "8B LoRA, full rows": Case(LLAMA_8B, lora_rank=16, capacity=4096, is_full=True),
+    }
     if ON_GPU
-    else {"small full": Case(SMALL), "small LoRA": Case(SMALL, lora_rank=4)}
+    else {
+        "small all weights": Case(SMALL, padded_samples=16),
+        "small LoRA": Case(SMALL, lora_rank=4, padded_samples=16),
+        "small experts": Case(SMALL_EXPERTS),
+        "small, full rows": Case(SMALL, capacity=128, is_full=True),
+    }
 )
 
 
 class DeviceWeights:
-    """Random weights made on the device: of a real model's size, in no time."""
+    """Random weights made on the device: of a real model's size, in no time, the same each time."""
 
     def __init__(self, architecture: Architecture):
         self.shapes = hf_shapes(architecture)
@@ -70,7 +118,9 @@ class DeviceWeights:
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, device=DEVICE)[rows]
-        return torch.empty(shape, device=DEVICE).normal_(std=0.02)[rows, columns]
+        generator = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
+        weight = torch.empty(shape, device=DEVICE)
+        return weight.normal_(std=0.02, generator=generator)[rows, columns]
 
 
 def make_store(
@@ -93,14 +143,24 @@ def make_store(
     return ListStore(tokens, np.packbits(supervised, bitorder="little"), offsets)
 
 
+def case_store(case: Case) -> ListStore:
+    """More samples than the steps of a case need."""
+    vocab_size, num_tokens = case.architecture.vocab_size, NUM_STEPS * TOKENS_PER_STEP
+    if not case.is_full:
+        return make_store(vocab_size, 2 * num_tokens)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, num_tokens, dtype=np.uint32)
+    everything = np.packbits(np.ones(num_tokens, dtype=bool), bitorder="little")
+    return ListStore(tokens, everything, np.arange(0, num_tokens + 1, case.capacity))
+
+
 def make_config(case: Case, **sections: dict[str, Any]) -> Config:
     """The config of a case; `sections` update the sections of that name."""
     values: dict[str, Any] = {
         "output_dir": "unused",
         "model": {"dtype": "bf16" if ON_GPU else "fp32", "path": "unused"},
         "data": {"train": "unused"},
-        "packing": {"capacity": CAPACITY, "strategy": "window"},
-        "train": {"steps": NUM_STEPS, "global_batch_size": GLOBAL_BATCH_SIZE},
+        "packing": {"capacity": case.capacity, "strategy": "window"},
+        "train": {"steps": NUM_STEPS, "global_batch_size": case.global_batch_size},
         "lora": {"rank": case.lora_rank},
         # So small that both sides see the same weights in every step.
         "optim": {"lr": 1e-12, "min_lr": 0.0},
@@ -108,25 +168,6 @@ def make_config(case: Case, **sections: dict[str, Any]) -> Config:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return Config.model_validate(values)
-
-
-@pytest.fixture(scope="module", params=CASES)
-def trained(request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
-    case = CASES[request.param]
-    config = make_config(case)
-    parallel = init_parallel(config)
-    run = sft.build_run(
-        config, case.architecture, DeviceWeights(case.architecture), NUM_STEPS, parallel
-    )
-    store = make_store(case.architecture.vocab_size, NUM_STEPS * GLOBAL_BATCH_SIZE * CAPACITY * 2)
-    yield request.param, case, config, parallel, run, store
-    del run
-    torch.distributed.destroy_process_group()
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if ON_GPU:
-        torch.cuda.empty_cache()
 
 
 class TimedIterator(Iterator[MicroBatch]):
@@ -216,7 +257,7 @@ def run_padded(
         unwrap(chunk).config.cross_entropy_loss_fusion = True
         unwrap(chunk).config.cross_entropy_fusion_impl = "native"
     for step in range(NUM_STEPS):
-        bins = plan.micro_batches(step, 0, 1, GLOBAL_BATCH_SIZE)[0]
+        bins = plan.micro_batches(step, 0, 1, plan.global_batch_size)[0]
         batches = padded_batches(store, np.concatenate(bins), size)
         padded = config.model_copy(
             update={
@@ -241,50 +282,115 @@ def step_flops(architecture: Architecture, num_tokens: int, num_active: int, lor
 
     Frozen weights need no gradient of their own: 4 instead of 6 operations per weight and token.
     """
-    shapes = hf_shapes(architecture)
-    layers = sum(
-        int(np.prod(shape))
-        for name, shape in shapes.items()
-        if ".layers." in name and len(shape) > 1
-    )
     head = architecture.vocab_size * architecture.hidden_size
+    layers = active_matrix_parameters(architecture)
     return (4 if lora else 6) * (layers * num_tokens + head * num_active)
 
 
-def test_step(benchmark: BenchmarkFixture, trained: tuple[Any, ...]) -> None:
-    name, case, config, parallel, run, store = trained
-    plan = make_plan(store, config, case.architecture)
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """Undoes what init_parallel makes."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        parallel_state.destroy_model_parallel()
+
+
+def reset_peak() -> None:
+    """Gives back what is not in use, and counts the peak of memory anew."""
+    gc.collect()
     if ON_GPU:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    return torch.cuda.max_memory_allocated() if ON_GPU else 0
+
+
+def profile_ours(
+    config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: StepPlan
+) -> dict[str, object]:
+    """Where the device time of one of our steps goes."""
+    numbers = iter(range(2))
+    with open_batches(store, plan, range(2), config, parallel) as batches:
+        return profile_step(
+            lambda: sft.train_step(run, batches, plan.counts(next(numbers)), config, parallel)
+        )
+
+
+def run_ours(case: Case, store: ListStore, plan: StepPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of our steps and, where the case asks for them, of megatron's default."""
+    config = make_config(case)
+    parallel = init_parallel(config)
+    weights = DeviceWeights(case.architecture)
+    run = sft.build_run(config, case.architecture, weights, NUM_STEPS, parallel)
+    reset_peak()
     durations, losses, waited = run_packed(config, parallel, run, store, plan)
-    peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
+    ours = {
+        "attention": str(unwrap(run.model[0]).attention),
+        "step_ms": [1e3 * duration for duration in durations],
+        "losses": losses,
+        "data_wait_share": waited / sum(durations[NUM_STEPS // 2 :]),
+        "peak_bytes": peak_bytes(),
+    }
     if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-    size = case.padded_samples
-    padded_durations, padded_losses = run_padded(config, parallel, run, store, plan, size)
-    padded_peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
-    assert np.allclose(losses, padded_losses, rtol=2e-3 if ON_GPU else 1e-5)
+        ours |= profile_ours(config, parallel, run, store, plan)
+    padded: dict[str, Any] = {}
+    if case.padded_samples:
+        reset_peak()
+        times, padded_losses = run_padded(config, parallel, run, store, plan, case.padded_samples)
+        assert np.allclose(losses, padded_losses, rtol=2e-3 if ON_GPU else 1e-5)
+        padded = {"step_ms": [1e3 * time for time in times], "peak_bytes": peak_bytes()}
+    return ours, padded
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_step(benchmark: BenchmarkFixture, one_rank: None, name: str) -> None:
+    case = CASES[name]
+    if case.lora_rank:
+        pytest.importorskip("peft")
+    store = case_store(case)
+    plan = make_plan(store, make_config(case), case.architecture)
+    ours, padded = run_ours(case, store, plan)
+    reset_peak()
+    peer = run_peer(
+        case.architecture,
+        DeviceWeights(case.architecture),
+        store,
+        plan,
+        NUM_STEPS,
+        case.lora_rank,
+        profile_step if ON_GPU else None,
+    )
+    reset_peak()
+    assert np.allclose(ours["losses"], peer.losses, rtol=2e-3 if ON_GPU else 1e-5)
     timed = slice(NUM_STEPS // 2, None)
     counts = [plan.counts(step) for step in range(NUM_STEPS)][timed]
     num_tokens = sum(count.num_tokens for count in counts)
     num_active = sum(count.num_supervised for count in counts)
-    packed_s, padded_s = sum(durations[timed]), sum(padded_durations[timed])
-    benchmark.pedantic(lambda: None, rounds=1)
+    seconds = sum(ours["step_ms"][timed]) / 1e3
     flops = step_flops(case.architecture, num_tokens, num_active, case.lora_rank > 0)
+    benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
         case=name,
-        attention=str(unwrap(run.model[0]).attention),
         tokens_per_step=num_tokens / len(counts),
         supervised_share=num_active / num_tokens,
-        step_ms=[1e3 * duration for duration in durations],
-        padded_step_ms=[1e3 * duration for duration in padded_durations],
-        times_faster_than_padded=padded_s / packed_s,
-        tokens_per_s=num_tokens / packed_s,
-        flops_per_s=flops / packed_s,
-        fraction_of_products=flops / packed_s / matmul_flops_per_s() if ON_GPU else None,
-        data_wait_share=waited / packed_s,
-        peak_bytes=peak,
-        padded_peak_bytes=padded_peak,
-        losses=losses,
-        padded_losses=padded_losses,
+        tokens_per_s=num_tokens / seconds,
+        flops_per_s=flops / seconds,
+        fraction_of_products=flops / seconds / matmul_flops_per_s() if ON_GPU else None,
+        times_faster_than_peer=sum(peer.durations[timed]) / seconds,
+        peer={
+            "kernels": peer.kernels,
+            "step_ms": [1e3 * duration for duration in peer.durations],
+            "losses": peer.losses,
+            "peak_bytes": peer.peak_bytes,
+            **peer.profile,
+        },
+        **ours,
     )
+    if padded:
+        benchmark.extra_info["times_faster_than_padded"] = (
+            sum(padded["step_ms"][timed]) / 1e3 / seconds
+        )
+        benchmark.extra_info["padded"] = padded
