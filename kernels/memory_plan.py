@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sft_fast.constants import ceil_div
+
 Policy = Literal["auto", "stored", "gradient_in_forward", "recompute"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -43,8 +45,8 @@ class MemoryPlan:
             adds_to_main_grad: it is.
             summed: see masked_linear_cross_entropy.
         """
-        num_chunks = max(1, -(-num_rows // max(MIN_CHUNK_ROWS, budget // row_bytes)))
-        chunk_rows = max(1, -(-num_rows // num_chunks))
+        num_chunks = max(1, ceil_div(num_rows, max(MIN_CHUNK_ROWS, budget // row_bytes)))
+        chunk_rows = max(1, ceil_div(num_rows, num_chunks))
         if policy == "auto":
             in_forward = summed and (weight_grad_bytes <= budget or not adds_to_main_grad)
             chunked_bytes = chunk_rows * row_bytes

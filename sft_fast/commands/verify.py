@@ -64,9 +64,9 @@ def is_whole(folder: Path) -> bool:
 
 def tell_resume(checkpoint: Path) -> None:
     """Says where a resumed run begins, and with what it must agree."""
-    from sft_fast.runtime.run_files import read_object
+    from sft_fast.files import read_json
 
-    state = read_object(checkpoint / "train_state.json") or {}
+    state = read_json(checkpoint / "train_state.json") or {}
     print(f"a resumed run goes on from {checkpoint.name}, step {state.get('step')}")
     for name, value in state.get("fields", {}).items():
         print(f"  {name:<16}{value}")

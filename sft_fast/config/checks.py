@@ -16,6 +16,7 @@ from sft_fast.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from sft_fast.constants import round_up
 from sft_fast.errors import Problem
 
 
@@ -111,7 +112,7 @@ def transformer_engine_problems(
         )
     rows = model.fp8_multiple * parallel.tensor * parallel.context
     if model.fp8 != "none" and parallel.pipeline > 1 and packing.capacity % rows != 0:
-        better = -(-packing.capacity // rows) * rows
+        better = round_up(packing.capacity, rows)
         yield Problem(
             ("packing.capacity", "model.fp8"),
             f"{packing.capacity} with model.fp8_recipe {model.fp8_recipe}",
@@ -235,7 +236,7 @@ def parallel_problems(packing: PackingConfig, parallel: ParallelConfig) -> Itera
     capacity, alignment = packing.capacity, packing.alignment
     if parallel.context > 1 and alignment % (2 * parallel.context) != 0:
         multiple = 2 * parallel.context
-        better = -(-alignment // multiple) * multiple
+        better = round_up(alignment, multiple)
         yield Problem(
             ("packing.alignment", "parallel.context"),
             f"{alignment}, but each sample is cut into 2 x parallel.context = {multiple} chunks of "

@@ -1,6 +1,5 @@
 """The configuration: one YAML, `a.b=c` overrides, all checked before torch is imported."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +29,9 @@ from sft_fast.config.sections import (
 )
 from sft_fast.config.validation import FIELDS_ONLY, Tree, apply_overrides, inspect, validate
 from sft_fast.config.yaml_source import dump_yaml, read_yaml
+from sft_fast.constants import round_up
 from sft_fast.errors import ConfigError, Problem
+from sft_fast.files import write_atomically
 from sft_fast.redact import redact_values
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -135,9 +136,8 @@ def save_config(config: Config, path: Path) -> None:
     """Writes every key of `config` to `path`; `load_config(path, [])` gives an equal one, but for
     passwords in URLs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(dump_yaml(redact_values(config.model_dump())), encoding="utf-8")
-    os.replace(temporary, path)
+    with write_atomically(path) as file:
+        file.write(dump_yaml(redact_values(config.model_dump())))
 
 
 def model_parallel_size(config: Config) -> int:
@@ -189,7 +189,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     data_parallel_size = world_size // model_ranks
     rows = data_parallel_size * train.micro_batch_size
     if train.global_batch_size % rows != 0:
-        up = -(-train.global_batch_size // rows) * rows
+        up = round_up(train.global_batch_size, rows)
         raise ConfigError(
             [
                 Problem(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sft_fast.constants import ceil_div
+
 BLOCK = 128
 BLOCK_DTYPE = np.dtype([("sum", "<i8"), ("least", "<u4"), ("place", "<u4")])
 """`place` counts rows of BLOCK bytes; a block of n-byte values is n of them."""
@@ -35,7 +37,7 @@ class Column:
     def of(cls, values: npt.NDArray[np.uint32]) -> Column:
         """Encodes values, uint32 [N]."""
         size = len(values)
-        num_blocks = -(-size // BLOCK)
+        num_blocks = ceil_div(size, BLOCK)
         # The last value fills its block.
         edge = np.repeat(values[-1:], num_blocks * BLOCK - size)
         table = np.concatenate([values, edge]).reshape(-1, BLOCK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from sft_fast.data.conversation import Conversation
 from sft_fast.data.formats import ConversationReader
 from sft_fast.data.json_rows import BadRow
 from sft_fast.data.source import Source
+from sft_fast.files import write_atomically
 
 
 def convert(source: Source, path: str | Path, skip_bad_rows: bool = False) -> tuple[int, int]:
@@ -33,29 +33,24 @@ def convert(source: Source, path: str | Path, skip_bad_rows: bool = False) -> tu
     reader = ConversationReader(source.format_name, source.fields)
     rejected: list[str] = []
     written = 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in source.rows.scan():
-                try:
-                    if isinstance(row, BadRow):
-                        raise ValueError(row.message)
-                    values = messages_row(reader(row))
-                except ValueError as error:
-                    if not skip_bad_rows:
-                        raise
-                    rejected.append(str(error))
-                    continue
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
-                written += 1
+    with write_atomically(path) as file:
+        for row in source.rows.scan():
+            try:
+                if isinstance(row, BadRow):
+                    raise ValueError(row.message)
+                values = messages_row(reader(row))
+            except ValueError as error:
+                if not skip_bad_rows:
+                    raise
+                rejected.append(str(error))
+                continue
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            written += 1
         if not written:
             raise ValueError(f"no row of {source.rows.name} can be used, the first: {rejected[0]}")
         if rejected:
             listed = path.with_name(path.name + ".rejected")
             listed.write_text("\n".join(rejected) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return written, len(rejected)
 
 

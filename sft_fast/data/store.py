@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from sft_fast.constants import ceil_div
 from sft_fast.data.columns import BLOCK_DTYPE, Column
 from sft_fast.data.targets import count_targets
 
@@ -217,7 +218,7 @@ class TokenStore:
         """Token ids uint32 [n] and supervised mask bool [n] of one sample."""
         start, stop = self.span(sample)
         first = start // 8
-        bits = np.unpackbits(self.supervised_bits[first : (stop + 7) // 8], bitorder="little")
+        bits = np.unpackbits(self.supervised_bits[first : ceil_div(stop, 8)], bitorder="little")
         mask = bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
         return np.asarray(self.tokens[start:stop]), mask
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_fast.config.schema import Config, load_config
+from sft_fast.files import write_json
 from sft_fast.metrics.report import SAMPLES_FILE
 from sft_fast.runtime.run_files import model_folder
 
@@ -44,8 +44,7 @@ def write_samples(run_dir: Path, count: int, max_new_tokens: int) -> None:
         }
         for question, b, a in zip(questions, before, after, strict=True)
     ]
-    text = json.dumps({"before": name, "samples": samples}, ensure_ascii=False, indent=1)
-    (run_dir / SAMPLES_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(run_dir / SAMPLES_FILE, {"before": name, "samples": samples})
 
 
 def held_out(config: Config, count: int) -> list[Question]:

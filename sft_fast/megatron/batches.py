@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sft_fast.config.schema import Config
+from sft_fast.constants import round_up
 from sft_fast.data.store import TokenStore
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.packing.micro_batch import RowLayout
@@ -24,7 +25,7 @@ def packed_rows(
             num_rows = config.packing.capacity * len(bins)
             if parallel.pp_size == 1:
                 # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
-                used = -(-store.lengths[sample_ids] // alignment) * alignment
+                used = round_up(store.lengths[sample_ids], alignment)
                 num_rows = round_up(max(int(used.sum()), alignment), num_parts)
             yield sample_ids, num_rows
 
@@ -43,7 +44,3 @@ def open_batches(
         max_samples=max_rows,
         layout=RowLayout(config.packing.alignment, parallel.cp_size, parallel.cp_rank),
     )
-
-
-def round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

@@ -8,9 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_fast.constants import ceil_div
+from sft_fast.files import read_json
 from sft_fast.metrics.curves import draw_curves, draw_lengths, png
 from sft_fast.metrics.html_page import page, table, tiles
-from sft_fast.runtime.run_files import RunFiles, read_object, read_run
+from sft_fast.runtime.run_files import RunFiles, read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +30,7 @@ def length_histogram(lengths: NDArray[Any]) -> dict[str, Any]:
     import numpy as np
 
     shortest, longest = int(lengths.min()), int(lengths.max())
-    width = -(-(longest + 1 - shortest) // LENGTH_BINS)
+    width = ceil_div(longest + 1 - shortest, LENGTH_BINS)
     edges = np.arange(shortest, longest + width + 1, width) - 0.5
     counts, edges = np.histogram(lengths, bins=edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
@@ -155,7 +157,7 @@ def memory_section(found: RunFiles) -> str:
     from sft_fast.models.architecture import architecture_from_hf
     from sft_fast.models.estimate import estimate_memory
 
-    hf_config = read_object(found.path / "export" / "config.json")
+    hf_config = read_json(found.path / "export" / "config.json")
     launch, last = found.last("launch"), found.of_kind("step")[-1]
     if hf_config is None or launch is None:
         return ""
@@ -196,7 +198,7 @@ def config_section(run_dir: Path) -> str:
 
 def samples_section(run_dir: Path) -> str:
     """Held-out questions with the answers before and after; see samples.py."""
-    found = read_object(run_dir / SAMPLES_FILE)
+    found = read_json(run_dir / SAMPLES_FILE)
     if found is None:
         return ""
     return "".join(

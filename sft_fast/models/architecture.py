@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft_fast.config.sections import ShapeConfig
+from sft_fast.constants import round_up
 from sft_fast.models.families import FAMILIES, REFUSED, Family
 from sft_fast.models.rope import RopeScaling, rope_scaling
 
@@ -239,4 +240,4 @@ def architecture_from_shape(shape: ShapeConfig, vocab_size: int) -> Architecture
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """Rows of the embedding over all tensor-parallel ranks: a multiple of 128 on each rank."""
     multiple = 128 * tp_size
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, multiple)

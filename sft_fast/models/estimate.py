@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sft_fast.config.schema import model_parallel_size
+from sft_fast.constants import DTYPE_BYTES
 from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.models.architecture import Architecture, padded_vocab_size
 from sft_fast.models.flops import (
@@ -29,7 +30,6 @@ from sft_fast.models.flops import (
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RUNTIME_BYTES = 3 * 10**9
 """Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
 DEFAULT_MFU = 0.4
@@ -104,7 +104,7 @@ def shard_columns(architecture: Architecture, config: Config) -> int:
 
 def logits_bytes(architecture: Architecture, config: Config, rows: int) -> int:
     """What the loss of that many trained rows holds, by the rule that the loss itself follows."""
-    loss, size = config.loss, BYTES[config.model.dtype]
+    loss, size = config.loss, DTYPE_BYTES[config.model.dtype]
     columns, is_trained = shard_columns(architecture, config), config.lora.rank == 0
     sums = 4 * columns * architecture.hidden_size if is_trained else 0
     plan = MemoryPlan.choose(
@@ -150,7 +150,7 @@ def layer_bytes_per_token(
     hidden = (4 + norms) * a.hidden_size / sequence
     mlp = (3 + silu) * copies * a.ffn_hidden_size + dispatched
     split = (3 * query + 2 * key + mlp) / tensor
-    return BYTES[config.model.dtype] * (hidden + split)
+    return DTYPE_BYTES[config.model.dtype] * (hidden + split)
 
 
 def in_flight(config: Config, num_microbatches: int) -> float:
@@ -182,7 +182,7 @@ def estimate_memory(
     """
     a, parallel, train = architecture, config.parallel, config.train
     data_parallel = max(num_ranks // model_parallel_size(config), 1)
-    size = BYTES[config.model.dtype]
+    size = DTYPE_BYTES[config.model.dtype]
     base, trained = stage_parameters(a, config)
     state = (8 if config.model.dtype == "fp32" else 12) * trained
     if parallel.distributed_optimizer:
@@ -233,7 +233,7 @@ def recomputed_part(architecture: Architecture, config: Config, tokens: float) -
     if model.recompute != "selective" or "mlp" not in model.recompute_modules:
         return 0.0
     width = 3 * architecture.ffn_hidden_size / config.parallel.tensor
-    return BYTES[model.dtype] * tokens * width
+    return DTYPE_BYTES[model.dtype] * tokens * width
 
 
 def bubble(config: Config, num_ranks: int) -> float:

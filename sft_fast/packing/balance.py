@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sft_fast.constants import ceil_div
+
 MAX_COST = 2**62
 
 
@@ -45,7 +47,7 @@ class CostModel:
                 f"hidden_size {hidden_size}, num_layers {num_layers}, vocab_size {vocab_size}; "
                 "expected all at least 1"
             )
-        return cls(12 * hidden_size, 1, -(-vocab_size // num_layers))
+        return cls(12 * hidden_size, 1, ceil_div(vocab_size, num_layers))
 
     def check(self, num_tokens: int, longest: int) -> None:
         """Raises ValueError if a coefficient is no int >= 0, or if costs do not fit in int64.

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
+from sft_fast.constants import ceil_div
 
 Bin = NDArray[np.int64]
 """The ids of the samples that share one packed row; empty for a row of padding."""
@@ -172,7 +173,7 @@ def choose_strategy(
         The strategy, and the reason in words.
     """
     # Spread over all of the data, which may be sorted.
-    some = np.asarray(lengths)[:: -(-len(lengths) // NUM_TRIAL_SAMPLES) or 1]
+    some = np.asarray(lengths)[:: ceil_div(len(lengths), NUM_TRIAL_SAMPLES) or 1]
     window, bfd = (
         plan_bins(some, capacity, strategy, options=options).num_bins
         for strategy in ("window", "bfd")
@@ -198,8 +199,3 @@ def as_int32(lengths: NDArray[np.integer]) -> NDArray[np.int32]:
         sample = changed[0]
         raise ValueError(f"sample {sample} has {array[sample]} tokens, more than int32 can hold")
     return converted
-
-
-def round_up(lengths: NDArray[np.int32], alignment: int) -> NDArray[np.int32]:
-    """Returns the tokens that samples take up, int32 [N]."""
-    return -(-lengths // np.int32(alignment)) * np.int32(alignment)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sft_fast.constants import ceil_div
 from sft_fast.packing.micro_batch import (
     PLAIN_LAYOUT,
     MicroBatch,
@@ -156,7 +157,7 @@ class BatchLoader(Iterator[MicroBatch]):
         if self.does_copy:
             self.buffers = [
                 RowBuffers(
-                    -(-max_rows // layout.cp_size),
+                    ceil_div(max_rows, layout.cp_size),
                     max_samples,
                     dtype=dtype,
                     has_weights=store.weights is not None,

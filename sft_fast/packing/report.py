@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
+from sft_fast.constants import ceil_div, round_up
 from sft_fast.packing.balance import balance, imbalance, round_robin
-from sft_fast.packing.bins import BinPlan, round_up
+from sft_fast.packing.bins import BinPlan
 from sft_fast.packing.steps import StepPlan, check_batch_split
 
 
@@ -52,7 +53,7 @@ class PackingReport:
     @property
     def lower_bound(self) -> int:
         """Bins that no packing can go below: all tokens laid end to end."""
-        return -(-self.num_tokens // self.capacity)
+        return ceil_div(self.num_tokens, self.capacity)
 
     @property
     def efficiency(self) -> float:

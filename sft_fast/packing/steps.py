@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
+from sft_fast.constants import ceil_div, round_up
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance
 from sft_fast.packing.bins import (
     DEFAULT_OPTIONS,
@@ -21,7 +22,6 @@ from sft_fast.packing.bins import (
     as_int32,
     choose_strategy,
     plan_bins,
-    round_up,
 )
 
 
@@ -162,7 +162,7 @@ class StepPlan:
             self.strategy, self.reason = choose_strategy(self.lengths, capacity, options)
         first = plan_bins(self.lengths, capacity, self.strategy, seed, epoch=0, options=options)
         self.cached = (0, first)
-        self.num_steps_per_epoch = -(-first.num_bins // global_batch_size)
+        self.num_steps_per_epoch = ceil_div(first.num_bins, global_batch_size)
         """Steps in each epoch, the last one possibly completed with empty bins."""
         self.cost_model = cost_model
         cost_model.check(capacity * global_batch_size, longest=capacity)
@@ -191,7 +191,7 @@ class StepPlan:
     def plan_anew(self, epoch: int) -> BinPlan:
         """Returns the plan of `epoch`, with as many steps as that of epoch 0."""
         plan = self.plan_with_strategy(epoch)
-        if -(-plan.num_bins // self.global_batch_size) == self.num_steps_per_epoch:
+        if ceil_div(plan.num_bins, self.global_batch_size) == self.num_steps_per_epoch:
             return plan
         first = self.plan_with_strategy(0)
         return replace(first, order=_C.bin_order(first.num_bins, self.seed, epoch))

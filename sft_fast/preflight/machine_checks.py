@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_fast.constants import DTYPE_BYTES
 from sft_fast.errors import Problem
 from sft_fast.models.layout import layout_problems, transformer_engine_problems
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 HEAD_ROWS = 50
 LARGEST_LIST_BYTES = 32 << 20
 """A JSON list has to be read whole; larger ones are left to the run."""
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass
@@ -274,8 +274,8 @@ def _check_disk(config: Config, findings: Findings) -> Iterator[Problem]:
         return
     weights = num_parameters(findings.architecture)
     # fp32 copies and two moments beside the weights; with LoRA only the adapters are written.
-    state = BYTES[config.model.dtype] + 12 if config.lora.rank == 0 else 0
-    export = BYTES[config.export.dtype or config.model.dtype] if config.export.enabled else 0
+    state = DTYPE_BYTES[config.model.dtype] + 12 if config.lora.rank == 0 else 0
+    export = DTYPE_BYTES[config.export.dtype or config.model.dtype] if config.export.enabled else 0
     # One more checkpoint than is kept lies there while it is written.
     needed = weights * (state * (config.checkpoint.keep_last + 1) + export)
     folder = Path(config.output_dir)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_fast.constants import IGNORE_INDEX
+from sft_fast.constants import IGNORE_INDEX, round_up
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -231,7 +231,7 @@ def fill_row(
     for sample in sample_ids:
         span = slice(offsets[sample], offsets[sample + 1])
         length = span.stop - span.start
-        slot = -(-length // alignment) * alignment
+        slot = round_up(length, alignment)
         block = np.zeros((slot, 4))
         block[:length, 0] = store_tokens[span]
         block[:, 1] = IGNORE_INDEX

@@ -7,18 +7,17 @@
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from sft_fast.files import read_json, write_json
 from sft_fast.runtime.processes import is_alive
 
 PUBLISH_S = 2.0
@@ -170,21 +169,3 @@ def launch_name() -> tuple[str, str]:
     job = f"{env['TORCHELASTIC_RUN_ID']}-{env.get('MASTER_PORT', '')}"
     job = re.sub(r"[^\w.-]", "_", job, flags=re.ASCII)
     return f"{job}-attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", job
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None when it is not there, or half-written as some file systems show it for a moment."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:
-    """In one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-    os.replace(temporary, path)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from sft_fast.exit_codes import DAMAGED, FAILED, USER_ERROR
+from sft_fast.files import read_json
 
 # They repeat that a rank failed, and that a signal has come.
 TORCHRUN_LOGGERS = ("multiprocessing.api", "agent.server.api")
@@ -53,10 +54,8 @@ def main(run_dir: Path, arguments: list[str]) -> int:
 
 def recorded_failure(run_dir: Path, began: float) -> str:
     """What the ranks say failed first since `began`, seconds since 1970; empty: nothing."""
-    from sft_fast.runtime.run_files import read_object
-
     path = run_dir / "error.json"
-    record = read_object(path)
+    record = read_json(path)
     if record is None or path.stat().st_mtime < began:
         return ""
     place = f"rank {record.get('rank')}, phase {record.get('phase')}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_fast.files import read_json
+
 MANIFEST_FILE = "manifest.json"
 HEARTBEAT_LOST_S = 60.0
 
@@ -59,7 +61,7 @@ def read_run(path: Path) -> RunFiles:
         ValueError: it is not one.
     """
     metrics = path / "metrics.jsonl"
-    status, error = read_object(path / "status.json"), read_object(path / "error.json")
+    status, error = read_json(path / "status.json"), read_json(path / "error.json")
     if not metrics.is_file() and status is None and not (path / "checkpoints").is_dir():
         raise ValueError(f"{path} is no run directory: {why_no_run(path)}")
     records = []
@@ -124,14 +126,6 @@ def why_no_run(path: Path) -> str:
     if path.name == "checkpoints":
         return f"it holds the checkpoints of a run; the run is {path.parent}"
     return "it has no metrics.jsonl, no status.json and no checkpoints"
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def model_folder(path: Path) -> Path:

@@ -21,9 +21,10 @@ from typing import Any, NoReturn
 
 from sft_fast.errors import exit_code
 from sft_fast.exit_codes import FAILED, HANG, INTERRUPTED
+from sft_fast.files import read_json, write_json
 from sft_fast.redact import redact
 from sft_fast.runtime.hang import HangDetector
-from sft_fast.runtime.launch_files import LaunchFiles, read_json, write_json
+from sft_fast.runtime.launch_files import LaunchFiles
 from sft_fast.runtime.processes import die_with_parent, end_children
 from sft_fast.runtime.run_lock import HEARTBEAT_S, RunLock, check_output_dir
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sft_fast.constants import round_up
 from sft_fast.megatron.attention.packed_samples import (
     AttentionFn,
     PackedSamples,
@@ -61,7 +62,7 @@ def load_flex() -> AttentionFn:
 
 def pad_rows(tensor: Tensor) -> Tensor:
     """[T, heads, head_dim] -> one of few lengths, with zeros at the end."""
-    length = -(-size_class(len(tensor)) // BLOCK) * BLOCK
+    length = round_up(size_class(len(tensor)), BLOCK)
     return functional.pad(tensor, (0, 0, 0, 0, 0, length - len(tensor)))
 
 

@@ -9,6 +9,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from sft_fast.constants import round_up
+
 
 @dataclass
 class PackedSamples(PackedSeqParams):
@@ -97,7 +99,7 @@ def pack_samples(
 def size_class(length: int) -> int:
     """Rounds up to a step of 32, or of an eighth to a quarter of the length where that is more."""
     step = max(32, (1 << length.bit_length()) >> 3)
-    return -(-length // step) * step
+    return round_up(length, step)
 
 
 @dataclass(frozen=True)

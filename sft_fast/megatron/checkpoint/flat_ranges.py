@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from sft_fast.constants import ceil_div
 from sft_fast.megatron.checkpoint.shards import Sizes
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -26,7 +27,7 @@ def rectangles(shape: Sizes, begin: int, end: int) -> Iterator[tuple[Sizes, Size
         yield (), ()
         return
     row, inner = math.prod(shape[1:]), shape[1:]
-    first, last = -(-begin // row), end // row
+    first, last = ceil_div(begin, row), end // row
     if first > last:
         yield from in_row(last, inner, begin - last * row, end - last * row)
         return

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sft_fast.constants import round_up
+
 ALIGNMENT = 64  # bytes between the first elements of two tensors is a multiple of this
 
 
@@ -167,5 +169,5 @@ def places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     begins, end = [], 0
     for tensor in tensors:
         begins.append(end)
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        end += round_up(tensor.nbytes, ALIGNMENT)
     return begins, max(end, ALIGNMENT)

@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from sft_fast.constants import ceil_div
 from sft_fast.megatron.checkpoint.flat_ranges import Sharded, as_rectangles
 from sft_fast.megatron.checkpoint.shards import ShardReader
 from sft_fast.megatron.optim import optimizer_parts
@@ -121,7 +122,7 @@ def spread_replicas(tensors: Iterable[Sharded]) -> Iterator[ShardedTensor]:
             values = sharded.data.detach().reshape(-1)
             item, count = values.element_size(), values.numel()
             ends = (total * index // size - passed for index in (rank, rank + 1))
-            begin, end = (min(max(-(-place // item), 0), count) for place in ends)
+            begin, end = (min(max(ceil_div(place, item), 0), count) for place in ends)
             passed += count * item
             data = values[begin:end]
             yield from (p for *_, p in as_rectangles(sharded, begin, end, "", data, data.dtype))

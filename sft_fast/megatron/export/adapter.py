@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from sft_fast.config.schema import Config
+from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
-from sft_fast.megatron.export.model import EXPORT_TIMEOUT_S, write_json
+from sft_fast.megatron.export.model import EXPORT_TIMEOUT_S
 from sft_fast.megatron.hf import gather_shards, save_tensors
 from sft_fast.megatron.lora import LoraLinear
 from sft_fast.megatron.model import DTYPES

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sft_fast.config.schema import Config
+from sft_fast.constants import ceil_div, round_up
 from sft_fast.megatron.forward_step import packed_samples
 from sft_fast.megatron.hf import gather_shards, hf_shapes
 from sft_fast.megatron.load_inputs import ExportSource
@@ -37,7 +38,7 @@ class ProbeStore:
 
     @property
     def supervised_bits(self) -> NDArray[np.uint8]:
-        return np.zeros(-(-len(self.tokens) // 8), dtype=np.uint8)
+        return np.zeros(ceil_div(len(self.tokens), 8), dtype=np.uint8)
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -99,7 +100,7 @@ def trained_logits(
 ) -> Tensor:
     """fp32 [tokens, vocabulary] of one sample, on the CPU of every rank."""
     num_tokens = len(store.tokens)
-    num_rows = -(-num_tokens // parallel.tp_size) * parallel.tp_size
+    num_rows = round_up(num_tokens, parallel.tp_size)
     batch = fill_micro_batch(store, [0], num_rows).to(parallel.device)
 
     def step(data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sft_fast.config.schema import Config, load_config
+from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.check import check_export, is_checked
 from sft_fast.megatron.hf import export_weights
@@ -99,7 +100,3 @@ def generation_config(origin: ExportSource) -> dict[str, Any]:
     if stops:
         generation["eos_token_id"] = sorted(stops)
     return generation
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
