@@ -6,7 +6,6 @@ of all ranks for the loss; each program of the gradient does so for itself. The 
 moved are in kernels/README.md.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels.triton_launch import check_tensor, warp_size
 
 SKIPS_MASKED_ROWS = True
 
@@ -305,24 +305,11 @@ class LaunchConfig:
 
 
 def launch_config(logits: Tensor) -> LaunchConfig:
-    warp_size = gpu_warp_size() if logits.is_cuda else 32
-    return LaunchConfig.for_shape(logits.shape[0], logits.shape[1], warp_size)
-
-
-@functools.cache
-def gpu_warp_size() -> int:
-    """Of the process's GPUs, which are of one kind."""
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
+    return LaunchConfig.for_shape(logits.shape[0], logits.shape[1], warp_size(logits))
 
 
 def check_logits(logits: Tensor) -> None:
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            f"loss.backend triton: logits are {logits.dtype}, expected bfloat16, float16 or "
-            "float32; choose 'torch'"
-        )
-    if logits.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError("loss.backend triton: logits are on the CPU; choose 'torch' or 'auto'")
+    check_tensor(logits, "logits", "loss.backend")
     assert logits.stride(1) == 1 or logits.shape[1] == 1
 
 

@@ -3,8 +3,6 @@
 tests/kernels/test_masked_cross_entropy.py compares their results with the oracle.
 """
 
-import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,13 @@ from torch import Tensor
 
 from closeness import assert_bit_zero, assert_no_worse
 from kernel_pool import KernelPool, seeded
+from offline_compiler import (
+    TARGETS,
+    compile_for,
+    loads_16_bytes,
+    stores_16_bytes,
+    usage_without_spills,
+)
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.loss import masked_cross_entropy, masked_linear_cross_entropy
@@ -129,56 +134,18 @@ def compile_kernel(
     return compile_for(kernel, target, types, constants, divisible, config.num_warps)
 
 
-def compile_for(
-    kernel: Any,
-    target: tuple[str, str | int, int],
-    types: dict[str, str],
-    constants: dict[str, Any],
-    divisible: tuple[str, ...],
-    num_warps: int,
-) -> Any:
-    """Compiles with arguments whose names end so divisible by 16; those without a type are i32."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    aligned = [argument for argument in names if argument.endswith(divisible)]
-    source = ASTSource(
-        kernel,
-        {argument: types.get(argument, "i32") for argument in names},
-        {argument: value for argument, value in constants.items() if argument in names},
-        {(names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
-    )
-    options = {"num_warps": num_warps}
-    return triton.compile(source, target=GPUTarget(*target), options=options)
-
-
-@pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if triton.suggestions.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is set: there is no compiler")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-
-
 @pytest.mark.parametrize(("name", "dtype", "shape", "variant"), SHIPPED)
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 @pytest.mark.usefixtures("compiler")
-def test_compiles_for_cdna(arch: str, name: str, dtype: str, shape: str, variant: str) -> None:
-    compiled = compile_kernel(name, ("hip", arch, 64), dtype, shape, variant)
-    assembly = compiled.asm["amdgcn"]
-    for counter in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
-        assert re.findall(rf"\.{counter}:\s*(\d+)", assembly) == ["0"], counter
-    assert compiled.metadata.shared <= BUDGETS["lds_bytes"]
-    vgprs = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
-    assert vgprs <= BUDGETS["vgprs"]
-    waves = min(8, 512 // (-(-vgprs // 8) * 8))
-    print_row(
-        arch, name, dtype, shape, variant, vgprs, compiled.metadata.shared, f"{waves}/8 waves"
-    )
+def test_compiles_for_cdna(
+    arch: str, name: str, dtype: str, shape: str, variant: str, tmp_path: Path
+) -> None:
+    compiled = compile_kernel(name, TARGETS[arch], dtype, shape, variant)
+    registers, shared_bytes, residence = usage_without_spills(compiled, tmp_path)
+    assert shared_bytes <= BUDGETS["lds_bytes"] and registers <= BUDGETS["vgprs"]
+    print_row(arch, name, dtype, shape, variant, registers, shared_bytes, residence)
     if SHAPES[shape] % 16 == 0:
-        assert re.search(r"(global|buffer)_load_dwordx4", assembly)
-        assert name == "fwd" or re.search(r"(global|buffer)_store_dwordx4", assembly)
+        assert loads_16_bytes(compiled) and (name == "fwd" or stores_16_bytes(compiled))
 
 
 @pytest.mark.parametrize(("name", "dtype", "shape", "variant"), SHIPPED)
@@ -186,22 +153,17 @@ def test_compiles_for_cdna(arch: str, name: str, dtype: str, shape: str, variant
 def test_compiles_for_hopper(
     name: str, dtype: str, shape: str, variant: str, tmp_path: Path
 ) -> None:
-    compiled = compile_kernel(name, ("cuda", 90, 32), dtype, shape, variant)
+    compiled = compile_kernel(name, TARGETS["sm_90"], dtype, shape, variant)
     assembly = compiled.asm["ptx"]
     assert (name, dtype) != ("bwd", "bf16") or "cvt.rn.bf16" in assembly, "not rounded"
     if SHAPES[shape] % 16 == 0:
-        assert re.search(r"ld\.global\S*\.v4\.b32", assembly)
-        assert name == "fwd" or re.search(r"st\.global\S*\.v4\.b32", assembly)
-    usage = resource_usage(compiled, tmp_path)
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "registers were spilled"
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+        assert loads_16_bytes(compiled) and (name == "fwd" or stores_16_bytes(compiled))
+    registers, shared_bytes, residence = usage_without_spills(compiled, tmp_path)
     threads = 32 * compiled.metadata.num_warps
-    assert compiled.metadata.shared <= BUDGETS["lds_bytes"]
+    assert shared_bytes <= BUDGETS["lds_bytes"]
     # Short rows have few threads, which may have more registers each.
     assert registers * threads <= 65536 and (threads < 512 or registers <= 2 * BUDGETS["registers"])
-    blocks = min(2048 // threads, 65536 // (-(-registers // 8) * 8 * threads), 32)
-    share = f"{blocks * threads // 32}/64 warps"
-    print_row("sm_90", name, dtype, shape, variant, registers, compiled.metadata.shared, share)
+    print_row("sm_90", name, dtype, shape, variant, registers, shared_bytes, residence)
 
 
 JOINS = [
@@ -227,19 +189,11 @@ def compile_join(target: tuple[str, str | int, int], num_parts: int, variant: st
 @pytest.mark.usefixtures("compiler")
 def test_join_compiles(num_parts: int, variant: str, tmp_path: Path) -> None:
     """The kernel that turns statistics into losses: no spills on any target."""
-    for arch in ("gfx942", "gfx950"):
-        assembly = compile_join(("hip", arch, 64), num_parts, variant).asm["amdgcn"]
-        for counter in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
-            assert re.findall(rf"\.{counter}:\s*(\d+)", assembly) == ["0"], counter
-        vgprs = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
-        assert vgprs <= BUDGETS["vgprs"]
-        print_row(arch, "join", "fp32", num_parts, variant, vgprs, "", "")
-    compiled = compile_join(("cuda", 90, 32), num_parts, variant)
-    usage = resource_usage(compiled, tmp_path)
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "registers were spilled"
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    assert registers <= 2 * BUDGETS["registers"]
-    print_row("sm_90", "join", "fp32", num_parts, variant, registers, "", "")
+    for arch, target in TARGETS.items():
+        compiled = compile_join(target, num_parts, variant)
+        registers, *_ = usage_without_spills(compiled, tmp_path)
+        assert registers <= 2 * BUDGETS["registers"]
+        print_row(arch, "join", "fp32", num_parts, variant, registers, "", "")
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd", "loss"])
@@ -258,15 +212,7 @@ def test_compiles_where_every_number_is_one(name: str) -> None:
     numbers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a not in types]
     constants |= {argument: 1 for argument in numbers if argument not in constants}
     types |= dict.fromkeys(constants, "constexpr")
-    compile_for(kernel, ("cuda", 90, 32), types, constants, (), 1)
-
-
-def resource_usage(compiled: Any, folder: Path) -> str:
-    """What cuobjdump says of a compiled kernel's registers and stack."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [triton.suggestions.nvidia.cuobjdump.path, "-res-usage", cubin]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    compile_for(kernel, TARGETS["sm_90"], types, constants, (), 1)
 
 
 def print_row(*cells: object) -> None:
