@@ -1,3 +1,26 @@
-"""Supervised fine-tuning on megatron-core: one YAML, one torchrun, loss on trained tokens only."""
+"""Supervised fine-tuning on megatron-core: one YAML, one command, loss on trained tokens only.
+
+From the ground up, in the order in which data flows. What has no line of its own belongs to its
+folder's; a line imports only what stands above it, and tests/test_imports.py holds that.
+
+    exit_codes.py constants.py redact.py errors.py files.py  codes, secrets, messages, JSON
+    loss_registry.py metric_registry.py  losses and metrics of your own
+    recipes/     configurations to start from
+    config/      the YAML: sections, checks, where each value comes from, Primus files
+    runtime/     what keeps a run alive: watchdog, hangs, locks, manifests, launcher
+    kernels/     the loss's kernels and the choice of a backend; a link to ../kernels
+    reference/   oracles: the plainest correct form of kernels and C++
+    models/      what a model is, how it is laid out over ranks, what it costs
+    data/        records -> conversations -> tokens with a mask -> store
+    packing/     store -> packs -> steps -> micro-batches
+    loss.py      hidden states -> LM head -> loss of the supervised tokens
+    metrics/     what a run says: log, progress, trackers, curves, report, model card
+    evaluation/  answers of the exported model, early stopping
+    preflight/   what is said before it costs: machine checks, preview
+    megatron/    the model in megatron-core, parallelism, the loop, checkpoints, export
+    registry.py train.py megatron/pretrain.py  stages, and their start under torchrun
+    commands/    the subcommands of `sft_fast`
+    cli.py __main__.py  the command line
+"""
 
 __version__ = "0.1.0"

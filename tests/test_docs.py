@@ -34,6 +34,19 @@ def test_every_path_a_document_names_exists(document: str) -> None:
     assert not missing
 
 
+def test_the_tree_names_every_folder_and_module_once() -> None:
+    import sft_fast
+
+    package = ROOT / "sft_fast"
+    tree = re.findall(r"^    (\S.*)$", sft_fast.__doc__ or "", re.M)
+    assert "\n".join(["```", *tree, "```"]) in (ROOT / "README.md").read_text(encoding="utf-8")
+    named = [name for line in tree for name in re.findall(r"[\w/]+(?:\.py|/)(?= )", line)]
+    there = {f"{path.parent.name}/" for path in package.glob("*/*.py")}
+    there |= {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in named if "/" not in name[:-1]) == sorted(there)
+    assert not [name for name in named if not (package / name).exists()]
+
+
 def test_the_readme_config_loads(tmp_path: Path) -> None:
     from sft_fast.config.schema import load_config
 
