@@ -60,7 +60,6 @@ def serve(rank: int, connection: Any) -> None:
             # A rank that is done at once must not leave while another still connects to it.
             dist.all_reduce(torch.zeros(1))
             result = load_function(file, name)(*args)
-            connection.send(("ok", result))
         except BaseException:  # noqa: B036 - the traceback of any failure belongs to the parent
             connection.send(("error", traceback.format_exc()))
             return
@@ -69,6 +68,8 @@ def serve(rank: int, connection: Any) -> None:
                 sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+        # Only now may the parent delete the store's file: a group that is being destroyed opens it.
+        connection.send(("ok", result))
 
 
 def num_gpus() -> int:
