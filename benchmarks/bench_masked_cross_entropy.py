@@ -84,7 +84,7 @@ def check(backend: ModuleType, logits: Tensor, labels: Tensor) -> None:
 def test_two_passes(
     benchmark: BenchmarkFixture, name: str, size: tuple[int, int], active_ratio: float
 ) -> None:
-    backend = load_backend(name, DEVICE.type)
+    backend = load_backend("masked_cross_entropy", name, DEVICE.type)
     num_active = round(size[0] * active_ratio)
     logits, labels = make_inputs(num_active, size[1])
     check(backend, logits, labels)
@@ -110,7 +110,7 @@ def test_two_passes(
 @pytest.mark.skipif(not ON_GPU, reason="the native kernels need a GPU")
 @pytest.mark.parametrize("size", [(4096, 32000), (16384, 128256)])
 def test_one_pass(benchmark: BenchmarkFixture, size: tuple[int, int]) -> None:
-    backend: Any = load_backend("native", DEVICE.type)
+    backend: Any = load_backend("masked_cross_entropy", "native", DEVICE.type)
     logits, labels = make_inputs(*size)
     weights = torch.ones(size[0], device=DEVICE)
     arguments = logits, labels, weights, size[1], 0.0, 0.0, 0.0
@@ -181,7 +181,7 @@ def test_peer(benchmark: BenchmarkFixture, peer: str, active_ratio: float) -> No
         memory = peak_bytes_beyond(step) if ON_GPU else None
     except (ImportError, AttributeError, RuntimeError, TypeError) as error:
         pytest.skip(f"{peer}: {type(error).__name__}: {error}")
-    backend = load_backend(BACKENDS[0], DEVICE.type)
+    backend = load_backend("masked_cross_entropy", BACKENDS[0], DEVICE.type)
     grads = torch.stack([torch.ones(num_active), torch.zeros(num_active)]).to(DEVICE)
     ours = median_s(lambda: two_passes(backend, active_logits, active_labels, grads), rounds=5)
     benchmark.pedantic(step, rounds=1)

@@ -1,55 +1,81 @@
-"""Which kernels compute the loss."""
+"""Which module computes an operation: a table, and the choice `auto`. Imports no torch.
+
+A new operation brings an entry of OPERATIONS and its modules, kernels/<operation>_<backend>.py.
+"""
 
 import functools
 import importlib
 import logging
-from typing import cast
-
-from sft_fast.kernels.masked_cross_entropy import Backend
+from dataclasses import dataclass
+from typing import Any
 
 log = logging.getLogger(__name__)
 
-BACKENDS = {
-    "torch": "sft_fast.kernels.masked_cross_entropy_torch",
-    "triton": "sft_fast.kernels.masked_cross_entropy_triton",
-    "native": "sft_fast.kernels.masked_cross_entropy_native",
+
+@dataclass(frozen=True)
+class Operation:
+    """The modules that compute one operation, one per backend."""
+
+    key: str
+    """Config key by which a user chooses the backend; messages name it."""
+    modules: dict[str, str]
+    """Backend -> module, in the order in which `auto` tries them on a GPU. The last, `torch`, works
+    everywhere; `auto` takes it on a CPU."""
+
+
+OPERATIONS = {
+    "masked_cross_entropy": Operation(
+        key="loss.backend",
+        modules={
+            "triton": "sft_fast.kernels.masked_cross_entropy_triton",
+            "native": "sft_fast.kernels.masked_cross_entropy_native",
+            "torch": "sft_fast.kernels.masked_cross_entropy_torch",
+        },
+    ),
 }
-GPU_ORDER = ("triton", "native")
 
 
 @functools.cache
-def load_backend(name: str, device_type: str) -> Backend:
-    """Imports a backend; `auto` is the first of GPU_ORDER that a GPU has, else torch.
+def load_backend(operation: str, name: str, device_type: str) -> Any:
+    """Imports the module that computes an operation; the operation's Protocol says what it holds.
+
+    Args:
+        operation: key of OPERATIONS.
+        name: one of its backends, or `auto`: on a GPU the first that can be imported, with one
+            warning that says why those before it could not; on a CPU `torch`.
+        device_type: of the tensors, `cpu` or a GPU's.
 
     Raises:
         ValueError: there is no such backend, or it cannot be imported here.
     """
     if name != "auto":
-        return import_backend(name)
+        return import_backend(operation, name)
+    *faster, fallback = OPERATIONS[operation].modules
     if device_type == "cpu":
-        return import_backend("torch")
+        return import_backend(operation, fallback)
     reasons = []
-    for candidate in GPU_ORDER:
+    for candidate in faster:
         try:
-            backend = import_backend(candidate)
+            backend = import_backend(operation, candidate)
+            break
         except ValueError as error:
             reasons.append(str(error))
-            continue
-        if reasons:
-            log.warning("loss.backend: auto falls back to %s: %s", candidate, "; ".join(reasons))
-        return backend
-    log.warning("loss.backend: auto falls back to torch: %s", "; ".join(reasons))
-    return import_backend("torch")
+    else:
+        candidate, backend = fallback, import_backend(operation, fallback)
+    if reasons:
+        key, why = OPERATIONS[operation].key, "; ".join(reasons)
+        log.warning("%s: auto falls back to %s for %s: %s", key, candidate, operation, why)
+    return backend
 
 
-def import_backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(
-            f"loss.backend: got {name!r}, expected one of {', '.join(['auto', *BACKENDS])}"
-        )
+def import_backend(operation: str, name: str) -> Any:
+    """Imports one backend of an operation, or raises ValueError as load_backend does."""
+    key, modules = OPERATIONS[operation].key, OPERATIONS[operation].modules
+    if name not in modules:
+        raise ValueError(f"{key}: got {name!r}, expected one of {', '.join(['auto', *modules])}")
     try:
-        return cast(Backend, importlib.import_module(BACKENDS[name]))
+        return importlib.import_module(modules[name])
     except ImportError as error:
         raise ValueError(
-            f"loss.backend: {name!r} cannot be imported ({error}); install it, or choose 'torch'"
+            f"{key}: {name!r} cannot be imported ({error}); install it, or choose 'torch'"
         ) from error

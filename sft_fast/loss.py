@@ -32,6 +32,7 @@ __all__ = [
     "masked_linear_outputs",
 ]
 
+OPERATION = "masked_cross_entropy"
 DEFAULT_OPTIONS = LossOptions()
 DEFAULT_MEMORY_BUDGET = 2 << 30
 
@@ -73,7 +74,7 @@ def masked_cross_entropy(
         )
     width = vocab_parallel_logits.shape[-1]
     shard = vocab_shard(width, vocab_size, tp_group)
-    kernels = load_backend(backend, vocab_parallel_logits.device.type)
+    kernels = load_backend(OPERATION, backend, vocab_parallel_logits.device.type)
     logits = vocab_parallel_logits.reshape(-1, width)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -263,7 +264,7 @@ def run_head(
     head = HeadLossArgs(
         rows=rows,
         shard=shard,
-        kernels=load_backend(backend, hidden.device.type),
+        kernels=load_backend(OPERATION, backend, hidden.device.type),
         options=options,
         plan=plan,
         accumulate_into_main_grad=accumulate_into_main_grad,

@@ -1,6 +1,5 @@
 """Masked cross-entropy on one rank and on gloo ranks, against the plain computation."""
 
-import logging
 import subprocess
 import sys
 from typing import Any
@@ -17,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from closeness import assert_bit_zero, assert_no_worse
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels import backends
-from sft_fast.kernels.backends import load_backend
 from sft_fast.loss import masked_cross_entropy, masked_linear_cross_entropy
 from sft_fast.reference import cross_entropy as reference
 
@@ -387,7 +384,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "hidden shape": ({"hidden": torch.zeros(15, 2, 6)}, r"\[15, 2, 6\], expected \[s/1, b, h\]"),
     "dtypes": ({"weight": torch.zeros(48, 6, dtype=torch.float64)}, "hidden is torch.float32"),
     "vocab_size": ({"vocab_size": 49}, "got 49, expected 1 to 48"),
-    "backend": ({"backend": "cuda"}, "got 'cuda', expected one of auto, torch, triton"),
+    "backend": ({"backend": "cuda"}, "got 'cuda', expected one of auto, triton, native, torch"),
     "main_grad": ({"accumulate_into_main_grad": True}, "has no main_grad"),
     "rows dtype": ({"active_rows": torch.zeros(3)}, "torch.float32"),
     "rows missing": ({"active_rows": torch.tensor([3])}, "got 1 rows, expected"),
@@ -407,21 +404,6 @@ def test_bad_input_says_what_was_expected(name: str) -> None:
 def test_bad_logits_shape_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"labels have shape \[4\], expected .* \[5\]"):
         masked_cross_entropy(torch.zeros(5, 8), torch.zeros(4, dtype=torch.int64))
-
-
-def test_missing_backend_is_an_error_if_named_and_one_line_if_automatic(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in backends.GPU_ORDER:
-        monkeypatch.setitem(backends.BACKENDS, name, "sft_fast.kernels.no_such_module")
-    load_backend.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        automatic = {load_backend("auto", "cuda") for _ in range(2)}
-    assert automatic == {load_backend("torch", "cuda")}
-    assert len(caplog.records) == 1 and "no_such_module" in caplog.text
-    with pytest.raises(ValueError, match="no_such_module.*choose 'torch'"):
-        load_backend("triton", "cuda")
-    load_backend.cache_clear()
 
 
 def test_import_leaves_triton_and_megatron_alone() -> None:

@@ -480,7 +480,11 @@ def test_outputs_with_minus_infinity(pool: RankPool, backend: str) -> None:
 
 def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
     """Statistics of parts joined as the oracle joins them: empty parts, ties, masked rows."""
-    kernels, vocab_size, device = load_backend(backend, "cpu"), 997, torch.get_default_device()
+    kernels, vocab_size, device = (
+        load_backend("masked_cross_entropy", backend, "cpu"),
+        997,
+        torch.get_default_device(),
+    )
     generator = seeded(num_parts)
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[::7] = IGNORE_INDEX
@@ -505,7 +509,9 @@ def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
         columns += [logit_sums] * (smoothing > 0) + [weighted, argmaxes] * with_outputs
         statistics = torch.stack(columns, 1)
         rates = vocab_size, smoothing, z_loss, with_outputs
-        exact = load_backend("torch", "cpu").row_losses(statistics.double(), labels, *rates)
+        exact = load_backend("masked_cross_entropy", "torch", "cpu").row_losses(
+            statistics.double(), labels, *rates
+        )
         exact[:, labels == IGNORE_INDEX] = 0
         statistics[:, :, labels == IGNORE_INDEX] = torch.nan
         ours = kernels.row_losses(statistics, labels, *rates)
@@ -556,7 +562,7 @@ def test_double_is_refused(pool: RankPool, backend: str) -> None:
 
 def run_operators(backend: str) -> None:
     """torch.compile's view of the operators: what they change, and the shapes they promise."""
-    kernels = load_backend(backend, torch.get_default_device().type)
+    kernels = load_backend("masked_cross_entropy", backend, torch.get_default_device().type)
     logits, labels, upstream = make_logits(3, 20000, 20000, torch.float32)
     logits, labels = logits.nan_to_num(0.0), labels.clamp(min=0)
     checks = ("test_schema", "test_faketensor")
