@@ -105,9 +105,8 @@ def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> 
         intermediate_size=48,
         max_position_embeddings=16384,
         rms_norm_eps=1e-5,
-        initializer_range=0.3,
         pad_token_id=None,  # transformers has no gradient for its embedding
-        **options,
+        **{"initializer_range": 0.3, **options},
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

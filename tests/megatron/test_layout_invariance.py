@@ -225,6 +225,9 @@ CAPPED = {
 LONGROPE = {
     "model_type": "phi3",
     "original_max_position_embeddings": 20,
+    # The attention factor of 1.8 triples the scores. With weights of 0.3 the softmax saturates, and
+    # fp32 is off by 1.5e-4 from an fp64 run in every layout; here all agree with it to 2e-7.
+    "initializer_range": 0.15,
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 500.0,
