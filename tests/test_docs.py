@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "examples/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "AGENTS.md", "kernels/README.md", "examples/README.md"]
 DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 PATH = re.compile(r"`((?:tests|sft_fast|csrc|kernels|examples|benchmarks)/[\w./-]*)`")
