@@ -47,6 +47,18 @@ def test_the_tree_names_every_folder_and_module_once() -> None:
     assert not [name for name in named if not (package / name).exists()]
 
 
+def test_the_tests_that_ci_names_exist() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (block,) = re.findall(r"files=\(.*?\)", script, re.S)
+    # bash expands the braces.
+    shell = ["bash", "-c", f'{block}; printf "%s\\n" "${{files[@]}}"']
+    named = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.split()
+    assert len(named) > 10
+    for name in [*named, *re.findall(r"tests/[\w/]+\.py(?= )", script)]:
+        path, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 def test_the_readme_config_loads(tmp_path: Path) -> None:
     from sft_fast.config.schema import load_config
 
