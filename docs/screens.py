@@ -54,6 +54,7 @@ ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 
 
 def save(console: Console, folder: Path, name: str, title: str) -> None:
+    """Writes what a console has printed as `name`.svg."""
     svg = console.export_svg(title=title)
     # Fonts from elsewhere would make a page that loads something.
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
@@ -61,6 +62,7 @@ def save(console: Console, folder: Path, name: str, title: str) -> None:
 
 
 def screen(**options: object) -> Console:
+    """A console that records what is printed."""
     return Console(
         record=True,
         width=WIDTH,
@@ -76,6 +78,7 @@ class Terminal(io.StringIO):
     """So that commands show their colours."""
 
     def isatty(self) -> bool:
+        """Always: what is captured is to look like a terminal."""
         return True
 
 
@@ -90,6 +93,7 @@ def printed(arguments: list[str]) -> str:
 
 
 def preview(folder: Path) -> None:
+    """Two chats of the demo with their masks."""
     console = screen()
     config = load_config(None, [])
     found = make_preview(config, load_tokenizer("demo"), 2003)
@@ -99,6 +103,7 @@ def preview(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
+    """A configuration with three mistakes."""
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
         Path("my.yaml").write_text(WRONG)
         Path("chats.jsonl").write_text(ROW)

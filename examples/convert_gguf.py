@@ -86,6 +86,7 @@ def convert(source: Path, name: str, out: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    """Converts by the arguments of the command line; returns the exit code."""
     if len(arguments) != 3:
         print(__doc__, file=sys.stderr)
         return 2
