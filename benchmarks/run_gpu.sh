@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Checks and measures everything that needs GPUs. Results go to a folder, one log per stage.
 #   bash benchmarks/run_gpu.sh OUT [stage...]
-# Stages for one GPU: tests marked sanitizer demo tune loss head loader step; for several: ranks faults parallel stall.
+# Stages for one GPU: tests marked sanitizer demo tune tune_block loss head block loader step; for several: ranks faults parallel stall.
 # A stage that fails or takes too long does not stop the others; the last lines are a summary.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: run_gpu.sh OUT [stage...]}"
 shift
 mkdir -p "$out"
-[ $# -gt 0 ] || set -- tests marked sanitizer demo tune loss head loader step ranks faults parallel stall
+[ $# -gt 0 ] || set -- tests marked sanitizer demo tune tune_block loss head block loader step ranks faults parallel stall
 # The fault tests fork their ranks from a server, which must not open the GPU.
 export PYTORCH_NVML_BASED_CUDA_CHECK=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -32,8 +32,10 @@ stage() {
     sanitizer) check tests/csrc/test_gpu_sanitizer.py ;;
     demo) run torch.distributed.run sft_fast/train.py "output_dir=$(mktemp -d)" model.dtype=bf16 ;;
     tune) run_file benchmarks/tune_launch.py ;;
+    tune_block) run_file benchmarks/tune_block_launch.py ;;
     loss) bench loss benchmarks/bench_masked_cross_entropy.py ;;
     head) bench head benchmarks/bench_masked_linear_cross_entropy.py ;;
+    block) bench block benchmarks/bench_block_kernels.py ;;
     loader) bench loader benchmarks/bench_loader.py ;;
     step) bench step benchmarks/bench_training_step.py ;;
     ranks) check tests/megatron/test_layout_invariance.py tests/megatron/attention/test_context_parallel.py \
