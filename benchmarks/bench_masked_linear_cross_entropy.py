@@ -43,13 +43,13 @@ class Inputs(NamedTuple):
     """[V, h]"""
     labels: Tensor
     """[1, s]"""
-    active_rows: Tensor
+    active_tokens: Tensor
     """[A] on the CPU, where the data loader leaves it"""
 
 
-def with_active_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Inputs:
-    active_rows = (labels[0] != IGNORE_INDEX).nonzero().squeeze(1).cpu()
-    return Inputs(hidden, weight, labels, active_rows)
+def with_active_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Inputs:
+    active_tokens = (labels[0] != IGNORE_INDEX).nonzero().squeeze(1).cpu()
+    return Inputs(hidden, weight, labels, active_tokens)
 
 
 def make_inputs(active_ratio: float, hidden_size: int = HIDDEN) -> Inputs:
@@ -59,7 +59,7 @@ def make_inputs(active_ratio: float, hidden_size: int = HIDDEN) -> Inputs:
     weight = (torch.randn(VOCAB, hidden_size, **how) / hidden_size**0.5).to(DTYPE)
     labels = torch.randint(VOCAB, (1, NUM_ROWS), **how)
     labels[:, : NUM_ROWS - round(active_ratio * NUM_ROWS)] = IGNORE_INDEX
-    return with_active_rows(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    return with_active_tokens(hidden.requires_grad_(), weight.requires_grad_(), labels)
 
 
 @functools.cache
@@ -68,9 +68,9 @@ def product_ceiling() -> float:
 
 
 def masked(inputs: Inputs) -> Tensor:
-    hidden, weight, labels, active_rows = inputs
+    hidden, weight, labels, active_tokens = inputs
     losses = masked_linear_cross_entropy(
-        hidden, weight, labels, active_rows=active_rows, summed=True
+        hidden, weight, labels, active_tokens=active_tokens, summed=True
     )
     return losses.sum()
 
@@ -178,7 +178,7 @@ def check(inputs: Inputs) -> None:
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     truth = linear_cross_entropy(exact[0], exact[1], labels).sum()
     tolerance = 2e-2 if torch.bfloat16 == DTYPE else 1e-5
-    results = step("masked", with_active_rows(hidden, weight, labels))
+    results = step("masked", with_active_tokens(hidden, weight, labels))
     truths = truth, *torch.autograd.grad(truth, exact)
     for result, exact_result in zip(results, truths, strict=True):
         assert (result - exact_result).norm() <= tolerance * exact_result.norm()
@@ -197,7 +197,7 @@ def print_peak_bytes(method: str, active_ratio: float) -> None:
     inputs = make_inputs(active_ratio)
     # A small step first: code and thread pools loaded on first use are not the method's memory.
     hidden, weight, labels, _ = inputs
-    step(method, with_active_rows(hidden[-8:], weight[:64], labels[:, -8:] % 64))
+    step(method, with_active_tokens(hidden[-8:], weight[:64], labels[:, -8:] % 64))
     before = psutil.Process().memory_info().rss
     step(method, inputs)
     print(peak_resident_bytes() - before)

@@ -269,7 +269,7 @@ def test_fill(
     buffers = RowBuffers(capacity, max(map(len, bins)), dtype=dtype)
 
     arrays = {name: getattr(buffers, name).numpy() for name in ("tokens", "labels", "position_ids")}
-    cu_seqlens, active_rows = buffers.cu_seqlens.numpy(), buffers.active_rows.numpy()
+    cu_seqlens, active_tokens = buffers.cu_seqlens.numpy(), buffers.active_tokens.numpy()
 
     def fill_alone() -> None:
         for sample_ids in bins:
@@ -281,7 +281,7 @@ def test_fill(
                 IGNORE_INDEX,
                 *arrays.values(),
                 cu_seqlens[: len(sample_ids) + 1],
-                active_rows,
+                active_tokens,
             )
 
     def fill() -> MicroBatch:
@@ -304,7 +304,7 @@ def test_fill(
     for name, row in zip(("tokens", "labels", "position_ids"), by_numpy, strict=True):
         np.testing.assert_array_equal(getattr(batch, name).numpy()[0], getattr(expected, name))
         np.testing.assert_array_equal(row, getattr(expected, name))
-    np.testing.assert_array_equal(batch.active_rows.numpy(), expected.active_rows)
+    np.testing.assert_array_equal(batch.active_tokens.numpy(), expected.active_tokens)
 
     benchmark.group = f"fill, rows of {capacity}, {dtype}"
     run = fill_alone if target == "C++ alone" else fill

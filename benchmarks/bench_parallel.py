@@ -76,7 +76,7 @@ class HeadInputs:
         self.labels = torch.randint(VOCAB, (1, NUM_ROWS), **same)
         places = torch.arange(NUM_ROWS, device=DEVICE) % 512
         self.labels[:, places >= round(512 * active_ratio)] = IGNORE_INDEX
-        self.active_rows = (self.labels[0] != IGNORE_INDEX).nonzero().squeeze(1).cpu()
+        self.active_tokens = (self.labels[0] != IGNORE_INDEX).nonzero().squeeze(1).cpu()
 
 
 def masked(inputs: HeadInputs) -> Tensor:
@@ -84,7 +84,7 @@ def masked(inputs: HeadInputs) -> Tensor:
         inputs.hidden,
         inputs.weight,
         inputs.labels,
-        active_rows=inputs.active_rows,
+        active_tokens=inputs.active_tokens,
         tp_group=inputs.group,
         sequence_parallel=True,
         summed=True,
@@ -167,7 +167,7 @@ def time_head(size: int, active_ratio: float) -> dict[str, Any]:
     """One rank's times of each method over `size` tensor-parallel ranks."""
     init_parallel(make_config(Case(SMALL), parallel={"tensor": size, "sequence": True}))
     inputs = HeadInputs(size, active_ratio)
-    results: dict[str, Any] = {"num_active": len(inputs.active_rows)}
+    results: dict[str, Any] = {"num_active": len(inputs.active_tokens)}
     truth = None
     for method in METHODS:
         loss, *grads = head_step(method, inputs)

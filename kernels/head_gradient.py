@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sft_fast.kernels.active_rows import ActiveRows, start_reduction
+from sft_fast.kernels.active_tokens import ActiveTokens, start_reduction
 from sft_fast.kernels.masked_cross_entropy import VocabShard
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class GradientSums:
         self,
         active_hidden: Tensor,
         weight: Tensor,
-        rows: ActiveRows,
+        rows: ActiveTokens,
         shard: VocabShard,
         needs_grad: tuple[bool, ...],
         weight_total: Tensor | None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.kernels.active_rows import ActiveRows, all_gather_rows
+from sft_fast.kernels.active_tokens import ActiveTokens, all_gather_rows
 from sft_fast.kernels.head_gradient import GradientSums, weight_gradient
 from sft_fast.kernels.masked_cross_entropy import (
     Backend,
@@ -37,7 +37,7 @@ from sft_fast.kernels.memory_plan import MemoryPlan
 class HeadLossArgs:
     """All that the loss of one call depends on, besides its tensors."""
 
-    rows: ActiveRows
+    rows: ActiveTokens
     shard: VocabShard
     kernels: Backend
     options: LossOptions

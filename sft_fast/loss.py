@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels.active_rows import select_rows
+from sft_fast.kernels.active_tokens import select_rows
 from sft_fast.kernels.backends import load_backend
 from sft_fast.kernels.masked_cross_entropy import (
     LossOptions,
@@ -88,7 +88,7 @@ def masked_linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    active_rows: Tensor | None = None,
+    active_tokens: Tensor | None = None,
     token_weights: Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -109,7 +109,7 @@ def masked_linear_cross_entropy(
             requires_grad its gradient is not computed.
         labels: [b, s] int64 or int32 global ids, the same on every rank; IGNORE_INDEX masks a
             token. Any other id outside [0, vocab_size) gives loss NaN.
-        active_rows: [A] int64, ascending: t * b + i for each token that is neither masked nor of
+        active_tokens: [A] int64, ascending: t * b + i for each token that is neither masked nor of
             weight 0. Keep it on the CPU: sequence_parallel reads the ranks' counts from it, and
             would make the host wait for a GPU. None: found in labels and token_weights, which
             makes the host wait too.
@@ -147,7 +147,7 @@ def masked_linear_cross_entropy(
         hidden,
         weight,
         labels,
-        active_rows=active_rows,
+        active_tokens=active_tokens,
         token_weights=token_weights,
         shard=vocab_shard(weight.shape[0], vocab_size, tp_group),
         sequence_parallel=sequence_parallel,
@@ -167,7 +167,7 @@ def masked_linear_outputs(
     weight: Tensor,
     labels: Tensor,
     *,
-    active_rows: Tensor | None = None,
+    active_tokens: Tensor | None = None,
     token_weights: Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -187,7 +187,7 @@ def masked_linear_outputs(
         hidden,
         weight,
         labels,
-        active_rows=active_rows,
+        active_tokens=active_tokens,
         token_weights=token_weights,
         shard=vocab_shard(weight.shape[0], vocab_size, tp_group),
         sequence_parallel=sequence_parallel,
@@ -222,7 +222,7 @@ def run_head(
     weight: Tensor,
     labels: Tensor,
     *,
-    active_rows: Tensor | None,
+    active_tokens: Tensor | None,
     token_weights: Tensor | None,
     shard: VocabShard,
     sequence_parallel: bool,
@@ -248,9 +248,9 @@ def run_head(
         row_weights = token_weights.detach().t().flatten()
         row_weights = row_weights.to(torch.promote_types(hidden.dtype, torch.float32))
         row_labels = row_labels.masked_fill(row_weights == 0, IGNORE_INDEX)
-    if active_rows is not None:
-        check_active_rows(active_rows, row_labels)
-    rows = select_rows(row_labels, active_rows, num_parts, shard.tp_rank)
+    if active_tokens is not None:
+        check_active_tokens(active_tokens, row_labels)
+    rows = select_rows(row_labels, active_tokens, num_parts, shard.tp_rank)
     is_trained = weight.requires_grad and torch.is_grad_enabled()
     plan = MemoryPlan.choose(
         policy,
@@ -332,17 +332,18 @@ def check_policy(policy: str, summed: bool) -> None:
         )
 
 
-def check_active_rows(active_rows: Tensor, row_labels: Tensor) -> None:
+def check_active_tokens(active_tokens: Tensor, row_labels: Tensor) -> None:
     """Compares with the labels where that does not make the host wait for a device."""
-    if active_rows.dtype != torch.int64 or active_rows.dim() != 1:
+    if active_tokens.dtype != torch.int64 or active_tokens.dim() != 1:
         raise ValueError(
-            f"active_rows: got {active_rows.dtype} {list(active_rows.shape)}, expected int64 [A]"
+            f"active_tokens: got {active_tokens.dtype} {list(active_tokens.shape)}, expected int64 "
+            "[A]"
         )
-    if active_rows.device.type == "cpu" and row_labels.device.type == "cpu":
+    if active_tokens.device.type == "cpu" and row_labels.device.type == "cpu":
         expected = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
-        if not torch.equal(active_rows, expected):
+        if not torch.equal(active_tokens, expected):
             raise ValueError(
-                f"active_rows: got {len(active_rows)} rows, expected in ascending order the "
+                f"active_tokens: got {len(active_tokens)} rows, expected in ascending order the "
                 f"{len(expected)} rows t * b + i with labels[i, t] != {IGNORE_INDEX} and "
                 "token_weights[i, t] != 0"
             )

@@ -52,7 +52,7 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
     return hidden.requires_grad_(), weight.requires_grad_(), upstream
 
 
-def active_rows_of(labels: Tensor) -> Tensor:
+def active_tokens_of(labels: Tensor) -> Tensor:
     return (labels.t().flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
 
@@ -66,9 +66,9 @@ def gradients(loss: Tensor, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor,
 def test_linear_equals_plain(mask: str, vocab_size: int | None, rows_given: bool) -> None:
     hidden, weight, upstream = make_inputs()
     labels = make_labels(mask, vocab_size or VOCAB)
-    active_rows = active_rows_of(labels) if rows_given else None
+    active_tokens = active_tokens_of(labels) if rows_given else None
     loss = masked_linear_cross_entropy(
-        hidden, weight, labels, active_rows=active_rows, vocab_size=vocab_size
+        hidden, weight, labels, active_tokens=active_tokens, vocab_size=vocab_size
     )
     plain = reference.linear_cross_entropy(hidden, weight, labels, vocab_size)
     torch.testing.assert_close(loss, plain, rtol=1e-13, atol=1e-13)
@@ -386,9 +386,9 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "vocab_size": ({"vocab_size": 49}, "got 49, expected 1 to 48"),
     "backend": ({"backend": "cuda"}, "got 'cuda', expected one of auto, triton, native, torch"),
     "main_grad": ({"accumulate_into_main_grad": True}, "has no main_grad"),
-    "rows dtype": ({"active_rows": torch.zeros(3)}, "torch.float32"),
-    "rows missing": ({"active_rows": torch.tensor([3])}, "got 1 rows, expected"),
-    "rows order": ({"active_rows": torch.arange(31, -1, -1)}, "ascending order"),
+    "rows dtype": ({"active_tokens": torch.zeros(3)}, "torch.float32"),
+    "rows missing": ({"active_tokens": torch.tensor([3])}, "got 1 rows, expected"),
+    "rows order": ({"active_tokens": torch.arange(31, -1, -1)}, "ascending order"),
 }
 
 
@@ -427,7 +427,7 @@ def run_linear_rank(mask: str, sequence_parallel: bool, vocab_size: int) -> None
         own_hidden,
         own_weight,
         labels,
-        active_rows=active_rows_of(labels),
+        active_tokens=active_tokens_of(labels),
         vocab_size=vocab_size,
         tp_group=dist.group.WORLD,
         sequence_parallel=sequence_parallel,

@@ -219,7 +219,7 @@ def tally_micro_batch(
     """
     device = outputs.device
     edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0) // batch.layout.cp_size
-    rows = batch.active_rows.cpu()
+    rows = batch.active_tokens.cpu()
     slots = torch.searchsorted(edges, rows, right=True)
     assert batch.sample_ids is not None, "fill_micro_batch knows them"
     sources = torch.from_numpy(source_of[batch.sample_ids])

@@ -80,7 +80,7 @@ class LossOutputLayer(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         *,
         labels: Tensor | None = None,
-        active_rows: Tensor | None = None,
+        active_tokens: Tensor | None = None,
         wants_outputs: bool = False,
         token_weights: Tensor | None = None,
         **kwargs: Any,
@@ -104,7 +104,7 @@ class LossOutputLayer(ColumnParallelLinear):
                 input_,
                 weight,
                 labels,
-                active_rows=active_rows,
+                active_tokens=active_tokens,
                 vocab_size=self.vocab_size,
                 tp_group=self.tp_group,
                 sequence_parallel=self.sequence_parallel,
@@ -117,7 +117,7 @@ class LossOutputLayer(ColumnParallelLinear):
             input_,
             weight,
             labels,
-            active_rows=active_rows,
+            active_tokens=active_tokens,
             token_weights=None if is_custom else token_weights,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
@@ -200,17 +200,17 @@ class SFTModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        active_rows = token_weights = None
+        active_tokens = token_weights = None
         wants_outputs = False
         if isinstance(packed_seq_params, PackedSamples):
-            active_rows = packed_seq_params.active_rows
+            active_tokens = packed_seq_params.active_tokens
             token_weights = packed_seq_params.token_weights
             wants_outputs = packed_seq_params.wants_outputs
         return self.output_layer(
             hidden_states,
             weight=weight,
             labels=labels,
-            active_rows=active_rows,
+            active_tokens=active_tokens,
             wants_outputs=wants_outputs,
             token_weights=token_weights,
         )

@@ -67,7 +67,7 @@ class MicroBatch:
         position_ids: like tokens; from 0 in each slot, 0 after the last one.
         cu_seqlens: int32 [num_samples + 1]; slot i is rows cu_seqlens[i] to cu_seqlens[i + 1] of
             the row of all context-parallel ranks. Padding comes after the last.
-        active_rows: int64 [num_supervised], ascending: the rows with a label.
+        active_tokens: int64 [num_supervised], ascending: the tokens with a label.
         seqlens: length of each slot, known to the host without asking a device.
         max_seqlen: length of the longest slot; 0 without samples.
         num_samples: samples in the row.
@@ -82,7 +82,7 @@ class MicroBatch:
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    active_rows: Tensor
+    active_tokens: Tensor
     seqlens: tuple[int, ...]
     max_seqlen: int
     num_samples: int
@@ -100,7 +100,7 @@ class MicroBatch:
     def to(self, device: torch.device | str, *, copy: bool = False) -> "MicroBatch":
         """Returns the micro-batch on `device`; from pinned memory the host does not wait.
 
-        active_rows stays where it is: the loss reads each rank's count from it on the host.
+        active_tokens stays where it is: the loss reads each rank's count from it on the host.
 
         Args:
             copy: the result shares no memory with this one, so that its buffers can be filled
@@ -116,7 +116,7 @@ class MicroBatch:
             for name in names
         }
         if copy:
-            moved["active_rows"] = self.active_rows.clone()
+            moved["active_tokens"] = self.active_tokens.clone()
         return replace(self, **moved)
 
     def check(self, vocab_size: int) -> None:
@@ -155,7 +155,8 @@ class MicroBatch:
         here = here[positions[here + 1] == positions[here] + 1]
         is_next = torch.equal(self.labels[0, here], self.tokens[0, here + 1])
         require("labels", is_next, "a label is not the next token")
-        require("active_rows", torch.equal(self.active_rows, rows), "not the rows with a label")
+        is_labelled = torch.equal(self.active_tokens, rows)
+        require("active_tokens", is_labelled, "not the tokens with a label")
         if self.weights is not None:
             is_masked = not self.weights[0, ~labelled].any()
             require("weights", is_masked, "not 0 on a row without a label")
@@ -191,7 +192,7 @@ class MicroBatch:
             "labels": (row, ids),
             "position_ids": (row, ids),
             "cu_seqlens": ((self.num_samples + 1,), torch.int32),
-            "active_rows": ((self.num_supervised,), torch.int64),
+            "active_tokens": ((self.num_supervised,), torch.int64),
         }
         if self.weights is not None:
             expected["weights"] = (row, torch.float32)
@@ -252,7 +253,7 @@ class RowBuffers:
             return torch.empty(count, dtype=dtype, pin_memory=pin_memory)
 
         self.tokens, self.labels, self.position_ids = (empty(num_rows, dtype) for _ in range(3))
-        self.active_rows = empty(num_rows, torch.int64)
+        self.active_tokens = empty(num_rows, torch.int64)
         self.cu_seqlens = empty(max_samples + 1, torch.int32)
         self.weights = empty(num_rows, torch.float32) if has_weights else None
 
@@ -306,7 +307,7 @@ def fill_micro_batch(
     names = ("tokens", "labels", "position_ids")
     views = {name: getattr(buffers, name)[:rows] for name in names}
     views["cu_seqlens"] = buffers.cu_seqlens[: len(ids) + 1]
-    views["active_rows"] = buffers.active_rows[:rows]
+    views["active_tokens"] = buffers.active_tokens[:rows]
     weights = None if buffers.weights is None else buffers.weights[:rows]
     # By place: looking up names takes longer than a short row.
     num_tokens, num_supervised, max_seqlen = _C.fill_micro_batch(
@@ -327,7 +328,7 @@ def fill_micro_batch(
         labels=views["labels"][None],
         position_ids=views["position_ids"][None],
         cu_seqlens=views["cu_seqlens"],
-        active_rows=views["active_rows"][:num_supervised],
+        active_tokens=views["active_tokens"][:num_supervised],
         seqlens=tuple(np.diff(views["cu_seqlens"].numpy()).tolist()),
         max_seqlen=max_seqlen,
         num_samples=len(ids),

@@ -196,7 +196,7 @@ class FilledRow(NamedTuple):
     labels: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     cu_seqlens: NDArray[np.int32]
-    active_rows: NDArray[np.int64]
+    active_tokens: NDArray[np.int64]
     weights: NDArray[np.float32]
 
 
@@ -252,6 +252,6 @@ def fill_row(
         labels=row[:, 1].astype(np.int64),
         position_ids=row[:, 2].astype(np.int64),
         cu_seqlens=np.cumsum([0, *slots], dtype=np.int32),
-        active_rows=np.flatnonzero(has_label),
+        active_tokens=np.flatnonzero(has_label),
         weights=np.where(has_label, row[:, 3], 0).astype(np.float32),
     )

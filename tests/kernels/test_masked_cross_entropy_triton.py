@@ -236,7 +236,7 @@ def test_gpu_is_no_worse_than_eager_and_never_waits(dtype: torch.dtype) -> None:
     weight = torch.randn(32003, 256, generator=generator).to("cuda", dtype).requires_grad_()
     labels = torch.randint(32000, (1, 512), generator=generator)
     labels[:, :300] = IGNORE_INDEX
-    active_rows, labels = torch.arange(300, 512), labels.cuda()
+    active_tokens, labels = torch.arange(300, 512), labels.cuda()
     upstream = torch.rand(1, 512, generator=generator).cuda()
     weight.main_grad = torch.zeros(32003, 256, device="cuda")
 
@@ -245,7 +245,7 @@ def test_gpu_is_no_worse_than_eager_and_never_waits(dtype: torch.dtype) -> None:
             hidden,
             weight,
             labels,
-            active_rows=active_rows,
+            active_tokens=active_tokens,
             vocab_size=32000,
             backend="triton",
             accumulate_into_main_grad=True,

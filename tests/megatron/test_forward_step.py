@@ -66,7 +66,7 @@ def outcomes_of_forward_step() -> dict[str, Any]:
         "labels": replace(batch, labels=batch.labels.int()),
         "tokens": replace(batch, tokens=batch.tokens + 10**6),
         "position_ids": replace(batch, position_ids=batch.position_ids[:, :-1]),
-        "active_rows": replace(batch, active_rows=batch.active_rows.flip(0)),
+        "active_tokens": replace(batch, active_tokens=batch.active_tokens.flip(0)),
     }
     for name, wrong in broken.items():
         try:
@@ -108,7 +108,7 @@ def test_loss_func_returns_sum_count_and_report(outcomes: dict[str, Any]) -> Non
     assert outcomes["report"] == [loss_sum, counted]
 
 
-@pytest.mark.parametrize("name", ["labels", "tokens", "position_ids", "active_rows"])
+@pytest.mark.parametrize("name", ["labels", "tokens", "position_ids", "active_tokens"])
 def test_a_wrong_tensor_is_named(outcomes: dict[str, Any], name: str) -> None:
     assert f"MicroBatch.{name}" in outcomes[name]
 

@@ -81,13 +81,13 @@ def test_filling_equals_the_oracle(
     ids = {torch.int64: np.int64, torch.int32: np.int32}[dtype]
     for name, array in expected.items():
         tensor = getattr(batch, name)
-        shape = array.shape if name in ("cu_seqlens", "active_rows") else (1, num_local)
+        shape = array.shape if name in ("cu_seqlens", "active_tokens") else (1, num_local)
         assert tuple(tensor.shape) == shape
         narrow = ids if name in ("tokens", "labels", "position_ids") else array.dtype
         assert tensor.numpy().dtype == narrow
         np.testing.assert_array_equal(tensor.numpy().reshape(-1), array)
     assert batch.num_samples == len(sample_ids)
-    assert batch.num_supervised == len(expected["active_rows"])
+    assert batch.num_supervised == len(expected["active_tokens"])
     assert batch.seqlens == tuple(slots)
     assert batch.max_seqlen == max(batch.seqlens, default=0)
     batch.check(VOCAB_SIZE)
@@ -223,7 +223,7 @@ def test_a_row_without_samples(num_rows: int) -> None:
     assert batch.labels.tolist() == [[IGNORE_INDEX] * num_rows]
     assert (batch.cu_seqlens.tolist(), batch.seqlens) == ([0], ())
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (0, 0, 0)
-    assert (batch.max_seqlen, batch.active_rows.shape) == (0, (0,))
+    assert (batch.max_seqlen, batch.active_tokens.shape) == (0, (0,))
     batch.check(VOCAB_SIZE)
 
 
@@ -268,7 +268,7 @@ def test_to_leaves_on_the_host_what_the_host_reads() -> None:
     for name in ("tokens", "labels", "position_ids", "cu_seqlens"):
         assert getattr(moved, name).device.type == "meta"
         assert getattr(moved, name).shape == getattr(batch, name).shape
-    assert torch.equal(moved.active_rows, batch.active_rows)
+    assert torch.equal(moved.active_tokens, batch.active_tokens)
     assert (moved.seqlens, moved.num_supervised) == ((3, 9), batch.num_supervised)
 
 
@@ -304,7 +304,7 @@ def changed(tensor: torch.Tensor, index: tuple[int, ...], value: int) -> torch.T
         ("labels", (0, 2), 7, "labels: a sample's last row has a label"),
         ("labels", (0, 12), 0, "labels: a padding row has a label"),
         ("labels", (0, 15), 0, "labels: a padding row has a label"),
-        ("labels", (0, 8), IGNORE_INDEX, "active_rows: not the rows with a label"),
+        ("labels", (0, 8), IGNORE_INDEX, "active_tokens: not the tokens with a label"),
         ("position_ids", (0, 3), 3, "position_ids: not 0, 1"),
         ("position_ids", (0, 12), 1, "position_ids: not 0, 1"),
         ("cu_seqlens", (0,), 1, "cu_seqlens: not strictly ascending from 0"),
@@ -312,7 +312,7 @@ def changed(tensor: torch.Tensor, index: tuple[int, ...], value: int) -> torch.T
         ("cu_seqlens", (1,), 12, "cu_seqlens: not strictly ascending from 0"),
         ("cu_seqlens", (1,), 4, "seqlens: not the steps of cu_seqlens"),
         ("cu_seqlens", (2,), 13, "cu_seqlens: ends at 13"),
-        ("active_rows", (0,), 3, "active_rows: not the rows with a label"),
+        ("active_tokens", (0,), 3, "active_tokens: not the tokens with a label"),
     ],
 )
 def test_check_names_the_wrong_element(
@@ -326,7 +326,9 @@ def test_check_names_the_wrong_element(
         wrong.check(VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("name", ["tokens", "labels", "position_ids", "cu_seqlens", "active_rows"])
+@pytest.mark.parametrize(
+    "name", ["tokens", "labels", "position_ids", "cu_seqlens", "active_tokens"]
+)
 def test_check_names_wrong_dtypes_and_shapes(name: str) -> None:
     batch = fill_micro_batch(chat_store(), [0, 1], 16)
     tensor = getattr(batch, name)
@@ -368,7 +370,7 @@ def test_check_refuses_counts_that_disagree() -> None:
     wrong: list[tuple[MicroBatch, str]] = [
         (replace(batch, num_samples=3), "cu_seqlens"),
         (replace(batch, num_tokens=11), "cu_seqlens"),
-        (replace(batch, num_supervised=1), "active_rows"),
+        (replace(batch, num_supervised=1), "active_tokens"),
         (replace(batch, seqlens=(9, 3)), "seqlens"),
         (replace(batch, max_seqlen=8), "max_seqlen"),
     ]

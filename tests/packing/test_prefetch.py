@@ -159,7 +159,7 @@ def test_loading_equals_filling(reuse_buffers: bool | None, dtype: torch.dtype) 
     for batch, (sample_ids, num_rows) in zip(batches, rows, strict=True):
         batch.check(2**32)
         expected = fill_micro_batch(store, sample_ids, num_rows, layout=layout, dtype=dtype)
-        for name in ("tokens", "labels", "position_ids", "cu_seqlens", "active_rows"):
+        for name in ("tokens", "labels", "position_ids", "cu_seqlens", "active_tokens"):
             assert torch.equal(getattr(batch, name), getattr(expected, name))
 
 
@@ -204,4 +204,4 @@ def test_loading_to_a_gpu_does_not_mix_batches() -> None:
         expected = fill_micro_batch(store, *row)
         assert torch.equal(batch.tokens.cpu(), expected.tokens)
         assert torch.equal(batch.labels.cpu(), expected.labels)
-        assert torch.equal(batch.active_rows, expected.active_rows)
+        assert torch.equal(batch.active_tokens, expected.active_tokens)

@@ -95,7 +95,7 @@ def test_fill_row_by_hand(num_rows: int) -> None:
     assert row.labels.tolist() == labels + [ignored] * pad
     assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2] + [0] * pad
     assert row.cu_seqlens.tolist() == [0, 4, 6, 9]
-    assert row.active_rows.tolist() == [0, 2, 4, 7]
+    assert row.active_tokens.tolist() == [0, 2, 4, 7]
     dtypes = {name: array.dtype for name, array in row._asdict().items()}
     assert dtypes.pop("cu_seqlens") == np.int32
     assert dtypes.pop("weights") == np.float32
@@ -110,7 +110,7 @@ def test_fill_row_without_samples_is_padding() -> None:
     assert row.tokens.tolist() == row.position_ids.tolist() == [0, 0, 0]
     assert row.labels.tolist() == [IGNORE_INDEX] * 3
     assert row.cu_seqlens.tolist() == [0]
-    assert row.active_rows.size == 0
+    assert row.active_tokens.size == 0
 
 
 def test_context_parallel_shares_by_hand() -> None:
@@ -139,7 +139,7 @@ def test_context_parallel_shares_by_hand() -> None:
     assert first.position_ids.tolist() == [0, 1, 6, 7, 0, 3, 0, 0]
     assert second.position_ids.tolist() == [2, 3, 4, 5, 1, 2, 0, 0]
     assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 8, 12]
-    assert first.active_rows.tolist() == second.active_rows.tolist() == [0, 1, 4]
+    assert first.active_tokens.tolist() == second.active_tokens.tolist() == [0, 1, 4]
     assert first.weights.tolist() == [0.5, 1, 0, 0, 4, 0, 0, 0]
 
 

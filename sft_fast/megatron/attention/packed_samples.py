@@ -21,7 +21,7 @@ class PackedSamples(PackedSeqParams):
 
     seqlens: tuple[int, ...] = ()
     """Tokens of each sample, in row order; their sum may be shorter than the row."""
-    active_rows: Tensor | None = None
+    active_tokens: Tensor | None = None
     """int64 [num_supervised]: rows that have a label."""
     key_lengths: tuple[int, ...] | None = None
     """Keys of each sample where they are more than its queries; the last query sees the last key.
@@ -66,7 +66,7 @@ class PackedSamples(PackedSeqParams):
 def pack_samples(
     seqlens: tuple[int, ...],
     cu_seqlens: Tensor,
-    active_rows: Tensor | None = None,
+    active_tokens: Tensor | None = None,
     token_weights: Tensor | None = None,
     cp_size: int = 1,
 ) -> PackedSamples:
@@ -91,7 +91,7 @@ def pack_samples(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         seqlens=seqlens,
-        active_rows=active_rows,
+        active_tokens=active_tokens,
         token_weights=token_weights,
     )
 

@@ -11,7 +11,7 @@ from sft_fast.kernels.masked_cross_entropy import VocabShard
 
 
 @dataclass(frozen=True)
-class ActiveRows:
+class ActiveTokens:
     """Which rows train, and which of them lie in this rank's part of the sequence."""
 
     rows: Tensor
@@ -23,19 +23,19 @@ class ActiveRows:
 
 
 def select_rows(
-    row_labels: Tensor, active_rows: Tensor | None, num_parts: int, part: int
-) -> ActiveRows:
+    row_labels: Tensor, active_tokens: Tensor | None, num_parts: int, part: int
+) -> ActiveTokens:
     """Splits the active rows among their owners: row i lies in part i // (n / num_parts)."""
-    if active_rows is None:
-        active_rows = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
-    rows = copy_to(active_rows, row_labels.device)
+    if active_tokens is None:
+        active_tokens = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
+    rows = copy_to(active_tokens, row_labels.device)
     if num_parts == 1:
-        return ActiveRows(rows, rows, [len(rows)])
+        return ActiveTokens(rows, rows, [len(rows)])
     part_size = len(row_labels) // num_parts
     edges = torch.arange(num_parts + 1) * part_size
-    bounds = torch.searchsorted(active_rows.cpu(), edges).tolist()
+    bounds = torch.searchsorted(active_tokens.cpu(), edges).tolist()
     counts = [bounds[i + 1] - bounds[i] for i in range(num_parts)]
-    return ActiveRows(rows, rows[bounds[part] : bounds[part + 1]] - part * part_size, counts)
+    return ActiveTokens(rows, rows[bounds[part] : bounds[part + 1]] - part * part_size, counts)
 
 
 def copy_to(rows: Tensor, device: torch.device) -> Tensor:
@@ -45,7 +45,7 @@ def copy_to(rows: Tensor, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True)
 
 
-def all_gather_rows(own: Tensor, rows: ActiveRows, shard: VocabShard) -> Tensor:
+def all_gather_rows(own: Tensor, rows: ActiveTokens, shard: VocabShard) -> Tensor:
     """[own count, h] of each rank -> [A, h] in row order; counts may differ and may be 0."""
     gathered = own.new_empty((sum(rows.counts), own.shape[1]))
     parts = list(gathered.split(rows.counts))
@@ -60,7 +60,7 @@ def all_gather_rows(own: Tensor, rows: ActiveRows, shard: VocabShard) -> Tensor:
 
 
 def start_reduction(
-    grad_rows: Tensor, rows: ActiveRows, shard: VocabShard
+    grad_rows: Tensor, rows: ActiveTokens, shard: VocabShard
 ) -> tuple[Tensor, dist.Work | None]:
     """Starts to sum [A, h] over the ranks; returns the own rows, valid once the work is done."""
     if shard.tp_size == 1:
