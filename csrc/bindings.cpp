@@ -55,11 +55,19 @@ py::array_t<T> to_numpy(sft_fast::Array<T> array) {
   return py::array_t<T>(static_cast<py::ssize_t>(array.size), data, owner);
 }
 
-using Planner = sft_fast::BinPlan (*)(std::span<const int32_t>, const sft_fast::PlanOptions&);
+const sft_fast::Strategy& find_strategy(const std::string& name) {
+  std::string names;
+  for (const sft_fast::Strategy& strategy : sft_fast::kStrategies) {
+    if (name == strategy.name) return strategy;
+    names += (names.empty() ? "" : ", ") + std::string(strategy.name);
+  }
+  throw std::invalid_argument("packing.strategy is '" + name + "'; expected one of " + names);
+}
 
-template <Planner plan_bins>
-py::tuple plan(const py::array& lengths, int64_t capacity, uint64_t seed, uint64_t epoch,
-               int64_t alignment, int64_t max_samples, int64_t pool_size) {
+py::tuple plan(const std::string& strategy, const py::array& lengths, int64_t capacity,
+               uint64_t seed, uint64_t epoch, int64_t alignment, int64_t max_samples,
+               int64_t pool_size) {
+  const auto plan_bins = find_strategy(strategy).plan;
   const std::span<const int32_t> view = input<int32_t>(lengths, "lengths");
   const sft_fast::PlanOptions options{capacity, alignment, max_samples, pool_size, seed, epoch};
   sft_fast::BinPlan plan = [&] {
@@ -70,11 +78,10 @@ py::tuple plan(const py::array& lengths, int64_t capacity, uint64_t seed, uint64
                         to_numpy(std::move(plan.order)));
 }
 
-template <Planner plan_bins>
-void def_planner(py::module_& module, const char* name, const char* doc) {
-  module.def(name, &plan<plan_bins>, py::arg("lengths"), py::arg("capacity"), py::arg("seed"),
-             py::arg("epoch"), py::kw_only(), py::arg("alignment") = 1, py::arg("max_samples") = 0,
-             py::arg("pool_size") = 1000, doc);
+py::tuple strategy_names() {
+  py::list names;
+  for (const sft_fast::Strategy& strategy : sft_fast::kStrategies) names.append(strategy.name);
+  return py::tuple(names);
 }
 
 template <sft_fast::Array<uint32_t> order(int64_t, uint64_t, uint64_t)>
@@ -206,28 +213,20 @@ py::tuple count_targets(const py::array& store_tokens, const py::array& supervis
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Packing on the CPU. Every function releases the GIL and raises ValueError.";
-  def_planner<sft_fast::plan_best_fit_decreasing>(module, "plan_best_fit_decreasing",
-                                                  R"(Best-fit decreasing over int32[N] lengths.
+  module.attr("STRATEGIES") = strategy_names();
+  module.def("plan", &plan, py::arg("strategy"), py::arg("lengths"), py::arg("capacity"),
+             py::arg("seed"), py::arg("epoch"), py::kw_only(), py::arg("alignment") = 1,
+             py::arg("max_samples") = 0, py::arg("pool_size") = 1000,
+             R"(Bins of int32[N] lengths by one of STRATEGIES.
 
 A length is 1 to capacity; it takes up a multiple of `alignment` tokens. max_samples is per bin, 0 =
-no limit. Returns (sample_ids uint32[N], bin_offsets int64[B + 1], order uint32[B]): the i-th bin to
-train on is sample_ids[bin_offsets[b]:bin_offsets[b + 1]] with b = order[i].)");
-  def_planner<sft_fast::plan_window>(module, "plan_window",
-                                     R"(Random order, bins filled from a pool.
-
-Arguments and results are those of plan_best_fit_decreasing; pool_size is the least number of samples
-to choose from.)");
-  def_planner<sft_fast::plan_sequential>(module, "plan_sequential", R"(Next-fit in the order given.
-
-Arguments and results are those of plan_best_fit_decreasing; nothing is random.)");
-  def_planner<sft_fast::plan_one_per_bin>(module, "plan_one_per_bin",
-                                          R"(One sample per bin, bins in random order.
-
-Arguments and results are those of plan_best_fit_decreasing.)");
+no limit; pool_size is the least number of samples that "window" chooses from. Returns (sample_ids
+uint32[N], bin_offsets int64[B + 1], order uint32[B]): the i-th bin to train on is
+sample_ids[bin_offsets[b]:bin_offsets[b + 1]] with b = order[i].)");
   def_order<sft_fast::bin_order>(module, "bin_order", "The order that a plan has for its bins.");
   def_order<sft_fast::sample_order>(module, "sample_order",
-                                    "The order that plan_window starts from.");
-  py::class_<StreamPacker>(module, "StreamPacker", "Packs a stream as plan_window does.")
+                                    "The order that \"window\" starts from.");
+  py::class_<StreamPacker>(module, "StreamPacker", "Packs a stream as \"window\" does.")
       .def(py::init<int64_t, uint64_t, int64_t, int64_t, int64_t, uint64_t>(), py::arg("capacity"),
            py::arg("seed"), py::kw_only(), py::arg("alignment") = 1, py::arg("max_samples") = 0,
            py::arg("pool_size") = 1000, py::arg("num_draws") = 0,

@@ -5,37 +5,10 @@ from numpy.typing import NDArray
 
 Plan = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]
 
-def plan_best_fit_decreasing(
-    lengths: NDArray[np.int32],
-    capacity: int,
-    seed: int,
-    epoch: int,
-    *,
-    alignment: int = 1,
-    max_samples: int = 0,
-    pool_size: int = 1000,
-) -> Plan: ...
-def plan_window(
-    lengths: NDArray[np.int32],
-    capacity: int,
-    seed: int,
-    epoch: int,
-    *,
-    alignment: int = 1,
-    max_samples: int = 0,
-    pool_size: int = 1000,
-) -> Plan: ...
-def plan_sequential(
-    lengths: NDArray[np.int32],
-    capacity: int,
-    seed: int,
-    epoch: int,
-    *,
-    alignment: int = 1,
-    max_samples: int = 0,
-    pool_size: int = 1000,
-) -> Plan: ...
-def plan_one_per_bin(
+STRATEGIES: tuple[str, ...]
+
+def plan(
+    strategy: str,
     lengths: NDArray[np.int32],
     capacity: int,
     seed: int,

@@ -4,6 +4,7 @@ From the ground up, in the order in which data flows. What has no line of its ow
 folder's; a line imports only what stands above it, and tests/test_imports.py holds that.
 
     exit_codes.py constants.py redact.py errors.py files.py  codes, secrets, messages, JSON
+    packing/choices.py  what a key of the YAML may say, beside the code that does it
     loss_registry.py metric_registry.py  losses and metrics of your own
     recipes/     configurations to start from
     config/      the YAML: sections, checks, where each value comes from, Primus files

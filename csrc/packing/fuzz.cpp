@@ -138,10 +138,9 @@ void fuzz_plans(Dice& dice) {
     lengths[place] = static_cast<int32_t>(dice.hostile());
   }
   const bool should_work = is_valid(options, lengths);
-  for (const auto planner :
-       {plan_best_fit_decreasing, plan_window, plan_sequential, plan_one_per_bin}) {
+  for (const Strategy& strategy : kStrategies) {
     try {
-      BinPlan plan = planner(lengths, options);
+      BinPlan plan = strategy.plan(lengths, options);
       require(should_work, "bad input is refused");
       check_plan(plan, lengths, options);
     } catch (const std::invalid_argument&) {

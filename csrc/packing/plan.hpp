@@ -71,6 +71,19 @@ BinPlan plan_sequential(std::span<const int32_t> lengths, const PlanOptions& opt
 // No packing: bin i holds sample i; only the order of bins is random in (seed, epoch).
 BinPlan plan_one_per_bin(std::span<const int32_t> lengths, const PlanOptions& options);
 
+struct Strategy {
+  const char* name;  // value of packing.strategy
+  BinPlan (*plan)(std::span<const int32_t> lengths, const PlanOptions& options);
+};
+
+// Every strategy: bindings, fuzzing and tests go through this list.
+inline constexpr Strategy kStrategies[] = {
+    {"bfd", plan_best_fit_decreasing},
+    {"window", plan_window},
+    {"sequential", plan_sequential},
+    {"none", plan_one_per_bin},
+};
+
 // 0, 1, ..., count - 1 in an order that is random in (seed, epoch): of bins as in BinPlan::order,
 // and of samples as plan_window takes them.
 Array<uint32_t> bin_order(int64_t count, uint64_t seed, uint64_t epoch);

@@ -17,6 +17,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sft_fast.packing.choices import STRATEGY_HELP, Strategy
+
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Positive = Annotated[int, Field(ge=1)]
@@ -222,11 +224,7 @@ class DataConfig(Section):
 class PackingConfig(Section):
     """How samples share a row of tokens."""
 
-    strategy: Literal["auto", "bfd", "window", "sequential", "none"] = "auto"
-    """bfd = best-fit decreasing: fewest rows, but short samples share rows with short ones; window
-    = random order, each row filled exactly from the samples next in line; sequential = in the order
-    of the data; none = one sample per row; auto = window, unless it needs over 0.2 % more rows than
-    bfd."""
+    strategy: Annotated[Strategy, Field(description=STRATEGY_HELP)] = "auto"
     capacity: Annotated[int, Field(ge=2, le=2**24)] = 2048
     """Length of a row, in tokens."""
     alignment: Positive = 1

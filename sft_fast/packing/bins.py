@@ -1,44 +1,17 @@
 """Which samples share a packed row: the planners, their limits and the plan of an epoch."""
 
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
 from sft_fast.constants import ceil_div
+from sft_fast.packing.choices import Strategy
 
 Bin = NDArray[np.int64]
 """The ids of the samples that share one packed row; empty for a row of padding."""
-
-
-class Planner(Protocol):
-    """Returns (sample_ids, bin_offsets, order) of a `BinPlan`."""
-
-    def __call__(
-        self,
-        lengths: NDArray[np.int32],
-        capacity: int,
-        seed: int,
-        epoch: int,
-        *,
-        alignment: int,
-        max_samples: int,
-        pool_size: int,
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]: ...
-
-
-PLANNERS: dict[str, Planner] = {
-    "bfd": _C.plan_best_fit_decreasing,
-    "window": _C.plan_window,
-    "sequential": _C.plan_sequential,
-    "none": _C.plan_one_per_bin,
-}
-"""Strategy name -> planner."""
-
-
-STRATEGIES = ("auto", *PLANNERS)
 
 
 MAX_CAPACITY = 2**24
@@ -129,19 +102,15 @@ def plan_bins(
     Args:
         lengths: integer [N], tokens per sample, each in [1, capacity].
         capacity: tokens per bin, a multiple of the alignment.
-        strategy: one of `STRATEGIES`. "bfd": best-fit decreasing; fewest bins, but short samples
-            share bins with short ones. "window": random order, each bin filled exactly from those
-            next in line; bins are random samples of the data. "sequential": next-fit in the
-            order given, the same in every epoch. "none": one sample per bin. "auto": whatever
-            `choose_strategy` says.
+        strategy: see `choices.STRATEGY_HELP`; "auto": whatever `choose_strategy` says.
         seed: in [0, 2**64).
         epoch: counted from 0.
 
     Raises:
         ValueError: a sample that is empty or longer than a bin, or an argument out of range.
     """
-    if strategy not in STRATEGIES:
-        expected = ", ".join(STRATEGIES)
+    if strategy not in get_args(Strategy):
+        expected = ", ".join(get_args(Strategy))
         raise ValueError(f"packing.strategy is {strategy!r}; expected one of {expected}")
     if not (0 <= seed < 2**64 and 0 <= epoch < 2**64):
         raise ValueError(f"seed is {seed}, epoch is {epoch}; expected both in [0, 2**64)")
@@ -149,7 +118,8 @@ def plan_bins(
         raise ValueError(f"packing.capacity is {capacity}; expected 1 to {MAX_CAPACITY} tokens")
     if strategy == "auto":
         strategy, _ = choose_strategy(lengths, capacity, options)
-    planned = PLANNERS[strategy](
+    planned = _C.plan(
+        strategy,
         as_int32(lengths),
         capacity,
         seed,

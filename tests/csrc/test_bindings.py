@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,11 @@ import pytest
 
 from sft_fast import _C
 
-PLANNERS = [
-    _C.plan_best_fit_decreasing,
-    _C.plan_window,
-    _C.plan_sequential,
-    _C.plan_one_per_bin,
-]
 MAX_CAPACITY = 2**24
 
-all_planners = pytest.mark.parametrize("planner", PLANNERS, ids=lambda planner: planner.__name__)
+all_planners = pytest.mark.parametrize(
+    "planner", [partial(_C.plan, name) for name in _C.STRATEGIES], ids=_C.STRATEGIES
+)
 
 
 def int32(*values: int) -> np.ndarray:
@@ -122,7 +119,7 @@ def test_planners_with_one_sample_that_fills_its_bin(
 def test_more_tokens_than_int32() -> None:
     # 300 bins of 2^24 tokens are 5e9 tokens.
     lengths = np.tile(int32(MAX_CAPACITY - 1, 1), 300)
-    sample_ids, bin_offsets, _ = _C.plan_best_fit_decreasing(lengths, MAX_CAPACITY, 0, 0)
+    sample_ids, bin_offsets, _ = _C.plan("bfd", lengths, MAX_CAPACITY, 0, 0)
     assert bin_offsets.tolist() == list(range(0, 601, 2))
     assert sorted(sample_ids.tolist()) == list(range(600))
 
@@ -138,7 +135,7 @@ def test_results_outlive_the_call_and_are_writeable(planner: Callable[..., Any])
 def test_seed_and_epoch_use_all_64_bits() -> None:
     lengths = np.ones(50, np.int32)
     arguments = [(0, 0), (2**63, 0), (2**64 - 1, 0), (0, 2**63), (0, 2**64 - 1), (1, 0), (0, 1)]
-    orders = [_C.plan_one_per_bin(lengths, 1, *pair)[2].tolist() for pair in arguments]
+    orders = [_C.plan("none", lengths, 1, *pair)[2].tolist() for pair in arguments]
     assert len({tuple(order) for order in orders}) == len(arguments)
 
 
@@ -160,7 +157,7 @@ def runs_beside_the_planner(lengths: np.ndarray) -> bool:
 
     def plan() -> None:
         started.set()
-        _C.plan_best_fit_decreasing(lengths, 100, 0, 0)
+        _C.plan("bfd", lengths, 100, 0, 0)
         finished.set()
 
     thread = threading.Thread(target=plan)

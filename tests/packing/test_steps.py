@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,13 +19,19 @@ from hypothesis import strategies as st
 from sft_fast import _C
 from sft_fast.megatron.checkpoint.fingerprint import changed_fields, run_fields
 from sft_fast.packing.balance import DEFAULT_COST_MODEL
-from sft_fast.packing.bins import PLANNERS, BinPlan, PackingOptions, choose_strategy, plan_bins
+from sft_fast.packing.bins import BinPlan, PackingOptions, choose_strategy, plan_bins
 from sft_fast.packing.report import packing_report, plot_plan
 from sft_fast.packing.steps import StepPlan
+from sft_fast.packing.choices import STRATEGY_HELP, Strategy
 from sft_fast.reference.packing import Window, best_fit_decreasing, next_fit, random_order, shuffle
 
-all_strategies = pytest.mark.parametrize("strategy", sorted(PLANNERS))
-random_strategies = pytest.mark.parametrize("strategy", sorted(PLANNERS.keys() - {"sequential"}))
+all_strategies = pytest.mark.parametrize("strategy", sorted(_C.STRATEGIES))
+random_strategies = pytest.mark.parametrize("strategy", sorted({*_C.STRATEGIES} - {"sequential"}))
+
+
+def test_strategies_are_listed_and_explained() -> None:
+    assert get_args(Strategy) == ("auto", *_C.STRATEGIES)
+    assert all(f"{name} = " in STRATEGY_HELP.replace("\n", " ") for name in get_args(Strategy))
 
 
 def bins_of(plan: BinPlan) -> list[list[int]]:
@@ -86,7 +92,7 @@ def test_all_instances_of_up_to_8_samples(capacity: int) -> None:
         for lengths in every:
             best = fewest_bins(lengths, capacity)
             given = np.array(lengths, np.int32)
-            bins = {name: bins_of(plan_bins(given, capacity, name)) for name in PLANNERS}
+            bins = {name: bins_of(plan_bins(given, capacity, name)) for name in _C.STRATEGIES}
             for one in bins.values():
                 check_bins(one, list(lengths), capacity)
             assert best <= len(bins["bfd"]) <= 3 * best // 2
