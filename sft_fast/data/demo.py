@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.data.templates import CHATML_TEMPLATE
@@ -102,23 +101,6 @@ def demo_files() -> dict[str, bytes]:
     rows = [_messages_row([turn]) for turn in questions[:HELD_OUT_QUESTIONS]]
     files["eval.jsonl"] = _json_lines(rows)
     return files
-
-
-def write_demo_data(folder: str | Path) -> list[Path]:
-    """Writes the demo data as files, for a look or as a start of one's own.
-
-    Args:
-        folder: created if needed; as a data source it has the splits train and eval.
-
-    Returns: the paths.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, content in demo_files().items():
-        paths.append(folder / name)
-        paths[-1].write_bytes(content)
-    return paths
 
 
 def demo_tokenizer() -> PreTrainedTokenizerBase:

@@ -92,7 +92,8 @@ class ConversationReader:
         except ValueError as error:
             differs = self._difference(row)
             raise ValueError(f"{row.origin}: {error}{differs}") from error
-        except Exception as error:
+        # A format of the user's own may raise anything; where it happened goes along.
+        except BaseException as error:
             known = self.files.get(row.file)
             error.add_note(f"while reading {row.origin} as {known.name if known else None!r}")
             raise

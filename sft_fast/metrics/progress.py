@@ -1,4 +1,4 @@
-"""A few lines on a terminal that are drawn anew, with a bar; other output goes above them."""
+"""Live progress lines on a terminal, with a bar; other output goes above them."""
 
 from __future__ import annotations
 

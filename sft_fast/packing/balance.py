@@ -80,8 +80,8 @@ def balance(costs: NDArray[np.int64], dp_size: int, micro_batch_size: int) -> ND
 
     Ranks wait for each other at every micro-batch (FSDP, pipeline flushes) or at the end of the
     step, so both are balanced: a micro-step takes neighbours in cost, and inside it the rank that
-    has done least so far gets the most. The dearest micro-step is the first, so that memory peaks
-    at once.
+    has done least so far gets the most. The most expensive micro-step is the first, so that
+    memory peaks at once.
 
     Args:
         costs: int64 [num_bins]; num_bins is a multiple of dp_size * micro_batch_size.
@@ -112,8 +112,8 @@ def split_evenly(
         bins: int64 [num_shares * n], descending in cost.
 
     Returns:
-        int64 [num_shares, n]. The dearest `num_shares` bins go to one share each, then the next
-        ones, dearest to the share with least so far.
+        int64 [num_shares, n]. The `num_shares` most expensive bins go to one share each,
+        then the next ones, the most expensive to the share with least so far.
     """
     rounds = bins.reshape(-1, num_shares)
     shares = np.empty_like(rounds)
@@ -133,7 +133,7 @@ def round_robin(num_bins: int, dp_size: int, micro_batch_size: int) -> NDArray[n
 def imbalance(costs: NDArray[np.int64], assigned: NDArray[np.int64]) -> float:
     """Returns how much longer a step takes than with equal ranks, at least 1.
 
-    The dearest rank's cost over the mean cost, both summed over micro-steps.
+    The most expensive rank's cost over the mean cost, both summed over micro-steps.
     """
     per_rank = costs[assigned].sum(axis=2)
     total = int(per_rank.sum())

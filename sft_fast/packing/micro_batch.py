@@ -92,11 +92,6 @@ class MicroBatch:
     layout: RowLayout = PLAIN_LAYOUT
     sample_ids: NDArray[np.int64] | None = None
 
-    @property
-    def loss_mask(self) -> Tensor:
-        """float32 [1, T]; 1 on rows with a label, else 0."""
-        return (self.labels != IGNORE_INDEX).float()
-
     def to(self, device: torch.device | str, *, copy: bool = False) -> "MicroBatch":
         """Returns the micro-batch on `device`; from pinned memory the host does not wait.
 

@@ -1,4 +1,4 @@
-"""Libraries that would report what is done with them are told not to. Nothing here imports them."""
+"""Turns third-party telemetry off, by environment variables; imports none of the libraries."""
 
 import os
 

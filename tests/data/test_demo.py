@@ -7,7 +7,7 @@ import pytest
 
 from sft_fast.data import demo
 from sft_fast.data.build import BuildOptions, build_store
-from sft_fast.data.demo import TASKS, demo_tokenizer, write_demo_data
+from sft_fast.data.demo import TASKS, demo_tokenizer
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.json_rows import Row
 from sft_fast.data.source import Source, load_rows
@@ -57,10 +57,10 @@ def test_data_is_the_same_every_time(tmp_path: Path) -> None:
     assert load_rows("demo", "eval").digest == "76dc2e8520731b5c8faff7ac46fd2e1e"
 
 
-def test_written_files_are_a_source_with_two_splits(tmp_path: Path) -> None:
-    paths = write_demo_data(tmp_path / "demo")
-    assert all(path.is_file() for path in paths)
-    folder = str(tmp_path / "demo")
+def test_files_are_a_source_with_two_splits(tmp_path: Path) -> None:
+    for name, content in demo.demo_files().items():
+        (tmp_path / name).write_bytes(content)
+    folder = str(tmp_path)
     assert load_rows(folder, evaluation=True).digest == load_rows("demo", evaluation=True).digest
     train = {json.dumps(row.values) for row in load_rows(folder)}
     assert train == {json.dumps(row.values) for row in load_rows("demo")}

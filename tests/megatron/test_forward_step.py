@@ -78,7 +78,7 @@ def outcomes_of_forward_step() -> dict[str, Any]:
     outcomes["shape"] = tuple(losses.shape)
     outcomes["masked"] = float(losses[batch.labels == -100].abs().max())
     outcomes["sum"] = (float(loss_sum), float(losses.sum()), loss_sum.requires_grad)
-    outcomes["tokens_counted"] = (int(num_tokens), int(batch.loss_mask.sum()))
+    outcomes["tokens_counted"] = (int(num_tokens), int((batch.labels != -100).sum()))
     outcomes["report"] = report["lm loss"].tolist()
     empty = fill_micro_batch(store, [], 8)
     loss_sum, num_tokens, _ = (lambda out: out[1](out[0]))(

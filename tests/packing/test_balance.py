@@ -32,7 +32,7 @@ def test_every_bin_once_and_never_worse_than_neighbours_can_be(
     num_microbatches = len(costs) // (dp_size * micro_batch_size)
     assert assigned.shape == (num_microbatches, dp_size, micro_batch_size)
     assert sorted(assigned.flatten()) == list(range(len(costs)))
-    # Micro-steps take neighbours in cost, dearest first.
+    # Micro-steps take neighbours in cost, most expensive first.
     flat = costs[assigned].reshape(num_microbatches, -1)
     assert all(earlier.min() >= later.max() for earlier, later in itertools.pairwise(flat))
     # Inside one, shares differ by at most the spread of its bins: each round of one bin per share
@@ -53,7 +53,7 @@ def test_by_hand() -> None:
 
 def test_imbalance_by_hand() -> None:
     costs = np.array([6, 2, 1, 3])
-    # The dearest of each micro-step: 6 and 3; on average 4 and 2.
+    # The most expensive of each micro-step: 6 and 3; on average 4 and 2.
     assert imbalance(costs, round_robin(4, 2, 1)) == pytest.approx(9 / 6)
     assert imbalance(costs, round_robin(4, 1, 1)) == 1
     assert imbalance(np.zeros(4, np.int64), round_robin(4, 2, 1)) == 1
@@ -87,12 +87,12 @@ def test_long_tailed_data_is_balanced(capacity: int, limit: float, strategy: str
     full = range(plan.num_steps_per_epoch - 1)
     costs = [plan.step(step).costs() for step in full]
 
-    def dearest_over_mean(assign: Callable[[np.ndarray], np.ndarray]) -> float:
+    def costliest_over_mean(assign: Callable[[np.ndarray], np.ndarray]) -> float:
         shares = np.concatenate([cost[assign(cost)].sum(axis=2) for cost in costs])
         return float(np.mean(shares.max(axis=1) / shares.mean(axis=1)))
 
-    balanced = dearest_over_mean(lambda cost: balance(cost, 8, 1))
-    assert balanced <= limit < dearest_over_mean(lambda cost: round_robin(64, 8, 1))
+    balanced = costliest_over_mean(lambda cost: balance(cost, 8, 1))
+    assert balanced <= limit < costliest_over_mean(lambda cost: round_robin(64, 8, 1))
 
 
 def test_costs_by_hand() -> None:

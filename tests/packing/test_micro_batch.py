@@ -227,12 +227,6 @@ def test_a_row_without_samples(num_rows: int) -> None:
     batch.check(VOCAB_SIZE)
 
 
-def test_loss_mask_marks_the_labels() -> None:
-    batch = fill_micro_batch(chat_store(), [0, 2], 6)
-    assert batch.loss_mask.dtype == torch.float32
-    assert batch.loss_mask.tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
-
-
 def test_reads_memory_maps(tmp_path: Path) -> None:
     store = weighted(chat_store())
     mapped = {}
