@@ -23,7 +23,7 @@ from sft_fast.constants import IGNORE_INDEX
 from sft_fast.data.build import BuildOptions, build_store, prepare_store
 from sft_fast.data.formats import read_conversations
 from sft_fast.data.render import ChatRenderer
-from sft_fast.data.source import Rows, Source, load_rows
+from sft_fast.data.source import Records, Source, load_records
 from sft_fast.data.store import TokenStore, open_store
 
 OPTIONS = BuildOptions(capacity=1 << 20)
@@ -106,7 +106,7 @@ def fresh_paths(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / str(number) for number in range(1_000_000))
 
 
-def texts_of(rows: Rows, tokenizer: Any) -> list[str]:
+def texts_of(rows: Records, tokenizer: Any) -> list[str]:
     renderer = ChatRenderer(tokenizer)
     return [renderer.render(chat).text for _, chat in read_conversations(rows)]
 
@@ -158,7 +158,7 @@ def _saved(tokenizer: Any, folder: Path) -> Path:
 def test_bench_build_store(
     benchmark: Any, source: Path, tokenizer: Any, fresh_paths: Iterator[Path]
 ) -> None:
-    rows = load_rows(str(source))
+    rows = load_records(str(source))
     texts = texts_of(rows, tokenizer)
     check(build_store(Source(rows), tokenizer, OPTIONS, next(fresh_paths)), texts, tokenizer)
     start = time.perf_counter()
@@ -183,7 +183,7 @@ def test_bench_build_store_beside_trl(
 ) -> None:
     """Both in turns, the fastest round of each; our time includes reading the file."""
     prepare = prepare_with_trl(source, tokenizer, next(fresh_paths))
-    rows = load_rows(str(source))
+    rows = load_records(str(source))
 
     def ours() -> TokenStore:
         return build_store(Source(rows), tokenizer, OPTIONS, next(fresh_paths), processes=1)
@@ -226,7 +226,7 @@ def test_bench_cost_of_a_turn(
 ) -> None:
     """The same number of turns in longer and longer conversations: the cost should stay."""
     path = write_chats(tmp_path / "rows.jsonl", 6400 // turns, turns)
-    rows = load_rows(str(path))
+    rows = load_records(str(path))
     texts = texts_of(rows, tokenizer)
     check(build_store(Source(rows), tokenizer, OPTIONS, next(fresh_paths)), texts, tokenizer)
     benchmark.pedantic(
@@ -237,7 +237,7 @@ def test_bench_cost_of_a_turn(
 
 
 def test_bench_read_rows(benchmark: Any, source: Path) -> None:
-    rows = load_rows(str(source))
+    rows = load_records(str(source))
     expected = [json.loads(line) for line in source.read_text().splitlines()]
     assert [row.values for row in rows] == expected
     benchmark.pedantic(lambda: sum(1 for _ in rows), rounds=3, warmup_rounds=1)
@@ -246,16 +246,16 @@ def test_bench_read_rows(benchmark: Any, source: Path) -> None:
 
 
 def test_bench_open_store(benchmark: Any, source: Path, tokenizer: Any, tmp_path: Path) -> None:
-    built = build_store(Source(load_rows(str(source))), tokenizer, OPTIONS, tmp_path / "store")
+    built = build_store(Source(load_records(str(source))), tokenizer, OPTIONS, tmp_path / "store")
     store = benchmark(lambda: open_store(built.path))
     assert store.fingerprint == built.fingerprint
 
 
 def test_bench_reuse_store(benchmark: Any, source: Path, tokenizer: Any, tmp_path: Path) -> None:
-    built = prepare_store(Source(load_rows(str(source))), tokenizer, OPTIONS, tmp_path)
+    built = prepare_store(Source(load_records(str(source))), tokenizer, OPTIONS, tmp_path)
 
     def reopen() -> TokenStore:
-        rows = load_rows(str(source))
+        rows = load_records(str(source))
         return prepare_store(Source(rows), tokenizer, OPTIONS, tmp_path)
 
     store = benchmark.pedantic(reopen, rounds=3, warmup_rounds=1)

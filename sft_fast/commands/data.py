@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
 
 def run_convert(parsed: argparse.Namespace) -> None:
     from sft_fast.data.convert import convert
-    from sft_fast.data.source import Source, load_rows
+    from sft_fast.data.source import Source, load_records
 
     fields = {}
     for text in parsed.field:
@@ -47,7 +47,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         if not name or not equals or not column:
             raise ValueError(f"--field {text}: expected FIELD=COLUMN, as in instruction=question")
         fields[name] = column
-    rows = load_rows(parsed.source, parsed.split, streaming=parsed.streaming)
+    rows = load_records(parsed.source, parsed.split, streaming=parsed.streaming)
     written, rejected = convert(
         Source(rows, parsed.format, fields), parsed.output, parsed.skip_bad_rows
     )

@@ -129,9 +129,9 @@ def data_note(source: str) -> str:
     """A comment with the columns of a local JSON Lines file."""
     if not source.endswith((".jsonl", ".json")) or not os.path.isfile(source):
         return ""
-    from sft_fast.data.source import load_rows
+    from sft_fast.data.source import load_records
 
-    row = next(iter(load_rows(source)))
+    row = next(iter(load_records(source)))
     return f"   # columns: {', '.join(row.values)}"
 
 

@@ -1,5 +1,5 @@
-"""From a source of rows to a memory-mapped token store.
+"""From a source of records to a memory-mapped token store.
 
-source.py finds the rows, formats.py makes conversations of them, render.py makes tokens and the
+source.py finds the records, formats.py makes conversations of them, render.py makes tokens and the
 mask of the supervised ones, build.py writes them, store.py reads them.
 """

@@ -21,7 +21,7 @@ from sft_fast.data.format_registry import (
     format_names,
     load_format,
 )
-from sft_fast.data.json_rows import BadRow, Row
+from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.sample_maker import (
     Batch,
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CODE_VERSION = 4
-"""Raised whenever the same rows and options give other tokens or another mask than before."""
-BATCH_ROWS = 512
-SHOWN_ROWS = 5
+"""Raised whenever the same records and options give other tokens or another mask than before."""
+BATCH_RECORDS = 512
+SHOWN_RECORDS = 5
 PROGRESS_SECONDS = 1.0
-OnBadRow = Literal["error", "skip"]
+OnBadRecord = Literal["error", "skip"]
 Progress = Callable[[str], None]
-# Reasons in the list of rejected rows that are no rejections, or follow from a chosen policy.
+# Reasons in the list of rejected records that are no rejections, or follow from a chosen policy.
 _NOTES = ("truncated", "split")
 _WANTED = ("too long",)
 _TRUNCATED = "nothing to learn"
@@ -60,9 +60,9 @@ class BuildOptions:
         over_length: what happens to longer samples: "error" stops with their list, "drop" leaves
             them out, "truncate_right" and "truncate_left" cut their end or start off,
             "split_turns" makes several conversations of one.
-        on_bad_row: "error" stops with the list of the rows that cannot be used, "skip" leaves them
-            out. What is left out is counted and listed either way.
-        max_rejected: largest share of rows, 0 to 1, that may be left out because they cannot be
+        on_bad_row: "error" stops with the list of the records that cannot be used, "skip" leaves
+            them out. What is left out is counted and listed either way.
+        max_rejected: largest share of records, 0 to 1, that may be left out because they cannot be
             used, or have nothing to learn once they are truncated.
         mask: what is supervised.
         row_functions: registered functions that each conversation goes through, in order.
@@ -70,13 +70,13 @@ class BuildOptions:
 
     capacity: int
     over_length: OverLength = "error"
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRecord = "error"
     max_rejected: float = 0.01
     mask: MaskOptions = field(default_factory=MaskOptions)
     row_functions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("over_length", OverLength), ("on_bad_row", OnBadRow)):
+        for name, kind in (("over_length", OverLength), ("on_bad_row", OnBadRecord)):
             found, allowed = getattr(self, name), get_args(kind)
             if found not in allowed:
                 raise ValueError(f"{name} is {found!r}; expected one of {', '.join(allowed)}")
@@ -92,14 +92,14 @@ def store_fingerprint(
     """xxh3_128 of everything that a store's content depends on, and the parts it is made of.
 
     Where the source and the tokenizer are kept does not count, only what they contain. Neither do
-    the capacity, where no sample is changed for it, nor what is done about bad rows: a store is
+    the capacity, where no sample is changed for it, nor what is done about bad records: a store is
     checked against these whenever it is opened.
     """
     is_auto = source.format_name == "auto"
     formats = format_names() if is_auto else (load_format(source.format_name).name,)
     parts: dict[str, Any] = {
         "code": CODE_VERSION,
-        "source": source.rows.digest,
+        "source": source.records.digest,
         "format": "auto" if is_auto else formats[0],
         "fields": dict(source.fields),
         "own_code": code_digest(formats, options.row_functions),
@@ -148,10 +148,10 @@ def build_store(
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> TokenStore:
-    """Reads, formats, renders and tokenises every row, and writes the store in one step.
+    """Reads, formats, renders and tokenises every record, and writes the store in one step.
 
     Args:
-        source: the rows and how to read them; weight and repeat play no part here.
+        source: the records and how to read them; weight and repeat play no part here.
         tokenizer: from `load_tokenizer`.
         options: see `BuildOptions`.
         path: directory of the store; must not exist.
@@ -160,7 +160,7 @@ def build_store(
         progress: called with a line of text about once a second.
 
     Raises:
-        ValueError: rows that cannot be used or are too long, where the options say "error"; more
+        ValueError: records that cannot be used or are too long, where the options say "error"; more
             of them than `max_rejected`; or none is left. The message names file:line.
     """
     fingerprint, parts = store_fingerprint(source, tokenizer, options)
@@ -172,7 +172,7 @@ def build_store(
 
 
 class _Builder:
-    """One pass over the rows. Bad rows are collected, so that one error can list them all."""
+    """One pass over the records. Bad records are collected, so that one error can list them all."""
 
     def __init__(
         self,
@@ -195,8 +195,8 @@ class _Builder:
             options.over_length,
         )
         self._maker = SampleMaker(tokenizer, self._maker_options)
-        self._report = DataReport(source=source.rows.name, template=self._maker.template_source)
-        self._bad_rows: list[tuple[str, str]] = []
+        self._report = DataReport(source=source.records.name, template=self._maker.template_source)
+        self._bad_records: list[tuple[str, str]] = []
         self._unread: deque[list[tuple[int, Outcome]]] = deque()
 
     def run(self, processes: int | None) -> DataReport:
@@ -220,27 +220,29 @@ class _Builder:
             columns[file] = f"{known.name} (columns {', '.join(known.types)})"
         self._report.formats = columns
         try:
-            _check_report(self._report, self._options, self._bad_rows, self._writer.rejected_path)
+            _check_report(
+                self._report, self._options, self._bad_records, self._writer.rejected_path
+            )
         except ValueError:
-            if len(self._bad_rows) > SHOWN_ROWS:
+            if len(self._bad_records) > SHOWN_RECORDS:
                 self._writer.keep_rejected()
             raise
         return self._report
 
     def _batches(self) -> Iterator[Batch]:
-        batch: list[Row] = []
-        # Rows without a batch to go to come back in their place, whoever makes the others.
+        batch: list[SourceRecord] = []
+        # Records without a batch to go to come back in their place, whoever makes the others.
         unread: list[tuple[int, Outcome]] = []
-        for row in self._source.rows.scan():
+        for record in self._source.records.scan():
             self._report.rows += 1
-            rejected = self._unusable(row)
+            rejected = self._unusable(record)
             if rejected is not None:
                 place = len(batch) + len(unread)
-                unread.append((place, Outcome(row.file, row.line, rejected=rejected)))
+                unread.append((place, Outcome(record.file, record.line, rejected=rejected)))
                 continue
-            assert isinstance(row, Row), "the others are unusable"
-            batch.append(row)
-            if len(batch) == BATCH_ROWS:
+            assert isinstance(record, SourceRecord), "the others are unusable"
+            batch.append(record)
+            if len(batch) == BATCH_RECORDS:
                 self._unread.append(unread)
                 yield self._batch(batch)
                 batch, unread = [], []
@@ -250,22 +252,22 @@ class _Builder:
             unread = []
         self._unread.append(unread)
 
-    def _unusable(self, row: Row | BadRow) -> tuple[str, str] | None:
-        """Reason and message for a row that cannot be read, or whose format nobody knows."""
-        if isinstance(row, BadRow):
-            return row.reason, row.message
+    def _unusable(self, record: SourceRecord | BadRecord) -> tuple[str, str] | None:
+        """Reason and message for a record that cannot be read, or whose format nobody knows."""
+        if isinstance(record, BadRecord):
+            return record.reason, record.message
         try:
-            self._maker.look(row)
+            self._maker.look(record)
         except ValueError as error:
-            return "not in the format", f"{row.origin}: {error}"
+            return "not in the format", f"{record.origin}: {error}"
         return None
 
-    def _batch(self, rows: list[Row]) -> Batch:
-        files = {row.file: self._maker.files[row.file] for row in rows}
-        # Once the build cannot succeed, the other rows are only read, to list the bad ones.
-        is_lost = any(reason != _TRUNCATED for reason, _ in self._bad_rows[:1])
+    def _batch(self, records: list[SourceRecord]) -> Batch:
+        files = {record.file: self._maker.files[record.file] for record in records}
+        # Once the build cannot succeed, the other records are only read, to list the bad ones.
+        is_lost = any(reason != _TRUNCATED for reason, _ in self._bad_records[:1])
         needs_samples = not is_lost or self._options.on_bad_row == "skip"
-        return rows, files, needs_samples
+        return records, files, needs_samples
 
     def _add(self, outcome: Outcome) -> None:
         report = self._report
@@ -290,28 +292,30 @@ class _Builder:
 
     def _reject(self, file: str, line: int, reason: str, message: str) -> None:
         if reason not in _WANTED:
-            self._bad_rows.append((reason, message))
+            self._bad_records.append((reason, message))
         self._report.rejected[reason] = self._report.rejected.get(reason, 0) + 1
         self._writer.reject(file, line, reason, message)
 
     @cached_property
-    def _num_rows(self) -> int | None:
-        return self._source.rows.count()
+    def _num_records(self) -> int | None:
+        return self._source.records.count()
 
     def _tell(self) -> None:
         now = time.monotonic()
         if self._progress is not None and now - self._told >= PROGRESS_SECONDS:
             self._told = now
-            rows, tokens = self._report.rows, self._report.tokens
-            total = "" if self._num_rows is None else f" of about {self._num_rows}"
-            self._progress(f"{self._source.rows.name}: {rows}{total} rows, {tokens} tokens")
+            records, tokens = self._report.rows, self._report.tokens
+            total = "" if self._num_records is None else f" of about {self._num_records}"
+            self._progress(
+                f"{self._source.records.name}: {records}{total} records, {tokens} tokens"
+            )
 
 
 def check_store(store: TokenStore, options: BuildOptions) -> None:
     """Checks a store against the options that its fingerprint leaves out.
 
     Raises:
-        ValueError: rows that cannot be used or are too long, as `build_store`.
+        ValueError: records that cannot be used or are too long, as `build_store`.
     """
     report = store.report
     lines = store.rejected_path.read_text(encoding="utf-8").splitlines()
@@ -322,7 +326,7 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
     _check_report(report, options, bad, store.rejected_path)
     if options.over_length == "error" and report.longest > options.capacity:
         too_long = np.flatnonzero(store.lengths > options.capacity)
-        shown = [f"{store.origin(i)}: {store.lengths[i]} tokens" for i in too_long[:SHOWN_ROWS]]
+        shown = [f"{store.origin(i)}: {store.lengths[i]} tokens" for i in too_long[:SHOWN_RECORDS]]
         raise ValueError(
             f"{len(too_long)} of {report.samples} samples of {report.source} are longer than "
             f"packing.capacity = {options.capacity} tokens, the longest has {report.longest}. Set "
@@ -332,33 +336,33 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
 
 
 def _check_report(
-    report: DataReport, options: BuildOptions, bad_rows: list[tuple[str, str]], listed_in: Path
+    report: DataReport, options: BuildOptions, bad_records: list[tuple[str, str]], listed_in: Path
 ) -> None:
-    """Checks what was left out, (reason, message) of each row; `listed_in` lists them all."""
-    unusable = [message for reason, message in bad_rows if reason != _TRUNCATED]
+    """Checks what was left out, (reason, message) of each record; `listed_in` lists them all."""
+    unusable = [message for reason, message in bad_records if reason != _TRUNCATED]
     if unusable and options.on_bad_row == "error":
         raise ValueError(
-            f"{len(unusable)} of {report.rows} rows of {report.source} cannot be used; mend or "
+            f"{len(unusable)} of {report.rows} records of {report.source} cannot be used; mend or "
             f"remove them:\n{_first(unusable, len(unusable), listed_in)}"
         )
     reasons = ", ".join(f"{count} {why}" for why, count in report.rejected.items())
     if not report.samples:
-        raise ValueError(f"no sample of {report.source} can be used: {reasons or 'no rows'}")
-    if len(bad_rows) > options.max_rejected * report.rows:
-        messages = [message for _, message in bad_rows]
+        raise ValueError(f"no sample of {report.source} can be used: {reasons or 'no records'}")
+    if len(bad_records) > options.max_rejected * report.rows:
+        messages = [message for _, message in bad_records]
         raise ValueError(
-            f"{len(bad_rows)} of {report.rows} rows of {report.source} cannot be used "
-            f"({len(bad_rows) / report.rows:.1%}: {reasons}), more than data.max_rejected = "
+            f"{len(bad_records)} of {report.rows} records of {report.source} cannot be used "
+            f"({len(bad_records) / report.rows:.1%}: {reasons}), more than data.max_rejected = "
             f"{options.max_rejected}; mend them or raise it:\n"
             f"{_first(messages, len(messages), listed_in)}"
         )
 
 
 def _first(messages: list[str], total: int, listed_in: Path | None = None) -> str:
-    lines = [f"  {message}" for message in messages[:SHOWN_ROWS]]
-    if total > SHOWN_ROWS:
+    lines = [f"  {message}" for message in messages[:SHOWN_RECORDS]]
+    if total > SHOWN_RECORDS:
         where = "" if listed_in is None else f", all listed in {listed_in}"
-        lines.append(f"  and {total - SHOWN_ROWS} more{where}")
+        lines.append(f"  and {total - SHOWN_RECORDS} more{where}")
     return "\n".join(lines)
 
 

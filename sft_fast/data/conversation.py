@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_fast.data.json_rows import type_name
+from sft_fast.data.json_records import type_name
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -56,7 +56,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one row holds.
+    """What one record holds.
 
     Attributes:
         messages: the turns in order.
@@ -78,7 +78,7 @@ class Conversation:
         if self.text is not None:
             assert not self.messages, "a text has no turns"
             if not checked_text(self.text, "the text").strip():
-                raise ValueError("the text is empty; give it text or remove the row")
+                raise ValueError("the text is empty; give it text or remove the record")
             return
         for number, message in enumerate(self.messages, start=1):
             if message.role not in ROLES:
@@ -89,7 +89,7 @@ class Conversation:
             checked_text(message.content, label)
             may_be_empty = message.role not in ("user", "assistant") or message.tool_calls
             if not message.content.strip() and not may_be_empty:
-                raise ValueError(f"{label} is empty; give it text or remove the row")
+                raise ValueError(f"{label} is empty; give it text or remove the record")
         if not any(message.role == "assistant" for message in self.messages):
             raise ValueError("the conversation has no assistant turn, so nothing to learn from")
         if not any(message.supervised for message in self.messages):

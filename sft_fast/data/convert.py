@@ -8,23 +8,23 @@ from typing import Any
 
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.formats import ConversationReader
-from sft_fast.data.json_rows import BadRow
+from sft_fast.data.json_records import BadRecord
 from sft_fast.data.source import Source
 from sft_fast.files import write_atomically
 
 
-def convert(source: Source, path: str | Path, skip_bad_rows: bool = False) -> tuple[int, int]:
+def convert(source: Source, path: str | Path, skip_bad_records: bool = False) -> tuple[int, int]:
     """Writes the conversations of a source, one a line; the file appears when it is complete.
 
     Args:
-        source: the rows and how to read them.
+        source: the records and how to read them.
         path: a .jsonl file, which must not exist.
-        skip_bad_rows: lists rows that cannot be used in `<path>.rejected` instead of stopping.
+        skip_bad_records: lists records that cannot be used in `<path>.rejected` and goes on.
 
-    Returns: rows written, rows rejected.
+    Returns: records written, records rejected.
 
     Raises:
-        ValueError: the file exists, a row cannot be used, or none is left.
+        ValueError: the file exists, a record cannot be used, or none is left.
     """
     path = Path(path)
     if path.exists():
@@ -34,28 +34,30 @@ def convert(source: Source, path: str | Path, skip_bad_rows: bool = False) -> tu
     rejected: list[str] = []
     written = 0
     with write_atomically(path) as file:
-        for row in source.rows.scan():
+        for record in source.records.scan():
             try:
-                if isinstance(row, BadRow):
-                    raise ValueError(row.message)
-                values = messages_row(reader(row))
+                if isinstance(record, BadRecord):
+                    raise ValueError(record.message)
+                values = messages_record(reader(record))
             except ValueError as error:
-                if not skip_bad_rows:
+                if not skip_bad_records:
                     raise
                 rejected.append(str(error))
                 continue
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
             written += 1
         if not written:
-            raise ValueError(f"no row of {source.rows.name} can be used, the first: {rejected[0]}")
+            raise ValueError(
+                f"no record of {source.records.name} can be used, the first: {rejected[0]}"
+            )
         if rejected:
             listed = path.with_name(path.name + ".rejected")
             listed.write_text("\n".join(rejected) + "\n", encoding="utf-8")
     return written, len(rejected)
 
 
-def messages_row(conversation: Conversation) -> dict[str, Any]:
-    """A conversation as a row of the format `messages`, or of `text`."""
+def messages_record(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as a record of the format `messages`, or of `text`."""
     if conversation.text is not None:
         return {"text": conversation.text}
     turns = []

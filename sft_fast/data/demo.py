@@ -82,24 +82,24 @@ class _Turn:
 def demo_files() -> dict[str, bytes]:
     """The demo data: file name -> content; JSON lines in three formats, and the held-out questions.
 
-    `train-alpaca.jsonl` has one question a row, the other training files up to `MAX_TURNS`;
+    `train-alpaca.jsonl` has one question a record, the other training files up to `MAX_TURNS`;
     `eval.jsonl` has single questions in the messages format, none of them twice.
     """
     rng = random.Random(DEMO_SEED)
     train, held_out = _operands(rng)
-    writers = {"alpaca": _alpaca_row, "messages": _messages_row, "chatml": _chatml_row}
+    writers = {"alpaca": _alpaca_record, "messages": _messages_record, "chatml": _chatml_record}
     files = {}
     for name, write in writers.items():
         longest = 1 if name == "alpaca" else MAX_TURNS
-        rows = [
+        records = [
             write([_draw(rng, train) for _ in range(rng.randint(1, longest))])
             for _ in range(CONVERSATIONS_PER_FILE)
         ]
-        files[f"train-{name}.jsonl"] = _json_lines(rows)
+        files[f"train-{name}.jsonl"] = _json_lines(records)
     questions = [_Turn(task, operand) for task in TASKS for operand in held_out[task.operands]]
     rng.shuffle(questions)
-    rows = [_messages_row([turn]) for turn in questions[:HELD_OUT_QUESTIONS]]
-    files["eval.jsonl"] = _json_lines(rows)
+    records = [_messages_record([turn]) for turn in questions[:HELD_OUT_QUESTIONS]]
+    files["eval.jsonl"] = _json_lines(records)
     return files
 
 
@@ -149,11 +149,11 @@ def _draw(rng: random.Random, operands: Mapping[str, Sequence[str]]) -> _Turn:
     return _Turn(task, rng.choice(operands[task.operands]))
 
 
-def _alpaca_row(turns: Sequence[_Turn]) -> dict[str, object]:
+def _alpaca_record(turns: Sequence[_Turn]) -> dict[str, object]:
     return {"instruction": turns[0].question, "input": "", "output": turns[0].answer}
 
 
-def _messages_row(turns: Sequence[_Turn]) -> dict[str, object]:
+def _messages_record(turns: Sequence[_Turn]) -> dict[str, object]:
     messages = []
     for turn in turns:
         messages.append({"role": "user", "content": turn.question})
@@ -161,7 +161,7 @@ def _messages_row(turns: Sequence[_Turn]) -> dict[str, object]:
     return {"messages": messages}
 
 
-def _chatml_row(turns: Sequence[_Turn]) -> dict[str, object]:
+def _chatml_record(turns: Sequence[_Turn]) -> dict[str, object]:
     return {
         "text": "".join(
             f"<|im_start|>user\n{turn.question}<|im_end|>\n"
@@ -171,5 +171,5 @@ def _chatml_row(turns: Sequence[_Turn]) -> dict[str, object]:
     }
 
 
-def _json_lines(rows: Sequence[Mapping[str, object]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _json_lines(records: Sequence[Mapping[str, object]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -19,21 +19,21 @@ from typing import Any
 import xxhash
 
 from sft_fast.data.conversation import Conversation, checked_text
-from sft_fast.data.json_rows import type_name
+from sft_fast.data.json_records import type_name
 
 
 class Record(dict[str, Any]):
-    """The fields of one row under our names.
+    """The fields of one record under our names.
 
     Attributes:
         columns: field -> the name that the source uses.
         aliases: field -> the names that were looked for.
     """
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-        super().__init__({field: row[column] for field, column in columns.items()})
+    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        super().__init__({field: values[column] for field, column in columns.items()})
         self.columns = columns
-        self.available = ", ".join(row)
+        self.available = ", ".join(values)
         self.aliases: Mapping[str, Sequence[str]] = {}
 
     def label(self, field: str) -> str:
@@ -42,11 +42,11 @@ class Record(dict[str, Any]):
         return f"{field!r}" if column == field else f"{field!r} (column {column!r})"
 
     def require(self, field: str) -> Any:
-        """The value of a field; raises ValueError where the row has none."""
+        """The value of a field; raises ValueError where the record has none."""
         if field not in self:
             names = ", ".join(self.aliases.get(field, (field,)))
             raise ValueError(
-                f"no column for {field!r}: looked for {names}; the row has {self.available}. "
+                f"no column for {field!r}: looked for {names}; the record has {self.available}. "
                 f"Name it with data.fields: {{{field}: <column>}}"
             )
         return self[field]
@@ -63,7 +63,7 @@ class Record(dict[str, Any]):
         checked_text(self.require(field), self.label(field))
         text = self.optional_text(field)
         if text is None:
-            raise ValueError(f"{self.label(field)} is empty; give it text or remove the row")
+            raise ValueError(f"{self.label(field)} is empty; give it text or remove the record")
         return text
 
 
@@ -77,8 +77,8 @@ class Format:
     Attributes:
         name: its name in `data.format`.
         build: Record -> Conversation.
-        fields: field -> column names that are looked for; empty: the record is the whole row.
-        detect: row -> whether the row is in this format; None: never chosen by "auto".
+        fields: field -> column names that are looked for; empty: the record is the whole record.
+        detect: record -> whether the record is in this format; None: never chosen by "auto".
     """
 
     name: str
@@ -96,42 +96,42 @@ class Format:
             )
 
     def read(
-        self, row: Mapping[str, Any], mapping: Mapping[str, str] | None = None
+        self, values: Mapping[str, Any], mapping: Mapping[str, str] | None = None
     ) -> Conversation:
-        """Turns a row into a checked conversation.
+        """Turns a record into a checked conversation.
 
         Args:
-            row: one object of the source.
+            values: one object of the source.
             mapping: our field -> the source's column.
 
         Raises:
-            ValueError: the row does not hold what the format needs.
+            ValueError: the record does not hold what the format needs.
         """
-        conversation = self.build(self._record(row, mapping or {}))
+        conversation = self.build(self._record(values, mapping or {}))
         conversation.check()
         return conversation
 
-    def _record(self, row: Mapping[str, Any], mapping: Mapping[str, str]) -> Record:
+    def _record(self, values: Mapping[str, Any], mapping: Mapping[str, str]) -> Record:
         for field, column in mapping.items():
-            if column not in row:
+            if column not in values:
                 raise ValueError(
                     f"no column {column!r}, which data.fields gives for {field!r}; "
-                    f"the row has {', '.join(row)}"
+                    f"the record has {', '.join(values)}"
                 )
         if not self.fields:
-            return Record(row, {name: name for name in row} | dict(mapping))
-        for column in MEDIA_COLUMNS.intersection(row).difference(mapping.values()):
-            if _is_media(row, column):
+            return Record(values, {name: name for name in values} | dict(mapping))
+        for column in MEDIA_COLUMNS.intersection(values).difference(mapping.values()):
+            if _is_media(values, column):
                 raise ValueError(
-                    f"the row has {column!r}; only text is trained, so leave out such rows, or the "
-                    "column if the texts do not need it"
+                    f"the record has {column!r}; only text is trained, so leave out such records, "
+                    "or the column if the texts do not need it"
                 )
         columns = dict(mapping)
         for field, aliases in self.fields.items():
             if field in mapping:
                 continue
-            names = [name for name in aliases if name in row and name not in mapping.values()]
-            filled = [name for name in names if row[name] not in (None, "")]
+            names = [name for name in aliases if name in values and name not in mapping.values()]
+            filled = [name for name in names if values[name] not in (None, "")]
             if len(filled) > 1:
                 raise ValueError(
                     f"the columns {filled[0]!r} and {filled[1]!r} could both be {field!r}; "
@@ -139,16 +139,16 @@ class Format:
                 )
             if names:
                 columns[field] = (filled or names)[0]
-        record = Record(row, columns)
+        record = Record(values, columns)
         record.aliases = self.fields
         return record
 
 
-def _is_media(row: Mapping[str, Any], column: str) -> bool:
+def _is_media(values: Mapping[str, Any], column: str) -> bool:
     """Whether a column holds media, or the name of one that a text refers to."""
-    value = row[column]
+    value = values[column]
     if isinstance(value, str):
-        return bool(value) and f"<{column.removesuffix('s')}>" in repr(row)
+        return bool(value) and f"<{column.removesuffix('s')}>" in repr(values)
     return bool(value)
 
 
@@ -171,7 +171,7 @@ def register_format(
         name: value of `data.format`.
         fields: field -> column names to look for, in words that users know; None: the function
             gets every column as it is.
-        detect: whether a row is in this format, for "auto"; asked in the order of registration.
+        detect: whether a record is in this format, for "auto"; asked in the order of registration.
 
     Raises:
         ValueError: the name is taken.
@@ -207,40 +207,40 @@ def get_format(name: str) -> Format:
 
 
 def detect_format(
-    columns: Sequence[str], first_row: Mapping[str, Any], fields: Mapping[str, str] | None = None
+    columns: Sequence[str], first_record: Mapping[str, Any], fields: Mapping[str, str] | None = None
 ) -> str:
     """Name of the first registered format that recognises a source.
 
     Args:
         columns: the column names of the source.
-        first_row: its first row.
-        fields: our field -> the source's column; the row is looked at under our names too.
+        first_record: its first record.
+        fields: our field -> the source's column; the record is looked at under our names too.
 
     Raises:
-        ValueError: none does; the message says what the row has.
+        ValueError: none does; the message says what the record has.
     """
-    row = dict.fromkeys(columns) | dict(first_row)
-    row |= {field: row.get(column) for field, column in (fields or {}).items()}
+    record = dict.fromkeys(columns) | dict(first_record)
+    record |= {field: record.get(column) for field, column in (fields or {}).items()}
     for candidate in _FORMATS.values():
-        if candidate.detect is not None and candidate.detect(row):
+        if candidate.detect is not None and candidate.detect(record):
             return candidate.name
     raise ValueError(
-        f"cannot tell the format from the columns {', '.join(columns)}{_seen(row)}; set "
+        f"cannot tell the format from the columns {', '.join(columns)}{_seen(record)}; set "
         f"data.format to one of {', '.join(format_names())}, and data.fields where the columns "
         "have other names"
     )
 
 
-def _seen(row: Mapping[str, Any]) -> str:
+def _seen(record: Mapping[str, Any]) -> str:
     """What lists of objects in a row that no format recognises look like."""
     texts = []
-    for column, value in row.items():
+    for column, value in record.items():
         if not isinstance(value, list) or not value:
             continue
         if not isinstance(value[0], dict):
             texts.append(f"the first entry of {column!r} is {type_name(value[0])}, not an object")
-        elif len(row) == 1 and column not in ("messages", "conversations", "conversation"):
-            texts.append(f"if {column!r} holds the rows, write that list alone to the file")
+        elif len(record) == 1 and column not in ("messages", "conversations", "conversation"):
+            texts.append(f"if {column!r} holds the records, write that list alone to the file")
         else:
             keys = ", ".join(value[0]) or "nothing"
             texts.append(

@@ -1,4 +1,4 @@
-"""From a row to a conversation: the formats that come with sft_fast, and their reader."""
+"""From a record to a conversation: the formats that come with sft_fast, and their reader."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sft_fast.data.format_registry import (
     register_format,
     register_row_function,
 )
-from sft_fast.data.json_rows import Row, type_name
-from sft_fast.data.source import Rows, Source
+from sft_fast.data.json_records import SourceRecord, type_name
+from sft_fast.data.source import Records, Source
 
 __all__ = [
     "ConversationReader",
@@ -48,12 +48,12 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What the first row of a file decides.
+    """What the first record of a file decides.
 
     Attributes:
         name: the format.
-        line: the first row's line.
-        types: column -> the type of its value in that row, in words.
+        line: the first record's line.
+        types: column -> the type of its value in that record, in words.
     """
 
     name: str
@@ -62,10 +62,10 @@ class FileFormat:
 
 
 class ConversationReader:
-    """Reads rows of one or more files; "auto" is decided by the first row of each file.
+    """Reads records of one or more files; "auto" is decided by the first record of each file.
 
     Attributes:
-        files: file -> what its first row decided, for the files seen so far.
+        files: file -> what its first record decided, for the files seen so far.
     """
 
     def __init__(
@@ -81,79 +81,81 @@ class ConversationReader:
             self._fixed.check_mapping(self._fields)
         self.files: dict[str, FileFormat] = dict(files or {})
 
-    def __call__(self, row: Row) -> Conversation:
-        """The conversation of a row.
+    def __call__(self, record: SourceRecord) -> Conversation:
+        """The conversation of a record.
 
         Raises:
-            ValueError: the row is not what the format needs; the message starts with file:line.
+            ValueError: the record is not what the format needs; the message starts with file:line.
         """
         try:
-            return get_format(self.look(row).name).read(row.values, self._fields)
+            return get_format(self.look(record).name).read(record.values, self._fields)
         except ValueError as error:
-            differs = self._difference(row)
-            raise ValueError(f"{row.origin}: {error}{differs}") from error
+            differs = self._difference(record)
+            raise ValueError(f"{record.origin}: {error}{differs}") from error
         # A format of the user's own may raise anything; where it happened goes along.
         except BaseException as error:
-            known = self.files.get(row.file)
-            error.add_note(f"while reading {row.origin} as {known.name if known else None!r}")
+            known = self.files.get(record.file)
+            error.add_note(f"while reading {record.origin} as {known.name if known else None!r}")
             raise
 
-    def look(self, row: Row) -> FileFormat:
-        """The format of a row's file, found out with this row if it is the first one.
+    def look(self, record: SourceRecord) -> FileFormat:
+        """The format of a record's file, found out with this record if it is the first one.
 
         Raises:
-            ValueError: no format recognises the row.
+            ValueError: no format recognises the record.
         """
-        if row.file not in self.files:
+        if record.file not in self.files:
             if self._fixed is not None:
                 name = self._fixed.name
             else:
-                name = detect_format(list(row.values), row.values, self._fields)
+                name = detect_format(list(record.values), record.values, self._fields)
                 get_format(name).check_mapping(self._fields)
-            types = {column: type_name(value) for column, value in row.values.items()}
-            self.files[row.file] = FileFormat(name, row.line, types)
-        return self.files[row.file]
+            types = {column: type_name(value) for column, value in record.values.items()}
+            self.files[record.file] = FileFormat(name, record.line, types)
+        return self.files[record.file]
 
-    def _difference(self, row: Row) -> str:
-        """Names the columns of a bad row that have another type than in the file's first row."""
-        first = self.files.get(row.file)
-        if first is None or first.line == row.line:
+    def _difference(self, record: SourceRecord) -> str:
+        """Names the columns of a bad record whose type is not that of the file's first record."""
+        first = self.files.get(record.file)
+        if first is None or first.line == record.line:
             return ""
         texts = [
-            f"{column!r} is {type_name(value)} in line {row.line} but {first.types[column]} "
+            f"{column!r} is {type_name(value)} in line {record.line} but {first.types[column]} "
             f"in line {first.line}"
-            for column, value in row.values.items()
+            for column, value in record.values.items()
             if column in first.types and type_name(value) != first.types[column]
         ]
         return f" ({'; '.join(texts)})" if texts else ""
 
 
 def read_conversations(
-    rows: Rows | Sequence[Source],
+    records: Records | Sequence[Source],
     format_name: str = "auto",
     fields: Mapping[str, str] | None = None,
-) -> Iterator[tuple[Row, Conversation]]:
-    """Yields every row with its conversation.
+) -> Iterator[tuple[SourceRecord, Conversation]]:
+    """Yields every record with its conversation.
 
     Args:
-        rows: the rows, or sources that know their format and fields themselves.
-        format_name: format of `rows` that are no sources.
-        fields: our field -> the column, of `rows` that are no sources.
+        records: the records, or sources that know their format and fields themselves.
+        format_name: format of `records` that are no sources.
+        fields: our field -> the column, of `records` that are no sources.
 
     Raises:
-        ValueError: at the first row that cannot be used; the message starts with file:line.
+        ValueError: at the first record that cannot be used; the message starts with file:line.
     """
-    sources = [Source(rows, format_name, fields or {})] if isinstance(rows, Rows) else rows
+    sources = (
+        [Source(records, format_name, fields or {})] if isinstance(records, Records) else records
+    )
     for source in sources:
         reader = ConversationReader(source.format_name, source.fields)
-        for row in source.rows:
-            yield row, reader(row)
+        for record in source.records:
+            yield record, reader(record)
 
 
-def _has_turns(row: Mapping[str, Any], *keys: str) -> bool:
+def _has_turns(record: Mapping[str, Any], *keys: str) -> bool:
     """Whether `messages` or `conversations` is a list of objects with all these keys."""
     for name in ("messages", "conversations"):
-        turns = row.get(name)
+        turns = record.get(name)
         if isinstance(turns, str) and turns.startswith("["):
             turns = _json(turns, name)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
@@ -168,10 +170,10 @@ _TURN_FIELDS = {
 }
 
 
-@register_format("messages", fields=_TURN_FIELDS, detect=lambda row: _has_turns(row, "role"))
+@register_format("messages", fields=_TURN_FIELDS, detect=lambda record: _has_turns(record, "role"))
 @register_format("openai", fields=_TURN_FIELDS)
 def messages(record: Record) -> Conversation:
-    """OpenAI's chat rows: a list of {role, content[, name, tool_calls, weight, train]}, `tools`.
+    """OpenAI's chat records: a list of {role, content[, name, tool_calls, weight, train]}, `tools`.
 
     A content may be a list of text parts, and the list of turns a text that holds JSON, as in CSV
     files. `function_call`, the older form of a call, is read as one. `weight` 0 or `train` false
@@ -186,10 +188,10 @@ def messages(record: Record) -> Conversation:
 
 
 @register_format(
-    "sharegpt", fields=_TURN_FIELDS, detect=lambda row: _has_turns(row, "from", "value")
+    "sharegpt", fields=_TURN_FIELDS, detect=lambda record: _has_turns(record, "from", "value")
 )
 def sharegpt(record: Record) -> Conversation:
-    """ShareGPT's rows: a list of {from, value}; `function_call` values are JSON with a call.
+    """ShareGPT's records: a list of {from, value}; `function_call` values are JSON with a call.
 
     `weight` and `train` as in the format `messages`.
     """
@@ -211,7 +213,7 @@ def sharegpt(record: Record) -> Conversation:
 @register_format(
     "chatml",
     fields={"text": ("text",), "tools": ("tools",)},
-    detect=lambda row: isinstance(row.get("text"), str) and "<|im_start|>" in row["text"],
+    detect=lambda record: isinstance(record.get("text"), str) and "<|im_start|>" in record["text"],
 )
 def chatml(record: Record) -> Conversation:
     """A text with <|im_start|>role ... <|im_end|> turns, parsed back into messages.
@@ -243,7 +245,7 @@ def chatml(record: Record) -> Conversation:
         "system": ("system",),
         "tools": ("tools",),
     },
-    detect=lambda row: "prompt" in row and "completion" in row,
+    detect=lambda record: "prompt" in record and "completion" in record,
 )
 def prompt_completion(record: Record) -> Conversation:
     """`prompt` and `completion`: each a text, or a list of messages; the completion is trained."""
@@ -265,7 +267,7 @@ def prompt_completion(record: Record) -> Conversation:
 @register_format(
     "question_answer",
     fields={"question": ("question",), "answer": ("answer",), "system": ("system",)},
-    detect=lambda row: "question" in row and "answer" in row,
+    detect=lambda record: "question" in record and "answer" in record,
 )
 def question_answer(record: Record) -> Conversation:
     """`question` and `answer`."""
@@ -282,9 +284,9 @@ def question_answer(record: Record) -> Conversation:
         "system": ("system",),
         "history": ("history",),
     },
-    detect=lambda row: (
-        any(name in row for name in ("instruction", "prompt", "question"))
-        and any(name in row for name in ("response", "output", "answer"))
+    detect=lambda record: (
+        any(name in record for name in ("instruction", "prompt", "question"))
+        and any(name in record for name in ("response", "output", "answer"))
     ),
 )
 def alpaca(record: Record) -> Conversation:
@@ -305,7 +307,7 @@ def alpaca(record: Record) -> Conversation:
 @register_format(
     "text",
     fields={"text": ("text",)},
-    detect=lambda row: list(row) == ["text"] and isinstance(row["text"], str),
+    detect=lambda record: list(record) == ["text"] and isinstance(record["text"], str),
 )
 def text(record: Record) -> Conversation:
     """A text that is trained whole, from its first token to EOS, without a chat template."""
@@ -349,7 +351,7 @@ def _turn_list(record: Record, field: str) -> list[Any]:
     if not isinstance(turns, list):
         raise ValueError(f"{record.label(field)} is {type_name(turns)}; expected a list of turns")
     if not turns:
-        raise ValueError(f"{record.label(field)} has no turns; remove the row")
+        raise ValueError(f"{record.label(field)} has no turns; remove the record")
     return turns
 
 
@@ -418,7 +420,8 @@ def _content_text(content: Any, number: int) -> str:
         kind = _key(part, "type", number)
         if kind != "text":
             raise ValueError(
-                f"turn {number} has a part of type {kind!r}; only text is trained: remove the row"
+                f"turn {number} has a part of type {kind!r}; only text is trained: remove "
+                "the record"
             )
         texts.append(checked_text(_key(part, "text", number), f"a text part of turn {number}"))
     return "".join(texts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from sft_fast.data.build import BuildOptions, Progress
 from sft_fast.data.mixture import prepare_mixture
 from sft_fast.data.render import MaskOptions
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.source import Source, load_records
 from sft_fast.data.store import TokenStore
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def find_sources(config: Config, part: Part) -> list[Source] | None:
         sources = _load(config, "train", "data.train")
         if data.eval_fraction is None:
             return sources
-        return [_with_rows(source, 0, data.eval_fraction) for source in sources]
+        return [_with_records(source, 0, data.eval_fraction) for source in sources]
     if data.eval is not None:
         return _load(config, "eval", "data.eval")
     if data.eval_fraction is not None:
         sources = _load(config, "train", "data.train")
-        return [_with_rows(source, 1, data.eval_fraction) for source in sources]
+        return [_with_records(source, 1, data.eval_fraction) for source in sources]
     return None
 
 
@@ -145,7 +145,7 @@ def _load(config: Config, part: Part, key: str) -> list[Source]:
         own: DataSource | None = None if isinstance(entry, str) else entry
         name = entry if isinstance(entry, str) else entry.path
         try:
-            rows = load_rows(
+            records = load_records(
                 name,
                 (own and own.split) or split,
                 evaluation=part == "eval",
@@ -158,12 +158,12 @@ def _load(config: Config, part: Part, key: str) -> list[Source]:
         weight, repeat = (own.weight, own.repeat) if own else (None, 1)
         # Held-out questions are never asked twice.
         repeat = repeat if part == "train" else 1
-        sources.append(Source(rows, format_name, fields, weight, repeat))
+        sources.append(Source(records, format_name, fields, weight, repeat))
     return sources
 
 
-def _with_rows(source: Source, part: Literal[0, 1], fraction: float) -> Source:
-    rows = source.rows.hold_out(fraction)[part]
+def _with_records(source: Source, part: Literal[0, 1], fraction: float) -> Source:
+    records = source.records.hold_out(fraction)[part]
     if part == 0:
-        return Source(rows, source.format_name, source.fields, source.weight, source.repeat)
-    return Source(rows, source.format_name, source.fields)
+        return Source(records, source.format_name, source.fields, source.weight, source.repeat)
+    return Source(records, source.format_name, source.fields)

@@ -122,8 +122,8 @@ def check_eval_is_not_train(store: TokenStore, eval_store: TokenStore) -> None:
         more = f"\n  and {len(pairs) - SHOWN_OVERLAPS} more" if len(pairs) > SHOWN_OVERLAPS else ""
         raise ValueError(
             f"data.eval: {len(pairs)} different samples of {eval_store.num_samples} are training "
-            "samples too, so the evaluation would measure memory. Remove them, hold rows out with "
-            "data.eval_fraction, or accept it with data.eval_overlap: allow:\n" + shown + more
+            "samples too, so the evaluation would measure memory. Remove them, hold records out "
+            "with data.eval_fraction, or accept it with data.eval_overlap: allow:\n" + shown + more
         )
 
 

@@ -1,4 +1,4 @@
-"""Questions with known answers, from the rows of an evaluation set."""
+"""Questions with known answers, from the records of an evaluation set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from sft_fast.data.formats import ConversationReader
-from sft_fast.data.json_rows import BadRow, Row
+from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.source import Source
 
 
@@ -16,7 +16,7 @@ from sft_fast.data.source import Source
 class Question:
     """What a model is asked, and what it should say."""
 
-    row: Row
+    record: SourceRecord
     turns: list[dict[str, Any]]
     """Messages up to the answer, as a chat template takes them."""
     tools: list[dict[str, Any]]
@@ -25,10 +25,10 @@ class Question:
 
 
 def read_questions(sources: Sequence[Source], count: int) -> list[Question]:
-    """The first `count` questions: of each row its last answer in words, with what led to it.
+    """The first `count` questions: of each record its last answer in words, with what led to it.
 
-    Rows that cannot be used, texts without turns and rows that only call tools are passed over; the
-    token store has counted the first kind already.
+    Records that cannot be used, texts without turns and records that only call tools are passed
+    over; the token store has counted the first kind already.
     """
     return list(islice(_questions(sources), count))
 
@@ -36,11 +36,11 @@ def read_questions(sources: Sequence[Source], count: int) -> list[Question]:
 def _questions(sources: Sequence[Source]) -> Iterator[Question]:
     for source in sources:
         reader = ConversationReader(source.format_name, source.fields)
-        for row in source.rows.scan():
-            if isinstance(row, BadRow):
+        for record in source.records.scan():
+            if isinstance(record, BadRecord):
                 continue
             try:
-                chat = reader(row)
+                chat = reader(record)
             except ValueError:
                 continue
             turns = list(chat.messages)
@@ -49,4 +49,4 @@ def _questions(sources: Sequence[Source]) -> Iterator[Question]:
             if len(turns) > 1:
                 before = [turn.as_dict() for turn in turns[:-1]]
                 tools = [dict(tool) for tool in chat.tools]
-                yield Question(row, before, tools, turns[-1].content)
+                yield Question(record, before, tools, turns[-1].content)

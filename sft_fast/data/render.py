@@ -379,7 +379,7 @@ class ChatRenderer:
         except TemplateCompileError:
             raise
         except ValueError:
-            # Templates may demand more than a plain exchange; each row will tell then.
+            # Templates may demand more than a plain exchange; each record will tell then.
             text = ""
         tokens = self._tokenizer
         ends = [token for token in (tokens.bos_token, tokens.eos_token) if token is not None]

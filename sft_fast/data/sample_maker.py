@@ -1,7 +1,7 @@
-"""From rows to samples, in this process or in several, with the same result.
+"""From records to samples, in this process or in several, with the same result.
 
-Batches of rows go out in order and their outcomes come back in order; what a batch becomes depends
-on nothing but its rows, so the number of processes cannot be seen in the store.
+Batches of records go out in order and their outcomes come back in order; what a batch becomes
+depends on nothing but its records, so the number of processes cannot be seen in the store.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.format_registry import apply_row_function
 from sft_fast.data.formats import ConversationReader, FileFormat
-from sft_fast.data.json_rows import Row
+from sft_fast.data.json_records import SourceRecord
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
 from sft_fast.runtime.processes import die_with_parent
@@ -35,10 +35,10 @@ SERIAL_BATCHES = 64
 
 @dataclass
 class Outcome:
-    """What became of one row.
+    """What became of one record.
 
     Attributes:
-        file, line: the row.
+        file, line: the record.
         samples: its samples; usually one.
         rejected: (reason, message) if there are none.
         notes: (reason, message) of what happened to samples that are there.
@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MakerOptions:
-    """How rows become samples; see `BuildOptions`."""
+    """How records become samples; see `BuildOptions`."""
 
     format_name: str
     fields: Mapping[str, str]
@@ -72,7 +72,7 @@ class MakerOptions:
 
 
 class SampleMaker:
-    """Formats, renders and tokenises rows, and makes them fit."""
+    """Formats, renders and tokenises records, and makes them fit."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: MakerOptions) -> None:
         self._options = options
@@ -80,9 +80,9 @@ class SampleMaker:
         self._renderer = ChatRenderer(tokenizer, options.mask)
         self.template_source = self._renderer.template_source
 
-    def look(self, row: Row) -> FileFormat:
-        """The format of a row's file; ValueError where nothing recognises it."""
-        return self._reader.look(row)
+    def look(self, record: SourceRecord) -> FileFormat:
+        """The format of a record's file; ValueError where nothing recognises it."""
+        return self._reader.look(record)
 
     @property
     def files(self) -> dict[str, FileFormat]:
@@ -90,29 +90,31 @@ class SampleMaker:
         return self._reader.files
 
     def make(
-        self, rows: Sequence[Row], files: Mapping[str, FileFormat], needs_samples: bool
+        self, records: Sequence[SourceRecord], files: Mapping[str, FileFormat], needs_samples: bool
     ) -> list[Outcome]:
         """Makes the samples of a batch.
 
         Args:
-            rows: the batch.
-            files: what the first rows of their files decided.
-            needs_samples: False: the rows are only checked, without the cost of tokenising.
+            records: the batch.
+            files: what the first records of their files decided.
+            needs_samples: False: the records are only checked, without the cost of tokenising.
         """
         self._reader.files.update(files)
-        outcomes = [Outcome(row.file, row.line) for row in rows]
+        outcomes = [Outcome(record.file, record.line) for record in records]
         chats: list[tuple[int, Conversation, RenderedChat]] = []
-        for number, row in enumerate(rows):
+        for number, record in enumerate(records):
             outcome = outcomes[number]
             reason = "not in the format"
             try:
-                conversation = self._reader(row)
+                conversation = self._reader(record)
                 reason = "not rendered"
                 for name in self._options.row_functions:
                     conversation = apply_row_function(name, conversation)
                 rendered = self._renderer.render_samples(conversation)
             except ValueError as error:
-                message = str(error) if reason == "not in the format" else f"{row.origin}: {error}"
+                message = (
+                    str(error) if reason == "not in the format" else f"{record.origin}: {error}"
+                )
                 outcome.rejected = (reason, message)
                 continue
             outcome.trimmed_turns = rendered[0].trimmed_turns if len(rendered) == 1 else 0
@@ -139,7 +141,7 @@ class SampleMaker:
                 self._fit(outcome, origin, conversation, sample)
         for outcome in outcomes:
             if outcome.rejected is not None:
-                # All samples of a row or none.
+                # All samples of a record or none.
                 outcome.samples.clear()
 
     def _tokenize_one(self, chat: RenderedChat) -> Sample | ValueError:
@@ -212,7 +214,7 @@ class SampleMaker:
         return samples
 
 
-Batch = tuple[Sequence[Row], Mapping[str, FileFormat], bool]
+Batch = tuple[Sequence[SourceRecord], Mapping[str, FileFormat], bool]
 _maker: SampleMaker | None = None
 
 

@@ -1,7 +1,7 @@
-"""Rows from local files, directories, globs, the hub, or the embedded demo; and mixtures of them.
+"""Records of local files, directories, globs, the hub, or the embedded demo; and their mixtures.
 
-Every row knows where it came from. JSON and CSV are parsed here and not by `datasets`, because a
-bad row must be reported with its file and line.
+Every record knows where it came from. JSON and CSV are parsed here and not by `datasets`, because a
+bad record must be reported with its file and line.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Protocol
 
 import xxhash
 
-from sft_fast.data.json_rows import COMPRESSIONS, BadRow, JsonPart, Row
-from sft_fast.data.table_rows import EVAL_SPLITS, CsvPart, HubPart, TablePart, hub_eval_split
+from sft_fast.data.json_records import COMPRESSIONS, BadRecord, JsonPart, SourceRecord
+from sft_fast.data.table_records import EVAL_SPLITS, CsvPart, HubPart, TablePart, hub_eval_split
 
 KINDS = {
     ".jsonl": "json",
@@ -35,7 +35,7 @@ SUFFIXES = (*KINDS, *(f"{s}{c}" for s in (".jsonl", ".json", ".csv") for c in CO
 # What `datasets` and the hub put beside the data.
 _NO_DATA = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json|cache-.*\.arrow|\..*")
 _SPLIT_EXPRESSION = re.compile(r"(?P<name>[\w-]+)(?P<slices>\[.*\])?")
-_ROW_NUMBERS = re.compile(r"\[(\d*):(\d*)\]")
+_RECORD_NUMBERS = re.compile(r"\[(\d*):(\d*)\]")
 _HUB_SOURCE = re.compile(
     r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<rev>[\w./-]+))?"
 )
@@ -52,11 +52,11 @@ class _Part(Protocol):
 
     def count(self) -> int | None: ...
 
-    def read(self) -> Iterator[Row | BadRow]: ...
+    def read(self) -> Iterator[SourceRecord | BadRecord]: ...
 
 
-class Rows:
-    """The rows of a source, read again from the start by every iteration.
+class Records:
+    """The records of a source, read again from the start by every iteration.
 
     Attributes:
         name: what the user wrote, with the split that was chosen.
@@ -73,8 +73,8 @@ class Rows:
         Args:
             name: see above.
             parts: the files, in reading order.
-            selection: slices of the rows, as in `[:90%]`.
-            share: only rows whose content hashes into [low, high) of [0, 1).
+            selection: slices of the records, as in `[:90%]`.
+            share: only records whose content hashes into [low, high) of [0, 1).
         """
         self.name = name
         self._parts = tuple(parts)
@@ -88,7 +88,7 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
-        """xxh3_128 of the content and of the selected rows, whatever the files are called."""
+        """xxh3_128 of the content and of the selected records, whatever the files are called."""
         chosen = self._selection or "" if self._share is None else f"{self._selection}{self._share}"
         hasher = xxhash.xxh3_128(chosen.encode())
         for part in self._parts:
@@ -96,7 +96,7 @@ class Rows:
         return hasher.hexdigest()
 
     def count(self) -> int | None:
-        """About how many rows there are, without parsing them; None: it cannot be told."""
+        """About how many records there are, without parsing them; None: it cannot be told."""
         counts = [part.count() for part in self._parts]
         known = [count for count in counts if count is not None]
         if self._selection is not None or len(known) < len(counts):
@@ -104,17 +104,17 @@ class Rows:
         low, high = self._share or (0.0, 1.0)
         return round(sum(known) * (high - low))
 
-    def hold_out(self, fraction: float) -> tuple[Rows, Rows]:
-        """Parts the rows in two: what is left, and about `fraction` of them held out.
+    def hold_out(self, fraction: float) -> tuple[Records, Records]:
+        """Parts the records in two: what is left, and about `fraction` of them held out.
 
-        The content of a row decides, so that equal rows stay together: no held-out row is also
-        among the others.
+        The content of a record decides, so that equal records stay together: no held-out record is
+        also among the others.
         """
-        kept = Rows(self.name, self._parts, self._selection, (fraction, 1.0))
-        return kept, Rows(self.name, self._parts, self._selection, (0.0, fraction))
+        kept = Records(self.name, self._parts, self._selection, (fraction, 1.0))
+        return kept, Records(self.name, self._parts, self._selection, (0.0, fraction))
 
-    def scan(self) -> Iterator[Row | BadRow]:
-        """Yields every row in order, the unreadable ones as `BadRow`.
+    def scan(self) -> Iterator[SourceRecord | BadRecord]:
+        """Yields every record in order, the unreadable ones as `BadRecord`.
 
         Raises:
             ValueError: for a file that cannot be read at all.
@@ -123,63 +123,63 @@ class Rows:
             yield from self._scan_selection()
             return
         low, high = self._share
-        for row in self._scan_selection():
-            # An unreadable row is reported once: by the part that is trained on.
-            place = 1 - 2**-53 if isinstance(row, BadRow) else _place(row)
+        for record in self._scan_selection():
+            # An unreadable record is reported once: by the part that is trained on.
+            place = 1 - 2**-53 if isinstance(record, BadRecord) else _place(record)
             if low <= place < high:
-                yield row
+                yield record
 
-    def _scan_selection(self) -> Iterator[Row | BadRow]:
+    def _scan_selection(self) -> Iterator[SourceRecord | BadRecord]:
         if self._selection is None:
             yield from self._scan_all()
             return
         total = sum(1 for _ in self._scan_all())
         for start, stop in _slice_bounds(self._selection, total):
-            for number, row in enumerate(self._scan_all()):
+            for number, record in enumerate(self._scan_all()):
                 if number >= stop:
                     break
                 if number >= start:
-                    yield row
+                    yield record
 
-    def __iter__(self) -> Iterator[Row]:
-        """Yields every row in order.
+    def __iter__(self) -> Iterator[SourceRecord]:
+        """Yields every record in order.
 
         Raises:
-            ValueError: at the first row that is unreadable, naming file:line:column.
+            ValueError: at the first record that is unreadable, naming file:line:column.
         """
-        for row in self.scan():
-            if isinstance(row, BadRow):
-                raise ValueError(row.message)
-            yield row
+        for record in self.scan():
+            if isinstance(record, BadRecord):
+                raise ValueError(record.message)
+            yield record
 
-    def _scan_all(self) -> Iterator[Row | BadRow]:
+    def _scan_all(self) -> Iterator[SourceRecord | BadRecord]:
         for part in self._parts:
             yield from part.read()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows with how to read and how often to use them.
+    """Records with how to read and how often to use them.
 
     Attributes:
-        rows: the rows.
-        format_name: a registered format, or "auto": decided by the first row of each file.
+        records: the records.
+        format_name: a registered format, or "auto": decided by the first record of each file.
         fields: our field -> the source's column.
-        weight: share of this source in a mixture, relative to the other weights; None: all rows.
-        repeat: how many times each row is used, with a weight: at most.
+        weight: share of this source in a mixture, relative to the other weights; None: all records.
+        repeat: how many times each record is used, with a weight: at most.
     """
 
-    rows: Rows
+    records: Records
     format_name: str = "auto"
     fields: Mapping[str, str] = field(default_factory=dict)
     weight: float | None = None
     repeat: int = 1
 
 
-def load_rows(
+def load_records(
     source: str, split: str | None = None, *, evaluation: bool = False, streaming: bool = False
-) -> Rows:
-    """Finds the rows of a data source; the rows themselves are read on iteration.
+) -> Records:
+    """Finds the records of a data source; the records themselves are read on iteration.
 
     Args:
         source: "demo"; a file of one of `SUFFIXES`; a directory of such files, also in directories
@@ -190,8 +190,8 @@ def load_rows(
             None means `train`, or, with `evaluation`, the first of `EVAL_SPLITS` that the source
             has (a single file or a glob is then used whole).
         evaluation: chooses the default of `split`.
-        streaming: reads a hub data set while it comes, without a copy on disk; slices are then row
-            numbers only. Local files are never copied.
+        streaming: reads a hub data set while it comes, without a copy on disk; slices are then
+            record numbers only. Local files are never copied.
 
     Raises:
         ValueError: the source or the split does not exist, or a file is empty or not UTF-8.
@@ -217,7 +217,7 @@ def load_rows(
     return _load_hub(source, split, evaluation, streaming)
 
 
-def _load_demo(split: str | None, evaluation: bool) -> Rows:
+def _load_demo(split: str | None, evaluation: bool) -> Records:
     from sft_fast.data.demo import demo_files
 
     match = _SPLIT_EXPRESSION.fullmatch(split or ("eval" if evaluation else "train"))
@@ -226,16 +226,16 @@ def _load_demo(split: str | None, evaluation: bool) -> Rows:
     if match["name"] not in ("train", "eval"):
         raise ValueError(f"the demo data has no split {match['name']!r}; it has train and eval")
     chosen = [JsonPart(f"demo/{n}", c) for n, c in files.items() if n.startswith(match["name"])]
-    return Rows(f"demo[{match['name']}]", chosen, _selection(split))
+    return Records(f"demo[{match['name']}]", chosen, _selection(split))
 
 
-def _load_files(source: str, paths: Sequence[str], split: str | None) -> Rows:
+def _load_files(source: str, paths: Sequence[str], split: str | None) -> Records:
     if split is not None and re.match(r"[\w-]+", split)[0] != "train":  # type: ignore[index]
         raise ValueError(
             f"{source} has the one split 'train', not {split!r}; "
             "to hold out a part of it use slices, for example 'train[90%:]'"
         )
-    return Rows(source, [_file_part(path) for path in paths], _selection(split))
+    return Records(source, [_file_part(path) for path in paths], _selection(split))
 
 
 def _file_part(path: str) -> _Part:
@@ -258,7 +258,7 @@ def _kind(path: str) -> str | None:
     return kind if kind in ("json", "csv") else None
 
 
-def _load_directory(path: str, split: str | None, evaluation: bool) -> Rows:
+def _load_directory(path: str, split: str | None, evaluation: bool) -> Records:
     by_split = _files_by_split(path)
     wanted = re.split(r"\[", split)[0] if split else None
     if wanted is None:
@@ -271,7 +271,7 @@ def _load_directory(path: str, split: str | None, evaluation: bool) -> Rows:
             "file's name (train-00.jsonl), or name one file"
         )
     parts = [_file_part(os.path.join(path, name)) for name in by_split[wanted]]
-    return Rows(f"{path}[{wanted}]", parts, _selection(split))
+    return Records(f"{path}[{wanted}]", parts, _selection(split))
 
 
 def _files_by_split(path: str) -> dict[str, list[str]]:
@@ -289,7 +289,7 @@ def _files_by_split(path: str) -> dict[str, list[str]]:
         stem = re.sub(r"\.\w+(\.(gz|zst))?$", "", name)
         if stem in stems:
             raise ValueError(
-                f"the directory {path} holds {stems[stem]} and {name}: the same rows twice? "
+                f"the directory {path} holds {stems[stem]} and {name}: the same records twice? "
                 "Name the one to use"
             )
         stems[stem] = name
@@ -299,7 +299,7 @@ def _files_by_split(path: str) -> dict[str, list[str]]:
     return {"train": by_split[""]} if set(by_split) == {""} else by_split
 
 
-def _load_hub(source: str, split: str | None, evaluation: bool, streaming: bool) -> Rows:
+def _load_hub(source: str, split: str | None, evaluation: bool, streaming: bool) -> Records:
     match = _HUB_SOURCE.fullmatch(source)
     if not match:
         raise ValueError(
@@ -312,25 +312,25 @@ def _load_hub(source: str, split: str | None, evaluation: bool, streaming: bool)
     bounds = None
     if streaming:
         split, bounds = _stream_bounds(split)
-    return Rows(f"{source}[{split}]", [HubPart(source, repo, config, rev, split, bounds)])
+    return Records(f"{source}[{split}]", [HubPart(source, repo, config, rev, split, bounds)])
 
 
 def _stream_bounds(split: str) -> tuple[str, tuple[int, int | None]]:
-    """Split name, and first row and end of what is streamed."""
+    """Split name, and first record and end of what is streamed."""
     slices = _selection(split)
-    numbers = _ROW_NUMBERS.fullmatch(slices or "[:]")
+    numbers = _RECORD_NUMBERS.fullmatch(slices or "[:]")
     if not numbers:
         raise ValueError(
-            f"cannot stream {split!r}: only row numbers are known before the end, "
+            f"cannot stream {split!r}: only record numbers are known before the end, "
             "for example 'train[:10000]'; or set data.streaming: false"
         )
     start, stop = int(numbers[1] or 0), int(numbers[2]) if numbers[2] else None
     return split.removesuffix(slices or ""), (start, stop)
 
 
-def _place(row: Row) -> float:
-    """A number in [0, 1) that the content of a row decides."""
-    text = json.dumps(row.values, sort_keys=True, default=str)
+def _place(record: SourceRecord) -> float:
+    """A number in [0, 1) that the content of a record decides."""
+    text = json.dumps(record.values, sort_keys=True, default=str)
     return (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) >> 11) / 2**53
 
 
@@ -344,12 +344,14 @@ def _slice_bounds(selection: str, total: int) -> list[tuple[int, int]]:
     from datasets import ReadInstruction
 
     try:
-        instructions = ReadInstruction.from_spec(f"rows{selection}").to_absolute({"rows": total})
+        instructions = ReadInstruction.from_spec(f"records{selection}").to_absolute(
+            {"records": total}
+        )
     except (ValueError, AssertionError) as error:
         raise ValueError(f"cannot read the slice {selection!r}: {error}") from error
     bounds = [(part.from_, part.to) for part in instructions]
     if all(start >= stop for start, stop in bounds):
-        raise ValueError(f"the slice {selection!r} of {total} rows is empty")
+        raise ValueError(f"the slice {selection!r} of {total} records is empty")
     return bounds
 
 

@@ -30,7 +30,7 @@ class StoreStatistics:
         supervised_share: the same percentiles of each sample's supervised share, 0 to 1.
         answers: supervised runs of a sample -> samples.
         too_long: samples longer than a packed row.
-        duplicates: samples whose tokens an earlier sample of another row has as well.
+        duplicates: samples whose tokens an earlier sample of another record has as well.
         double_bos: samples that start with two BOS tokens.
         inner_bos: samples with a BOS token behind the first one, where turns do not begin with it.
         unended: supervised runs that end with no special token: the model would not learn to stop.
@@ -94,7 +94,7 @@ def store_statistics(
         ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False))
         answers[len(ends)] += 1
         earlier = first.setdefault(xxhash.xxh3_64_intdigest(tokens.data), number)
-        # A source that is repeated has the same rows again.
+        # A source that is repeated has the same records again.
         is_copy = earlier != number and store.origin(earlier) != store.origin(number)
         found = {
             "too_long": int(len(tokens) > capacity),

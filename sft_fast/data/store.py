@@ -6,8 +6,8 @@ A store is a directory:
     supervised.bin     uint8 [total / 8]     1 bit per token, little-endian: the token is a target
     weights.bin        float16 [total]       factor of each token's loss; only if one is not 1
     lengths.*.bin      column [N]            tokens of each sample
-    lines.*.bin        column [N]            line of each sample's row, as the step from the last
-    rejected.jsonl     the rows that were dropped or truncated: file, line, reason, message
+    lines.*.bin        column [N]            line of each sample's record, as the step from the last
+    rejected.jsonl     the records that were dropped or truncated: file, line, reason, message
     meta.json          version, fingerprint and what it was made of, sizes, files, report
 
 That is 4.125 bytes a token and, for the two columns (columns.py), 0.25 to 3.25 bytes a sample as a
@@ -63,24 +63,24 @@ OLD_BUILD_SECONDS = 24 * 3600
 
 @dataclass
 class DataReport:
-    """What became of a source's rows.
+    """What became of a source's records.
 
     Attributes:
         source: name of the source and its split.
         formats: file -> format that it was read in, and its columns.
         template: which chat template was used.
-        rows: rows read.
+        rows: records read.
         samples: samples stored.
         tokens: tokens stored.
         supervised_tokens: stored tokens that are targets.
         longest: tokens of the longest sample, before any truncation.
         truncated: samples cut to the capacity.
         cut_tokens: tokens that were cut off them.
-        split: rows that gave several samples, because they were too long or their template
+        split: records that gave several samples, because they were too long or their template
             rewrites earlier answers.
-        trimmed_turns: turns behind the last supervised one of their row; they are not stored.
+        trimmed_turns: turns behind the last supervised one of their record; they are not stored.
         boundary_tokens: supervised tokens that also hold characters of a prompt.
-        rejected: reason -> rows that are not in the store.
+        rejected: reason -> records that are not in the store.
     """
 
     source: str = ""
@@ -103,19 +103,19 @@ class DataReport:
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
         formats = "; ".join(sorted(set(self.formats.values())))
         lines = [
-            f"{self.source}: {self.samples} samples of {self.rows} rows, read as {formats}, "
+            f"{self.source}: {self.samples} samples of {self.rows} records, read as {formats}, "
             f"rendered with {self.template} template",
             f"{self.tokens} tokens, {self.supervised_tokens} supervised ({share:.1f} %), "
             f"longest sample {self.longest}",
         ]
-        lines += [f"not used: {count} rows, {why}" for why, count in self.rejected.items()]
+        lines += [f"not used: {count} records, {why}" for why, count in self.rejected.items()]
         if self.truncated:
             lost = f"{self.cut_tokens / (self.tokens + self.cut_tokens):.1%}"
             lines.append(
                 f"truncated: {self.truncated} samples, {self.cut_tokens} tokens cut off ({lost})"
             )
         if self.split:
-            lines.append(f"split into several samples: {self.split} rows")
+            lines.append(f"split into several samples: {self.split} records")
         if self.trimmed_turns:
             lines.append(f"trimmed: {self.trimmed_turns} turns behind the last supervised one")
         if self.boundary_tokens:
@@ -186,11 +186,11 @@ class TokenStore:
 
     @property
     def rejected_path(self) -> Path:
-        """The list of rows that were dropped, truncated or split."""
+        """The list of records that were dropped, truncated or split."""
         return self.path / REJECTED_FILE
 
     def summary(self) -> str:
-        """The report in a few lines of text, and where rows that are not whole are listed."""
+        """The report in a few lines of text, and where records that are not whole are listed."""
         report = self.report
         is_listed = report.rejected or report.truncated or report.split
         return report.summary() + (f"\nlisted in {self.rejected_path}" if is_listed else "")
@@ -200,7 +200,7 @@ class TokenStore:
         return self.files[bisect_right(self.files, sample, key=lambda entry: entry[0]) - 1][1]
 
     def line(self, sample: int) -> int:
-        """Line of the row that a sample was made from."""
+        """Line of the record that a sample was made from."""
         return self._line_steps.sum(sample + 1) - (sample + 1) * STEP_BIAS
 
     def span(self, sample: int) -> tuple[int, int]:
@@ -211,7 +211,7 @@ class TokenStore:
         return self._lengths.sum(sample), self._lengths.sum(sample + 1)
 
     def origin(self, sample: int) -> str:
-        """`file:line` of the row that a sample was made from."""
+        """`file:line` of the record that a sample was made from."""
         return f"{self.file(sample)}:{self.line(sample)}"
 
     def sample(self, sample: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
@@ -318,7 +318,7 @@ class StoreWriter:
 
         Args:
             input_ids, supervised: uint32 and bool [n].
-            file, line: the row it comes from; line is below 2^31.
+            file, line: the record it comes from; line is below 2^31.
             weights: float16 [n], above 0 where supervised; None: all 1.
         """
         if weights is not None and self._weight_file is None:
@@ -337,17 +337,17 @@ class StoreWriter:
             self._flush(last=False)
 
     def reject(self, file: str, line: int, reason: str, message: str) -> None:
-        """Lists a row that is not in the store, or not whole."""
+        """Lists a record that is not in the store, or not whole."""
         entry = {"file": file, "line": line, "reason": reason, "message": message}
         self._reject_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     @property
     def rejected_path(self) -> Path:
-        """Where `keep_rejected` puts the list of rejected rows."""
+        """Where `keep_rejected` puts the list of rejected records."""
         return self._path.with_name(f"{self._path.name}.{REJECTED_FILE}")
 
     def keep_rejected(self) -> None:
-        """Saves the list of rejected rows of a store that will not appear."""
+        """Saves the list of rejected records of a store that will not appear."""
         self._reject_file.flush()
         shutil.copyfile(self._folder / REJECTED_FILE, self.rejected_path)
 
@@ -357,7 +357,7 @@ class StoreWriter:
         Args:
             fingerprint: of everything that the content depends on.
             parts: what the fingerprint was made of.
-            report: what became of the rows.
+            report: what became of the records.
         """
         assert self._lengths, "an empty store cannot be memory-mapped"
         self._flush(last=True)

@@ -176,7 +176,7 @@ def check_control_tokens(choice: str, tokenizer: PreTrainedTokenizerBase) -> Non
             f"{', '.join(missing)}; choose the template that the model was trained with, or one "
             "without special tokens (alpaca, llama2, zephyr), or add them: tokenizer.add_tokens="
             f"[{', '.join(repr(token) for token in missing)}], and model.new_embeddings=mean if "
-            "the model has no rows for them"
+            "the model has no records for them"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sft_fast.data.demo import TASKS
 from sft_fast.data.formats import ConversationReader
-from sft_fast.data.json_rows import Row
+from sft_fast.data.json_records import SourceRecord
 from sft_fast.data.questions import Question
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def generate(
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
-def chance_accuracy(rows: Iterable[Row]) -> float:
+def chance_accuracy(rows: Iterable[SourceRecord]) -> float:
     """Exact match to expect on demo rows from a guesser that knows each task but sees no operand.
 
     Args:

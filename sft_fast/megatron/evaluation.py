@@ -327,7 +327,7 @@ def report_exact_match(
     text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
     values = {"exact_match": accuracy, "num_questions": len(matches)}
     if config.data.eval == "demo":
-        values["chance"] = chance_accuracy([question.row for question in questions])
+        values["chance"] = chance_accuracy([question.record for question in questions])
         text += f" (chance {values['chance']:.1%})"
     metrics.write("exact_match", **values)
     metrics.log(text)

@@ -166,13 +166,13 @@ def require_data(config: Config) -> None:
     Raises:
         ValueError: one that is meant as a path is not there.
     """
-    from sft_fast.data.source import load_rows, looks_local
+    from sft_fast.data.source import load_records, looks_local
 
     for key, name, _, _ in _data_entries(config):
         path = os.path.expanduser(name)
         if looks_local(path) and not os.path.exists(path):
             try:
-                load_rows(name)
+                load_records(name)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
 
@@ -201,7 +201,7 @@ def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str
 def _check_source(
     key: str, name: str, format_name: str, fields: dict[str, str], findings: Findings
 ) -> Iterator[Problem]:
-    from sft_fast.data.source import KINDS, Source, load_rows, looks_local
+    from sft_fast.data.source import KINDS, Source, load_records, looks_local
 
     path = Path(name).expanduser()
     if name != "demo" and not path.exists() and not looks_local(str(path)) and "*" not in name:
@@ -213,7 +213,7 @@ def _check_source(
         return
     try:
         # The split decides which rows are used; the head of the file shows what a row looks like.
-        rows = load_rows(name, evaluation=path.suffix == "" and key.startswith("data.eval"))
+        rows = load_records(name, evaluation=path.suffix == "" and key.startswith("data.eval"))
         if any(KINDS.get(Path(file).suffix) in ("parquet", "arrow") for file in rows.files):
             findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
             return
@@ -230,14 +230,14 @@ def _check_source(
 def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
     """Messages of the first rows that cannot be used, at most three."""
     from sft_fast.data.formats import ConversationReader
-    from sft_fast.data.json_rows import BadRow
+    from sft_fast.data.json_records import BadRecord
 
     reader = ConversationReader(source.format_name, source.fields)
     messages, count = [], 0
-    for row in islice(source.rows.scan(), HEAD_ROWS):
+    for row in islice(source.records.scan(), HEAD_ROWS):
         count += 1
         try:
-            if isinstance(row, BadRow):
+            if isinstance(row, BadRecord):
                 raise ValueError(row.message)
             reader(row)
         except ValueError as error:
@@ -246,7 +246,7 @@ def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
                 break
     kinds = ", ".join(sorted({known.name for known in reader.files.values()}))
     if not messages:
-        findings.notes.append(f"{key}: the first {count} rows of {source.rows.name} are {kinds}")
+        findings.notes.append(f"{key}: the first {count} rows of {source.records.name} are {kinds}")
     yield from messages
 
 

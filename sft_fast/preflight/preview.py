@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sft_fast.config.schema import Config
 from sft_fast.data.from_config import Part, build_options, find_sources
-from sft_fast.data.json_rows import BadRow, Row
+from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.sample_maker import MakerOptions, SampleMaker
 from sft_fast.data.source import Source
 from sft_fast.data.tokens import Sample
@@ -115,8 +115,8 @@ def make_preview(
     for source in sources:
         maker = sample_maker(config, source, tokenizer)
         template = maker.template_source
-        for row in islice(source.rows.scan(), num_rows):
-            if isinstance(row, BadRow):
+        for row in islice(source.records.scan(), num_rows):
+            if isinstance(row, BadRecord):
                 rejected.append(row.message)
                 continue
             made, messages = samples_of(maker, row, config)
@@ -146,7 +146,9 @@ def sample_maker(config: Config, source: Source, tokenizer: PreTrainedTokenizerB
     )
 
 
-def samples_of(maker: SampleMaker, row: Row, config: Config) -> tuple[list[Sample], list[str]]:
+def samples_of(
+    maker: SampleMaker, row: SourceRecord, config: Config
+) -> tuple[list[Sample], list[str]]:
     """The samples of a row, and what there is to say of it."""
     try:
         maker.look(row)

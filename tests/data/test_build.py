@@ -12,7 +12,7 @@ from sft_fast.data.build import BuildOptions, build_store, prepare_store, store_
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.formats import register_format
 from sft_fast.data.render import MaskOptions
-from sft_fast.data.source import Rows, Source, load_rows
+from sft_fast.data.source import Records, Source, load_records
 from sft_fast.data.store import REJECTED_FILE, TokenStore
 from sft_fast.data.token_cache import can_be_cut
 
@@ -29,7 +29,7 @@ def long_row(words: int) -> dict[str, str]:
 def build(make_tokenizer: MakeTokenizer, tmp_path: Path) -> Callable[..., TokenStore]:
     def run(source: str, capacity: int = 64, **options: Any) -> TokenStore:
         path = tmp_path / "store"
-        rows = Source(load_rows(source))
+        rows = Source(load_records(source))
         return build_store(rows, make_tokenizer(), BuildOptions(capacity, **options), path)
 
     return run
@@ -55,7 +55,7 @@ def test_rows_become_samples_that_know_their_origin(
     assert report.supervised_tokens == store.num_supervised.sum()
     assert report.formats == {path: "question_answer (columns question, answer)"}
     assert rejected(store) == []
-    assert f"{path}: 2 samples of 2 rows, read as question_answer" in report.summary()
+    assert f"{path}: 2 samples of 2 records, read as question_answer" in report.summary()
 
 
 def test_one_error_lists_the_bad_rows(
@@ -74,7 +74,7 @@ def test_one_error_lists_the_bad_rows(
     with pytest.raises(ValueError) as caught:
         build(path)
     lines = str(caught.value).split("\n")
-    assert lines[0] == f"4 of 6 rows of {path} cannot be used; mend or remove them:"
+    assert lines[0] == f"4 of 6 records of {path} cannot be used; mend or remove them:"
     assert lines[1].startswith(f"  {path}:2:17: not valid JSON")
     assert lines[2].startswith(f"  {path}:3: 'answer' is empty")
     assert lines[3].startswith(f"  {path}:4: 'answer' is a number (4)")
@@ -85,7 +85,7 @@ def test_one_error_lists_the_bad_rows(
 def test_error_shows_the_first_five_bad_rows(
     build: Callable[..., TokenStore], write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"7 of 8 rows(.*\n)+.*:6: (.*\n)  and 2 more") as caught:
+    with pytest.raises(ValueError, match=r"7 of 8 records(.*\n)+.*:6: (.*\n)  and 2 more") as caught:
         build(write_rows([GOOD, *[{"question": "q", "answer": ""}] * 7]))
     listed = tmp_path / "store.rejected.jsonl"
     assert str(caught.value).endswith(f", all listed in {listed}")
@@ -109,7 +109,7 @@ def test_bad_rows_can_be_skipped_counted_and_listed(
         (2, "unreadable"),
         (3, "not in the format"),
     ]
-    assert "not used: 1 rows, unreadable" in store.report.summary()
+    assert "not used: 1 records, unreadable" in store.report.summary()
 
 
 def test_no_usable_row_is_an_error(build: Callable[..., TokenStore], write_rows: WriteRows) -> None:
@@ -165,7 +165,7 @@ def test_sample_of_exactly_the_capacity_is_kept_whole(
     path = write_rows([GOOD])
     tokenizer = make_tokenizer()
     options = BuildOptions(1000)
-    rows = Source(load_rows(path))
+    rows = Source(load_records(path))
     length = build_store(rows, tokenizer, options, Path(path + ".store")).lengths
     assert build(path, capacity=int(length[0])).report.truncated == 0
 
@@ -186,7 +186,7 @@ def test_unknown_option(options: dict[str, Any], message: str) -> None:
 def test_prepare_builds_once_and_mends_damage(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
 ) -> None:
-    rows = Source(load_rows(write_rows([GOOD])))
+    rows = Source(load_records(write_rows([GOOD])))
     tokenizer, options, cache = make_tokenizer(), BuildOptions(64), tmp_path / "cache"
     first = prepare_store(rows, tokenizer, options, cache)
     built = (first.path / "tokens.bin").stat().st_mtime_ns
@@ -202,10 +202,10 @@ def test_prepare_builds_once_and_mends_damage(
 def test_fingerprint_changes_with_whatever_decides_the_content(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = load_rows(write_rows([GOOD]))
+    rows = load_records(write_rows([GOOD]))
 
     def fingerprint(
-        rows: Rows = rows,
+        rows: Records = rows,
         format_name: str = "auto",
         fields: dict[str, str] | None = None,
         tokenizer: Any = None,
@@ -218,7 +218,7 @@ def test_fingerprint_changes_with_whatever_decides_the_content(
     bigger = make_tokenizer()
     bigger.add_tokens(["hello"])
     changed = [
-        fingerprint(rows=load_rows(write_rows([GOOD, GOOD], "other.jsonl"))),
+        fingerprint(rows=load_records(write_rows([GOOD, GOOD], "other.jsonl"))),
         fingerprint(rows=rows.hold_out(0.5)[0]),
         fingerprint(format_name="question_answer"),
         fingerprint(fields={"question": "question"}),
@@ -240,7 +240,7 @@ def test_fingerprint_changes_with_whatever_decides_the_content(
 def test_store_is_checked_against_the_options_that_its_fingerprint_leaves_out(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
 ) -> None:
-    source = Source(load_rows(write_rows([GOOD, long_row(100), "nonsense"])))
+    source = Source(load_records(write_rows([GOOD, long_row(100), "nonsense"])))
 
     def prepare(capacity: int, **options: Any) -> TokenStore:
         return prepare_store(source, make_tokenizer(), BuildOptions(capacity, **options), tmp_path)
@@ -249,7 +249,7 @@ def test_store_is_checked_against_the_options_that_its_fingerprint_leaves_out(
     assert prepare(900, on_bad_row="skip", max_rejected=0.5).path == store.path
     with pytest.raises(ValueError, match=r"1 of 2 samples .*\n  .*rows\.jsonl:2: \d+ tokens"):
         prepare(64, on_bad_row="skip", max_rejected=0.5)
-    with pytest.raises(ValueError, match=r"1 of 3 rows .* cannot be used; (.*\n)  .*jsonl:3:1: "):
+    with pytest.raises(ValueError, match=r"1 of 3 records .* cannot be used; (.*\n)  .*jsonl:3:1: "):
         prepare(1000)
     with pytest.raises(ValueError, match=r"\(33\.3%: 1 unreadable\), more than data\.max_reject"):
         prepare(1000, on_bad_row="skip")
@@ -261,12 +261,12 @@ def test_fingerprint_ignores_where_things_are_and_what_calls_left_behind(
     from transformers import AutoTokenizer
 
     tokenizer, options = make_tokenizer(), BuildOptions(64)
-    first = store_fingerprint(Source(load_rows(write_rows([GOOD]))), tokenizer, options)
+    first = store_fingerprint(Source(load_records(write_rows([GOOD]))), tokenizer, options)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer.pad_token = "</s>"
     tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=8)
     tokenizer.pad_token = None
-    source = Source(load_rows(write_rows([GOOD], "moved.jsonl")))
+    source = Source(load_records(write_rows([GOOD], "moved.jsonl")))
     assert store_fingerprint(source, tokenizer, options) == first
     loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert store_fingerprint(source, loaded, options) == first
@@ -275,7 +275,7 @@ def test_fingerprint_ignores_where_things_are_and_what_calls_left_behind(
 def test_fingerprint_covers_the_code_of_own_formats(
     write_rows: WriteRows, make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Source(load_rows(write_rows([GOOD])), "own")
+    source = Source(load_records(write_rows([GOOD])), "own")
     fingerprints = []
     for shout in (False, True):
         monkeypatch.setattr(format_registry, "_FORMATS", {})
@@ -302,7 +302,7 @@ def test_rejected_share_has_a_limit(
     assert store.num_samples == 198
     shutil.rmtree(store.path)
     path = write_rows([GOOD] * 197 + [{"question": "q", "answer": ""}] * 3, "more.jsonl")
-    with pytest.raises(ValueError, match=r"3 of 200 rows .*\(1\.5%: 3 not in the format\)"):
+    with pytest.raises(ValueError, match=r"3 of 200 records .*\(1\.5%: 3 not in the format\)"):
         build(path, on_bad_row="skip")
 
 
@@ -363,7 +363,7 @@ def test_stores_of_one_and_of_four_processes_are_the_same_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sft_fast.data.build.BATCH_ROWS", 16)
+    monkeypatch.setattr("sft_fast.data.build.BATCH_RECORDS", 16)
     tokenizer = make_tokenizer()
     # Each process keeps the pieces that it has seen.
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -372,7 +372,7 @@ def test_stores_of_one_and_of_four_processes_are_the_same_files(
     for number in range(150):
         rows.append({"question": f"how {number} 🎉", "answer": "world " * (number % 40)})
         rows.append("nonsense" if number % 10 == 0 else {"question": "q", "answer": [1]})
-    source = Source(load_rows(write_rows(rows)))
+    source = Source(load_records(write_rows(rows)))
     options = BuildOptions(48, "truncate_right", "skip", max_rejected=1)
     lines: list[str] = []
     stores = [
@@ -399,12 +399,12 @@ def test_progress_is_told_about_once_a_second(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sft_fast.data.build.BATCH_ROWS", 10)
+    monkeypatch.setattr("sft_fast.data.build.BATCH_RECORDS", 10)
     monkeypatch.setattr("sft_fast.data.build.PROGRESS_SECONDS", 0.0)
     path = write_rows([GOOD] * 25)
     lines: list[str] = []
-    source = Source(load_rows(path))
+    source = Source(load_records(path))
     build_store(source, make_tokenizer(), BuildOptions(64), tmp_path / "s", progress=lines.append)
     assert len(lines) == 3
-    assert lines[-1].startswith(f"{path}: 25 of about 25 rows, ")
+    assert lines[-1].startswith(f"{path}: 25 of about 25 records, ")
     assert lines[-1].endswith(" tokens")

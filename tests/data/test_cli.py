@@ -10,7 +10,7 @@ import pytest
 
 from sft_fast.cli import main
 from sft_fast.data.formats import read_conversations
-from sft_fast.data.source import load_rows
+from sft_fast.data.source import load_records
 
 ROOT = Path(__file__).parents[2]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -31,7 +31,7 @@ def test_converted_rows_are_the_same_conversations(
     source, output = write_rows([CHAT]), tmp_path / "out" / "chats.jsonl"
     assert main(["convert", source, str(output)]) == 0
     assert capsys.readouterr().out == f"{output}: 1 rows\n"
-    first, second = (list(read_conversations(load_rows(str(path)))) for path in (source, output))
+    first, second = (list(read_conversations(load_records(str(path)))) for path in (source, output))
     assert [chat for _, chat in first] == [chat for _, chat in second]
     assert json.loads(output.read_text()) == CHAT
     assert main(["convert", source, str(output)]) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sft_fast.data.convert import convert
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.source import Source, load_records
 
 
 def call(**arguments: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def converted(source: Source, folder: Path) -> list[Any]:
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow"])
 def test_files(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"rows.{kind}")
-    assert converted(Source(load_rows(path)), tmp_path) == CHATS
+    assert converted(Source(load_records(path)), tmp_path) == CHATS
 
 
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,4 +70,4 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         as_dataset=lambda split: datasets.Dataset.from_list(CHATS),
     )
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
-    assert converted(Source(load_rows("owner/name")), tmp_path) == CHATS
+    assert converted(Source(load_records("owner/name")), tmp_path) == CHATS

@@ -9,8 +9,8 @@ from sft_fast.data import demo
 from sft_fast.data.build import BuildOptions, build_store
 from sft_fast.data.demo import TASKS, demo_tokenizer
 from sft_fast.data.formats import read_conversations
-from sft_fast.data.json_rows import Row
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.json_records import SourceRecord
+from sft_fast.data.source import Source, load_records
 from sft_fast.evaluation.exact_match import chance_accuracy
 
 ANSWERS = {
@@ -25,7 +25,7 @@ ANSWERS = {
 
 def questions(split: str) -> list[tuple[str, str]]:
     pairs = []
-    for _, conversation in read_conversations(load_rows("demo", split)):
+    for _, conversation in read_conversations(load_records("demo", split)):
         turns = [message.content for message in conversation.messages]
         pairs += list(zip(turns[::2], turns[1::2], strict=True))
     return pairs
@@ -53,17 +53,19 @@ def test_data_is_the_same_every_time(tmp_path: Path) -> None:
     first = demo.demo_files()
     demo.demo_files.cache_clear()
     assert demo.demo_files() == first
-    assert load_rows("demo").digest == "e33536fcac59191515fb9eeada9ded41"
-    assert load_rows("demo", "eval").digest == "76dc2e8520731b5c8faff7ac46fd2e1e"
+    assert load_records("demo").digest == "e33536fcac59191515fb9eeada9ded41"
+    assert load_records("demo", "eval").digest == "76dc2e8520731b5c8faff7ac46fd2e1e"
 
 
 def test_files_are_a_source_with_two_splits(tmp_path: Path) -> None:
     for name, content in demo.demo_files().items():
         (tmp_path / name).write_bytes(content)
     folder = str(tmp_path)
-    assert load_rows(folder, evaluation=True).digest == load_rows("demo", evaluation=True).digest
-    train = {json.dumps(row.values) for row in load_rows(folder)}
-    assert train == {json.dumps(row.values) for row in load_rows("demo")}
+    assert (
+        load_records(folder, evaluation=True).digest == load_records("demo", evaluation=True).digest
+    )
+    train = {json.dumps(row.values) for row in load_records(folder)}
+    assert train == {json.dumps(row.values) for row in load_records("demo")}
 
 
 def test_chance_is_the_share_of_the_most_frequent_answer() -> None:
@@ -76,13 +78,13 @@ def test_chance_is_the_share_of_the_most_frequent_answer() -> None:
 
 
 def test_chance_of_rows_is_the_mean_over_their_questions() -> None:
-    rows = list(load_rows("demo", "eval"))
+    rows = list(load_records("demo", "eval"))
     shares = Counter(row.values["messages"][0]["content"].split()[0] for row in rows)
     letters = (shares["first"] + shares["last"]) / 21
     others = (shares["repeat"] + shares["reverse"] + shares["upper"]) / 2205
     expected = (letters + others + shares["larger"] * 0.2) / len(rows)
     assert chance_accuracy(rows) == pytest.approx(expected)
-    foreign = Row({"question": "why", "answer": "so"}, "a.jsonl", 3)
+    foreign = SourceRecord({"question": "why", "answer": "so"}, "a.jsonl", 3)
     with pytest.raises(ValueError, match="a.jsonl:3: 'why' is no question of the demo"):
         chance_accuracy([foreign])
     with pytest.raises(ValueError, match="no rows"):
@@ -106,7 +108,7 @@ def test_tokenizer_is_what_auto_tokenizer_loads(tmp_path: Path) -> None:
 def test_samples_are_short_and_end_with_a_supervised_end_of_turn(tmp_path: Path) -> None:
     tokenizer: Any = demo_tokenizer()
     options = BuildOptions(64)
-    store = build_store(Source(load_rows("demo")), tokenizer, options, tmp_path / "store")
+    store = build_store(Source(load_records("demo")), tokenizer, options, tmp_path / "store")
     assert store.num_samples == store.report.rows == 6000
     assert store.report.boundary_tokens == 0
     for number in range(0, store.num_samples, 500):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_fast.data.build import BuildOptions, build_store
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.source import Source, load_records
 from sft_fast.data.store import REJECTED_FILE, TokenStore
 
 GOOD = b'{"question": "hello", "answer": "world"}\n'
@@ -30,7 +30,7 @@ def build(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Build:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(content)
         tokenizer = make_tokenizer(template) if template else make_tokenizer()
-        source = Source(load_rows(str(path)))
+        source = Source(load_records(str(path)))
         return build_store(source, tokenizer, BuildOptions(capacity, **options), tmp_path / "store")
 
     return run
@@ -45,7 +45,7 @@ def test_f13_malformed_line_names_file_line_column_and_context(build: Build) -> 
     with pytest.raises(ValueError) as caught:
         build(GOOD * 499 + b'{"question": "why", "answer" "so"}\n' + GOOD)
     first, second = str(caught.value).split("\n")
-    assert first.startswith("1 of 501 rows of ") and first.endswith("; mend or remove them:")
+    assert first.startswith("1 of 501 records of ") and first.endswith("; mend or remove them:")
     assert second.endswith(
         "rows.jsonl:500:30: not valid JSON: Expecting ':' delimiter, "
         """near '{"question": "why", "answer" "so"}'"""
@@ -63,7 +63,7 @@ def test_f13_malformed_line_can_be_skipped_counted_and_listed(build: Build) -> N
 
 @pytest.mark.fault("F13")
 def test_f13_empty_file(build: Build) -> None:
-    with pytest.raises(ValueError, match=r"rows\.jsonl: the file is empty; expected one row"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: the file is empty; expected one record"):
         build(b"")
 
 
@@ -131,7 +131,7 @@ def test_f15_rows_with_nothing_to_learn_are_counted_up_to_a_limit(
     assert store.num_supervised.min() > 0
     assert message in rejected(store)[-1]["message"]
     shutil.rmtree(store.path)
-    with pytest.raises(ValueError, match=rf"1 of 100 rows .* \(1\.0%: 1 {reason}\), more than"):
+    with pytest.raises(ValueError, match=rf"1 of 100 records .* \(1\.0%: 1 {reason}\), more than"):
         build(content, **options, max_rejected=0.001)
 
 

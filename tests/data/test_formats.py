@@ -13,8 +13,8 @@ from sft_fast.data.formats import (
     read_conversations,
     register_format,
 )
-from sft_fast.data.json_rows import Row
-from sft_fast.data.source import load_rows
+from sft_fast.data.json_records import SourceRecord
+from sft_fast.data.source import load_records
 
 USER_HI = {"role": "user", "content": "hi"}
 CHATML_TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho\nho<|im_end|>\n"
@@ -214,14 +214,14 @@ CALL = {"name": "f", "arguments": {}}
         (
             "alpaca",
             {"instruction": "a", "input": "b"},
-            r"no column for 'response': looked for response, output, answer; the row has "
+            r"no column for 'response': looked for response, output, answer; the record has "
             r"instruction, input\. Name it with data\.fields: \{response: <column>\}",
         ),
         ("alpaca", {"instruction": "a", "output": ""}, r"'response' \(column 'output'\) is empty"),
         (
             "alpaca",
             {"instruction": "a", "output": " \n"},
-            "'response'.* is empty; .*remove the row",
+            "'response'.* is empty; .*remove the record",
         ),
         ("alpaca", {"instruction": "a", "output": 42}, r"is a number \(42\); expected text"),
         ("alpaca", {"instruction": "a", "output": True}, r"is a boolean \(True\); expected text"),
@@ -296,12 +296,12 @@ CALL = {"name": "f", "arguments": {}}
         (
             "messages",
             {"messages": MESSAGES_OK, "images": ["a.png"]},
-            "the row has 'images'; only text is trained",
+            "the record has 'images'; only text is trained",
         ),
         (
             "sharegpt",
             {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}]},
-            "the row has 'image'; only text is trained",
+            "the record has 'image'; only text is trained",
         ),
         (
             "messages",
@@ -374,7 +374,7 @@ def test_columns_that_hold_no_media_are_no_obstacle() -> None:
     [
         ({"messages": [{"content": "hi"}]}, "'messages' has content; turns have role and content"),
         ({"messages": [None]}, "the first entry of 'messages' is null, not an object"),
-        ({"data": [{"messages": []}]}, "if 'data' holds the rows, write that list alone"),
+        ({"data": [{"messages": []}]}, "if 'data' holds the records, write that list alone"),
         ({"chat": [{"role": "user"}], "id": 1}, "'chat' has role; turns have role and content"),
     ],
 )
@@ -387,7 +387,7 @@ def test_reader_adds_file_and_line(write_rows: Callable[..., str]) -> None:
     good = {"question": "q", "answer": "a"}
     path = write_rows([good, good, {"question": "q", "answer": ["a"]}])
     with pytest.raises(ValueError) as caught:
-        list(read_conversations(load_rows(path)))
+        list(read_conversations(load_records(path)))
     assert str(caught.value) == (
         f"{path}:3: 'answer' is a list; expected text, written in double quotes \"...\" "
         "('answer' is a list in line 3 but text in line 1)"
@@ -396,12 +396,12 @@ def test_reader_adds_file_and_line(write_rows: Callable[..., str]) -> None:
 
 def test_auto_decides_once_per_file() -> None:
     reader = ConversationReader("auto")
-    reader(Row({"question": "q", "answer": "a"}, "a.jsonl", 1))
-    reader(Row({"text": CHATML_TEXT}, "b.jsonl", 1))
+    reader(SourceRecord({"question": "q", "answer": "a"}, "a.jsonl", 1))
+    reader(SourceRecord({"text": CHATML_TEXT}, "b.jsonl", 1))
     found = {file: known.name for file, known in reader.files.items()}
     assert found == {"a.jsonl": "question_answer", "b.jsonl": "chatml"}
     with pytest.raises(ValueError, match=r"a\.jsonl:2: no column for 'question'"):
-        reader(Row({"text": CHATML_TEXT}, "a.jsonl", 2))
+        reader(SourceRecord({"text": CHATML_TEXT}, "a.jsonl", 2))
 
 
 def test_own_format_is_used_like_the_built_in_ones(registry: None) -> None:
@@ -426,5 +426,5 @@ def test_error_inside_an_own_format_keeps_its_type_and_gains_the_place(registry:
         raise KeyError("missing")
 
     with pytest.raises(KeyError) as caught:
-        ConversationReader("broken")(Row({}, "a.jsonl", 7))
+        ConversationReader("broken")(SourceRecord({}, "a.jsonl", 7))
     assert caught.value.__notes__ == ["while reading a.jsonl:7 as 'broken'"]

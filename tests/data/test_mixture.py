@@ -12,7 +12,7 @@ from sft_fast.data.build import BuildOptions
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.from_config import build_options, find_sources, open_configured_store
 from sft_fast.data.mixture import prepare_mixture, sample_counts
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.source import Source, load_records
 from sft_fast.data.store import TokenStore
 from sft_fast.errors import ConfigError
 from sft_fast.models.architecture import (
@@ -30,7 +30,7 @@ def sources(write_rows: Callable[..., str], shares: list[tuple[int, float | None
     for number, (count, weight, repeat) in enumerate(shares):
         rows = [{"question": f"{number} {i}", "answer": "a"} for i in range(count)]
         path = write_rows(rows, f"rows{number}.jsonl")
-        found.append(Source(load_rows(path), weight=weight, repeat=repeat))
+        found.append(Source(load_records(path), weight=weight, repeat=repeat))
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 from sft_fast.data import format_registry
 from sft_fast.data.build import BuildOptions, build_store, store_fingerprint
 from sft_fast.data.formats import load_format, read_conversations
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.source import Source, load_records
 
 FORMATS = """
 import random
@@ -55,7 +55,7 @@ def pairs(path: Path, count: int = 3) -> str:
 
 
 def test_format_out_of_a_file_named_in_the_config(own_file: Path) -> None:
-    rows = load_rows(pairs(own_file))
+    rows = load_records(pairs(own_file))
     for reference in (str(own_file), f"{own_file}:pairs_a", "pairs_a", "auto"):
         found = [chat.messages[1].content for _, chat in read_conversations(rows, reference)]
         assert found == ["A0", "A1", "A2"], reference
@@ -76,7 +76,7 @@ def test_file_without_the_format(own_file: Path, reference: str, message: str) -
 
 
 def test_fingerprint_covers_the_whole_file(own_file: Path, make_tokenizer: MakeTokenizer) -> None:
-    rows = load_rows(pairs(own_file))
+    rows = load_records(pairs(own_file))
     other = own_file.with_name("other.py")
     other.write_text((FORMATS % {"tag": "a"}).replace("upper", "lower"))
     fingerprints = []
@@ -95,7 +95,7 @@ def test_row_function_changes_what_is_read_the_same_way_every_time(
     own_file: Path, make_tokenizer: MakeTokenizer, tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer()
-    source = Source(load_rows(pairs(own_file, 20)), str(own_file))
+    source = Source(load_records(pairs(own_file, 20)), str(own_file))
     options = BuildOptions(128, row_functions=(f"{own_file}:system_a",))
     stores = [
         build_store(source, tokenizer, options, tmp_path / str(processes), processes=processes)
@@ -110,7 +110,7 @@ def test_row_function_changes_what_is_read_the_same_way_every_time(
 def test_row_function_may_not_change_what_is_learnt(
     own_file: Path, make_tokenizer: MakeTokenizer, tmp_path: Path
 ) -> None:
-    source = Source(load_rows(pairs(own_file)), str(own_file))
+    source = Source(load_records(pairs(own_file)), str(own_file))
     options = BuildOptions(128, row_functions=(f"{own_file}:cheat_a",))
     with pytest.raises(
         ValueError, match=r"rows\.jsonl:1: the row function 'cheat_a' changed an as"

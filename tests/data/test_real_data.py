@@ -6,7 +6,7 @@ import pytest
 from sft_fast.data.build import BuildOptions, build_store
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.formats import read_conversations
-from sft_fast.data.source import Source, load_rows
+from sft_fast.data.source import Source, load_records
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_public_file_becomes_a_store(
     num_rows: int,
 ) -> None:
     path = real_data(name)
-    rows = load_rows(path, split)
+    rows = load_records(path, split)
     tokenizer = demo_tokenizer()
     store = build_store(Source(rows), tokenizer, BuildOptions(1 << 20), tmp_path / "store")
     assert store.report.formats[path].startswith(f"{format_name} (columns ")
@@ -47,7 +47,7 @@ def test_public_file_becomes_a_store(
 def test_tool_calls_are_learnt_and_tool_results_are_not(
     real_data: Callable[[str], str], tmp_path: Path
 ) -> None:
-    rows = load_rows(real_data("glaive_toolcall_en_demo.json"))
+    rows = load_records(real_data("glaive_toolcall_en_demo.json"))
     tokenizer = demo_tokenizer()
     store = build_store(Source(rows), tokenizer, BuildOptions(1 << 20), tmp_path / "store")
     calls = results = 0

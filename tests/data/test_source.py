@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sft_fast.data.json_rows import BadRow
-from sft_fast.data.source import load_rows
+from sft_fast.data.json_records import BadRecord
+from sft_fast.data.source import load_records
 
 GOOD = '{"question": "q", "answer": "a"}'
 
@@ -21,25 +21,25 @@ def write(path: Path, content: bytes) -> str:
 
 def test_rows_keep_file_and_line_over_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", f"\n{GOOD}\n\n  \n{GOOD}".encode())
-    rows = list(load_rows(path))
+    rows = list(load_records(path))
     assert [row.origin for row in rows] == [f"{path}:2", f"{path}:5"]
     assert rows[0].values == {"question": "q", "answer": "a"}
 
 
 def test_bom_and_crlf_are_tolerated(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": "x"}\r\n{"a": "y"}\r\n')
-    assert [row.values for row in load_rows(path)] == [{"a": "x"}, {"a": "y"}]
+    assert [row.values for row in load_records(path)] == [{"a": "x"}, {"a": "y"}]
 
 
 def test_unusual_line_separators_inside_a_text_do_not_split_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"a": "x\u2028y\u0085z"}\n'.encode())
-    assert [row.values for row in load_rows(path)] == [{"a": "x\u2028y\u0085z"}]
+    assert [row.values for row in load_records(path)] == [{"a": "x\u2028y\u0085z"}]
 
 
 def test_json_list_gives_the_line_of_each_row(tmp_path: Path) -> None:
     text = '\ufeff[\n {"a": 1,\n  "b": 2},\n\n {"a": 3}, {"a": 4}\n]\n'
     path = write(tmp_path / "a.json", text.encode())
-    rows = list(load_rows(path))
+    rows = list(load_records(path))
     assert [(row.line, row.values["a"]) for row in rows] == [(2, 1), (5, 3), (5, 4)]
 
 
@@ -47,10 +47,10 @@ def test_json_list_gives_the_line_of_each_row(tmp_path: Path) -> None:
     ("content", "place", "problem"),
     [
         (f'{GOOD}\n{{"a" 1}}\n', ":2:6: ", "not valid JSON: Expecting ':' delimiter"),
-        (f"{GOOD}\n[1, 2]\n", ":2:1: ", "the row is a list; expected an object"),
+        (f"{GOOD}\n[1, 2]\n", ":2:1: ", "the record is a list; expected an object"),
         (f"{GOOD}\n{GOOD},\n", f":2:{len(GOOD) + 1}: ", "a comma behind the object"),
         (f"{GOOD}\n{GOOD}{GOOD}\n", f":2:{len(GOOD) + 1}: ", "more text behind the object"),
-        (f"{GOOD}\n42\n", ":2:1: ", "the row is a number; expected an object"),
+        (f"{GOOD}\n42\n", ":2:1: ", "the record is a number; expected an object"),
         (f'{GOOD}\n{{"a": "cut', ":2:7: ", "Unterminated string"),
         (f"{GOOD}\n" + '{"a":' * 100_000 + "\n", ":2:1: ", "recursion"),
         (f'{GOOD}\n{{"a": {"9" * 5000}}}\n', ":2:1: ", "digits"),
@@ -61,7 +61,7 @@ def test_bad_line_is_named_with_its_column(
 ) -> None:
     path = write(tmp_path / "bad.jsonl", content.encode())
     with pytest.raises(ValueError) as caught:
-        list(load_rows(path))
+        list(load_records(path))
     assert str(caught.value).startswith(path + place)
     assert problem in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -71,7 +71,7 @@ def test_context_of_a_long_line_is_80_characters_around_the_place(tmp_path: Path
     line = '{"a": "' + "x" * 1_000_000 + '" oops, "b": "' + "y" * 1_000_000 + '"}'
     path = write(tmp_path / "a.jsonl", line.encode())
     with pytest.raises(ValueError, match="oops") as caught:
-        list(load_rows(path))
+        list(load_records(path))
     context = str(caught.value).split("near ")[1].strip("'")
     assert len(context) == 80
 
@@ -79,14 +79,14 @@ def test_context_of_a_long_line_is_80_characters_around_the_place(tmp_path: Path
 def test_byte_that_is_not_utf8_is_found_at_load_time(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD.encode() + b'\n{"a": "\xc3\xa9t\xff"}\n')
     with pytest.raises(ValueError, match="byte 0xff is not UTF-8") as caught:
-        list(load_rows(path))
+        list(load_records(path))
     assert str(caught.value).startswith(f"{path}:2:10: ")
 
 
 def test_scan_yields_bad_rows_and_goes_on(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", f"{GOOD}\nnonsense\n\xff\n{GOOD}\n".encode("latin-1"))
-    rows = list(load_rows(path).scan())
-    assert [(type(row) is BadRow, row.line) for row in rows] == [
+    rows = list(load_records(path).scan())
+    assert [(type(row) is BadRecord, row.line) for row in rows] == [
         (False, 1),
         (True, 2),
         (True, 3),
@@ -98,12 +98,12 @@ def test_scan_yields_bad_rows_and_goes_on(tmp_path: Path) -> None:
     ("content", "place", "problem"),
     [
         (b'[\n {"a": 1},\n {"a" 2}\n]', ":3:7: ", "Expecting ':' delimiter"),
-        (b'[\n {"a": 1}\n {"a": 2}\n]', ":3:2: ", "expected ',' or ']' after a row"),
-        (b'[{"a": 1},\n]', ":1:10: ", "a comma behind the last row"),
+        (b'[\n {"a": 1}\n {"a": 2}\n]', ":3:2: ", "expected ',' or ']' after a record"),
+        (b'[{"a": 1},\n]', ":1:10: ", "a comma behind the last record"),
         (b'{\n "a": 1\n}\n', ":1: ", "one object over several lines; expected one object a line"),
-        (b'[{"a": 1}', ":1:10: ", "expected ',' or ']' after a row"),
+        (b'[{"a": 1}', ":1:10: ", "expected ',' or ']' after a record"),
         (b'[{"a": 1}]\n{"a": 2}', ":2:1: ", "text after the end of the list"),
-        (b'[{"a": 1},\n "text"]', ":2:1: ", "the row is text; expected an object"),
+        (b'[{"a": 1},\n "text"]', ":2:1: ", "the record is text; expected an object"),
         (b'[{"a": 1},\n {"a": "\xff"}]', ":2:9: ", "byte 0xff is not UTF-8"),
         (b"[ ]", ": ", "the list is empty"),
         (b"", ": ", "the file is empty"),
@@ -116,7 +116,7 @@ def test_bad_json_list_and_empty_file(
 ) -> None:
     path = write(tmp_path / "a.json", content)
     with pytest.raises(ValueError) as caught:
-        list(load_rows(path))
+        list(load_records(path))
     assert str(caught.value).startswith(path + place)
     assert problem in str(caught.value)
 
@@ -124,22 +124,22 @@ def test_bad_json_list_and_empty_file(
 def test_missing_file_suggests_near_names(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", GOOD.encode())
     with pytest.raises(ValueError, match=r"trian\.jsonl does not exist.*nearest.*train\.jsonl"):
-        load_rows(str(tmp_path / "trian.jsonl"))
+        load_records(str(tmp_path / "trian.jsonl"))
     with pytest.raises(ValueError, match=f"the path is right up to {tmp_path}"):
-        load_rows(str(tmp_path / "no" / "such" / "train.jsonl"))
+        load_records(str(tmp_path / "no" / "such" / "train.jsonl"))
 
 
 @pytest.mark.parametrize("source", ["", "a b c", "owner/name/more/parts"])
 def test_source_that_is_nothing_we_know(source: str) -> None:
     with pytest.raises(ValueError, match="data source"):
-        load_rows(source)
+        load_records(source)
 
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
     for name in ("a.xlsx", "a.parquet.gz"):
         path = write(tmp_path / name, b"PAR1")
         with pytest.raises(ValueError, match=rf"{name}: cannot read this kind of file"):
-            load_rows(path)
+            load_records(path)
 
 
 def test_directory_picks_the_files_of_the_split(tmp_path: Path) -> None:
@@ -147,65 +147,65 @@ def test_directory_picks_the_files_of_the_split(tmp_path: Path) -> None:
         write(tmp_path / name, json.dumps({"a": name}).encode())
     write(tmp_path / "notes.txt", b"not data")
     folder = str(tmp_path)
-    assert [row.values["a"] for row in load_rows(folder)] == ["train-00.jsonl", "train-01.jsonl"]
-    assert [row.values["a"] for row in load_rows(folder, evaluation=True)] == ["test.jsonl"]
+    assert [row.values["a"] for row in load_records(folder)] == ["train-00.jsonl", "train-01.jsonl"]
+    assert [row.values["a"] for row in load_records(folder, evaluation=True)] == ["test.jsonl"]
     with pytest.raises(ValueError, match="no split 'validation'; its file names give test, train"):
-        load_rows(folder, "validation")
+        load_records(folder, "validation")
 
 
 def test_directory_without_split_names_is_all_train(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.json"):
         write(tmp_path / name, b'[{"a": 1}]')
-    assert len(list(load_rows(str(tmp_path)))) == 2
+    assert len(list(load_records(str(tmp_path)))) == 2
     with pytest.raises(ValueError, match="no split 'eval'"):
-        load_rows(str(tmp_path), evaluation=True)
+        load_records(str(tmp_path), evaluation=True)
 
 
 def test_glob(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         write(tmp_path / name, json.dumps({"a": name}).encode())
-    rows = load_rows(str(tmp_path / "*.jsonl"))
+    rows = load_records(str(tmp_path / "*.jsonl"))
     assert [row.values["a"] for row in rows] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(ValueError, match="no file matches"):
-        load_rows(str(tmp_path / "*.json"))
+        load_records(str(tmp_path / "*.json"))
 
 
 def test_slices_split_a_file_without_overlap(write_rows: Callable[..., str]) -> None:
     path = write_rows([{"a": number} for number in range(10)])
-    first = [row.values["a"] for row in load_rows(path, "train[:80%]")]
-    rest = [row.values["a"] for row in load_rows(path, "train[80%:]")]
+    first = [row.values["a"] for row in load_records(path, "train[:80%]")]
+    rest = [row.values["a"] for row in load_records(path, "train[80%:]")]
     assert first + rest == list(range(10))
     assert len(rest) == 2
-    assert load_rows(path, "train[:80%]").digest != load_rows(path, "train[80%:]").digest
+    assert load_records(path, "train[:80%]").digest != load_records(path, "train[80%:]").digest
     with pytest.raises(ValueError, match="empty"):
-        list(load_rows(path, "train[20:]"))
+        list(load_records(path, "train[20:]"))
     with pytest.raises(ValueError, match="slice"):
-        list(load_rows(path, "train[a:]"))
+        list(load_records(path, "train[a:]"))
     with pytest.raises(ValueError, match="has the one split 'train', not 'test'"):
-        load_rows(path, "test")
+        load_records(path, "test")
     with pytest.raises(ValueError, match="cannot read the split 'train:10'"):
-        load_rows(path, "train:10")
+        load_records(path, "train:10")
 
 
 def test_digest_is_of_the_content_and_not_of_the_name(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", GOOD.encode())
     same = write(tmp_path / "b.jsonl", GOOD.encode())
     other = write(tmp_path / "c.jsonl", GOOD.encode() + b"\n")
-    assert load_rows(first).digest == load_rows(same).digest
-    assert load_rows(first).digest != load_rows(other).digest
+    assert load_records(first).digest == load_records(same).digest
+    assert load_records(first).digest != load_records(other).digest
 
 
 def test_demo_source_has_train_and_eval() -> None:
-    assert load_rows("demo").files == (
+    assert load_records("demo").files == (
         "demo/train-alpaca.jsonl",
         "demo/train-messages.jsonl",
         "demo/train-chatml.jsonl",
     )
-    assert load_rows("demo", "train").digest == load_rows("demo").digest
-    assert load_rows("demo", evaluation=True).files == ("demo/eval.jsonl",)
-    assert len(list(load_rows("demo", "eval[:10]"))) == 10
+    assert load_records("demo", "train").digest == load_records("demo").digest
+    assert load_records("demo", evaluation=True).files == ("demo/eval.jsonl",)
+    assert len(list(load_records("demo", "eval[:10]"))) == 10
     with pytest.raises(ValueError, match="no split 'test'; it has train and eval"):
-        load_rows("demo", "test")
+        load_records("demo", "test")
 
 
 class FakeHub:
@@ -243,7 +243,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_hub_is_asked_on_first_use_only(hub: FakeHub) -> None:
-    rows = load_rows("owner/name:main@v1", "train[:3]")
+    rows = load_records("owner/name:main@v1", "train[:3]")
     assert hub.asked == []
     assert [row.values["question"] for row in rows] == ["q", "r", "s"]
     assert [row.origin for row in rows][1] == "owner/name:main@v1[train[:3]]:2"
@@ -252,19 +252,19 @@ def test_hub_is_asked_on_first_use_only(hub: FakeHub) -> None:
 
 
 def test_hub_is_streamed_by_row_numbers(hub: FakeHub) -> None:
-    rows = load_rows("owner/name", "train[1:2]", streaming=True)
+    rows = load_records("owner/name", "train[1:2]", streaming=True)
     assert [(row.values["question"], row.line) for row in rows] == [("r", 2)]
     assert "download" not in hub.asked
-    assert len(list(load_rows("owner/name", streaming=True))) == 3
-    with pytest.raises(ValueError, match="the split has no rows"):
-        list(load_rows("owner/name", "train[9:]", streaming=True))
-    with pytest.raises(ValueError, match=r"cannot stream 'train\[:1%\]': only row numbers"):
-        load_rows("owner/name", "train[:1%]", streaming=True)
+    assert len(list(load_records("owner/name", streaming=True))) == 3
+    with pytest.raises(ValueError, match="the split has no records"):
+        list(load_records("owner/name", "train[9:]", streaming=True))
+    with pytest.raises(ValueError, match=r"cannot stream 'train\[:1%\]': only record numbers"):
+        load_records("owner/name", "train[:1%]", streaming=True)
 
 
 def test_hub_digest_is_of_revision_and_split(hub: FakeHub) -> None:
     def digest(split: str) -> str:
-        return load_rows("owner/name", split).digest
+        return load_records("owner/name", split).digest
 
     first = digest("train")
     assert digest("test") != first == digest("train")
@@ -276,10 +276,10 @@ def test_hub_evaluation_split_is_one_that_exists(monkeypatch: pytest.MonkeyPatch
     datasets = pytest.importorskip("datasets")
     names = ["train", "test", "validation"]
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **k: names)
-    assert load_rows("owner/name", evaluation=True).name == "owner/name[validation]"
+    assert load_records("owner/name", evaluation=True).name == "owner/name[validation]"
     names[:] = ["train"]
     with pytest.raises(ValueError, match=r"data\.eval_split"):
-        load_rows("owner/name", evaluation=True)
+        load_records("owner/name", evaluation=True)
 
 
 def test_hub_error_names_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_hub_error_names_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(ValueError, match="'owner/name' is no local file.*cannot reach the hub"):
-        list(load_rows("owner/name"))
+        list(load_records("owner/name"))
 
 
 ROWS = [{"question": f"q{number}, é\n2", "answer": "42" if number else "NA"} for number in range(3)]
@@ -330,29 +330,29 @@ TABLES = ("csv", "tsv", "csv.gz", "csv.zst", "jsonl.gz", "jsonl.zst", "parquet",
 @pytest.mark.parametrize("suffix", TABLES)
 def test_every_kind_of_file_gives_the_same_text(tmp_path: Path, suffix: str) -> None:
     path = write_table(tmp_path / f"rows.{suffix}")
-    rows = list(load_rows(path))
+    rows = list(load_records(path))
     assert [row.values for row in rows] == ROWS
     # The questions hold a line break, so a row of a CSV file takes two lines.
     is_csv = suffix.startswith(("csv", "tsv"))
     assert [row.line for row in rows] == ([2, 4, 6] if is_csv else [1, 2, 3])
-    assert load_rows(path).digest == load_rows(path).digest
+    assert load_records(path).digest == load_records(path).digest
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", r"a\.csv: the file is empty"),
-        (b"a,b\n", r"a\.csv: there are column names but no rows"),
+        (b"a,b\n", r"a\.csv: there are column names but no records"),
         (b"a;b\n1;2\n", r"a\.csv:1: the column names are separated by ';'; expected ','"),
         (b"a,a\n1,2\n", r"a\.csv:1: a column name occurs twice"),
-        (b"a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 fields; expected 2 \(a, b\)"),
+        (b"a,b\n1,2\n3\n", r"a\.csv:3: the record has 1 fields; expected 2 \(a, b\)"),
         (b'a,b\n1,"2\n', r"a\.csv:2: not valid CSV: unexpected end of data"),
         (b"a,b\n1,2\n3,\xff\n", r"a\.csv:3:3: byte 0xff is not UTF-8"),
     ],
 )
 def test_bad_csv_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        list(load_rows(write(tmp_path / "a.csv", content)))
+        list(load_records(write(tmp_path / "a.csv", content)))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.csv.gz"])
@@ -361,7 +361,7 @@ def test_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - 40])
     with pytest.raises(ValueError, match=f"{name}: "):
-        list(load_rows(str(path)))
+        list(load_records(str(path)))
 
 
 def test_directories_are_searched_and_what_belongs_to_datasets_is_no_data(tmp_path: Path) -> None:
@@ -370,51 +370,51 @@ def test_directories_are_searched_and_what_belongs_to_datasets_is_no_data(tmp_pa
     splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
     DatasetDict(splits).save_to_disk(tmp_path / "saved")
     folder = str(tmp_path / "saved")
-    assert [row.values for row in load_rows(folder)] == ROWS
-    assert [row.values for row in load_rows(folder, evaluation=True)] == ROWS[:1]
+    assert [row.values for row in load_records(folder)] == ROWS
+    assert [row.values for row in load_records(folder, evaluation=True)] == ROWS[:1]
 
 
 def test_same_rows_in_two_kinds_of_file_are_refused(tmp_path: Path) -> None:
     for name in ("train.csv", "train.parquet"):
         write_table(tmp_path / name)
-    with pytest.raises(ValueError, match=r"train\.csv and train\.parquet: the same rows twice\?"):
-        load_rows(str(tmp_path))
+    with pytest.raises(ValueError, match=r"train\.csv and train\.parquet: the same records twice\?"):
+        load_records(str(tmp_path))
 
 
 def test_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", f'{GOOD}\n{{"a": [{{"b": 1, "b": 2}}]}}\n'.encode())
     with pytest.raises(ValueError, match=r"a\.jsonl:2:1: .*the key 'b' occurs twice"):
-        list(load_rows(path))
+        list(load_records(path))
 
 
 def test_held_out_rows_are_not_among_the_others_even_where_rows_are_equal(
     write_rows: Callable[..., str],
 ) -> None:
     path = write_rows([{"a": number % 300} for number in range(600)] + ["nonsense"])
-    kept, held_out = load_rows(path).hold_out(0.2)
-    bad = [row for row in kept.scan() if isinstance(row, BadRow)]
+    kept, held_out = load_records(path).hold_out(0.2)
+    bad = [row for row in kept.scan() if isinstance(row, BadRecord)]
     assert [row.line for row in bad] == [601]
-    kept_values = [row.values["a"] for row in kept.scan() if not isinstance(row, BadRow)]
+    kept_values = [row.values["a"] for row in kept.scan() if not isinstance(row, BadRecord)]
     held_values = [row.values["a"] for row in held_out]
     assert not set(kept_values) & set(held_values)
     assert len(kept_values) + len(held_values) == 600
     assert 80 < len(held_values) < 160
-    assert len({kept.digest, held_out.digest, load_rows(path).digest}) == 3
+    assert len({kept.digest, held_out.digest, load_records(path).digest}) == 3
 
 
 def test_rows_are_counted_without_being_parsed(tmp_path: Path) -> None:
     content = f"{GOOD}\n" * 9 + "{not JSON at all"
-    lines = load_rows(write(tmp_path / "a.jsonl", content.encode()))
+    lines = load_records(write(tmp_path / "a.jsonl", content.encode()))
     assert lines.count() == 10
     kept, held_out = lines.hold_out(0.2)
     assert (kept.count(), held_out.count()) == (8, 2)
-    assert load_rows(write_table(tmp_path / "t.parquet")).count() == 3
-    assert load_rows(write_table(tmp_path / "t.csv.gz")).count() == 6, "a row has two lines"
+    assert load_records(write_table(tmp_path / "t.parquet")).count() == 3
+    assert load_records(write_table(tmp_path / "t.csv.gz")).count() == 6, "a row has two lines"
     # Not without reading it, or not at all.
-    assert load_rows(write(tmp_path / "a.json", f"[{GOOD}]".encode())).count() is None
-    assert load_rows(str(tmp_path / "a.jsonl"), "train[:50%]").count() is None
+    assert load_records(write(tmp_path / "a.json", f"[{GOOD}]".encode())).count() is None
+    assert load_records(str(tmp_path / "a.jsonl"), "train[:50%]").count() is None
 
 
 def test_rows_of_the_hub_are_counted(hub: FakeHub) -> None:
-    assert load_rows("owner/name").count() == 3
-    assert load_rows("owner/name", "train[:9]", streaming=True).count() is None
+    assert load_records("owner/name").count() == 3
+    assert load_records("owner/name", "train[:9]", streaming=True).count() is None

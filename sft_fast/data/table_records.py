@@ -1,4 +1,4 @@
-"""Rows of tables: CSV with the line of every row, Parquet, Arrow and the hub through `datasets`."""
+"""Records of tables: CSV with lines, and Parquet, Arrow and the hub through `datasets`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from sft_fast.data.json_rows import BadRow, Row, count_lines, file_digest, open_content
+from sft_fast.data.json_records import (
+    BadRecord,
+    SourceRecord,
+    count_lines,
+    file_digest,
+    open_content,
+)
 
 _OTHER_DELIMITER = re.compile(r"[;\t|,]")
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
@@ -20,7 +26,7 @@ class CsvPart:
     """A CSV file (.tsv: with tabs) with a line of column names; every value is text.
 
     Read with the standard library: `datasets` guesses types, so that the answer "42" becomes a
-    number and the answer "NA" nothing, and it does not know the lines of the rows.
+    number and the answer "NA" nothing, and it does not know the lines of the records.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,11 +36,11 @@ class CsvPart:
         return file_digest(self.name)
 
     def count(self) -> int | None:
-        """Lines below the column names: a row may have several."""
+        """Lines below the column names: a record may have several."""
         with open_content(self.name) as stream:
             return count_lines(stream) - 1
 
-    def read(self) -> Iterator[Row | BadRow]:
+    def read(self) -> Iterator[SourceRecord | BadRecord]:
         # The limit of 128 KiB a field is shorter than some answers.
         csv.field_size_limit(sys.maxsize)
         delimiter = "\t" if ".tsv" in self.name else ","
@@ -42,7 +48,9 @@ class CsvPart:
         try:
             columns = next(reader, None)
             if not columns:
-                raise ValueError(f"{self.name}: the file is empty; expected column names and rows")
+                raise ValueError(
+                    f"{self.name}: the file is empty; expected column names and records"
+                )
             if len(columns) == 1 and (found := _OTHER_DELIMITER.search(columns[0])):
                 raise ValueError(
                     f"{self.name}:1: the column names are separated by {found[0]!r}; expected "
@@ -50,24 +58,24 @@ class CsvPart:
                 )
             if len(set(columns)) != len(columns):
                 raise ValueError(f"{self.name}:1: a column name occurs twice: {', '.join(columns)}")
-            yield from self._rows(reader, columns)
+            yield from self._records(reader, columns)
         except csv.Error as error:
             raise ValueError(f"{self.name}:{reader.line_num}: not valid CSV: {error}") from None
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error}") from error
 
-    def _rows(self, reader: Any, columns: list[str]) -> Iterator[Row | BadRow]:
+    def _records(self, reader: Any, columns: list[str]) -> Iterator[SourceRecord | BadRecord]:
         line, count = reader.line_num + 1, 0
         for values in reader:
             count += 1
             if len(values) == len(columns):
-                yield Row(dict(zip(columns, values, strict=True)), self.name, line)
+                yield SourceRecord(dict(zip(columns, values, strict=True)), self.name, line)
             elif values:
                 problem = f"{len(values)} fields; expected {len(columns)} ({', '.join(columns)})"
-                yield BadRow(self.name, line, f"{self.name}:{line}: the row has {problem}")
+                yield BadRecord(self.name, line, f"{self.name}:{line}: the record has {problem}")
             line = reader.line_num + 1
         if not count:
-            raise ValueError(f"{self.name}: there are column names but no rows")
+            raise ValueError(f"{self.name}: there are column names but no records")
 
     def _lines(self) -> Iterator[str]:
         with open_content(self.name) as stream:
@@ -82,7 +90,7 @@ class CsvPart:
 
 
 class TablePart:
-    """A Parquet or Arrow file, read row by row; lines are row numbers."""
+    """A Parquet or Arrow file, read record by record; lines are record numbers."""
 
     def __init__(self, name: str, kind: str) -> None:
         """`kind` is "parquet" or "arrow"."""
@@ -93,28 +101,28 @@ class TablePart:
         return file_digest(self.name)
 
     def count(self) -> int | None:
-        """Rows, from the end of a Parquet file; None for Arrow."""
+        """Records, from the end of a Parquet file; None for Arrow."""
         if self._kind != "parquet":
             return None
         import pyarrow.parquet
 
         return pyarrow.parquet.read_metadata(self.name).num_rows
 
-    def read(self) -> Iterator[Row | BadRow]:
+    def read(self) -> Iterator[SourceRecord | BadRecord]:
         import datasets
 
         number = 0
         try:
             # Streaming reads the file where it is; otherwise it would be copied to a cache first.
-            rows = datasets.load_dataset(
+            records = datasets.load_dataset(
                 self._kind, data_files=[self.name], split="train", streaming=True
             )
-            for number, values in enumerate(rows, start=1):
-                yield Row(without_nulls(values), self.name, number)
+            for number, values in enumerate(records, start=1):
+                yield SourceRecord(without_nulls(values), self.name, number)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(f"{self.name}: not a readable {self._kind} file: {error}") from error
         if number == 0:
-            raise ValueError(f"{self.name}: the file has no rows")
+            raise ValueError(f"{self.name}: the file has no records")
 
 
 class HubPart:
@@ -134,7 +142,7 @@ class HubPart:
             source: the hub name as the user wrote it.
             repo, config, rev: its parts.
             split: split expression; with `bounds` only the name of a split.
-            bounds: first row and the row behind the last (None: the end) to stream; None: the
+            bounds: first record and the record behind the last (None: the end) to stream; None: the
                 split is downloaded.
         """
         self.name = f"{source}[{split}]"
@@ -170,22 +178,22 @@ class HubPart:
         """Rows; None for a stream."""
         return len(self._dataset) if self._bounds is None else None
 
-    def read(self) -> Iterator[Row | BadRow]:
+    def read(self) -> Iterator[SourceRecord | BadRecord]:
         start, stop = self._bounds or (0, None)
         number = start
         for number, values in enumerate(islice(self._dataset, start, stop), start=start + 1):
-            yield Row(without_nulls(values), self.name, number)
+            yield SourceRecord(without_nulls(values), self.name, number)
         if number == start:
-            raise ValueError(f"{self.name}: the split has no rows")
+            raise ValueError(f"{self.name}: the split has no records")
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without what its objects do not have.
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without what its objects do not have.
 
-    A column of a table has one type, so an object in it has the keys of all rows, null where its
-    own row had none: the arguments of every tool call, for example. Columns that are null stay.
+    A column of a table has one type, so an object in it has the keys of all records, null where its
+    own record had none: the arguments of every tool call, for example. Columns that are null stay.
     """
-    return {column: _without_nulls(value) for column, value in row.items()}
+    return {column: _without_nulls(value) for column, value in record.items()}
 
 
 def _without_nulls(value: Any) -> Any:

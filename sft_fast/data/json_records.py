@@ -1,4 +1,4 @@
-"""Parses JSON Lines files and JSON lists; a bad row is reported with file, line and column.
+"""Parses JSON Lines files and JSON lists; a bad record is reported with file, line and column.
 
 Keys that occur twice in one object are refused: a parser would keep the last one and say nothing.
 """
@@ -20,13 +20,13 @@ _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRecord:
     """One object of the source.
 
     Attributes:
         values: the object.
         file: path of its file, or the hub name and split.
-        line: line it starts on, or its row number in a hub data set; counted from 1.
+        line: line it starts on, or its record number in a hub data set; counted from 1.
     """
 
     values: dict[str, Any]
@@ -39,8 +39,8 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that could not be read; `message` starts with its file:line:column."""
+class BadRecord:
+    """A record that could not be read; `message` starts with its file:line:column."""
 
     file: str
     line: int
@@ -52,7 +52,7 @@ class JsonPart:
     """One JSON Lines file, or one file with a JSON list; told apart by their first character."""
 
     def __init__(self, name: str, content: bytes | None = None) -> None:
-        """`content` replaces the file's bytes, for rows that exist in memory only."""
+        """`content` replaces the file's bytes, for records that exist in memory only."""
         self.name = name
         self._content = content
 
@@ -66,7 +66,7 @@ class JsonPart:
         with self._open() as stream:
             return count_lines(stream)
 
-    def read(self) -> Iterator[Row | BadRow]:
+    def read(self) -> Iterator[SourceRecord | BadRecord]:
         try:
             is_list = self._first_character() == b"["
             yield from self._read_list() if is_list else self._read_lines()
@@ -85,11 +85,13 @@ class JsonPart:
             while not head:
                 block = stream.read(1 << 16)
                 if not block:
-                    raise ValueError(f"{self.name}: the file is empty; expected one row at least")
+                    raise ValueError(
+                        f"{self.name}: the file is empty; expected one record at least"
+                    )
                 head = block.lstrip()
         return head[:1]
 
-    def _read_lines(self) -> Iterator[Row | BadRow]:
+    def _read_lines(self) -> Iterator[SourceRecord | BadRecord]:
         with self._open() as stream:
             for line, raw in enumerate(stream, start=1):
                 if line == 1:
@@ -112,9 +114,9 @@ class JsonPart:
                 except (ValueError, RecursionError) as error:
                     yield self._bad(line, 1, f"not usable JSON: {error}", text)
                 else:
-                    yield self._row(values, line, text)
+                    yield self._record(values, line, text)
 
-    def _read_list(self) -> Iterator[Row | BadRow]:
+    def _read_list(self) -> Iterator[SourceRecord | BadRecord]:
         with self._open() as stream:
             raw = stream.read().removeprefix(b"\xef\xbb\xbf")
         try:
@@ -126,7 +128,7 @@ class JsonPart:
         position, line = _skip_space(text, text.index("[") + 1), 1
         counted = 0
         if text.startswith("]", position):
-            raise ValueError(f"{self.name}: the list is empty; expected one row at least")
+            raise ValueError(f"{self.name}: the list is empty; expected one record at least")
         while True:
             line += text.count("\n", counted, position)
             counted = position
@@ -136,37 +138,37 @@ class JsonPart:
                 raise self._syntax_error(text, error.pos, error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise self._syntax_error(text, position, str(error)) from None
-            yield self._row(values, line, text[position : position + CONTEXT_CHARACTERS])
+            yield self._record(values, line, text[position : position + CONTEXT_CHARACTERS])
             end = _skip_space(text, end)
             if text.startswith("]", end):
                 break
             if not text.startswith(",", end):
-                raise self._syntax_error(text, end, "expected ',' or ']' after a row")
+                raise self._syntax_error(text, end, "expected ',' or ']' after a record")
             position = _skip_space(text, end + 1)
             if text.startswith("]", position):
-                raise self._syntax_error(text, end, "a comma behind the last row")
+                raise self._syntax_error(text, end, "a comma behind the last record")
         end = _skip_space(text, end + 1)
         if end != len(text):
             raise self._syntax_error(text, end, "text after the end of the list")
 
-    def _row(self, values: Any, line: int, text: str) -> Row | BadRow:
+    def _record(self, values: Any, line: int, text: str) -> SourceRecord | BadRecord:
         if isinstance(values, dict):
-            return Row(values, self.name, line)
+            return SourceRecord(values, self.name, line)
         kind = type_name(values)
-        return self._bad(line, 1, f"the row is {kind}; expected an object {{...}}", text)
+        return self._bad(line, 1, f"the record is {kind}; expected an object {{...}}", text)
 
-    def _bad(self, line: int, column: int, problem: str, text: str) -> BadRow:
+    def _bad(self, line: int, column: int, problem: str, text: str) -> BadRecord:
         near = _excerpt(text, column)
         message = f"{self.name}:{line}:{column}: {problem}, near {near!r}"
-        return BadRow(self.name, line, message)
+        return BadRecord(self.name, line, message)
 
     def _syntax_error(self, text: str, position: int, problem: str) -> ValueError:
         line = text.count("\n", 0, position) + 1
         start = text.rfind("\n", 0, position) + 1
         stop = text.find("\n", position)
-        row = text[start : stop if stop >= 0 else len(text)]
+        record = text[start : stop if stop >= 0 else len(text)]
         problem = f"not valid JSON: {problem}"
-        return ValueError(self._bad(line, position - start + 1, problem, row).message)
+        return ValueError(self._bad(line, position - start + 1, problem, record).message)
 
 
 def open_content(path: str) -> BinaryIO:
