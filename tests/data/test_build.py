@@ -85,7 +85,9 @@ def test_one_error_lists_the_bad_rows(
 def test_error_shows_the_first_five_bad_rows(
     build: Callable[..., TokenStore], write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"7 of 8 records(.*\n)+.*:6: (.*\n)  and 2 more") as caught:
+    with pytest.raises(
+        ValueError, match=r"7 of 8 records(.*\n)+.*:6: (.*\n)  and 2 more"
+    ) as caught:
         build(write_rows([GOOD, *[{"question": "q", "answer": ""}] * 7]))
     listed = tmp_path / "store.rejected.jsonl"
     assert str(caught.value).endswith(f", all listed in {listed}")
@@ -249,7 +251,9 @@ def test_store_is_checked_against_the_options_that_its_fingerprint_leaves_out(
     assert prepare(900, on_bad_row="skip", max_rejected=0.5).path == store.path
     with pytest.raises(ValueError, match=r"1 of 2 samples .*\n  .*rows\.jsonl:2: \d+ tokens"):
         prepare(64, on_bad_row="skip", max_rejected=0.5)
-    with pytest.raises(ValueError, match=r"1 of 3 records .* cannot be used; (.*\n)  .*jsonl:3:1: "):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 records .* cannot be used; (.*\n)  .*jsonl:3:1: "
+    ):
         prepare(1000)
     with pytest.raises(ValueError, match=r"\(33\.3%: 1 unreadable\), more than data\.max_reject"):
         prepare(1000, on_bad_row="skip")

@@ -377,7 +377,9 @@ def test_directories_are_searched_and_what_belongs_to_datasets_is_no_data(tmp_pa
 def test_same_rows_in_two_kinds_of_file_are_refused(tmp_path: Path) -> None:
     for name in ("train.csv", "train.parquet"):
         write_table(tmp_path / name)
-    with pytest.raises(ValueError, match=r"train\.csv and train\.parquet: the same records twice\?"):
+    with pytest.raises(
+        ValueError, match=r"train\.csv and train\.parquet: the same records twice\?"
+    ):
         load_records(str(tmp_path))
 
 

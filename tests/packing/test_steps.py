@@ -20,9 +20,9 @@ from sft_fast import _C
 from sft_fast.megatron.checkpoint.fingerprint import changed_fields, run_fields
 from sft_fast.packing.balance import DEFAULT_COST_MODEL
 from sft_fast.packing.bins import BinPlan, PackingOptions, choose_strategy, plan_bins
+from sft_fast.packing.choices import STRATEGY_HELP, Strategy
 from sft_fast.packing.report import packing_report, plot_plan
 from sft_fast.packing.steps import StepPlan
-from sft_fast.packing.choices import STRATEGY_HELP, Strategy
 from sft_fast.reference.packing import Window, best_fit_decreasing, next_fit, random_order, shuffle
 
 all_strategies = pytest.mark.parametrize("strategy", sorted(_C.STRATEGIES))
