@@ -81,7 +81,9 @@ def launches(module: ModuleType) -> Iterator[Launch]:
 def tune(name: str, case: Case, ceiling: float) -> None:
     module = module_of(name)
     step, inputs = contender("Triton", case), make_inputs(case, case.num_tokens)
-    outputs = step(*inputs)
+    # An autograd graph that lives on would tie its leaves to this stream.
+    with torch.no_grad():
+        outputs = step(*inputs)
     upstream = [torch.randn_like(each) for each in as_tuple(outputs)]
     element = case.num_tokens * DTYPE.itemsize
 

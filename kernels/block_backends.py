@@ -174,10 +174,11 @@ def check_block_kernels(
         ValueError: the error is larger.
     """
     plain = cast(BlockKernels, block_torch)
-    generator = torch.Generator().manual_seed(0)
+    # On the CPU, whatever the default device: the same numbers everywhere.
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
 
     channels = sizes.rotated_channels
     table = random(NUM_TEST_TOKENS, channels) if channels else None
@@ -199,9 +200,10 @@ def results_and_gradients(test: SelfTest, inputs: list[Tensor], dtype: torch.dty
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     results = test.step(*leaves)
     results = (results,) if isinstance(results, Tensor) else results
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     upstream = [
-        torch.randn(result.shape, generator=generator).to(dtype).to(result) for result in results
+        torch.randn(result.shape, generator=generator, device="cpu").to(dtype).to(result)
+        for result in results
     ]
     gradients = torch.autograd.grad(results, leaves, upstream)
     return [*(result.detach() for result in results), *gradients]
