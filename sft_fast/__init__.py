@@ -5,9 +5,9 @@ folder's; a line imports only what stands above it, and tests/test_imports.py ho
 
     exit_codes.py constants.py redact.py errors.py files.py  codes, secrets, messages, JSON
     packing/choices.py  what a key of the YAML may say, beside the code that does it
-    loss_registry.py metric_registry.py  losses and metrics of your own
     recipes/     configurations to start from
     config/      the YAML: sections, checks, where each value comes from, Primus files
+    registry.py  what users add by name: trainers, losses, metrics; how a plugin file is run
     runtime/     what keeps a run alive: watchdog, hangs, locks, manifests, launcher
     kernels/     the loss's kernels and the choice of a backend; a link to ../kernels
     reference/   oracles: the plainest correct form of kernels and C++
@@ -19,7 +19,7 @@ folder's; a line imports only what stands above it, and tests/test_imports.py ho
     evaluation/  answers of the exported model, early stopping
     preflight/   what is said before it costs: machine checks, preview
     megatron/    the model in megatron-core, parallelism, the loop, checkpoints, export
-    registry.py train.py megatron/pretrain.py  stages, and their start under torchrun
+    train.py megatron/pretrain.py  stages, and their start under torchrun
     commands/    the subcommands of `sft_fast`
     cli.py __main__.py  the command line
 """

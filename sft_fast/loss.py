@@ -21,7 +21,7 @@ from sft_fast.kernels.masked_cross_entropy import (
 )
 from sft_fast.kernels.masked_linear_cross_entropy import HeadLossArgs, MaskedLinearCrossEntropy
 from sft_fast.kernels.memory_plan import POLICIES, MemoryPlan, Policy
-from sft_fast.loss_registry import get_loss
+from sft_fast.registry import get_loss
 
 __all__ = [
     "LossOptions",

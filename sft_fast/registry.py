@@ -1,10 +1,19 @@
-"""Which trainer runs for a (backend, stage) pair.
+"""What users add in files of their own: trainers, losses and evaluation metrics, by name.
 
-A new stage is one file and one decorator; name the file in the config's `plugins`:
+The files are named in the config's `plugins`. Formats and row functions of data, which have the
+same registry, are in sft_fast.data.format_registry.
 
-    @register_trainer(backend="megatron", stage="dpo")
-    def train(config: Config) -> int:
+    @register_trainer(backend="megatron", stage="score")
+    def score(config: Config) -> int:
         ...
+
+    @register_loss("focal")
+    def focal(logprobs: Tensor, labels: Tensor) -> Tensor:
+        return -(1 - logprobs.exp()) ** 2 * logprobs
+
+    @register_metric("whole_answer", greater_is_better=True)
+    def whole_answer(sample: SampleOutputs) -> tuple[float, float]:
+        return float(sample.correct.all()), 1.0
 """
 
 from __future__ import annotations
@@ -12,118 +21,280 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from sft_fast.errors import nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sft_fast.config.schema import Config
 
     Trainer = Callable[[Config], int]
-    TrainerT = TypeVar("TrainerT", bound=Trainer)
+    CustomLoss = Callable[[Tensor, Tensor], Tensor]
+    MetricFunction = Callable[["SampleOutputs"], tuple[float, float]]
 
-Pair = tuple[str, str]
+T = TypeVar("T")
+TrainerT = TypeVar("TrainerT", bound="Trainer")
 
-# "module:attribute", imported by get_trainer only, so that the registry itself costs nothing.
-_BUILT_IN: dict[Pair, str] = {
-    ("megatron", "sft"): "sft_fast.megatron.sft:train",
-    ("megatron", "export"): "sft_fast.megatron.export.run:export",
-}
-_registered: dict[Pair, Trainer] = {}
+PLUGIN_MODULE = "sft_fast_plugin:"
+"""Before the full path of a plugin file: the name of its module, which is no package's."""
 
 
-@overload
-def register_trainer(trainer: TrainerT, backend: str, stage: str) -> TrainerT: ...
+class Registry(Generic[T]):
+    """Entries by name; a name belongs to the entry that had it first.
 
-
-@overload
-def register_trainer(*, backend: str, stage: str) -> Callable[[TrainerT], TrainerT]: ...
-
-
-def register_trainer(
-    trainer: TrainerT | None = None, backend: str = "", stage: str = ""
-) -> TrainerT | Callable[[TrainerT], TrainerT]:
-    """Makes `trainer` the one for (backend, stage); without `trainer`, returns a decorator.
-
-    Args:
-        trainer: Called with the configuration; returns the process's exit code.
-        backend: Config key `backend` of the runs it is for.
-        stage: Config key `stage` of the runs it is for.
-
-    Raises:
-        ValueError: The pair has another trainer already, or a name is empty.
+    Attributes:
+        entries: name -> entry, in the order of registration.
+        files: name -> full path of the plugin file that registered it.
     """
-    if trainer is None:
-        return lambda decorated: register_trainer(decorated, backend, stage)
-    pair = (backend, stage)
-    if not callable(trainer):
-        raise ValueError(f"trainer of {pair} is {trainer!r}; expected a callable train(config)")
-    if not backend or not stage:
-        raise ValueError(f"a trainer was registered for {pair}; expected a backend and a stage")
-    name = _name(trainer)
-    if pair in _registered and _registered[pair] is not trainer:
-        raise ValueError(f"{pair} is already {_name(_registered[pair])}, not {name}")
-    if pair in _BUILT_IN and _BUILT_IN[pair] != name:
-        raise ValueError(f"{pair} is already {_BUILT_IN[pair]}, not {name}")
-    _registered[pair] = trainer
-    return trainer
+
+    every: ClassVar[list[Registry[Any]]] = []
+    running: ClassVar[list[str]] = []
+    """Plugin files that are being run, the innermost last."""
+
+    def __init__(self, kind: str, key: str, reserved: Sequence[str] = ()) -> None:
+        """Makes an empty one of entries that are a `kind`, which the config names in `key`."""
+        self.kind, self.key, self.reserved = kind, key, reserved
+        self.entries: dict[str, T] = {}
+        self.files: dict[str, str] = {}
+        Registry.every.append(self)
+
+    def add(self, name: str, entry: T) -> None:
+        """Raises ValueError where the name is empty, or that of another entry."""
+        if not name:
+            raise ValueError(f"a {self.kind} was registered without a name for {self.key}")
+        if name in self.reserved or self.entries.get(name, entry) != entry:
+            raise ValueError(f"the {self.kind} name {name!r} is taken; choose another")
+        self.entries[name] = entry
+        if Registry.running:
+            self.files.setdefault(name, Registry.running[-1])
+
+    def get(self, name: str) -> T:
+        """The entry of that name; raises ValueError with all names where there is none."""
+        if name in self.entries:
+            return self.entries[name]
+        near = nearest(name, self.entries)
+        hint = f" Did you mean {near}?" if near else ""
+        names = ", ".join(sorted((*self.reserved, *self.entries))) or "none"
+        raise ValueError(f"{self.key}: no {self.kind} {name!r}; there are: {names}.{hint}")
+
+    def names_of(self, file: str) -> list[str]:
+        """Names that a plugin file, given by its full path, registered."""
+        return [name for name, origin in self.files.items() if origin == file]
 
 
-def get_trainer(backend: str, stage: str) -> Trainer:
-    """Returns the trainer of (backend, stage), importing it if it is built in.
-
-    Raises:
-        ValueError: There is none; the message lists all pairs.
-    """
-    pair = (backend, stage)
-    if pair in _registered:
-        return _registered[pair]
-    if pair in _BUILT_IN:
-        module_name, _, attribute = _BUILT_IN[pair].partition(":")
-        trainer: Trainer = getattr(importlib.import_module(module_name), attribute)
-        return trainer
-    pairs = ", ".join(f"({b}, {s})" for b, s in registered_pairs())
-    raise ValueError(
-        f"backend, stage: no trainer for ({backend}, {stage}); there are: {pairs}. "
-        "A file that calls register_trainer is loaded with plugins=[path.py]"
-    )
-
-
-def registered_pairs() -> list[Pair]:
-    """Returns all (backend, stage) pairs, sorted."""
-    return sorted({*_BUILT_IN, *_registered})
-
-
-def load_plugins(config: Config) -> None:
-    """Imports the Python files of `config.plugins`, each once per process.
+def load_plugins(plugins: Sequence[str]) -> None:
+    """Runs the Python files of the config's `plugins`, each once per process.
 
     Raises:
         ValueError: A file does not exist or is not a .py file.
     """
-    for index, name in enumerate(config.plugins):
-        path = Path(name).resolve()
-        if path.suffix != ".py" or not path.is_file():
-            found = "is not a .py file" if path.exists() else "does not exist"
-            raise ValueError(f"plugins[{index}]: {name} {found}; expected a Python file ({path})")
-        _import_file(path)
+    for index, name in enumerate(plugins):
+        load_file(name, f"plugins[{index}]")
 
 
-def _import_file(path: Path) -> None:
-    module_name = f"sft_fast_plugin:{path}"
+def load_file(name: str, key: str) -> str:
+    """Runs a Python file, unless this process has; returns its full path.
+
+    A file that fails is forgotten with everything it registered, so that the next try says the
+    same again.
+
+    Args:
+        name: path as the user wrote it.
+        key: config key that holds it, for the message.
+
+    Raises:
+        ValueError: it does not exist or is not a .py file.
+    """
+    path = Path(name).expanduser().resolve()
+    file, module_name = str(path), f"{PLUGIN_MODULE}{path}"
     if module_name in sys.modules:
-        return
+        return file
+    if path.suffix != ".py" or not path.is_file():
+        found = "is not a .py file" if path.exists() else "does not exist"
+        raise ValueError(f"{key}: {name} {found}; expected a Python file ({path})")
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    Registry.running.append(file)
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        # A half-run module must not count as loaded.
-        del sys.modules[module_name]
+        forget(file)
         raise
+    finally:
+        Registry.running.pop()
+    return file
 
 
-def _name(trainer: Trainer) -> str:
-    qualified = getattr(trainer, "__qualname__", type(trainer).__qualname__)
-    return f"{trainer.__module__}:{qualified}"
+def forget(file: str) -> None:
+    """Undoes what `load_file` did for the file with this full path."""
+    sys.modules.pop(f"{PLUGIN_MODULE}{file}", None)
+    for registry in Registry.every:
+        for name in registry.names_of(file):
+            del registry.entries[name], registry.files[name]
+
+
+# --- trainers; train.py adds those that come with sft_fast
+
+trainers: Registry[Trainer] = Registry("trainer", "backend, stage")
+
+
+@dataclass(frozen=True)
+class LateTrainer:
+    """A trainer that is imported when it runs, so that its name costs nothing."""
+
+    target: str
+    """"module:function"."""
+
+    def __call__(self, config: Config) -> int:
+        """Trains; returns the process's exit code."""
+        module, _, function = self.target.partition(":")
+        code: int = getattr(importlib.import_module(module), function)(config)
+        return code
+
+
+def register_trainer(*, backend: str, stage: str) -> Callable[[TrainerT], TrainerT]:
+    """Returns a decorator that makes a function the trainer of the runs of a backend and stage.
+
+    The function gets the configuration on every rank and returns the process's exit code.
+
+    Args:
+        backend: Config key `backend` of the runs it is for.
+        stage: Config key `stage` of the runs it is for.
+
+    Raises:
+        ValueError: The pair has another trainer, or a name is empty.
+    """
+    if not backend or not stage:
+        raise ValueError(
+            f"a trainer was registered for {(backend, stage)}; expected a backend and a stage"
+        )
+
+    def register(trainer: TrainerT) -> TrainerT:
+        trainers.add(f"({backend}, {stage})", trainer)
+        return trainer
+
+    return register
+
+
+def get_trainer(backend: str, stage: str) -> Trainer:
+    """The trainer of a backend and stage.
+
+    Raises:
+        ValueError: There is none; the message lists all pairs.
+    """
+    return trainers.get(f"({backend}, {stage})")
+
+
+# --- losses
+
+losses: Registry[CustomLoss] = Registry("loss", "loss.custom")
+
+
+def register_loss(name: str) -> Callable[[CustomLoss], CustomLoss]:
+    """Returns a decorator that makes a function the loss `name`.
+
+    The function gets logprobs [b, s] fp32, log p(label) of each token and 0 where masked, and
+    labels [b, s] int64, IGNORE_INDEX where masked. It returns the loss of each token [b, s],
+    which is summed and divided by the supervised tokens of the global batch. It runs on every
+    tensor-parallel rank alike, so it must not draw random numbers; masked tokens are cut out
+    of its result.
+
+    Raises:
+        ValueError: The name is empty, or another function has it.
+    """
+
+    def register(loss: CustomLoss) -> CustomLoss:
+        losses.add(name, loss)
+        return loss
+
+    return register
+
+
+def get_loss(name: str) -> CustomLoss:
+    """The loss `name`.
+
+    Raises:
+        ValueError: There is none; the message lists all names.
+    """
+    return losses.get(name)
+
+
+# --- evaluation metrics
+
+BUILT_IN_METRICS = {"loss": False, "perplexity": False, "accuracy": True}
+"""Name -> whether a greater value is better."""
+
+
+@dataclass(frozen=True)
+class SampleOutputs:
+    """What the model says of one sample's supervised tokens, in their order, on the CPU."""
+
+    labels: Tensor
+    """int64 [n]: the expected tokens."""
+    logprobs: Tensor
+    """fp32 [n]: log p(label), nats."""
+    entropies: Tensor
+    """fp32 [n]: entropy of the prediction, nats."""
+    correct: Tensor
+    """bool [n]: the label is the most likely token."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric."""
+
+    name: str
+    function: MetricFunction
+    greater_is_better: bool
+
+
+metrics: Registry[Metric] = Registry(
+    "metric", "evaluation.metrics", reserved=tuple(BUILT_IN_METRICS)
+)
+
+
+def register_metric(
+    name: str, *, greater_is_better: bool
+) -> Callable[[MetricFunction], MetricFunction]:
+    """Returns a decorator that makes a function the metric `name`.
+
+    The function gets the SampleOutputs of one sample with at least one supervised token and
+    returns (numerator, denominator). The metric is the sum of the numerators over the samples
+    divided by the sum of the denominators.
+
+    Args:
+        name: Value in `evaluation.metrics`.
+        greater_is_better: What early stopping and the best checkpoint go by.
+
+    Raises:
+        ValueError: The name is empty or taken.
+    """
+
+    def register(function: MetricFunction) -> MetricFunction:
+        metrics.add(name, Metric(name, function, greater_is_better))
+        return function
+
+    return register
+
+
+def get_metric(name: str) -> Metric:
+    """The metric `name`.
+
+    Raises:
+        ValueError: There is none; the message lists all names.
+    """
+    return metrics.get(name)
+
+
+def is_greater_better(name: str) -> bool:
+    """Direction of a built-in or registered metric."""
+    if name in BUILT_IN_METRICS:
+        return BUILT_IN_METRICS[name]
+    return get_metric(name).greater_is_better

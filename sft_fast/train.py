@@ -20,12 +20,17 @@ from sft_fast.config.schema import load_config  # noqa: E402
 from sft_fast.errors import exit_code  # noqa: E402
 from sft_fast.exit_codes import FAILED  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
-from sft_fast.registry import get_trainer, load_plugins  # noqa: E402
+from sft_fast.registry import LateTrainer, get_trainer, load_plugins, register_trainer  # noqa: E402
 from sft_fast.runtime.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.runtime.processes import die_with_parent  # noqa: E402
 from sft_fast.runtime.telemetry import switch_off  # noqa: E402
 from sft_fast.runtime.terminal import as_seen  # noqa: E402
 from sft_fast.runtime.watchdog import watching  # noqa: E402
+
+# Before plugins, so that none can take these names.
+BUILT_IN = {"sft": "sft_fast.megatron.sft:train", "export": "sft_fast.megatron.export.run:export"}
+for _stage, _target in BUILT_IN.items():
+    register_trainer(backend="megatron", stage=_stage)(LateTrainer(_target))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     switch_off()
     try:
         config = load_config(arguments.config, arguments.overrides + changes(arguments))
-        load_plugins(config)
+        load_plugins(config.plugins)
         use_private_cache()
         with watching(Path(config.output_dir), config.parallel.hang_timeout_s):
             return get_trainer(config.backend, config.stage)(config)

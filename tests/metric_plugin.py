@@ -1,6 +1,6 @@
 """A plug-in of the evaluation tests."""
 
-from sft_fast.metric_registry import SampleOutputs, register_metric
+from sft_fast.registry import SampleOutputs, register_metric
 
 
 @register_metric("whole_answer", greater_is_better=True)

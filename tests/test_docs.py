@@ -157,9 +157,7 @@ def test_configurations_of_a_page_load(page: Path, tmp_path: Path) -> None:
 
 def test_the_extensions_of_the_documentation_work() -> None:
     from sft_fast.data.format_registry import get_format
-    from sft_fast.loss_registry import get_loss
-    from sft_fast.metric_registry import get_metric
-    from sft_fast.registry import get_trainer
+    from sft_fast.registry import get_loss, get_metric, get_trainer
 
     names: dict[str, Any] = {}
     for block in fenced(ROOT / "docs" / "extending.md", "python"):

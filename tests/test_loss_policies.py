@@ -16,8 +16,8 @@ from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels import memory_plan
 from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.loss import LossOptions, custom_losses, masked_linear_cross_entropy
-from sft_fast.loss_registry import get_loss, register_loss
 from sft_fast.reference import cross_entropy as reference
+from sft_fast.registry import get_loss, register_loss
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 20, 2, 6, 48
 POLICIES = ("stored", "gradient_in_forward", "recompute")
@@ -255,12 +255,12 @@ def test_custom_loss_is_registered_and_differentiated() -> None:
         strict=True,
     ):
         torch.testing.assert_close(grad, true_grad, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="'test_focal' is already"):
+    with pytest.raises(ValueError, match="'test_focal' is taken"):
         register_loss("test_focal")(lambda logprobs, labels: logprobs)
     register_loss("test_scalar")(lambda logprobs, labels: logprobs.sum())
     with pytest.raises(ValueError, match=r"'test_scalar' returned shape \[\], expected"):
         custom_losses("test_scalar", plain, labels)
-    with pytest.raises(ValueError, match=r"no loss 'no_such'; there are: .*plugins=\[path.py\]"):
+    with pytest.raises(ValueError, match="loss.custom: no loss 'no_such'; there are: .*focal"):
         get_loss("no_such")
 
 
@@ -270,13 +270,13 @@ def test_custom_loss_comes_from_a_plugin(tmp_path: Path) -> None:
 
     plugin = tmp_path / "my_loss.py"
     plugin.write_text(
-        "from sft_fast.loss_registry import register_loss\n"
+        "from sft_fast.registry import register_loss\n"
         "@register_loss('test_plugin')\n"
         "def mine(logprobs, labels):\n"
         "    return -2 * logprobs\n"
     )
     config = load_config(None, [f"plugins=[{plugin}]", "loss.custom=test_plugin"])
-    load_plugins(config)
+    load_plugins(config.plugins)
     assert config.loss.custom is not None
     loss = custom_losses(config.loss.custom, torch.tensor([[1.5, 0.0]]), torch.tensor([[3, -100]]))
     assert loss.tolist() == [[3.0, 0.0]]

@@ -1,150 +1,189 @@
+import importlib
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sft_fast import registry
-from sft_fast.config.schema import Config, load_config
-from sft_fast.registry import get_trainer, load_plugins, register_trainer, registered_pairs
+from sft_fast.registry import (
+    LateTrainer,
+    Registry,
+    get_loss,
+    get_trainer,
+    load_file,
+    load_plugins,
+    register_loss,
+    register_metric,
+    register_trainer,
+    trainers,
+)
+from sft_fast.train import BUILT_IN
 
 PLUGIN = """\
 from sft_fast.registry import register_trainer
 
 @register_trainer(backend="megatron", stage="echo")
 def train(config):
-    return config.seed
+    return config + 1
 """
 
 
 @pytest.fixture(autouse=True)
-def empty_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for registry in Registry.every:
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
+        monkeypatch.setattr(registry, "files", dict(registry.files))
+    plugins = {name for name in sys.modules if name.startswith("sft_fast_plugin:")}
     yield
     for name in [name for name in sys.modules if name.startswith("sft_fast_plugin:")]:
-        del sys.modules[name]
+        if name not in plugins:
+            del sys.modules[name]
 
 
-def config_with(*plugins: object) -> Config:
-    return load_config(None, [f"plugins=[{', '.join(str(plugin) for plugin in plugins)}]"])
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
+    monkeypatch.setattr(Registry, "every", list(Registry.every))
+    return Registry("colour", "paint.colour", reserved=("auto",))
 
 
-def one(config: Config) -> int:
+def one(config: Any) -> int:
     return 1
 
 
-def two(config: Config) -> int:
+def two(config: Any) -> int:
     return 2
 
 
-def test_function_form():
-    assert register_trainer(one, "torch", "dpo") is one
-    assert get_trainer("torch", "dpo") is one
+def test_an_entry_is_found_by_its_name(registry: Registry[int]) -> None:
+    registry.add("red", 1)
+    registry.add("blue", 2)
+    registry.add("red", 1)
+    assert (registry.get("red"), registry.get("blue")) == (1, 2)
+    assert list(registry.entries) == ["red", "blue"]
 
 
-def test_decorator_form_returns_the_function_itself():
-    decorated = register_trainer(backend="torch", stage="dpo")(one)
-    assert decorated is one
-    assert get_trainer("torch", "dpo") is one
+def test_a_name_belongs_to_the_first(registry: Registry[int]) -> None:
+    registry.add("red", 1)
+    for name in ("red", "auto"):
+        with pytest.raises(ValueError, match=f"the colour name '{name}' is taken"):
+            registry.add(name, 2)
+    assert registry.get("red") == 1
 
 
-def test_unknown_pair_lists_all_pairs():
-    register_trainer(one, "torch", "dpo")
+def test_an_empty_name_is_refused(registry: Registry[int]) -> None:
+    with pytest.raises(ValueError, match="without a name for paint.colour"):
+        registry.add("", 1)
+
+
+def test_a_name_that_nothing_has_gets_all_names_and_the_nearest(registry: Registry[int]) -> None:
+    with pytest.raises(ValueError, match="paint.colour: no colour 'red'; there are: auto.$"):
+        registry.get("red")
+    registry.add("red", 1)
+    registry.add("blue", 2)
+    expected = "no colour 'bleu'; there are: auto, blue, red. Did you mean blue?"
     with pytest.raises(ValueError) as caught:
-        get_trainer("megatron", "dpo")
-    assert "(megatron, dpo)" in str(caught.value)
-    assert "(megatron, export), (megatron, sft), (torch, dpo)" in str(caught.value)
+        registry.get("bleu")
+    assert expected in str(caught.value)
 
 
-def test_backend_and_stage_are_not_mixed_up():
-    register_trainer(one, "a", "b")
-    register_trainer(two, "b", "a")
+def test_trainers_are_found_by_backend_and_stage() -> None:
+    assert register_trainer(backend="a", stage="b")(one) is one
+    register_trainer(backend="b", stage="a")(two)
     assert (get_trainer("a", "b"), get_trainer("b", "a")) == (one, two)
+    with pytest.raises(ValueError, match="taken"):
+        register_trainer(backend="a", stage="b")(two)
+    with pytest.raises(ValueError, match=r"no trainer '\(a, c\)'; there are: .*\(a, b\), \(b, a\)"):
+        get_trainer("a", "c")
 
 
-def test_second_trainer_for_a_pair_is_refused():
-    register_trainer(one, "torch", "dpo")
-    register_trainer(one, "torch", "dpo")
-    with pytest.raises(ValueError, match="already"):
-        register_trainer(two, "torch", "dpo")
-    assert get_trainer("torch", "dpo") is one
+def test_a_built_in_trainer_cannot_be_replaced() -> None:
+    with pytest.raises(ValueError, match=r"'\(megatron, sft\)' is taken"):
+        register_trainer(backend="megatron", stage="sft")(one)
 
 
-def test_built_in_trainer_cannot_be_replaced():
-    with pytest.raises(ValueError, match="sft_fast.megatron.sft:train"):
-        register_trainer(one, "megatron", "sft")
-    assert ("megatron", "sft") in registered_pairs()
+@pytest.mark.parametrize("names", [("", "b"), ("a", "")])
+def test_a_trainer_needs_a_backend_and_a_stage(names: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="expected a backend and a stage"):
+        register_trainer(backend=names[0], stage=names[1])
 
 
-def test_built_in_trainer_is_imported_when_asked_for_only(monkeypatch):
-    module = types.ModuleType("lazy_trainer")
-    module.train = two
-    monkeypatch.setattr(registry, "_BUILT_IN", {("lazy", "sft"): "lazy_trainer:train"})
-    assert registered_pairs() == [("lazy", "sft")]
-    monkeypatch.setitem(sys.modules, "lazy_trainer", module)
-    assert get_trainer("lazy", "sft") is two
+@pytest.mark.parametrize("name", ["loss", "perplexity", "accuracy"])
+def test_built_in_metrics_cannot_be_replaced(name: str) -> None:
+    with pytest.raises(ValueError, match="taken"):
+        register_metric(name, greater_is_better=True)(lambda sample: (1.0, 1.0))
 
 
-def test_built_in_module_may_register_itself(monkeypatch):
-    name = f"{one.__module__}:{one.__qualname__}"
-    monkeypatch.setattr(registry, "_BUILT_IN", {("lazy", "sft"): name})
-    register_trainer(one, "lazy", "sft")
-    assert get_trainer("lazy", "sft") is one
-
-
-@pytest.mark.parametrize(
-    "arguments", [("train", "a", "b"), (one, "", "b"), (one, "a", ""), (one,), (3, "a", "b")]
-)
-def test_what_is_no_trainer_of_a_pair_is_refused(arguments):
-    with pytest.raises(ValueError, match="expected"):
-        register_trainer(*arguments)
-
-
-def test_plugin_is_one_file_and_one_decorator(tmp_path):
+def test_a_plugin_is_one_file_and_one_decorator(tmp_path: Path) -> None:
     (tmp_path / "echo.py").write_text(PLUGIN)
-    config = config_with(tmp_path / "echo.py")
-    load_plugins(config)
-    load_plugins(config)
-    assert get_trainer("megatron", "echo")(config) == config.seed
+    load_plugins([str(tmp_path / "echo.py")] * 2)
+    assert get_trainer("megatron", "echo")(41) == 42  # type: ignore[arg-type]
 
 
-def test_two_plugins_of_one_name_are_both_loaded(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "plugin.py").write_text(PLUGIN.replace("echo", f"echo_{folder}"))
-    load_plugins(config_with(tmp_path / "a/plugin.py", tmp_path / "b/plugin.py"))
-    assert {("megatron", "echo_a"), ("megatron", "echo_b")} <= set(registered_pairs())
+def test_two_files_of_one_name_are_both_run(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "plugin.py" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(PLUGIN.replace("echo", file.parent.name))
+    load_plugins([str(file) for file in files])
+    for file in files:
+        assert trainers.names_of(str(file)) == [f"(megatron, {file.parent.name})"]
 
 
-def test_two_plugins_for_one_pair_are_refused(tmp_path):
-    for name in ("a.py", "b.py"):
-        (tmp_path / name).write_text(PLUGIN)
-    with pytest.raises(ValueError, match="already"):
-        load_plugins(config_with(tmp_path / "a.py", tmp_path / "b.py"))
+def test_a_file_named_in_two_places_is_run_once(tmp_path: Path) -> None:
+    """As a plugin and as a format, and by another spelling of its path."""
+    from sft_fast.data.format_registry import load_format
+
+    path = tmp_path / "both.py"
+    path.write_text(
+        PLUGIN + "from sft_fast.data.format_registry import register_format\n"
+        "register_format('both')(lambda record: None)\n"
+    )
+    load_plugins([str(path)])
+    (tmp_path / "folder").mkdir()
+    assert load_format(f"{tmp_path}/folder/../both.py").name == "both"
+
+
+def test_two_plugins_for_one_pair_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
+    for file in files:
+        file.write_text(PLUGIN)
+    with pytest.raises(ValueError, match="taken"):
+        load_plugins([str(file) for file in files])
 
 
 @pytest.mark.parametrize("name, found", [("gone.py", "does not exist"), ("x.txt", "not a .py")])
-def test_plugin_that_is_no_python_file(tmp_path, name, found):
+def test_what_is_no_python_file_is_named(tmp_path: Path, name: str, found: str) -> None:
     (tmp_path / "x.txt").write_text("")
     (tmp_path / "good.py").write_text("")
     with pytest.raises(ValueError, match=found) as caught:
-        load_plugins(config_with(tmp_path / "good.py", tmp_path / name))
+        load_plugins([str(tmp_path / "good.py"), str(tmp_path / name)])
     assert "plugins[1]" in str(caught.value)
 
 
-def test_plugin_that_fails_shows_its_own_error_and_is_not_taken_as_loaded(tmp_path):
-    (tmp_path / "bad.py").write_text("import a_module_that_is_not_there\n")
-    config = config_with(tmp_path / "bad.py")
+def test_a_file_that_fails_is_forgotten_with_all_that_it_registered(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    broken = "from sft_fast.registry import register_loss\n"
+    broken += "register_loss('half')(lambda logprobs, labels: logprobs)\n"
+    path.write_text(broken + "import a_module_that_is_not_there\n")
+    register_loss("before")(one)  # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-            load_plugins(config)
+            load_file(str(path), "plugins[0]")
+        with pytest.raises(ValueError, match="no loss 'half'"):
+            get_loss("half")
+    assert get_loss("before") is one
+    path.write_text(broken)
+    load_file(str(path), "plugins[0]")
+    assert get_loss("half")
 
 
-def test_registry_alone_imports_nothing_of_weight():
+def test_the_registry_alone_imports_nothing_of_weight() -> None:
     code = (
-        "import sys, sft_fast.registry as r; r.registered_pairs();"
-        "print(sorted({'torch', 'pydantic', 'megatron', 'yaml'} & sys.modules.keys()))"
+        "import sys, sft_fast.registry;"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'megatron', 'yaml'} & sys.modules.keys()))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -154,3 +193,17 @@ def test_registry_alone_imports_nothing_of_weight():
         check=True,
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_late_trainer_is_imported_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_trainer(backend="late", stage="sft")(LateTrainer("a_late_trainer:run"))
+    module = types.ModuleType("a_late_trainer")
+    module.run = lambda config: config + 1  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_late_trainer", module)
+    assert get_trainer("late", "sft")(41) == 42  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", BUILT_IN.values())
+def test_built_in_trainers_are_where_they_are_said_to_be(target: str) -> None:
+    module, _, function = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))

@@ -6,11 +6,8 @@ names: the aliases of the format and the user's `fields` are resolved before it 
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import inspect
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ import xxhash
 
 from sft_fast.data.conversation import Conversation, checked_text
 from sft_fast.data.json_records import type_name
+from sft_fast.registry import PLUGIN_MODULE, Registry, load_file
 
 
 class Record(dict[str, Any]):
@@ -153,10 +151,8 @@ def _is_media(values: Mapping[str, Any], column: str) -> bool:
 
 
 RowFunction = Callable[[Conversation, random.Random], Conversation]
-_FORMATS: dict[str, Format] = {}
-_ROW_FUNCTIONS: dict[str, RowFunction] = {}
-_FILES: dict[str, tuple[str, ...]] = {}
-"""File -> names that it registered, as "format name" or "row function name"."""
+formats: Registry[Format] = Registry("format", "data.format", reserved=("auto",))
+row_functions: Registry[RowFunction] = Registry("row function", "data.row_functions")
 
 
 def register_format(
@@ -178,9 +174,7 @@ def register_format(
     """
 
     def register(build: Callable[[Record], Conversation]) -> Callable[[Record], Conversation]:
-        if name in _FORMATS or name == "auto":
-            raise ValueError(f"the format name {name!r} is taken; choose another")
-        _FORMATS[name] = Format(name, build, fields or {}, detect)
+        formats.add(name, Format(name, build, fields or {}, detect))
         return build
 
     return register
@@ -188,7 +182,7 @@ def register_format(
 
 def format_names() -> tuple[str, ...]:
     """Registered names, sorted."""
-    return tuple(sorted(_FORMATS))
+    return tuple(sorted(formats.entries))
 
 
 def get_format(name: str) -> Format:
@@ -197,13 +191,7 @@ def get_format(name: str) -> Format:
     Raises:
         ValueError: there is none; the message lists what exists and the nearest name.
     """
-    if name in _FORMATS:
-        return _FORMATS[name]
-    near = difflib.get_close_matches(name, format_names(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"data.format: unknown format {name!r}; expected auto, {', '.join(format_names())}.{hint}"
-    )
+    return formats.get(name)
 
 
 def detect_format(
@@ -221,7 +209,7 @@ def detect_format(
     """
     record = dict.fromkeys(columns) | dict(first_record)
     record |= {field: record.get(column) for field, column in (fields or {}).items()}
-    for candidate in _FORMATS.values():
+    for candidate in formats.entries.values():
         if candidate.detect is not None and candidate.detect(record):
             return candidate.name
     raise ValueError(
@@ -262,9 +250,7 @@ def register_row_function(name: str) -> Callable[[RowFunction], RowFunction]:
     """
 
     def register(function: RowFunction) -> RowFunction:
-        if name in _ROW_FUNCTIONS:
-            raise ValueError(f"the row function name {name!r} is taken; choose another")
-        _ROW_FUNCTIONS[name] = function
+        row_functions.add(name, function)
         return function
 
     return register
@@ -276,7 +262,7 @@ def load_format(reference: str) -> Format:
     Raises:
         ValueError: there is none of this name, or the file does not register exactly one.
     """
-    return get_format(_resolve(reference, "format", "data.format"))
+    return formats.get(_resolve(reference, formats))
 
 
 def load_row_function(reference: str) -> RowFunction:
@@ -285,11 +271,7 @@ def load_row_function(reference: str) -> RowFunction:
     Raises:
         ValueError: as `load_format`.
     """
-    name = _resolve(reference, "row function", "data.row_functions")
-    if name not in _ROW_FUNCTIONS:
-        known = ", ".join(sorted(_ROW_FUNCTIONS)) or "none"
-        raise ValueError(f"data.row_functions: unknown function {name!r}; registered: {known}")
-    return _ROW_FUNCTIONS[name]
+    return row_functions.get(_resolve(reference, row_functions))
 
 
 def apply_row_function(reference: str, conversation: Conversation) -> Conversation:
@@ -299,7 +281,7 @@ def apply_row_function(reference: str, conversation: Conversation) -> Conversati
         ValueError: an assistant turn was changed, added, removed or reordered, or a text was.
     """
     function = load_row_function(reference)
-    name = _resolve(reference, "row function", "data.row_functions")
+    name = _resolve(reference, row_functions)
     seed = xxhash.xxh3_64_intdigest(f"{name}\0{conversation!r}".encode())
     changed = function(conversation, random.Random(seed))
     if not isinstance(changed, Conversation):
@@ -331,41 +313,21 @@ def _learnt(conversation: Conversation) -> list[Any]:
     return [m for m in conversation.messages if m.role == "assistant"] + [conversation.text]
 
 
-def _resolve(reference: str, kind: str, key: str) -> str:
+def _resolve(reference: str, registry: Registry[Any]) -> str:
     """The registered name behind a reference; a file is run the first time that it is named."""
     path, colon, name = reference.partition(":")
     if not path.endswith(".py"):
         return reference
-    file = str(Path(path).expanduser().resolve())
-    if file not in _FILES:
-        _FILES[file] = _run_file(file, path, key)
-    names = [entry.removeprefix(f"{kind} ") for entry in _FILES[file] if entry.startswith(kind)]
+    names = registry.names_of(load_file(path, registry.key))
     if colon and name in names:
         return name
     if colon or len(names) != 1:
         found = ", ".join(names) or "nothing"
         raise ValueError(
-            f"{key}: {reference} does not name one {kind}; {path} registers {found}. "
-            f"Write {path}:<name>"
+            f"{registry.key}: {reference} does not name one {registry.kind}; {path} registers "
+            f"{found}. Write {path}:<name>"
         )
     return names[0]
-
-
-def _run_file(file: str, path: str, key: str) -> tuple[str, ...]:
-    if not Path(file).is_file():
-        raise ValueError(f"{key}: the file {path} does not exist")
-    before = set(_registered())
-    # Not under its own name: that may be the name of an installed package.
-    spec = importlib.util.spec_from_file_location(f"sft_fast_user_{Path(file).stem}", file)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return tuple(entry for entry in _registered() if entry not in before)
-
-
-def _registered() -> list[str]:
-    return [f"format {name}" for name in _FORMATS] + [f"row function {n}" for n in _ROW_FUNCTIONS]
 
 
 def _is_ours(function: Any) -> bool:
@@ -373,8 +335,9 @@ def _is_ours(function: Any) -> bool:
 
 
 def _code(function: Any) -> str:
-    if (file := function.__code__.co_filename) in _FILES:
-        return Path(file).read_text(encoding="utf-8")
+    # None: made by exec.
+    if (function.__module__ or "").startswith(PLUGIN_MODULE):
+        return Path(function.__code__.co_filename).read_text(encoding="utf-8")
     try:
         return inspect.getsource(function)
     except OSError:

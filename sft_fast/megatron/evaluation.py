@@ -27,10 +27,10 @@ from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
-from sft_fast.metric_registry import Metric, SampleOutputs, get_metric, is_greater_better
 from sft_fast.metrics.writer import MetricsWriter
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.registry import Metric, SampleOutputs, get_metric, is_greater_better
 from sft_fast.runtime.watchdog import current_watchdog
 
 Values = dict[str, float]

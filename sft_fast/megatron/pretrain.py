@@ -126,7 +126,7 @@ class Providers:
     @cached_property
     def config(self) -> Config:
         config = config_of(self.training.get_args())
-        load_plugins(config)
+        load_plugins(config.plugins)
         return config
 
     @cached_property

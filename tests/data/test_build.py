@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sft_fast.data import format_registry
 from sft_fast.data.build import BuildOptions, build_store, prepare_store, store_fingerprint
 from sft_fast.data.conversation import Conversation, Message
+from sft_fast.data.format_registry import formats
 from sft_fast.data.formats import register_format
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Records, Source, load_records
@@ -282,7 +282,7 @@ def test_fingerprint_covers_the_code_of_own_formats(
     source = Source(load_records(write_rows([GOOD])), "own")
     fingerprints = []
     for shout in (False, True):
-        monkeypatch.setattr(format_registry, "_FORMATS", {})
+        monkeypatch.setattr(formats, "entries", {})
         if shout:
 
             @register_format("own")

@@ -1,16 +1,16 @@
 """Formats and row functions that users bring along."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_fast.data import format_registry
 from sft_fast.data.build import BuildOptions, build_store, store_fingerprint
 from sft_fast.data.formats import load_format, read_conversations
 from sft_fast.data.source import Source, load_records
+from sft_fast.registry import forget
 
 FORMATS = """
 import random
@@ -39,13 +39,12 @@ MakeTokenizer = Callable[..., Any]
 
 
 @pytest.fixture
-def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_file(tmp_path: Path) -> Iterator[Path]:
     """A file with a format and two row functions; the registries forget them afterwards."""
-    for name in ("_FORMATS", "_ROW_FUNCTIONS", "_FILES"):
-        monkeypatch.setattr(format_registry, name, dict(getattr(format_registry, name)))
     path = tmp_path / "own.py"
     path.write_text(FORMATS % {"tag": "a"})
-    return path
+    yield path
+    forget(str(path))
 
 
 def pairs(path: Path, count: int = 3) -> str:
@@ -64,7 +63,7 @@ def test_format_out_of_a_file_named_in_the_config(own_file: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("{folder}/none.py", "data.format: the file .*none.py does not exist"),
+        ("{folder}/none.py", "data.format: .*none.py does not exist; expected a Python file"),
         ("{folder}/own.py:pears", r"own\.py:pears does not name one format; .* registers pairs_a"),
         ("{folder}/empty.py", r"empty\.py does not name one format; .* registers nothing"),
     ],
@@ -81,13 +80,10 @@ def test_fingerprint_covers_the_whole_file(own_file: Path, make_tokenizer: MakeT
     other.write_text((FORMATS % {"tag": "a"}).replace("upper", "lower"))
     fingerprints = []
     for path in (own_file, other):
-        for name in ("_FORMATS", "_ROW_FUNCTIONS"):
-            entries = getattr(format_registry, name)
-            for key in [key for key in entries if key.endswith("_a")]:
-                del entries[key]
         options = BuildOptions(64, row_functions=(f"{path}:system_a",))
         source = Source(rows, f"{path}:pairs_a")
         fingerprints.append(store_fingerprint(source, make_tokenizer(), options)[0])
+        forget(str(path))
     assert fingerprints[0] != fingerprints[1]
 
 
@@ -117,5 +113,5 @@ def test_row_function_may_not_change_what_is_learnt(
     ):
         build_store(source, make_tokenizer(), options, tmp_path / "store")
     options = BuildOptions(128, row_functions=("none",))
-    with pytest.raises(ValueError, match=r"data\.row_functions: unknown function 'none'"):
+    with pytest.raises(ValueError, match=r"data\.row_functions: no row function 'none'"):
         build_store(source, make_tokenizer(), options, tmp_path / "store")

@@ -39,9 +39,8 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
     from sft_fast.megatron.evaluation import evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
-    from sft_fast.metric_registry import get_metric
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
-    from sft_fast.registry import load_plugins
+    from sft_fast.registry import get_metric, load_plugins
 
     config = make_config(
         model={"path": folder, "shape": None},
@@ -51,7 +50,7 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
         loss={"label_smoothing": 0.2, "z_loss": 0.1, "policy": "gradient_in_forward"},
         lora={"rank": 2, "dropout": 0.5},
     )
-    load_plugins(config.model_copy(update={"plugins": [str(PLUGIN)]}))
+    load_plugins([str(PLUGIN)])
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
