@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, warp_size
+from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, operation, warp_size
 
 BLOCK_COLUMNS, ELEMENTS_PER_THREAD = 1024, 8
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,9 +42,14 @@ def activate(gate, up, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         z_slope = square * (3.0 * GELU_SLOPE * GELU_CUBE) + GELU_SLOPE
     else:
         z, z_slope = gate, 1.0
-    share = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+    # Of the sigmoid and its complement neither is found by a subtraction, which would cancel.
+    small = tl.exp2(tl.abs(z) * -LOG2E)
+    larger = 1.0 / (1.0 + small)
+    smaller = small * larger
+    share = tl.where(z > 0, larger, smaller)
+    rest = tl.where(z > 0, smaller, larger)
     value = gate * share
-    slope = (share + value * (1.0 - share) * z_slope) * gate_slope
+    slope = (share + value * rest * z_slope) * gate_slope
     return value, slope, up, up_slope
 
 
@@ -123,7 +128,7 @@ def new_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@torch.library.custom_op("sft_fast::gated_activation", mutates_args=())
+@operation("sft_fast::gated_activation")
 def gated_activation_forward(gate_up: Tensor, scale: Tensor | None, kind: str) -> Tensor:
     """[..., n] of gates and partners [..., 2 n]; scale [...], any floating dtype."""
     check_tensor(gate_up, "gates", LAYER_KEY)
@@ -150,7 +155,7 @@ def _(gate_up: Tensor, scale: Tensor | None, kind: str) -> Tensor:
     return new_output(gate_up)
 
 
-@torch.library.custom_op("sft_fast::gated_activation_gradient", mutates_args=("grad", "grad_scale"))
+@operation("sft_fast::gated_activation_gradient", mutates_args=("grad", "grad_scale"))
 def write_gradient(
     grad: Tensor,
     grad_scale: Tensor | None,

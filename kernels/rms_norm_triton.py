@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_fast.kernels.column_sums_triton import add_column_sums, gradient_total, total_gradient
-from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, warp_size
+from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, operation, warp_size
 
 ELEMENTS_PER_THREAD, MAX_WARPS = 16, 16
 MAX_PROGRAMS, MIN_ROWS_PER_PROGRAM = 512, 4
@@ -167,7 +167,7 @@ def launch_forward(
     return rstd
 
 
-@torch.library.custom_op("sft_fast::rms_norm", mutates_args=())
+@operation("sft_fast::rms_norm")
 def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def _(x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool) -> tuple[Te
     return new_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("sft_fast::add_rms_norm", mutates_args=())
+@operation("sft_fast::add_rms_norm")
 def add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _(
     return new_like(x), new_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("sft_fast::rms_norm_add", mutates_args=())
+@operation("sft_fast::rms_norm_add")
 def rms_norm_add_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ def _(
     return new_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("sft_fast::rms_norm_gradient", mutates_args=("weight_total",))
+@operation("sft_fast::rms_norm_gradient", mutates_args=("weight_total",))
 def rms_norm_backward(
     grad_normed: Tensor,
     grad_total: Tensor | None,

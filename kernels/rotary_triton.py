@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_fast.kernels.column_sums_triton import add_column_sums, gradient_total, total_gradient
-from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, warp_size
+from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, operation, warp_size
 
 ELEMENTS_PER_PROGRAM, ELEMENTS_PER_THREAD = 2048, 16
 MAX_PROGRAMS, MIN_TOKENS_PER_PROGRAM = 256, 4
@@ -257,7 +257,7 @@ def queries_per_group(qkv: Tensor, num_groups: int, head_dim: int) -> int:
     return qkv.shape[-1] // size - 2
 
 
-@torch.library.custom_op("sft_fast::rotary", mutates_args=())
+@operation("sft_fast::rotary")
 def rotary_forward(
     qkv: Tensor,
     cos_sin: Tensor | None,
@@ -318,7 +318,7 @@ def _(
     return new_heads(qkv, q_weight, num_groups, head_dim)
 
 
-@torch.library.custom_op("sft_fast::rotary_gradient", mutates_args=("q_total", "k_total"))
+@operation("sft_fast::rotary_gradient", mutates_args=("q_total", "k_total"))
 def rotary_backward(
     grad_q: Tensor,
     grad_k: Tensor,

@@ -135,7 +135,9 @@ def run_opcheck() -> None:
         (kernels.write_gradient, (grads[0], None, grads[2], gate_up, None, "silu")),
     ]
     for operation, arguments in cases:
-        torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operation.registered, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_operations_are_described_truly(kernel_rank: RankPool) -> None:

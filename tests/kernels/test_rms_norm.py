@@ -18,6 +18,9 @@ pytest.importorskip("triton")
 EPS = 1e-3
 FORMS = ["rms_norm", "add_rms_norm", "rms_norm_add"]
 SHAPES = [(7, 13), (5, 1, 100), (3, 2, 512), (9, 1100)]
+if ON_GPU:
+    # Of few elements the largest rounding in 16 bits is luck, on either side.
+    SHAPES = [(1007, 13), (505, 1, 100), (203, 2, 512), (309, 1100)]
 
 
 def oracle(form: str, is_zero_centered: bool) -> Step:
@@ -166,7 +169,9 @@ def run_opcheck() -> None:
         (kernels.rms_norm_backward, (x, None, x, rstd, weight, False, None)),
     ]
     for operation, arguments in cases:
-        torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operation.registered, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_operations_are_described_truly(kernel_rank: RankPool) -> None:

@@ -220,7 +220,9 @@ def run_opcheck() -> None:
         (kernels.rotary_backward, (*heads, None, table, None, None, None, None, EPS, True)),
     ]
     for operation, arguments in cases:
-        torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operation.registered, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_operations_are_described_truly(kernel_rank: RankPool) -> None:
@@ -255,7 +257,9 @@ def test_more_elements_than_an_int32_counts(has_norm: bool) -> None:
     heads = load("triton").rotate_qkv(qkv.requires_grad_(), table, *dims, *options)
     last = qkv[-1:].detach().requires_grad_()
     wanted = load("torch").rotate_qkv(last, table[-1:], *dims, *options)
-    torch.testing.assert_close([part[-1:] for part in heads], list(wanted))
+    # Eager rounds the normalised heads before it turns them.
+    tolerance = {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close([part[-1:] for part in heads], list(wanted), **tolerance)
     (gradient,) = torch.autograd.grad(heads, qkv, [part.detach() for part in heads])
     (true_gradient,) = torch.autograd.grad(wanted, last, [part.detach() for part in wanted])
-    torch.testing.assert_close(gradient[-1:], true_gradient, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(gradient[-1:], true_gradient, **tolerance)
