@@ -11,11 +11,6 @@ from typing import Any
 from sft_fast.exit_codes import DAMAGED, HANG, USER_ERROR
 from sft_fast.redact import redact
 
-# "tokenizer", "max_new_tokens" and "experts_per_token" are harmless; "hub_token" is not.
-SECRET_NAME = re.compile(
-    r"(?<!per_)token(?!iz|s(?:_|$))|secret|passw(?:or)?d|api_?key|credential", re.I
-)
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -73,11 +68,6 @@ def _place(problem: Problem) -> tuple[bool, int]:
     """Lines of the file from its top; what has no line in it comes behind them."""
     found = re.match(r"[^;]*:(\d+)(?:;|\Z)", problem.where)
     return (found is None, int(found[1]) if found is not None else 0)
-
-
-def is_secret_name(name: str) -> bool:
-    """True for names such as `hub_token`, `WANDB_API_KEY` or `password`."""
-    return SECRET_NAME.search(name) is not None
 
 
 def show(value: Any) -> str:

@@ -17,17 +17,31 @@ SECRET_VALUE = re.compile(
     r"|(?<=[?&]X-Amz-Signature=)|(?<=[?&]X-Amz-Security-Token=))[^&\s\"']{8,}"
     r"|(?i:(?<=\bbearer ))[\w.~+/=-]{8,}"
 )
+# Anywhere in a name: GITHUBTOKEN and MYPASSWORD have no word boundaries. A tokenizer, a number of
+# tokens, a figure per token and a special token such as eos_token are none.
 SECRET_NAME = re.compile(
-    r"(^|_)(api_?key|access_?key|token|secret|password|passwd|credentials?)($|_)", re.IGNORECASE
+    r"(?<!(?:per|bos|eos|pad|unk|sep|cls)_)token(?!iz|s(?:_|$))"
+    r"|secret|passw(?:or)?d|passphrase|(?:api|access|private)_?key|credential",
+    re.IGNORECASE,
 )
 SHORTEST_SECRET = 6
 
 
+def is_secret_name(name: str) -> bool:
+    """True for the name of a key or variable such as `hub_token`, `WANDB_API_KEY`, `MYPASSWORD`.
+
+    False for the name of a file that holds a secret: the path is none.
+    """
+    is_path = name.lower().endswith(("_path", "_file", "_dir"))
+    return SECRET_NAME.search(name) is not None and not is_path
+
+
 def redact(text: str) -> str:
     """`text` without anything that looks like a secret, or is one in the environment."""
-    for name, value in os.environ.items():
-        is_secret = SECRET_NAME.search(name) and not name.endswith(("_PATH", "_FILE", "_DIR"))
-        if is_secret and len(value) >= SHORTEST_SECRET:
+    secrets = {value for name, value in os.environ.items() if is_secret_name(name)}
+    # The longest first: one may begin another.
+    for value in sorted(secrets, key=len, reverse=True):
+        if len(value) >= SHORTEST_SECRET:
             text = text.replace(value, PLACEHOLDER)
     return SECRET_VALUE.sub(PLACEHOLDER, text)
 

@@ -21,7 +21,8 @@ from sft_fast.config.primus_arguments import (
 )
 from sft_fast.config.validation import Tree, ValueOrigin
 from sft_fast.config.yaml_source import Document, KeyPath, dotted, parse_value
-from sft_fast.errors import ConfigError, Problem, is_secret_name, nearest, show
+from sft_fast.errors import ConfigError, Problem, nearest, show
+from sft_fast.redact import is_secret_name
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from sft_fast.config.yaml_source import Document, KeyPath, dotted, key_path, parse_value
-from sft_fast.errors import ConfigError, Problem, is_secret_name, nearest, nearest_key, show
-from sft_fast.redact import SECRET_VALUE
+from sft_fast.errors import ConfigError, Problem, nearest, nearest_key, show
+from sft_fast.redact import SECRET_VALUE, is_secret_name
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faults.launcher import Launcher
-from sft_fast.redact import redact, redact_values
 from sft_fast.runtime.kernel_cache import check_private, use_private_cache
 from sft_fast.runtime.manifest import (
     LoneRank,
@@ -363,40 +362,6 @@ def test_s12_no_secret_is_written_anywhere(
         texts += [p.read_bytes().decode(errors="replace") for p in run.rglob("*") if p.is_file()]
     for value in (*SECRETS.values(), "hunter22"):
         assert not [text for text in texts if value in text], value
-
-
-def test_s12_redaction(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
-    text = redact(f"a {' '.join(SECRETS.values())} b")
-    assert text == f"a {' '.join(['[redacted]'] * len(SECRETS))} b"
-    untouched = (
-        "revision 0123456789abcdef0123456789abcdef01234568 tokens_per_s sk-1 hf_home "
-        "hf_internal_testing/tiny-random-model ssh://git@host/x https://host/a@b:c s3://b/k@1 "
-        "https://host/x?tokens=12345678&token_count=12345678 a bearer of news"
-    )
-    assert redact(untouched) == untouched
-    assert redact_values({"a": [SECRETS["HF_TOKEN"], 1]}) == {"a": ["[redacted]", 1]}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("https://me:pw123@host/x", "https://[redacted]@host/x"),
-        ("https://me:p@ss:w0rd@host/x", "https://[redacted]@host/x"),
-        ("redis://:pw123@host:1/x", "redis://[redacted]@host:1/x"),
-        ("https://0123456789abcdef@host/x", "https://[redacted]@host/x"),
-        ("GET /x?a=1&token=0123456789&b=2 x", "GET /x?a=1&token=[redacted]&b=2 x"),
-        ("s3?X-Amz-Signature=0123456789abcdef", "s3?X-Amz-Signature=[redacted]"),
-        ("Authorization: Bearer abc.def-ghi", "Authorization: Bearer [redacted]"),
-        ("hf_abcdefghijklmnopqrstuvwxyzabcdefgh", "[redacted]"),
-        ("github_pat_11ABCDEFG0abcdefghij_x", "[redacted]"),
-        ("wandb_v1_abcdefghijklmnop", "[redacted]"),
-        ("AKIAABCDEFGHIJKLMNOP", "[redacted]"),
-    ],
-)
-def test_s12_secrets_are_known_by_their_looks(text: str, expected: str) -> None:
-    assert redact(f"x {text}.") in (f"x {expected}.", f"x {expected}")
 
 
 def test_s12_tracebacks_and_error_messages_hold_no_secrets(
