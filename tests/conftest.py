@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
+import warm_start
 from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_ahead(request: pytest.FixtureRequest) -> None:
+    """Starts the server that ranks are forked from, where a test will need it.
+
+    A process has one such server; preparing data would start it with fewer imports.
+    """
+    if any({"rank_pool", "launcher"} & set(item.fixturenames) for item in request.session.items):
+        warm_start.ensure_running()
 
 
 @pytest.fixture(scope="session")

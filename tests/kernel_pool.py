@@ -25,7 +25,8 @@ class KernelPool(RankPool):
     """A rank pool; functions that it runs find the device as torch's default device."""
 
     def __init__(self, native_module: Path | None = None) -> None:
-        super().__init__()
+        # The server would have imported triton, without its interpreter.
+        super().__init__(imports_ahead=False)
         self.native_module = native_module
 
     def run(self, world_size: int, function: Callable[..., None], *args: Any) -> list[None]:

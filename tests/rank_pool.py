@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+import warm_start
+
 TIMEOUT_S = 300
 MAX_THREADS = 400
 
@@ -81,7 +83,15 @@ def num_gpus() -> int:
 class RankPool:
     """Starts ranks on demand; a failed rank takes the whole pool down with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports_ahead: bool = True) -> None:
+        """Starts none yet.
+
+        Args:
+            imports_ahead: Ranks have imported megatron, and with it triton.
+        """
+        self.context = (
+            warm_start.context() if imports_ahead else multiprocessing.get_context("spawn")
+        )
         self.ranks: list[tuple[Any, Any]] = []
         atexit.register(self.close)
 
@@ -96,10 +106,11 @@ class RankPool:
         # gloo groups outlive their job, each with threads that wake up; new ranks have none.
         if any(psutil.Process(rank.pid).num_threads() > MAX_THREADS for rank, _ in self.ranks):
             self.close()
-        context = multiprocessing.get_context("spawn")
         while len(self.ranks) < world_size:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(len(self.ranks), theirs), daemon=False)
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(
+                target=serve, args=(len(self.ranks), theirs), daemon=False
+            )
             process.start()
             theirs.close()
             self.ranks.append((process, ours))

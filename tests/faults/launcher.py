@@ -3,8 +3,6 @@ so that a start costs a tenth of a second and a test can afford many."""
 
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -16,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from faults import hooks
+from warm_start import CONTEXT, ensure_running
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["faults.hooks"])
 CONFIG = """
 output_dir: {output}
 seed: 7
@@ -99,12 +96,7 @@ class Launcher:
         write_rows(self.rows)
         self.stores: dict[str, Any] = {}
         self.jobs: list[Job] = []
-        # The server looks for what it imports ahead of time in its environment only.
-        tests = Path(__file__).parents[1]
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-        )
-        multiprocessing.forkserver.ensure_running()
+        ensure_running()
 
     def config(self, name: str, steps: int = 6) -> Path:
         path = self.folder / f"{name}.yaml"

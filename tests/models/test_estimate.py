@@ -1,7 +1,6 @@
 """The estimate of memory against what a training step holds, in bytes of the allocator."""
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import warm_start
 from sft_fast.commands.plan import count_text, size_text, time_text
 from sft_fast.config.schema import Config
 from sft_fast.models.architecture import Architecture, architecture_from_shape
@@ -79,7 +79,7 @@ def measure(folder: str, sections: dict[str, Any], samples: int, length: int, qu
 
 
 def measured(tmp_path: Path, sections: dict[str, Any], samples: int, length: int) -> list[int]:
-    context = multiprocessing.get_context("spawn")
+    context = warm_start.context()
     queue = context.Queue()
     arguments = (str(tmp_path), sections, samples, length, queue)
     process = context.Process(target=measure, args=arguments)
