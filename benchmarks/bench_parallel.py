@@ -43,6 +43,7 @@ from sft_fast.megatron.parallel import init_parallel
 from sft_fast.packing import steps
 from sft_fast.packing.balance import imbalance, round_robin
 from sft_fast.packing.from_config import make_plan
+from sft_fast.runtime.phases import Phases
 from timing import DEVICE, ON_GPU, matmul_flops_per_s, median_s
 
 NUM_DEVICES = torch.cuda.device_count() if ON_GPU else 2
@@ -413,7 +414,9 @@ def save_in_background(
     num_tokens = 2 * num_steps * config.train.global_batch_size * config.packing.capacity
     store = make_store(architecture.vocab_size, num_tokens, config.packing.capacity)
     plan = make_plan(store, config, architecture)
-    checkpoints = CheckpointWriter(Path(folder or "unused"), config.checkpoint, print, run.copier)
+    phases = Phases.unwatched()
+    run_dir = Path(folder or "unused")
+    checkpoints = CheckpointWriter(run_dir, config.checkpoint, print, run.copier, phases)
     stalls, steps, saves, copies = [], [], [], []
     begin = time.perf_counter()
     checkpoints.prepare(sharded_state(run.model, run.optimizer, run.schedule))

@@ -4,7 +4,7 @@ The files are named in the config's `plugins`. Formats and row functions of data
 same registry, are in sft_fast.data.format_registry.
 
     @register_trainer(backend="megatron", stage="score")
-    def score(config: Config) -> int:
+    def score(config: Config, phases: Phases) -> int:
         ...
 
     @register_loss("focal")
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sft_fast.config.schema import Config
+    from sft_fast.runtime.phases import Phases
 
-    Trainer = Callable[[Config], int]
+    Trainer = Callable[[Config, Phases], int]
     CustomLoss = Callable[[Tensor, Tensor], Tensor]
     MetricFunction = Callable[["SampleOutputs"], tuple[float, float]]
 
@@ -152,17 +153,18 @@ class LateTrainer:
     target: str
     """"module:function"."""
 
-    def __call__(self, config: Config) -> int:
+    def __call__(self, config: Config, phases: Phases) -> int:
         """Trains; returns the process's exit code."""
         module, _, function = self.target.partition(":")
-        code: int = getattr(importlib.import_module(module), function)(config)
+        code: int = getattr(importlib.import_module(module), function)(config, phases)
         return code
 
 
 def register_trainer(*, backend: str, stage: str) -> Callable[[TrainerT], TrainerT]:
     """Returns a decorator that makes a function the trainer of the runs of a backend and stage.
 
-    The function gets the configuration on every rank and returns the process's exit code.
+    The function gets the configuration and the `Phases` that the watchdog reads on every rank, and
+    returns the process's exit code.
 
     Args:
         backend: Config key `backend` of the runs it is for.

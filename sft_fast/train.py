@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides + changes(arguments))
         load_plugins(config.plugins)
         use_private_cache()
-        with watching(Path(config.output_dir), config.parallel.hang_timeout_s):
-            return get_trainer(config.backend, config.stage)(config)
+        with watching(Path(config.output_dir), config.parallel.hang_timeout_s) as phases:
+            return get_trainer(config.backend, config.stage)(config, phases)
     except (ValueError, OSError) as error:
         if arguments.debug:
             print_traceback()
@@ -95,7 +95,7 @@ if __name__ == "__main__":
         die_with_parent(signal.SIGTERM)
     try:
         code = main()
-    except Exception:  # recorded by the watch; connections and threads of a broken job may hang
+    except Exception:  # recorded by the watchdog; connections and threads of a broken job may hang
         print_traceback()
         sys.stdout.flush()
         os._exit(FAILED)

@@ -158,6 +158,7 @@ def test_configurations_of_a_page_load(page: Path, tmp_path: Path) -> None:
 def test_the_extensions_of_the_documentation_work() -> None:
     from sft_fast.data.format_registry import get_format
     from sft_fast.registry import get_loss, get_metric, get_trainer
+    from sft_fast.runtime.phases import Phases
 
     names: dict[str, Any] = {}
     for block in fenced(ROOT / "docs" / "extending.md", "python"):
@@ -169,7 +170,7 @@ def test_the_extensions_of_the_documentation_work() -> None:
     losses = get_loss("focal")(torch.tensor([-9.0, -3.0, -1.0, -0.1]), torch.arange(4))
     assert (losses.diff() < 0).all()
     assert get_metric("whole_answer").function is names["whole_answer"]
-    assert get_trainer("megatron", "score")(None) == 0
+    assert get_trainer("megatron", "score")(None, Phases.unwatched()) == 0
 
 
 def test_keys_that_the_documentation_names_exist() -> None:

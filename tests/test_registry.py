@@ -26,7 +26,7 @@ PLUGIN = """\
 from sft_fast.registry import register_trainer
 
 @register_trainer(backend="megatron", stage="echo")
-def train(config):
+def train(config, phases):
     return config + 1
 """
 
@@ -49,11 +49,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
     return Registry("colour", "paint.colour", reserved=("auto",))
 
 
-def one(config: Any) -> int:
+def one(config: Any, phases: Any) -> int:
     return 1
 
 
-def two(config: Any) -> int:
+def two(config: Any, phases: Any) -> int:
     return 2
 
 
@@ -119,7 +119,7 @@ def test_built_in_metrics_cannot_be_replaced(name: str) -> None:
 def test_a_plugin_is_one_file_and_one_decorator(tmp_path: Path) -> None:
     (tmp_path / "echo.py").write_text(PLUGIN)
     load_plugins([str(tmp_path / "echo.py")] * 2)
-    assert get_trainer("megatron", "echo")(41) == 42  # type: ignore[arg-type]
+    assert get_trainer("megatron", "echo")(41, None) == 42  # type: ignore[arg-type]
 
 
 def test_two_files_of_one_name_are_both_run(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_the_registry_alone_imports_nothing_of_weight() -> None:
 def test_a_late_trainer_is_imported_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     register_trainer(backend="late", stage="sft")(LateTrainer("a_late_trainer:run"))
     module = types.ModuleType("a_late_trainer")
-    module.run = lambda config: config + 1  # type: ignore[attr-defined]
+    module.run = lambda config, phases: config + 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_late_trainer", module)
-    assert get_trainer("late", "sft")(41) == 42  # type: ignore[arg-type]
+    assert get_trainer("late", "sft")(41, None) == 42  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("target", BUILT_IN.values())

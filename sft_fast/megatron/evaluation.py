@@ -31,7 +31,7 @@ from sft_fast.metrics.writer import MetricsWriter
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.registry import Metric, SampleOutputs, get_metric, is_greater_better
-from sft_fast.runtime.watchdog import current_watchdog
+from sft_fast.runtime.phases import Phases
 
 Values = dict[str, float]
 LOSS, NUM_TOKENS, NUM_CORRECT, NUM_BUILT_IN = range(4)
@@ -47,17 +47,19 @@ class Evaluator:
         parallel: Parallel,
         metrics: MetricsWriter,
         early_stopping: EarlyStopping,
+        phases: Phases,
     ):
         """
         Args:
             store: the evaluation set; None = there is nothing to do.
             early_stopping: after the evaluations of the checkpoint that the run resumes from.
+            phases: told what this rank is doing.
 
         Raises:
             ValueError: a metric that the config names is not registered.
         """
         self.store, self.config, self.parallel, self.metrics = store, config, parallel, metrics
-        self.early_stopping = early_stopping
+        self.early_stopping, self.phases = early_stopping, phases
         self.custom = [get_metric(name) for name in config.evaluation.metrics]
         self.greater_is_better = is_greater_better(config.evaluation.best_by)
 
@@ -107,8 +109,10 @@ class Evaluator:
         """Evaluates and reports; None without an evaluation set, or when told to stop."""
         if self.store is None:
             return None
-        with current_watchdog().paused("evaluate"):
-            values = evaluate(model, self.store, self.config, self.parallel, self.custom)
+        with self.phases.paused("evaluate"):
+            values = evaluate(
+                model, self.store, self.config, self.parallel, self.custom, self.phases
+            )
         if values is None:
             return None
         overall, by_source = values
@@ -137,6 +141,7 @@ def evaluate(
     config: Config,
     parallel: Parallel,
     custom: list[Metric],
+    phases: Phases,
 ) -> tuple[Values, dict[str, Values]] | None:
     """Runs the whole evaluation set through the model; None when all ranks agreed to stop.
 
@@ -150,21 +155,20 @@ def evaluate(
     tally = partial(tally_micro_batch, source_of, len(names), custom, parallel)
     shape = (len(names), NUM_BUILT_IN + 2 * len(custom))
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
-    watchdog = current_watchdog()
     model.eval()
     with open_batches(store, plan, steps, config, parallel) as batches:
         for _ in steps:
             reports = run_schedule(
                 model, batches, config, parallel, partial(eval_step, tally), forward_only=True
             )
-            added, votes = sum_over_ranks(reports, "tally", shape, parallel, watchdog.votes())
+            added, votes = sum_over_ranks(reports, "tally", shape, parallel, phases.votes())
             total += added
-            watchdog.heartbeat()
-            watchdog.apply_votes(*votes.tolist())
-            if watchdog.all_stop:
+            phases.heartbeat()
+            phases.apply_votes(*votes.tolist())
+            if phases.all_stop:
                 break
     model.train()
-    if watchdog.all_stop:
+    if phases.all_stop:
         return None
     sums = total.cpu().numpy()
     by_source = {name: values_of(row, custom) for name, row in zip(names, sums, strict=True)}

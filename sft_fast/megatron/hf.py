@@ -7,7 +7,7 @@ into the parameters; each pipeline stage and expert-parallel rank exports its ow
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.families import FAMILIES, MODEL, Rule
-from sft_fast.runtime.watchdog import current_watchdog
+from sft_fast.runtime.phases import no_report
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -230,9 +230,21 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
 
 @torch.no_grad()
 def load_hf_weights(
-    model: SFTModel, source: WeightSource, architecture: Architecture, parallel: Parallel
+    model: SFTModel,
+    source: WeightSource,
+    architecture: Architecture,
+    parallel: Parallel,
+    tensor_done: Callable[[], None] = no_report,
 ) -> None:
-    """Fills every parameter of this rank from `source`, slice by slice, in its own dtype."""
+    """Fills every parameter of this rank from `source`, slice by slice, in its own dtype.
+
+    Args:
+        model: the chunk to fill.
+        source: the Hugging Face tensors.
+        architecture: of both.
+        parallel: this rank's place.
+        tensor_done: called after each slice, see runtime.phases.
+    """
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
         parameter = parameters[name]
@@ -242,7 +254,7 @@ def load_hf_weights(
             shape = piece.view.shape
             # Not kept in a variable, or it would still be there while the next one is read.
             piece.view.copy_(source.read(piece.source, piece.rows, piece.columns).reshape(shape))
-            current_watchdog().tensor_done()
+            tensor_done()
 
 
 def part(total: int, size: int, rank: int) -> slice:
@@ -335,23 +347,30 @@ def export_weights(
     architecture: Architecture,
     parallel: Parallel,
     dtype: torch.dtype,
+    tensor_done: Callable[[], None] = no_report,
 ) -> None:
     """Writes *.safetensors and their index to `folder`; every rank must call it.
 
-    Args:
-        models: what `build_model` returned.
-
     The first rank of each pipeline stage writes that stage's files, and one rank for each part of
     the experts, so `folder` must be on a file system that they share.
+
+    Args:
+        models: what `build_model` returned.
+        folder: exists.
+        architecture: of the models.
+        parallel: this rank's place.
+        dtype: of the files.
+        tensor_done: called after each tensor and each file, see runtime.phases.
     """
-    writer = ShardWriter(folder, f"stage{parallel.pp_rank + 1:02d}-part{parallel.ep_rank + 1:02d}")
+    prefix = f"stage{parallel.pp_rank + 1:02d}-part{parallel.ep_rank + 1:02d}"
+    writer = ShardWriter(folder, prefix, tensor_done)
     owned = [(model, *named) for model in models for named in named_rules(model, architecture)]
     for model, name, rule in owned:
         if not (parallel.edp_rank == 0 if rule.is_expert else parallel.is_first_replica):
             continue
         shards = gather_shards(merged_parameter(model, name), parallel, rule.is_expert)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
-        current_watchdog().tensor_done()
+        tensor_done()
         if shard_of(rule, parallel)[1] != 0 or is_tied_copy:
             continue
         tensors = merge_shards(rule, shards, architecture)
@@ -380,8 +399,8 @@ def gather_shards(shard: Tensor, parallel: Parallel, is_expert: bool = False) ->
 class ShardWriter:
     """Collects tensors and writes a safetensors file whenever SHARD_BYTES are full."""
 
-    def __init__(self, folder: Path, prefix: str):
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Path, prefix: str, tensor_done: Callable[[], None]):
+        self.folder, self.prefix, self.tensor_done = folder, prefix, tensor_done
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = 0
         self.file_of: dict[str, str] = {}
@@ -402,7 +421,7 @@ class ShardWriter:
         self.num_files += 1
         file = f"model-{self.prefix}-{self.num_files:05d}.safetensors"
         save_tensors(self.pending, self.folder / file)
-        current_watchdog().tensor_done()
+        self.tensor_done()
         self.file_of.update(dict.fromkeys(self.pending, file))
         self.pending, self.pending_bytes = {}, 0
 

@@ -61,9 +61,9 @@ from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.packing.report import packing_report
 from sft_fast.packing.steps import StepCounts
 from sft_fast.runtime.manifest import MANIFEST_FILE
+from sft_fast.runtime.phases import Phases, no_report
 from sft_fast.runtime.rendezvous import public_address_warning
 from sft_fast.runtime.run_files import check_resume, list_checkpoints
-from sft_fast.runtime.watchdog import current_watchdog
 
 OVERFLOW = "fp16 overflow"
 
@@ -87,20 +87,30 @@ def train_step(
     config: Config,
     parallel: Parallel,
     guard: Guard | None = None,
+    phases: Phases | None = None,
 ) -> StepResult:
     """One optimizer step; the only place where gradients happen.
 
     The objective is the weighted mean over the supervised tokens of the global batch: the sum of
     weight * loss over the sum of weights. Weights of the data are relative, then, and a token whose
     weight goes to 0 becomes one without a loss.
+
+    Args:
+        run: what is changed.
+        batches: this rank's micro-batches, as many as one step has.
+        counts: of the step, from the packing plan.
+        config: the configuration.
+        parallel: this rank's place.
+        guard: refuses updates; None = every finite one is made.
+        phases: has this rank's votes and gets the sum of all ranks'; None = nobody votes.
     """
+    phases = phases or Phases.unwatched()
     for chunk in parts_of(run.model):
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     normalise_by(run.model, counts.loss_weight)
     reports = run_schedule(run.model, batches, config, parallel)
-    watchdog = current_watchdog()
-    total, votes = sum_over_ranks(reports, "lm loss", (2,), parallel, watchdog.votes())
+    total, votes = sum_over_ranks(reports, "lm loss", (2,), parallel, phases.votes())
     lr = run.optimizer.param_groups[0]["lr"]
     verdict = (True, OVERFLOW)
 
@@ -117,7 +127,7 @@ def train_step(
         run.schedule.step(increment=1)
     loss_sum, counted = total.tolist()
     assert counted == counts.num_supervised, (counted, counts)
-    watchdog.apply_votes(*votes.tolist())
+    phases.apply_votes(*votes.tolist())
     loss = loss_sum / (counts.loss_weight or 1.0)
     return StepResult(loss, grad_norm, lr, not was_updated, verdict[1])
 
@@ -128,11 +138,12 @@ def build_run(
     weights: WeightSource,
     num_steps: int,
     parallel: Parallel,
+    tensor_done: Callable[[], None] = no_report,
 ) -> Run:
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
     modules = build_model(architecture, config, parallel)
     for module in modules:
-        load_hf_weights(module, weights, architecture, parallel)
+        load_hf_weights(module, weights, architecture, parallel, tensor_done)
         if config.lora.rank > 0:
             add_adapters(module, architecture, config, parallel)
     model = wrap_model(modules, config)
@@ -198,16 +209,19 @@ def is_exported(checkpoint: Path, config: Config) -> bool:
     return made.is_file() and made.stat().st_mtime >= (checkpoint / MANIFEST_FILE).stat().st_mtime
 
 
-def train(config: Config) -> int:
+def train(config: Config, phases: Phases) -> int:
     """Runs supervised fine-tuning as `config` says; every rank of the job calls it.
+
+    Args:
+        config: the configuration.
+        phases: told what this rank is doing.
 
     Returns: the process exit code, 0.
 
     Raises:
         ValueError: the config does not fit the data, the model or the world size.
     """
-    watchdog = current_watchdog()
-    watchdog.enter("join", can_leave=True)
+    phases.enter("join", can_leave=True)
     parallel = init_parallel(config)
     output = Path(config.output_dir)
     check_trackers(config)
@@ -215,7 +229,7 @@ def train(config: Config) -> int:
     metrics.log(describe(parallel))
     if warning := public_address_warning():
         metrics.log(warning)
-    watchdog.enter("data", can_leave=True)
+    phases.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.log)
     metrics.log(inputs.store.summary())
     plan = make_plan(inputs.store, config, inputs.model.architecture)
@@ -227,7 +241,7 @@ def train(config: Config) -> int:
     )
     origin = inputs.origin
     state = TrainState(0, fields, data=asdict(origin.data))
-    watchdog.enter("resume", can_leave=True)
+    phases.enter("resume", can_leave=True)
     checkpoint = find_checkpoint(config, parallel, metrics.log)
     if checkpoint is not None:
         state = continued_state(config, checkpoint, fields, origin.data, metrics.log)
@@ -239,7 +253,7 @@ def train(config: Config) -> int:
             "train.steps or train.epochs; raise them, or choose another output_dir"
         )
     # Not before the run is known to belong here: a refused one leaves no records.
-    watchdog.confirm_run()
+    phases.confirm_run()
     metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
     metrics.write("data", **asdict(inputs.store.report))
     metrics.write("lengths", **length_histogram(inputs.store.lengths))
@@ -252,25 +266,32 @@ def train(config: Config) -> int:
     if checkpoint is not None and start == num_steps and is_exported(checkpoint, config):
         metrics.log(f"{checkpoint} is at step {start} of {num_steps}: nothing to do")
         return finish(metrics)
-    watchdog.enter("model", can_leave=True, is_loading=True)
-    run = build_run(config, inputs.model.architecture, inputs.model.weights, num_steps, parallel)
+    phases.enter("model", can_leave=True, is_loading=True)
+    run = build_run(
+        config,
+        inputs.model.architecture,
+        inputs.model.weights,
+        num_steps,
+        parallel,
+        phases.tensor_done,
+    )
     metrics.log(f"attention: {unwrap(run.model[0]).attention}; {describe_memory(config, parallel)}")
     add_noise(run.model, config, inputs.store.lengths, parallel)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
+        load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule, phases.tensor_done)
         metrics.log(f"resumed from {checkpoint} at step {start} of {num_steps}")
     if parallel.is_main:
         save_config(config, output / "config.yaml")
     checkpoints = CheckpointWriter(
-        output / "checkpoints", config.checkpoint, metrics.log, run.copier
+        output / "checkpoints", config.checkpoint, metrics.log, run.copier, phases
     )
     if config.checkpoint.asynchronous and config.checkpoint.every_steps is not None:
         checkpoints.prepare(sharded_state(run.model, run.optimizer, run.schedule))
     guard = Guard(config.guard, config.optim.clip_grad, state.guard)
 
-    evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, early_stopping)
-    watchdog.enter("train")
-    watchdog.heartbeat(step=start, num_steps=num_steps)
+    evaluator = Evaluator(inputs.eval_store, config, parallel, metrics, early_stopping, phases)
+    phases.enter("train")
+    phases.heartbeat(step=start, num_steps=num_steps)
     evaluator.before_training(run.model, start)
     plan_steps = range(start - first, num_steps - first)
     meter = step_meter(metrics, config, inputs.model.architecture, num_steps, parallel)
@@ -278,17 +299,17 @@ def train(config: Config) -> int:
     with open_batches(inputs.store, plan, plan_steps, config, parallel) as loader:
         batches = Timed(loader)
         for step in range(start, num_steps):
-            if watchdog.all_stop:
+            if phases.all_stop:
                 break
             profiler.before(step + 1)
             began = time.perf_counter()
             counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
             begin_step(run.model, step)
-            result = train_step(run, batches, counts, config, parallel, guard)
+            result = train_step(run, batches, counts, config, parallel, guard, phases)
             done = step + 1
             elapsed_s = time.perf_counter() - began
-            watchdog.heartbeat(step=done, loss=result.loss)
+            phases.heartbeat(step=done, loss=result.loss)
             checkpoints.poll()
             if result.warning not in ("", OVERFLOW):
                 samples = np.concatenate(plan.step_bins(*plan.locate(step - first)))
@@ -298,7 +319,7 @@ def train(config: Config) -> int:
             trace = profiler.after(done)
             if trace is not None:
                 metrics.log(f"profile: {trace}")
-            if (done == num_steps or evaluator.is_due(done)) and not watchdog.all_stop:
+            if (done == num_steps or evaluator.is_due(done)) and not phases.all_stop:
                 evaluator.after_step(run.model, done)
             state = replace(
                 state,
@@ -306,30 +327,30 @@ def train(config: Config) -> int:
                 early_stopping=asdict(evaluator.early_stopping),
                 guard=guard.state(),
             )
-            is_last = done == num_steps or evaluator.should_stop() or watchdog.all_stop
+            is_last = done == num_steps or evaluator.should_stop() or phases.all_stop
             is_wanted = is_due(config.checkpoint.every_steps, done) or evaluator.should_save(done)
-            if is_last or is_wanted or watchdog.all_save:
-                save_run(checkpoints, state, run, is_last)
+            if is_last or is_wanted or phases.all_save:
+                save_run(checkpoints, state, run, is_last, phases)
             if is_last:
                 break
     metrics.end_progress()
     checkpoints.finish(is_last=True)
     run.copier.release()
-    if watchdog.all_stop:
+    if phases.all_stop:
         metrics.log(
             f"stopped at step {state.step} of {num_steps}; rerun the same command to resume"
         )
         return finish(metrics)
 
-    watchdog.enter("export", can_leave=True)
+    phases.enter("export", can_leave=True)
     disable_progress_bar()  # of transformers, for each look at the export
     evaluator.report_best()
     if config.export.best:
-        load_best(run, state, config, metrics)
+        load_best(run, state, config, metrics, phases)
     if config.export.enabled:
         gather_parameters(run.model)
         models = [unwrap(chunk) for chunk in run.model]
-        export_model(models, output / "export", origin, config, parallel)
+        export_model(models, output / "export", origin, config, parallel, phases)
         if config.lora.rank > 0:
             export_adapter(run.model, output / "adapter", config, parallel)
         metrics.log(f"exported to {output / 'export'}")
@@ -374,7 +395,9 @@ def is_due(every_steps: int | None, done: int) -> bool:
     return every_steps is not None and done % every_steps == 0
 
 
-def load_best(run: Run, state: TrainState, config: Config, metrics: MetricsWriter) -> None:
+def load_best(
+    run: Run, state: TrainState, config: Config, metrics: MetricsWriter, phases: Phases
+) -> None:
     """Goes back to the checkpoint of the best evaluation."""
     best = EarlyStopping(**state.early_stopping).best_step
     if best in (0, state.step):
@@ -383,11 +406,13 @@ def load_best(run: Run, state: TrainState, config: Config, metrics: MetricsWrite
     if not checkpoint.is_dir():
         metrics.log(f"warning: {checkpoint}, the best one, was not saved; the last weights stay")
         return
-    load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule)
+    load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule, phases.tensor_done)
     metrics.log(f"loaded the best weights from {checkpoint}")
 
 
-def save_run(checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool) -> None:
-    with current_watchdog().paused("save"):
+def save_run(
+    checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool, phases: Phases
+) -> None:
+    with phases.paused("save"):
         parts = sharded_state(run.model, run.optimizer, run.schedule)
         checkpoints.save(state, parts, is_last)

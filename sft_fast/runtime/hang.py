@@ -22,10 +22,14 @@ MISSED_RENEWALS = 10
 
 
 class HangDetector:
-    """One rank's; `begin`, `beat` and `move` are called by the main thread, the others by another.
+    """Notices when this rank has done nothing for too long.
+
+    `begin_phase`, `heartbeat` and `tensor_done` are called by the main thread, the others by the
+    watchdog's.
 
     Attributes:
-        files: of the launch; `files.progress["tensors"]` counts what `move` was told.
+        files: of the launch; `files.progress["tensors"]` counts the tensors that were done.
+        hang_timeout_s: seconds in which a step must end, unless earlier steps were slow too.
     """
 
     def __init__(self, files: LaunchFiles, hang_timeout_s: float):
@@ -33,33 +37,39 @@ class HangDetector:
         self.last_beat: float | None = None
         self.slowest_s = 0.0
         self.is_loading = False
-        self.moved_at = 0.0
+        self.last_tensor_at = 0.0
         self.seen: dict[int, int] = {}
         """Rank -> tensors when last looked at."""
         self.has_dumped = False
         self.stuck: Any = None
         """The file for a stuck interpreter."""
 
-    def begin(self, is_loading: bool = False) -> None:
-        """A phase without steps begins.
+    def begin_phase(self, is_loading: bool = False, is_timed: bool = False) -> None:
+        """Begins a phase.
 
         Args:
-            is_loading: `move` is called in it for each tensor.
+            is_loading: `tensor_done` is called in it for each tensor.
+            is_timed: its steps have the time limit from now on, not from the first `heartbeat` on.
         """
-        self.last_beat = None
-        self.moved_at, self.is_loading = time.monotonic(), is_loading
+        self.last_beat = time.monotonic() if is_timed else None
+        self.last_tensor_at, self.is_loading = time.monotonic(), is_loading
 
-    def beat(self) -> None:
-        """A step ended; from now on the next one must within the time limit."""
+    @property
+    def is_timed(self) -> bool:
+        """Whether a step must end within the time limit."""
+        return self.last_beat is not None
+
+    def heartbeat(self) -> None:
+        """Ends a step; from now on the next one must end within the time limit."""
         now = time.monotonic()
         if self.last_beat is not None:
             self.slowest_s = max(self.slowest_s, now - self.last_beat)
         self.last_beat = now
 
-    def move(self) -> None:
-        """A tensor was read or written."""
+    def tensor_done(self) -> None:
+        """Counts a tensor that was read or written."""
         self.files.progress["tensors"] = self.files.progress.get("tensors", 0) + 1
-        self.moved_at = time.monotonic()
+        self.last_tensor_at = time.monotonic()
 
     def find(self) -> str | None:
         """Says for how long nothing moved; None: not long enough for a hang."""
@@ -77,13 +87,13 @@ class HangDetector:
         return f"no step ended for {silent_s:.0f} s"
 
     def find_standstill(self) -> str | None:
-        silent_s = time.monotonic() - self.moved_at
+        silent_s = time.monotonic() - self.last_tensor_at
         if silent_s < LOADING_FACTOR * self.hang_timeout_s:
             return None
         # Another rank may have been moving, and this one waiting for it.
         tensors = {rank: peer.get("tensors", 0) for rank, peer in self.files.peers()}
         if tensors != self.seen:
-            self.seen, self.moved_at = tensors, time.monotonic()
+            self.seen, self.last_tensor_at = tensors, time.monotonic()
             return None
         return f"no tensor was read or written for {silent_s:.0f} s"
 

@@ -25,7 +25,7 @@ STALE_S = 60.0
 
 
 class RunLock:
-    """Held by rank 0 of a job; `beat` keeps it."""
+    """Held by rank 0 of a job; `renew` keeps it."""
 
     def __init__(self, folder: Path, job: str):
         """
@@ -89,7 +89,7 @@ class RunLock:
                     os.link(grave, self.path)
             grave.unlink()
 
-    def beat(self) -> bool:
+    def renew(self) -> bool:
         """Renews the heartbeat; False when the lock is no longer this job's."""
         try:
             if self.path.read_text() != self.text:

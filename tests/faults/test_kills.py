@@ -197,11 +197,11 @@ def test_a_rank_that_waits_for_one_that_still_loads_is_not_hung(
     monkeypatch.setattr(hang.time, "monotonic", lambda: clock[0])
     mine, other = (HangDetector(one, hang_timeout_s=10.0) for one in files)
     for detector in (mine, other):
-        detector.begin(is_loading=True)
-        detector.move()
+        detector.begin_phase(is_loading=True)
+        detector.tensor_done()
     for _ in range(9):  # 720 s, of which this rank does nothing
         clock[0] += 80
-        other.move()
+        other.tensor_done()
         files[1].publish("running")
         assert mine.find() is None
     files[0].publish("running")
@@ -213,7 +213,7 @@ def test_a_rank_that_waits_for_one_that_still_loads_is_not_hung(
     for detector, texts in zip((mine, other), zip(*found, strict=True), strict=True):
         assert "no tensor was read or written for" in next(text for text in texts if text)
         assert detector.suspects() == "ranks that are behind: [0]"
-    mine.begin()
+    mine.begin_phase()
     clock[0] += 1e6
     assert mine.find() is None, "other phases have no limit"
 
@@ -341,8 +341,8 @@ if child:
     print(child, flush=True)
     time.sleep(60)
 die_with_parent(signal.SIGTERM)
-with watching(Path(sys.argv[1]), 60.0) as watch:
-    watchdog.enter("train")  # in a collective that never ends
+with watching(Path(sys.argv[1]), 60.0) as phases:
+    phases.enter("train")  # in a collective that never ends
     print("ready", flush=True)
     while True:
         time.sleep(60)

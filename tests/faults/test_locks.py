@@ -44,7 +44,7 @@ def test_a_lock_of_another_machine_counts_until_it_is_silent(tmp_path: Path) -> 
     silent = time.time() - STALE_S - 1
     os.utime(path, (silent, silent))
     lock = RunLock(tmp_path, "mine")
-    assert lock.beat()
+    assert lock.renew()
     assert json.loads(path.read_text())["pid"] == os.getpid()
     lock.release()
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +64,7 @@ def test_a_lock_of_a_dead_process_or_of_the_same_job_is_taken_over(
     tmp_path: Path, holder: dict[str, object]
 ) -> None:
     foreign(tmp_path, **holder)
-    assert RunLock(tmp_path, "mine").beat()
+    assert RunLock(tmp_path, "mine").renew()
 
 
 @pytest.mark.fault("F26")
@@ -98,7 +98,7 @@ def test_a_process_is_not_taken_for_gone_when_the_clock_is_set(
 def test_a_lock_that_was_lost_is_noticed_and_not_given_back(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, "mine")
     path = foreign(tmp_path)
-    assert not lock.beat()
+    assert not lock.renew()
     lock.release()
     assert path.exists()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rank_pool import RankPool
+from sft_fast.runtime.phases import Phases
 from tiny import make_config, make_store, random_samples
 
 NUM_SAMPLES, FIRST_OF_B = 13, 4
@@ -58,7 +59,7 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
     files = ((0, "a.jsonl"), (2, "empty.jsonl"), (2, "a.jsonl"), (FIRST_OF_B, "b.jsonl"))
     store = replace(make_store(make_samples()), files=files)
     custom = [get_metric(name) for name in METRICS]
-    result = evaluate(run.model, store, config, parallel, custom)
+    result = evaluate(run.model, store, config, parallel, custom, Phases.unwatched())
     assert all(chunk.training for chunk in run.model)
     return result
 

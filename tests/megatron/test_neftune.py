@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rank_pool import RankPool
+from sft_fast.runtime.phases import Phases
 from tiny import make_config, make_store, random_samples, save_tiny_llama
 
 HIDDEN, ALPHA = 64, 5.0
@@ -97,7 +98,7 @@ def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[
     store = make_store(random_samples(12, seed=3))
     add_noise(run.model, config, store.lengths, parallel)
     plan = sft.make_plan(store, config)
-    evaluated, _ = evaluate(run.model, store, config, parallel, [])
+    evaluated, _ = evaluate(run.model, store, config, parallel, [], Phases.unwatched())
     results: list[tuple[float, ...]] = [(evaluated["loss"],)]
     with sft.open_batches(store, plan, range(2), config, parallel) as batches:
         for step in range(2):

@@ -24,6 +24,7 @@ from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.optim import fuse_update, separate_step_counts
 from sft_fast.runtime.manifest import Damage, find_damage
+from sft_fast.runtime.phases import no_report
 from sft_fast.runtime.run_files import check_is_checkpoint
 
 
@@ -100,11 +101,20 @@ def load_checkpoint(
     model: ModuleList,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
+    tensor_done: Callable[[], None] = no_report,
 ) -> None:
-    """Restores weights, optimizer and schedule; bit-identical when the layout is the same."""
+    """Restores weights, optimizer and schedule; bit-identical when the layout is the same.
+
+    Args:
+        checkpoint: the directory.
+        model: what it is loaded into.
+        optimizer: of the model.
+        schedule: of the optimizer.
+        tensor_done: called after each tensor, see runtime.phases.
+    """
     weights = model_weights(model)
     common = read_common(checkpoint)
-    with ShardReader(checkpoint) as reader:
+    with ShardReader(checkpoint, tensor_done) as reader:
         for number, chunk in enumerate(model):
             others = load_checkpoint_weights(weights[f"chunk{number}"], reader)
             unwrap(chunk).load_state_dict(others, strict=False)
@@ -112,7 +122,7 @@ def load_checkpoint(
             load_optimizer(optimizer, common["optimizer"], weights, reader)
     if not is_distributed(optimizer):
         request = optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(SHARDING))
-        loaded = load_state(checkpoint, {"optimizer": request})["optimizer"]
+        loaded = load_state(checkpoint, {"optimizer": request}, tensor_done)["optimizer"]
         add_step_zero(optimizer, loaded)
         optimizer.load_state_dict(loaded)
     fuse_update(optimizer)

@@ -35,8 +35,8 @@ from sft_fast.runtime.manifest import (
     remove_directory,
     staged_directory,
 )
+from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import list_checkpoints
-from sft_fast.runtime.watchdog import current_watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,18 @@ class CheckpointWriter:
         config: CheckpointConfig,
         log: Callable[[str], None],
         copier: HostCopier,
+        phases: Phases,
     ):
         """
         Args:
+            folder: of the run's checkpoints.
+            config: when, how and how many.
+            log: gets the warnings.
             copier: the one whose `before_update` comes before each optimizer update.
+            phases: gets the number of failures in a row.
         """
         self.folder, self.config, self.log = folder, config, log
-        self.copier = copier
+        self.copier, self.phases = copier, phases
         copier.log = log
         self.num_failures = 0
         self.thread: threading.Thread | None = None
@@ -111,7 +116,7 @@ class CheckpointWriter:
                 logger.warning(
                     "warning: rank %d has no memory for checkpoint.asynchronous (%s); saves hold "
                     "training up until they are written",
-                    current_watchdog().rank,
+                    self.phases.rank,
                     error,
                 )
             self.has_room = False
@@ -162,7 +167,7 @@ class CheckpointWriter:
         while self.warnings:
             self.log(self.warnings.pop(0))
         self.num_failures = 0 if error is None else self.num_failures + 1
-        current_watchdog().record(failed_saves=self.num_failures)
+        self.phases.record(failed_saves=self.num_failures)
         if error is not None:
             self.handle_save_failure(error, is_last)
 

@@ -9,7 +9,7 @@ what overlaps the shard it wants. Nothing on this path unpickles.
 import errno
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
 from sft_fast.megatron.hf import open_safetensors
 from sft_fast.runtime.manifest import HashedFile, StagedDirectory, read_manifest
-from sft_fast.runtime.watchdog import current_watchdog
+from sft_fast.runtime.phases import no_report
 
 COMMON_FILE = "common.json"
 DTYPE_NAMES = {
@@ -161,12 +161,16 @@ def write_tensors(snapshot: Snapshot, file: HashedFile) -> None:
 class ShardReader:
     """The tensors of a directory of shards; to be used in a `with`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tensor_done: Callable[[], None] = no_report):
         """
+        Args:
+            folder: the directory.
+            tensor_done: called after each tensor, see runtime.phases.
+
         Raises:
             ValueError: the manifest is damaged, or a file is no safetensors file of ours.
         """
-        self.folder, self.stack = folder, ExitStack()
+        self.folder, self.tensor_done, self.stack = folder, tensor_done, ExitStack()
         self.pieces: dict[str, list[tuple[Shard, Any]]] = {}
         self.objects: dict[str, Any] = {}
         for name in read_manifest(folder):
@@ -238,7 +242,7 @@ class ShardReader:
             raise ValueError(
                 f"{self.folder}: a part of tensor {shard.key} is missing or twice there"
             )
-        current_watchdog().tensor_done()
+        self.tensor_done()
         return result.reshape(wanted.local_shape)
 
     @staticmethod
@@ -276,8 +280,15 @@ def read_common(folder: Path) -> dict[str, Any]:
     return common
 
 
-def load_state(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def load_state(
+    folder: Path, request: dict[str, Any], tensor_done: Callable[[], None] = no_report
+) -> dict[str, Any]:
     """Fills a sharded state dict from `folder`, as dist_checkpointing.load does.
+
+    Args:
+        folder: the checkpoint.
+        request: in dist_checkpointing's sharded form, its tensors without content.
+        tensor_done: called after each tensor, see runtime.phases.
 
     Raises:
         ValueError: the checkpoint does not hold what is asked for.
@@ -286,7 +297,7 @@ def load_state(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     state = read_common(folder)
     merge(state, local)
     sharded, _ = extract_sharded_base(sharded)
-    with ShardReader(folder) as reader:
+    with ShardReader(folder, tensor_done) as reader:
         merge(state, dict_list_map_outplace(reader.read, sharded))
     return apply_factory_merges(state, factories)
 

@@ -18,8 +18,8 @@ from sft_fast.megatron.parallel import Parallel
 from sft_fast.metrics.curves import draw_curves, png
 from sft_fast.metrics.model_card import CURVES_FILE, model_card
 from sft_fast.runtime.manifest import staged_directory
+from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import read_run
-from sft_fast.runtime.watchdog import current_watchdog
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EXPORT_TIMEOUT_S = 3600
@@ -31,6 +31,7 @@ def export_model(
     origin: ExportSource,
     config: Config,
     parallel: Parallel,
+    phases: Phases,
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
 
@@ -39,8 +40,15 @@ def export_model(
     dtype = config.export.dtype or config.model.dtype
     exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
     with staged_directory(folder, exchange) as stage:
-        with current_watchdog().paused("write weights", can_leave=True, is_loading=True):
-            export_weights(models, stage.path, origin.model.architecture, parallel, DTYPES[dtype])
+        with phases.paused("write weights", can_leave=True, is_loading=True):
+            export_weights(
+                models,
+                stage.path,
+                origin.model.architecture,
+                parallel,
+                DTYPES[dtype],
+                phases.tensor_done,
+            )
         if parallel.is_main:
             origin.tokenizer.save_pretrained(stage.path)
             write_json(stage.path / "config.json", hf_config(origin, dtype))

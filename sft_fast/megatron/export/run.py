@@ -3,7 +3,7 @@
 Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,11 +22,15 @@ from sft_fast.megatron.load_inputs import ExportSource, read_export_source
 from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, is_adapter
 from sft_fast.megatron.model import SFTModel, build_model
 from sft_fast.megatron.parallel import init_parallel
-from sft_fast.runtime.watchdog import current_watchdog
+from sft_fast.runtime.phases import Phases
 
 
-def export(config: Config) -> int:
+def export(config: Config, phases: Phases) -> int:
     """Writes <output_dir>/export from the checkpoint that `checkpoint.resume` names.
+
+    Args:
+        config: of the export.
+        phases: told what this rank is doing.
 
     Returns: the process exit code, 0.
 
@@ -46,16 +50,15 @@ def export(config: Config) -> int:
     origin = read_export_source(config, state.data)
     check_origin(origin, state.fields, checkpoint, config)
     architecture, is_lora = origin.model.architecture, config.lora.rank > 0
-    watchdog = current_watchdog()
-    watchdog.enter("model", can_leave=True, is_loading=True)
+    phases.enter("model", can_leave=True, is_loading=True)
     models = build_model(architecture, config, parallel)
     for number, model in enumerate(models):
         if is_lora:
-            load_hf_weights(model, origin.model.weights, architecture, parallel)
+            load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)
             add_adapters(model, architecture, config, parallel)
-        load_trained(model, number, checkpoint, is_lora)
-    watchdog.enter("export", can_leave=True)
-    export_model(models, Path(config.output_dir) / "export", origin, config, parallel)
+        load_trained(model, number, checkpoint, is_lora, phases.tensor_done)
+    phases.enter("export", can_leave=True)
+    export_model(models, Path(config.output_dir) / "export", origin, config, parallel, phases)
     dist.barrier()
     dist.destroy_process_group()
     return 0
@@ -79,11 +82,17 @@ def check_origin(
     changed_fields(saved, present, config.checkpoint.allow_change, checkpoint, fix)
 
 
-def load_trained(model: SFTModel, number: int, checkpoint: Path, is_lora: bool) -> None:
+def load_trained(
+    model: SFTModel,
+    number: int,
+    checkpoint: Path,
+    is_lora: bool,
+    tensor_done: Callable[[], None],
+) -> None:
     """Fills chunk `number` from a checkpoint; of a run with LoRA it holds the adapters only."""
     tensors = model.sharded_state_dict(metadata=dict(SHARDING))
     if is_lora:
         tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
     chunk = f"chunk{number}"
-    loaded = load_state(checkpoint, {"model": {chunk: tensors}})["model"][chunk]
+    loaded = load_state(checkpoint, {"model": {chunk: tensors}}, tensor_done)["model"][chunk]
     model.load_state_dict(loaded, strict=not is_lora)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from allocations import most_bytes_held
 from rank_pool import RankPool
+from sft_fast.runtime.phases import Phases
 from tiny import VOCAB_SIZE, make_config, make_store, random_samples
 
 NUM_SAMPLES = 16
@@ -98,7 +99,8 @@ def work(
     ) as batches:
         for step in range(num_steps + 1):
             if step in targets:
-                writer = CheckpointWriter(Path(targets[step]), config.checkpoint, print, run.copier)
+                folder, phases = Path(targets[step]), Phases.unwatched()
+                writer = CheckpointWriter(folder, config.checkpoint, print, run.copier, phases)
                 parts = old_state(run) if is_old else state_without_collectives(run)
                 writer.save(TrainState(0, {}), parts, is_last=True)
             if step < num_steps:
@@ -393,7 +395,8 @@ def bytes_of_an_update(model: str, parallel: Section, folder: str) -> list[int]:
     (adam,) = torch_adam_parts(run.optimizer)
     for group in adam.param_groups:
         group.update(fused=None, foreach=None)
-    writer = CheckpointWriter(Path(folder), config.checkpoint, print, run.copier)
+    phases = Phases.unwatched()
+    writer = CheckpointWriter(Path(folder), config.checkpoint, print, run.copier, phases)
     state = sharded_state(run.model, run.optimizer, run.schedule)
     writer.save(TrainState(0, {}), state, is_last=True)
     load_checkpoint(Path(checkpoint_in(folder)), run.model, run.optimizer, run.schedule)

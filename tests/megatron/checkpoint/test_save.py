@@ -10,6 +10,7 @@ import pytest
 from rank_pool import RankPool
 from sft_fast.config.sections import CheckpointConfig
 from sft_fast.runtime.manifest import LoneRank, agree, find_damage, staged_directory
+from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import list_checkpoints
 
 
@@ -27,7 +28,9 @@ def writer(tmp_path: Path, said: list[str]) -> Any:
     for step in range(1, 6):
         with staged_directory(checkpoint_path(tmp_path, step), LoneRank()) as stage:
             stage.write_text("a", "b")
-    return CheckpointWriter(tmp_path, CheckpointConfig(), said.append, HostCopier())
+    return CheckpointWriter(
+        tmp_path, CheckpointConfig(), said.append, HostCopier(), Phases.unwatched()
+    )
 
 
 def test_a_save_in_the_background_is_told_of_when_it_ends(writer: Any, said: list[str]) -> None:
@@ -122,7 +125,8 @@ def saves_of_a_rank_without_room(folder: str) -> list[bool]:
 
     copier = HostCopier()
     copier.copy = copy  # type: ignore[method-assign]
-    writer = CheckpointWriter(Path(folder), CheckpointConfig(asynchronous=True), print, copier)
+    config = CheckpointConfig(asynchronous=True)
+    writer = CheckpointWriter(Path(folder), config, print, copier, Phases.unwatched())
     found = []
     for step in (1, 2, 3):
         state = TrainState(step, {})
