@@ -48,6 +48,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """Leaves room for the longest command; argparse forgets that commands are indented."""
 
     def add_argument(self, action: argparse.Action) -> None:
+        """Counts the indentation of commands, which argparse forgets."""
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):
             self._action_max_length += 2
@@ -68,6 +69,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Ends with one line that says what is wrong, and the usage."""
         # Overrides, of which there may be none, are no requirement.
         message = message.replace("required: config, a.b=c", "required: config")
         unknown = UNKNOWN_COMMAND.match(message)
@@ -137,6 +139,7 @@ def hide_torch() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with all commands."""
     parser = Parser(
         prog="sft_fast",
         description="Supervised fine-tuning on megatron-core.",

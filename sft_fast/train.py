@@ -34,6 +34,7 @@ for _stage, _target in BUILT_IN.items():
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line of train.py."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="YAML file; without it the embedded demo runs")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -48,6 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def changes(arguments: argparse.Namespace) -> list[str]:
+    """The override that `--allow-change` stands for."""
     if arguments.allow_change is None:
         return []
     return [f"checkpoint.allow_change=[{arguments.allow_change}]"]

@@ -10,6 +10,7 @@ from sft_fast.commands.arguments import Commands, positive
 
 
 def add(commands: Commands) -> None:
+    """Describes `chat` to argparse."""
     chat = commands.add_parser("chat", help="talk to a trained model")
     chat.add_argument("model", type=Path, metavar="OUT", help="output_dir of a run, or a model")
     chat.add_argument("--ask", action="append", metavar="TEXT", help="answer this and end; again")
@@ -21,6 +22,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Answers the questions of `--ask`, or talks until the input ends."""
     from sft_fast.evaluation.chat import Chat
     from sft_fast.runtime.run_files import model_folder
 

@@ -10,6 +10,7 @@ from sft_fast.exit_codes import FAILED
 
 
 def add(commands: Commands) -> None:
+    """Describes `check` and `schema` to argparse."""
     check = commands.add_parser(
         "check",
         help="find what is wrong with a configuration, at once",
@@ -26,6 +27,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Prints all problems of a configuration; returns 1 where there are any."""
     from sft_fast.config.schema import check_world_size, inspect_config
     from sft_fast.config.validation import located
     from sft_fast.errors import ConfigError
@@ -54,6 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def run_schema(parsed: argparse.Namespace) -> None:
+    """Prints the JSON schema of configurations."""
     import json
 
     from sft_fast.config.schema import Config

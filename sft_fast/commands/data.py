@@ -10,6 +10,7 @@ from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, 
 
 
 def add(commands: Commands) -> None:
+    """Describes `convert` and `data-report` to argparse."""
     convert = commands.add_parser(
         "convert", help="write any data source as a JSON Lines file of messages"
     )
@@ -38,6 +39,7 @@ def add(commands: Commands) -> None:
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
+    """Writes a source as JSON Lines of messages."""
     from sft_fast.data.convert import convert
     from sft_fast.data.source import Source, load_records
 
@@ -55,6 +57,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
 
 
 def run_report(parsed: argparse.Namespace) -> None:
+    """Prints the statistics of the data of a configuration."""
     import json
     from dataclasses import asdict
 
@@ -87,4 +90,5 @@ def run_report(parsed: argparse.Namespace) -> None:
 
 
 def print_progress(text: str) -> None:
+    """Prints to standard error, which a redirected report does not hold."""
     print(text, file=sys.stderr)

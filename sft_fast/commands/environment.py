@@ -22,11 +22,13 @@ VARIABLES = (
 
 
 def add(commands: Commands) -> None:
+    """Describes `env` to argparse."""
     parser = commands.add_parser("env", help="print versions and devices, for a bug report")
     parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Prints a line for each version, device and variable."""
     from sft_fast.redact import redact
 
     for name, value in lines():
@@ -48,6 +50,7 @@ def lines() -> list[tuple[str, str]]:
 
 
 def package_version(name: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -55,6 +58,7 @@ def package_version(name: str) -> str | None:
 
 
 def devices() -> list[tuple[str, str]]:
+    """(name, value) of the GPU runtime and of each GPU."""
     import torch
 
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"

@@ -38,6 +38,7 @@ OVERRIDES = (
 
 
 def add(commands: Commands) -> None:
+    """Describes `export` to argparse."""
     export = commands.add_parser(
         "export",
         help="write a Hugging Face model from a checkpoint",
@@ -53,6 +54,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Exports a checkpoint in a process of its own; returns its exit code."""
     from sft_fast.config.schema import load_config
     from sft_fast.runtime.run_files import read_run
 

@@ -30,6 +30,7 @@ WHOLE_NUMBERS = ("--node-rank", "--master-port", "--max-restarts")
 
 
 def add(commands: Commands) -> None:
+    """Describes `train` to argparse."""
     train = commands.add_parser("train", help="train, evaluate, export")
     add_config(train)
     train.add_argument(
@@ -51,6 +52,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Becomes the launcher of the ranks, or prints its command line."""
     from sft_fast.config.schema import check_world_size, load_config
     from sft_fast.preflight.machine_checks import require_data
     from sft_fast.runtime.run_files import check_resume

@@ -8,6 +8,7 @@ from sft_fast.commands.arguments import Commands, add_run, not_negative, positiv
 
 
 def add(commands: Commands) -> None:
+    """Describes `plot` to argparse."""
     plot = commands.add_parser("plot", help="draw a run: curves.png and report.html")
     add_run(plot)
     plot.add_argument(
@@ -22,6 +23,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Writes curves and report of a run."""
     from sft_fast.metrics.report import write_report
 
     if parsed.samples > 0:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
+    """Describes `plan` to argparse."""
     plan = commands.add_parser("plan", help="say what fits, how long it takes, and what would help")
     add_config(plan)
     plan.add_argument("--gpu", default="MI300X", help="MI300X, MI325X, MI355X, H100, H200 or B200")
@@ -38,6 +39,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Prints memory, time and suggestions for a configuration and a GPU."""
     import json
 
     from sft_fast.config.schema import check_world_size, model_parallel_size
@@ -70,6 +72,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def config_architecture(config: Config, tokenizer: Any) -> Architecture:
+    """The architecture that a configuration names, or describes by its shape."""
     from sft_fast.models.architecture import (
         architecture_from_hf,
         architecture_from_shape,
@@ -85,6 +88,7 @@ def config_architecture(config: Config, tokenizer: Any) -> Architecture:
 
 
 def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> StepPlan:
+    """The packs and steps of the training data, tokenised where they are not yet."""
     from sft_fast.data.from_config import find_sources, open_configured_store
     from sft_fast.packing.from_config import make_plan
 
@@ -177,6 +181,7 @@ def figures(
 
 
 def as_text(found: dict[str, Any]) -> str:
+    """The figures as aligned lines for a terminal."""
     memory, limit = dict(found["memory"]), found["memory_limit"]
     total = memory.pop("total")
     lines = [("model", f"{count_text(found['parameters'])} parameters")]
@@ -225,6 +230,7 @@ def size_text(size: float) -> str:
 
 
 def time_text(seconds: float) -> str:
+    """A duration in words, such as "2.5 hours"."""
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} hours"
     if seconds >= 60:

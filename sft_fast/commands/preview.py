@@ -34,6 +34,7 @@ MARKS = ("\u27e6", "\u27e7")
 
 
 def add(commands: Commands) -> None:
+    """Describes `preview` to argparse."""
     preview = commands.add_parser(
         "preview",
         help="show what is trained, and how rows are packed",
@@ -54,6 +55,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Shows samples and their masks; returns 1 where no record can be used."""
     from rich.console import Console
 
     from sft_fast.preflight.preview import make_preview
@@ -75,6 +77,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def show_samples(console: Console, preview: Preview, count: int) -> None:
+    """Prints samples with their trained tokens marked."""
     from rich.text import Text
 
     legend = Text("legend: ")
@@ -96,6 +99,7 @@ def show_samples(console: Console, preview: Preview, count: int) -> None:
 
 
 def sample_text(sample: Shown, in_colours: bool) -> Text:
+    """A sample as styled text, with marks where there are no colours."""
     from rich.text import Text
 
     from sft_fast.preflight.preview import runs
@@ -116,6 +120,7 @@ def sample_text(sample: Shown, in_colours: bool) -> Text:
 
 
 def show_bins(console: Console, preview: Preview, count: int) -> None:
+    """Prints what each of the first packs holds."""
     if preview.bins is None:
         return
     console.print(f"\nthese {len(preview.samples)} samples packed: {preview.bins.num_bins} rows")

@@ -60,6 +60,7 @@ checkpoint:
 
 
 def add(commands: Commands) -> None:
+    """Describes `init`, `ls` and `cp` to argparse."""
     init = commands.add_parser("init", help="write a commented configuration for model and data")
     init.add_argument("model", help="directory or hub id of the weights to start from")
     init.add_argument("data", help="file, directory, glob or hub id of the training data")
@@ -75,6 +76,7 @@ def add(commands: Commands) -> None:
 
 
 def run_init(parsed: argparse.Namespace) -> None:
+    """Writes a commented configuration for a model and its data."""
     name = Path(parsed.model.rstrip("/")).name.lower()
     limit = model_limit(Path(parsed.model))
     holding_out = "  eval_fraction: 0.02         # held out of train; equal rows stay together"
@@ -136,6 +138,7 @@ def data_note(source: str) -> str:
 
 
 def run_list(parsed: argparse.Namespace) -> None:
+    """Prints the recipes with their first line."""
     paths = sorted(RECIPES.rglob("*.yaml"))
     names = [recipe_name(path) for path in paths]
     width = max(map(len, names))
@@ -146,11 +149,13 @@ def run_list(parsed: argparse.Namespace) -> None:
 
 
 def first_comment(path: Path) -> str:
+    """The comment in the first line of a file; "" without one."""
     line = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
 def run_copy(parsed: argparse.Namespace) -> None:
+    """Copies a recipe to a new file."""
     source = find_recipe(parsed.recipe)
     target = parsed.target or Path(source.name)
     if target.is_dir():

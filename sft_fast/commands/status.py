@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
+    """Describes `status` to argparse."""
     status = commands.add_parser("status", help="say where a run stands")
     add_run(status)
     status.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Prints where a run stands."""
     from sft_fast.runtime.run_files import read_run
 
     for name, value in lines(read_run(parsed.run_dir)):

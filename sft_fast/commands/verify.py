@@ -10,6 +10,7 @@ from sft_fast.exit_codes import DAMAGED
 
 
 def add(commands: Commands) -> None:
+    """Describes `verify` to argparse."""
     verify = commands.add_parser(
         "verify",
         help="check checkpoints and exports against their hashes",
@@ -22,6 +23,7 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Compares all files with their hashes; returns DAMAGED where one differs."""
     from sft_fast.errors import DamageError
     from sft_fast.runtime.run_files import MANIFEST_FILE, read_run
 

@@ -21,6 +21,7 @@ from sft_fast.errors import Problem
 
 
 def model_problems(model: ModelConfig, tokenizer: TokenizerConfig) -> Iterator[Problem]:
+    """What is wrong with the choice of model, weights and tokenizer."""
     if (model.path is None) == (model.shape is None):
         yield Problem(
             ("model.path", "model.shape"),
@@ -47,6 +48,7 @@ def model_problems(model: ModelConfig, tokenizer: TokenizerConfig) -> Iterator[P
 def memory_problems(
     model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig
 ) -> Iterator[Problem]:
+    """What is wrong with recomputation and offloading."""
     if (model.recompute == "block") != (model.recompute_layers is not None):
         yield Problem(
             ("model.recompute", "model.recompute_layers"),
@@ -89,6 +91,7 @@ def memory_problems(
 def transformer_engine_problems(
     model: ModelConfig, packing: PackingConfig, parallel: ParallelConfig, lora: LoraConfig
 ) -> Iterator[Problem]:
+    """What Transformer Engine and 8-bit products do not go with."""
     if model.fp8 != "none" and model.transformer_impl == "local":
         yield Problem(
             ("model.fp8", "model.transformer_impl"),
@@ -124,6 +127,7 @@ def transformer_engine_problems(
 def shape_problems(
     model: ModelConfig, packing: PackingConfig, parallel: ParallelConfig
 ) -> Iterator[Problem]:
+    """What the layout does not divide of a shape of random weights."""
     shape = model.shape
     if shape is None:
         return
@@ -170,6 +174,7 @@ def shape_problems(
 
 
 def train_problems(train: TrainConfig) -> Iterator[Problem]:
+    """What is wrong with the length of a run and its batch sizes."""
     if (train.steps is None) == (train.epochs is None):
         yield Problem(
             ("train.steps", "train.epochs"),
@@ -186,6 +191,7 @@ def train_problems(train: TrainConfig) -> Iterator[Problem]:
 
 
 def packing_problems(packing: PackingConfig) -> Iterator[Problem]:
+    """What is wrong with capacity and alignment of packs."""
     if packing.capacity % packing.alignment != 0:
         yield Problem(
             ("packing.alignment", "packing.capacity"),
@@ -195,6 +201,7 @@ def packing_problems(packing: PackingConfig) -> Iterator[Problem]:
 
 
 def lora_problems(lora: LoraConfig) -> Iterator[Problem]:
+    """What does not go together in adapters."""
     if lora.dora and lora.dropout > 0:
         yield Problem(
             ("lora.dora", "lora.dropout"),
@@ -205,6 +212,7 @@ def lora_problems(lora: LoraConfig) -> Iterator[Problem]:
 
 
 def optim_problems(train: TrainConfig, optim: OptimConfig) -> Iterator[Problem]:
+    """What is wrong with the schedule of the learning rate."""
     if optim.min_lr > optim.lr:
         yield Problem(("optim.min_lr", "optim.lr"), f"{optim.min_lr} > {optim.lr}", "min_lr <= lr")
     end_key = "train.steps" if optim.decay_steps is None else "optim.decay_steps"
@@ -219,6 +227,7 @@ def optim_problems(train: TrainConfig, optim: OptimConfig) -> Iterator[Problem]:
 
 
 def parallel_problems(packing: PackingConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """What does not go together in a layout, whatever the model."""
     if parallel.sequence and parallel.tensor == 1:
         yield Problem(
             ("parallel.sequence", "parallel.tensor"),
@@ -271,6 +280,7 @@ def evaluation_problems(
     checkpoint: CheckpointConfig,
     export: ExportConfig,
 ) -> Iterator[Problem]:
+    """What evaluation, checkpoints and export ask of each other."""
     if data.eval is not None and data.eval_fraction is not None:
         yield Problem(
             ("data.eval", "data.eval_fraction"),
@@ -326,6 +336,7 @@ def evaluation_problems(
 
 
 def metrics_problems(metrics: MetricsConfig, export: ExportConfig) -> Iterator[Problem]:
+    """What is wrong with profiles and with answers for the report."""
     steps = metrics.profile_steps
     if steps is not None and steps[0] > steps[1]:
         found = f"first step {steps[0]}, last step {steps[1]}"

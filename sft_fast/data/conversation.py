@@ -36,6 +36,7 @@ class Message:
 
     @property
     def supervised(self) -> bool:
+        """Whether the turn has a loss."""
         return self.role == "assistant" and self.train and self.weight > 0
 
     @property

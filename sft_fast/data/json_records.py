@@ -35,6 +35,7 @@ class SourceRecord:
 
     @property
     def origin(self) -> str:
+        """Where the record is from: file:line."""
         return f"{self.file}:{self.line}"
 
 
@@ -57,6 +58,7 @@ class JsonPart:
         self._content = content
 
     def digest(self) -> str:
+        """Hash of the file's bytes."""
         return file_digest(self.name if self._content is None else io.BytesIO(self._content))
 
     def count(self) -> int | None:

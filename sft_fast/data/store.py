@@ -162,14 +162,17 @@ class TokenStore:
 
     @property
     def num_samples(self) -> int:
+        """How many samples the store holds."""
         return self._lengths.size
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
+        """int32 [num_samples], tokens of each sample."""
         return self._lengths.values().astype(np.int32)
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
+        """int64 [num_samples + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     @cached_property
@@ -178,10 +181,12 @@ class TokenStore:
 
     @property
     def num_supervised(self) -> npt.NDArray[np.int32]:
+        """int32 [num_samples], targets of each sample."""
         return self._targets[0]
 
     @property
     def loss_weights(self) -> npt.NDArray[np.float64] | None:
+        """float64 [num_samples], sum of the targets' weights; None = all weights are 1."""
         return self._targets[1]
 
     @property

@@ -33,6 +33,7 @@ class CsvPart:
         self.name = name
 
     def digest(self) -> str:
+        """Hash of the file's bytes."""
         return file_digest(self.name)
 
     def count(self) -> int | None:
@@ -98,6 +99,7 @@ class TablePart:
         self._kind = kind
 
     def digest(self) -> str:
+        """Hash of the file's bytes."""
         return file_digest(self.name)
 
     def count(self) -> int | None:
@@ -170,6 +172,7 @@ class HubPart:
             raise hub_error(self._source, error) from error
 
     def digest(self) -> str:
+        """Hash of repository, revision or files, split and slice."""
         # The hash of a builder is that of the revision, or of the data files.
         parts = (self._repo, self._builder.config.name, self._builder.hash, self._split)
         return " ".join(map(str, (*parts, self._bounds or "")))

@@ -58,6 +58,7 @@ def held_out(config: Config, count: int) -> list[Question]:
 
 
 def answers(model: Any, folder: Path, questions: list[Question], max_new_tokens: int) -> list[str]:
+    """What a model answers to each question, greedily."""
     import torch
     from transformers import AutoTokenizer
 

@@ -73,6 +73,7 @@ def install_cpu_shim() -> None:
 
 
 def is_cuda(device: object) -> bool:
+    """Whether a device, or its name, is CUDA's."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
@@ -99,14 +100,17 @@ class NullStream:
         pass
 
     def nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
         pass
 
     wait_stream = wait_event = synchronize = record = wait = nothing
 
     def record_event(self, *args: Any) -> "NullStream":
+        """An event that has happened."""
         return NullStream()
 
     def query(self) -> bool:
+        """Always done."""
         return True
 
 
@@ -121,6 +125,7 @@ def calling(function: Callable[..., Any], num_args: int = 0) -> Callable[..., An
 
 
 def patch_cuda_module() -> None:
+    """Replaces what megatron calls of torch.cuda."""
     cuda: Any = torch.cuda
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, returning(None))
@@ -140,6 +145,7 @@ def patch_cuda_module() -> None:
 
 
 def patch_tensor_methods() -> None:
+    """Lets `Tensor.to`, `.type` and `.cuda`, and `Module.cuda`, stay on the CPU."""
     tensor: Any = torch.Tensor
     original_type, original_to = tensor.type, tensor.to
 

@@ -81,6 +81,7 @@ class Evaluator:
             )
 
     def is_due(self, step: int) -> bool:
+        """Whether an evaluation belongs behind this step."""
         every = self.config.evaluation.every_steps
         return every is not None and step % every == 0
 
@@ -89,9 +90,11 @@ class Evaluator:
         return self.config.checkpoint.keep_best and self.early_stopping.best_step == step > 0
 
     def should_stop(self) -> bool:
+        """Whether early stopping ends the run."""
         return self.early_stopping.should_stop(self.config.evaluation.patience)
 
     def report_best(self) -> None:
+        """Logs the best evaluation and its checkpoint."""
         best = self.early_stopping
         if best.best is not None:
             name = self.config.evaluation.best_by
@@ -131,6 +134,7 @@ def listed(by_source: dict[str, Values]) -> dict[str, Any]:
 
 
 def clean(values: Values) -> dict[str, float | None]:
+    """Values that are not finite become None."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -201,6 +205,7 @@ def eval_step(tally: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Ten
 def eval_loss_func(
     tally: Any, batch: MicroBatch, outputs: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As `loss_func`, for outputs [3, b, s]; the report is what the tally counted."""
     num_tokens = torch.tensor(batch.num_supervised, dtype=torch.int32, device=outputs.device)
     return outputs.sum(), num_tokens, {"tally": tally(batch, outputs)}
 
@@ -310,6 +315,7 @@ def values_of(sums: np.ndarray, custom: list[Metric]) -> Values:
 
 
 def divide(numerator: float, denominator: float) -> float:
+    """The ratio; NaN where there is nothing to divide by."""
     return float(numerator / denominator) if denominator else math.nan
 
 

@@ -31,6 +31,7 @@ class StoreExchange:
         self.topic, self.timeout_s = f"sft_fast/{topic}/{serial}", timeout_s
 
     def all_gather(self, name: str, value: Any) -> list[Any]:
+        """What each rank says, by rank; waits for all of them."""
         topic = f"{self.topic}/{name}"
         self.store.set(f"{topic}/{self.rank}", json.dumps(value))
         keys = [f"{topic}/{rank}" for rank in range(self.world_size)]

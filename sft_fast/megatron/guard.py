@@ -68,6 +68,7 @@ class Guard:
         return ""
 
     def is_spike(self, value: float, history: deque[float], floor: float) -> bool:
+        """Whether a value is far above the recent ones, and above the floor."""
         if len(history) < self.config.min_history or value <= floor:
             return False
         median = statistics.median(history)
@@ -92,6 +93,7 @@ class Guard:
 
 
 def statistics_floor(history: deque[float]) -> float:
+    """The median, 0 without history."""
     return statistics.median(history) if history else 0.0
 
 

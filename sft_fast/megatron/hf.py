@@ -55,6 +55,7 @@ def sizes(architecture: Architecture) -> dict[str, int]:
 
 
 def shape_of(dims: tuple[str, ...], architecture: Architecture) -> tuple[int, ...]:
+    """The sizes of named dimensions in this architecture."""
     size_of = sizes(architecture)
     return tuple(sum(size_of[block] for block in dim.split("+")) for dim in dims)
 
@@ -108,12 +109,14 @@ class SafetensorsSource:
                 )
 
     def slice_of(self, name: str) -> Any:
+        """A tensor that is read by slices; its file stays open."""
         file = self.file_of[name]
         if file not in self.open_files:
             self.open_files[file] = open_safetensors(self.folder / file)
         return self.open_files[file].get_slice(name)
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """The rows and columns of a matrix [rows, columns], or the rows of a vector [rows]."""
         tensor = self.slice_of(name)
         return tensor[rows] if len(tensor.get_shape()) == 1 else tensor[rows, columns]
 
@@ -141,6 +144,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
 
 
 def shorten(names: set[str], limit: int = 5) -> str:
+    """The first names, and how many there are beyond them."""
     listed = ", ".join(sorted(names)[:limit]) or "none"
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
 
@@ -160,6 +164,7 @@ class RandomSource:
         self.seed = seed
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """The rows and columns of a random matrix [rows, columns]; a vector [rows] is constant."""
         shape = self.shapes[name]
         if len(shape) == 1:
             value = 0.0 if name.endswith(".bias") else self.norm_value
@@ -183,6 +188,7 @@ class GrownSource:
         self.means: dict[str, Tensor] = {}
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """As the source's, [rows, columns]; rows of new tokens are the mean of the old ones."""
         if name not in ("model.embed_tokens.weight", "lm_head.weight"):
             return self.source.read(name, rows, columns)
         start, stop, _ = rows.indices(self.num_tokens)
@@ -390,6 +396,7 @@ def merged_parameter(model: SFTModel, name: str) -> Tensor:
 
 
 def gather_shards(shard: Tensor, parallel: Parallel, is_expert: bool = False) -> list[Tensor]:
+    """The shards of all tensor-parallel ranks, each like `shard`."""
     group = parallel.etp_group if is_expert else parallel.tp_group
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(shards, shard.contiguous(), group=group)
@@ -408,6 +415,7 @@ class ShardWriter:
         self.num_files = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor of any shape; writes a file when enough are there."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self.pending_bytes + num_bytes > SHARD_BYTES:
             self.flush()
@@ -416,6 +424,7 @@ class ShardWriter:
         self.total_bytes += num_bytes
 
     def flush(self) -> None:
+        """Writes the tensors that wait."""
         if not self.pending:
             return
         self.num_files += 1

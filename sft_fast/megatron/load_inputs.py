@@ -61,6 +61,7 @@ class Inputs:
 
     @property
     def origin(self) -> ExportSource:
+        """What an export takes from the model that the run began with."""
         return ExportSource(self.tokenizer, self.model, export_metadata(self.store, self.tokenizer))
 
 
@@ -130,6 +131,7 @@ def fetch(path: str, revision: str | None, key: str, with_weights: bool = True) 
 
 
 def read_tokenizer(config: Config, model_folder: Path | None) -> Any:
+    """The tokenizer of the configuration, with its template and added tokens."""
     path, template = config.tokenizer.path, config.tokenizer.chat_template
     if path is None:
         assert model_folder is not None, "the config demands a tokenizer for a model without path"

@@ -66,6 +66,7 @@ class Projection:
 
     @property
     def name(self) -> str:
+        """Its name without the module: q_proj."""
         return self.hf_name.rpartition(".")[2]
 
 
@@ -101,6 +102,7 @@ class LoraLinear(torch.nn.Module):
         return {letter: getattr(self, parameter_name(letter, projection)) for letter in letters}
 
     def adapted(self) -> list[Projection]:
+        """The projections that have an adapter."""
         return [projection for projection in self.projections if projection.is_adapted]
 
     def stacked_a(self) -> Tensor:
@@ -249,6 +251,7 @@ class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
         return self.add_adapters(output, low_rank), bias
 
     def dropout_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Random numbers that differ between tensor-parallel ranks."""
         # With sequence parallel the whole block already runs inside this fork.
         if self.sequence_parallel:
             return contextlib.nullcontext()
@@ -256,6 +259,7 @@ class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
 
 
 def parameter_name(letter: str, projection: Projection) -> str:
+    """The name of an adapter's matrix."""
     return f"{ADAPTER_PREFIX}{letter}_{projection.name}"
 
 
@@ -265,10 +269,12 @@ def is_adapter(name: str) -> bool:
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether any layer of the model has one."""
     return any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def scale_of(lora: LoraConfig) -> float:
+    """What the product of the two matrices is multiplied by."""
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 

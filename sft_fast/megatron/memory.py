@@ -15,6 +15,7 @@ ENGINE_MODULE = "transformer_engine"
 
 
 def is_installed(module: str) -> bool:
+    """Whether a module can be imported."""
     return importlib.util.find_spec(module) is not None
 
 

@@ -49,6 +49,7 @@ class NormThenAdd(RMSNorm):
     def add(
         self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
     ) -> Tensor:
+        """Normalises the output [s, b, h] and adds it to the residual, like it."""
         output, bias = output_with_bias
         assert bias is None and dropout == 0.0, "no family has them"
         return residual + super().forward(output)

@@ -153,6 +153,7 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def allocate_moments(adam: torch.optim.Optimizer) -> None:
+    """Gives each parameter moments, like it, before its first step."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
@@ -203,6 +204,7 @@ def parts_of(model: ModuleList) -> list[Any]:
 
 
 def one_or_all(functions: list[Any]) -> Any:
+    """The only element, or the list."""
     return functions[0] if len(functions) == 1 else functions
 
 
@@ -223,6 +225,7 @@ def normalise_by(model: ModuleList, loss_weight: float) -> None:
 
 
 def finalize_with(loss_weight: float, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
+    """megatron's end of a backward pass, with the gradients divided by the weights of the step."""
     finalize_model_grads(model, None, **kwargs)
     for chunk in model:
         chunk.scale_gradients(1.0 / (loss_weight or 1.0))

@@ -59,10 +59,12 @@ class Parallel:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the LM head."""
         return self.pp_rank == self.pp_size - 1
 
     @property

@@ -125,16 +125,19 @@ class Providers:
 
     @cached_property
     def config(self) -> Config:
+        """The configuration that the arguments name; its plugins are loaded."""
         config = config_of(self.training.get_args())
         load_plugins(config.plugins)
         return config
 
     @cached_property
     def parallel(self) -> Parallel:
+        """The layout that Megatron-LM has set up."""
         return current_parallel(init_device())
 
     @cached_property
     def inputs(self) -> Inputs:
+        """Tokenizer, model and stores; ValueError for weights per token."""
         inputs = read_inputs(self.config)
         for store in (inputs.store, inputs.eval_store):
             if store is not None and store.weights is not None:
@@ -190,12 +193,14 @@ class Providers:
 def micro_batches(
     store: TokenStore, config: Config, parallel: Parallel, steps: range
 ) -> Iterator[MicroBatch]:
+    """Yields this rank's micro-batches of some steps."""
     plan = make_plan(store, config)
     with open_batches(store, plan, steps, config, parallel) as batches:
         yield from batches
 
 
 def endless(store: TokenStore, config: Config, parallel: Parallel) -> Iterator[MicroBatch]:
+    """Yields evaluation's micro-batches, again and again."""
     plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
     for epoch in count():
         begin = epoch * plan.num_steps_per_epoch

@@ -37,11 +37,13 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
 
 
 def plain_frequencies(architecture: Architecture, theta: float) -> Tensor:
+    """fp32 [channels / 2], radians per position of each pair of channels."""
     channels = rotated_channels(architecture)
     return 1.0 / theta ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
 
 
 def rotated_channels(architecture: Architecture) -> int:
+    """How many channels of a head are rotated."""
     return int(architecture.head_dim * architecture.rotary_fraction)
 
 
@@ -142,6 +144,7 @@ class PerLayerRotaryAttention(SelfAttention):
         self.num_kinds = 1 if architecture.local_rope_theta is None else 2
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
+        """As megatron's, with the angles of this layer's kind."""
         angles = None
         if self.rotary_kind is not None:
             angles = rotary_pos_emb.chunk(self.num_kinds, dim=-1)[self.rotary_kind]

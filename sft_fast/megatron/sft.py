@@ -376,6 +376,7 @@ def draw(output: Path, config: Config, metrics: MetricsWriter) -> None:
 
 
 def finish(metrics: MetricsWriter) -> int:
+    """Ends the run on all ranks; returns the exit code."""
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()
@@ -383,6 +384,7 @@ def finish(metrics: MetricsWriter) -> int:
 
 
 def describe(parallel: Parallel) -> str:
+    """The layout in words."""
     kind = "CPU" if parallel.device.type == "cpu" else "GPU"
     ranks = f"{parallel.world_size} {kind} rank{'s' if parallel.world_size > 1 else ''}"
     return (
@@ -392,6 +394,7 @@ def describe(parallel: Parallel) -> str:
 
 
 def is_due(every_steps: int | None, done: int) -> bool:
+    """Whether something that is done every so many steps is due now; never with None."""
     return every_steps is not None and done % every_steps == 0
 
 

@@ -53,6 +53,7 @@ def linear_classes() -> tuple[type[torch.nn.Module], type[torch.nn.Module]]:
 
 
 def without_extra_state(linear: Any) -> Any:
+    """A subclass of a linear layer that adds nothing to checkpoints."""
     module = torch.nn.Module
     overrides = {
         "get_extra_state": module.get_extra_state,

@@ -56,6 +56,7 @@ def tidy(axes: Axes, title: str, xlabel: str) -> None:
 
 
 def draw_loss(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) -> None:
+    """Draws the loss of steps and evaluations."""
     x, y = points(steps, "loss")
     axes.plot(x, y, color=BLUE, alpha=0.35, linewidth=0.8)
     axes.plot(x, smoothed(y), color=BLUE, label="training")
@@ -96,6 +97,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, width and height in inches; ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -107,6 +109,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -33,4 +33,5 @@ def duration(seconds: float) -> str:
 
 
 def finite(value: Any) -> Any:
+    """The value, or None where it is a float that JSON has no word for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

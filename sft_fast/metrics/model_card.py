@@ -84,6 +84,7 @@ def facts(config: Config, found: RunFiles, data_fingerprint: str) -> str:
 
 
 def source_names(config: Config) -> list[str]:
+    """The sources of the training data, as the configuration names them."""
     train = config.data.train
     return [train] if isinstance(train, str) else [entry.path for entry in train]
 
@@ -95,6 +96,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

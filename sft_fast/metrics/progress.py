@@ -55,6 +55,7 @@ class ProgressLine:
         self._console.print(Text(text))
 
     def close(self) -> None:
+        """Leaves the last lines on the terminal."""
         self._live.stop()
         atexit.unregister(self._live.stop)
 
@@ -66,6 +67,7 @@ def labelled(fields: list[Field]) -> Text:
 
 
 def learning(figures: Mapping[str, Any]) -> list[Field]:
+    """The figures of what is learnt, as (name, text)."""
     return [
         ("loss", f"{figures['loss']:.4f}"),
         ("lr", f"{figures['lr']:.2e}"),
@@ -76,6 +78,7 @@ def learning(figures: Mapping[str, Any]) -> list[Field]:
 
 
 def speed(figures: Mapping[str, Any]) -> list[Field]:
+    """The figures of how fast it goes, as (name, text)."""
     mfu = figures["mfu"]
     return [
         ("tokens/s", f"{figures['tokens_per_s']:,.0f}"),

@@ -83,6 +83,7 @@ def headline(found: RunFiles) -> str:
 
 
 def image(content: bytes, meaning: str) -> str:
+    """A PNG as an HTML image that needs no other file."""
     data = base64.b64encode(content).decode()
     return f'<img alt="{escape(meaning)}" src="data:image/png;base64,{data}">'
 
@@ -110,10 +111,12 @@ def result_figures(found: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def shown(value: float | None) -> str:
+    """A loss as text; NaN where there is none."""
     return "NaN" if value is None else f"{value:.4f}"
 
 
 def data_section(found: RunFiles) -> str:
+    """The HTML table of what the data holds; "" where it is not known."""
     data, lengths = found.last("data"), found.last("lengths")
     if data is None:
         return ""
@@ -134,6 +137,7 @@ def data_section(found: RunFiles) -> str:
 
 
 def packing_section(found: RunFiles) -> str:
+    """The HTML table of how samples were packed; "" where it is not known."""
     packing = found.last("packing")
     if packing is None:
         return ""
@@ -185,10 +189,12 @@ def readable(text: str) -> str:
 
 
 def gigabytes(size: float) -> str:
+    """A size in GB, 10^9 bytes."""
     return f"{size / 1e9:.3f} GB"
 
 
 def config_section(run_dir: Path) -> str:
+    """The saved configuration, folded; "" where there is none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return ""

@@ -45,10 +45,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Writes one point of each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes what is buffered."""
         self._writer.close()
 
 
@@ -66,9 +68,11 @@ class Wandb:
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends one point of each curve."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
+        """Ends the run."""
         self._run.finish()
 
 
@@ -83,9 +87,11 @@ class Trackio:
         trackio.init(project=config.metrics.project, name=run_name(config), config=settings)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Writes one point of each curve."""
         self._trackio.log(dict(values), step=step)
 
     def close(self) -> None:
+        """Ends the run."""
         self._trackio.finish()
 
 
@@ -101,9 +107,11 @@ class Mlflow:
         mlflow.log_params(dict(flat(redact_values(config.model_dump()))))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends one point of each curve."""
         self._mlflow.log_metrics(dict(values), step=step)
 
     def close(self) -> None:
+        """Ends the run."""
         self._mlflow.end_run()
 
 
@@ -116,6 +124,7 @@ TRACKERS: dict[str, Callable[[Config], Tracker]] = {
 
 
 def run_name(config: Config) -> str:
+    """The run's name in trackers."""
     return config.metrics.run_name or Path(config.output_dir).name
 
 

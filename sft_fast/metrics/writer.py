@@ -52,6 +52,7 @@ class Window:
     capacity_tokens: int = 0
 
     def add(self, counts: StepCounts, elapsed_s: float, data_wait_s: float, flops: float) -> None:
+        """Adds one step."""
         self.num_steps += 1
         self.elapsed_s += elapsed_s
         self.data_wait_s += data_wait_s
@@ -123,6 +124,7 @@ class MetricsWriter:
             tracker.log(numbers, values["step"])
 
     def log(self, text: str) -> None:
+        """Prints a line on the main rank; a full disk does not stop the run."""
         if not self.is_main:
             return
         # Standard output may be a file on a full disk, or a pipe that nobody reads any more.
@@ -139,6 +141,7 @@ class MetricsWriter:
             self.progress = None
 
     def close(self) -> None:
+        """Ends progress line, trackers and file."""
         self.end_progress()
         for tracker in self.trackers:
             tracker.close()

@@ -156,6 +156,7 @@ def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def experts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of `Architecture` that describe experts; {} for a dense model."""
     if family.experts_of is None:
         return {}
     return {
@@ -195,6 +196,7 @@ def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def layers_without_rope(config: dict[str, Any], family: Family) -> frozenset[int]:
+    """The numbers of layers that have no rotary positions."""
     used, period = config.get("no_rope_layers"), family.no_rope_period
     if used is None and period is not None:
         period = config.get("no_rope_layer_interval", period)

@@ -28,6 +28,7 @@ class Rule:
 
 
 def replicated(name: str, *shape: str) -> Rule:
+    """A parameter that every tensor-parallel rank has whole."""
     return Rule("replicated", {name: shape})
 
 
@@ -125,6 +126,7 @@ class Family:
 
     @property
     def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
         return "self_attention.linear_qkv.bias" in self.layer
 
     @property
@@ -134,6 +136,7 @@ class Family:
 
     @property
     def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
         return "self_attention.q_layernorm.weight" in self.layer
 
 

@@ -69,16 +69,19 @@ def rope_scaling(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling | 
 
 
 def original_length(rope: dict[str, Any], config: dict[str, Any]) -> int:
+    """The longest sequence, in tokens, before the positions were scaled."""
     key = "original_max_position_embeddings"
     found = config.get(key) or rope.get(key) or config["max_position_embeddings"]
     return int(found)
 
 
 def linear(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
+    """All frequencies divided by one factor."""
     return RopeScaling("linear", float(rope["factor"]))
 
 
 def llama3(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
+    """Low frequencies divided, high ones kept, as Llama 3.1 does."""
     return RopeScaling(
         "llama3",
         float(rope["factor"]),
@@ -89,6 +92,7 @@ def llama3(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
 
 
 def yarn(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
+    """YaRN: low frequencies divided, attention sharpened. Source: arXiv 2309.00071."""
     original = original_length(rope, config)
     factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
 
@@ -112,6 +116,7 @@ def yarn(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
 
 
 def longrope(rope: dict[str, Any], config: dict[str, Any]) -> RopeScaling:
+    """A factor for each frequency, other ones for long sequences, as Phi-3 has."""
     original = original_length(rope, config)
     factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
     attention = rope.get("attention_factor")

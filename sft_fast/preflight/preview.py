@@ -60,6 +60,7 @@ class Shown:
     warnings: tuple[str, ...]
 
     def summary(self) -> str:
+        """Where the sample is from, its tokens, and how many of them train."""
         share = self.num_supervised / self.num_tokens
         return (
             f"{self.origin}: {self.num_tokens} tokens, {self.num_supervised} trained ({share:.0%}) "
@@ -86,6 +87,7 @@ class Preview:
     template: str
 
     def bin_summary(self, number: int) -> str:
+        """What a pack holds and how full it is."""
         assert self.bins is not None
         chosen = [self.samples[index] for index in self.bins.bin(number)]
         used = sum(sample.num_tokens for sample in chosen)
@@ -171,6 +173,7 @@ def samples_of(
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of all special tokens, of added ones too."""
     added = tokenizer.added_tokens_decoder.items()
     return set(tokenizer.all_special_ids) | {number for number, token in added if token.special}
 
@@ -227,6 +230,7 @@ def text_runs(
 
 
 def text_of(ids: tuple[int, ...], tokenizer: Any, texts: dict[tuple[int, ...], str]) -> str:
+    """The text of some tokens, with the space that decoding them alone would drop."""
     if ids not in texts:
         text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         token = tokenizer.convert_ids_to_tokens(ids[0])

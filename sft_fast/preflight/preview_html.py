@@ -59,6 +59,7 @@ def bins_html(preview: Preview, num_bins: int) -> str:
 
 
 def sample_html(sample: Shown) -> str:
+    """A sample as HTML: a span for each run of tokens, their ids as its title."""
     spans = "".join(
         f'<span class="{run.kind}" title="{", ".join(map(str, run.ids))}">{escape(run.text)}</span>'
         for run in sample.runs

@@ -8,6 +8,7 @@ RECIPES = Path(__file__).parent
 
 
 def recipe_name(path: Path) -> str:
+    """The name of a recipe, by which commands find it."""
     return path.relative_to(RECIPES).with_suffix("").as_posix()
 
 

@@ -145,6 +145,7 @@ class HangDetector:
         faulthandler.dump_traceback_later(limit_s, file=self.stuck, exit=True)
 
     def close(self) -> None:
+        """Stops watching the interpreter."""
         faulthandler.cancel_dump_traceback_later()
         if self.stuck is not None:
             self.stuck.close()

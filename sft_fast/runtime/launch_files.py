@@ -84,6 +84,7 @@ class LaunchFiles:
     # --- this rank
 
     def record(self) -> dict[str, Any]:
+        """What this rank says of itself."""
         return {
             "rank": self.rank,
             "host": socket.gethostname(),
@@ -96,6 +97,7 @@ class LaunchFiles:
         }
 
     def publish(self, state: str) -> None:
+        """Writes what this rank does, for the other ranks."""
         with contextlib.suppress(OSError):
             write_json(self.path_of(self.rank), self.record() | {"state": state})
 
@@ -124,6 +126,7 @@ class LaunchFiles:
     # --- the others
 
     def path_of(self, rank: int) -> Path:
+        """The file in which a rank says what it does."""
         return self.folder / f"rank_{rank:05d}.json"
 
     def announced(self, name: str) -> dict[str, Any] | None:

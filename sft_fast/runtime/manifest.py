@@ -46,6 +46,7 @@ class LoneRank:
     rank = 0
 
     def all_gather(self, name: str, value: Any) -> list[Any]:
+        """The value alone."""
         return [value]
 
 
@@ -80,6 +81,7 @@ class HashedFile:
         self.file: BinaryIO = path.open("xb", buffering=0)
 
     def write(self, data: bytes | memoryview) -> None:
+        """Appends bytes and hashes them."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), WRITE_BYTES):
             chunk = view[start : start + WRITE_BYTES]
@@ -89,6 +91,7 @@ class HashedFile:
         self.num_bytes += len(view)
 
     def close(self) -> FileRecord:
+        """Syncs the file; returns its size and hash."""
         os.fsync(self.file.fileno())
         self.file.close()
         return FileRecord(self.name, self.num_bytes, self.hasher.hexdigest())
@@ -135,6 +138,7 @@ class StagedDirectory:
             file.file.close()
 
     def write_text(self, name: str, text: str) -> None:
+        """Writes a whole file."""
         with self.create(name) as file:
             file.write(text.encode())
 
@@ -180,6 +184,7 @@ def staged_directory(
 
 
 def on_main(exchange: Exchange, work: Callable[[], None]) -> Callable[[], None]:
+    """The work on rank 0, nothing on the others."""
     return work if exchange.rank == 0 else lambda: None
 
 
@@ -262,6 +267,7 @@ def remove_directory(folder: Path) -> None:
 
 
 def manifest_text(records: dict[str, FileRecord]) -> str:
+    """The manifest as JSON, with a checksum of itself."""
     files = {name: [r.num_bytes, r.xxh3_128] for name, r in sorted(records.items())}
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
     return json.dumps({"version": 1, "files": files, "checksum": checksum}, indent=1) + "\n"

@@ -29,6 +29,7 @@ def start_of(pid: int) -> float:
 
 
 def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -50,6 +51,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def end_children() -> None:
+    """Kills all processes that this one has started, and theirs."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()

@@ -117,6 +117,7 @@ def check_is_checkpoint(resume: Path) -> None:
 
 
 def why_no_run(path: Path) -> str:
+    """Why a path is not the directory of a run, in words."""
     if not path.exists():
         return "it does not exist"
     if not path.is_dir():

@@ -57,6 +57,7 @@ class RunLock:
                 self.take_away(holder)
 
     def create(self) -> bool:
+        """Writes the lock; False where there is one."""
         # Linked, not opened for writing: nobody sees a lock that does not name its holder yet.
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=".lock-") as file:
             file.write(self.text)
@@ -103,6 +104,7 @@ class RunLock:
         return True
 
     def release(self) -> None:
+        """Removes the lock if it is still this job's."""
         with contextlib.suppress(OSError):
             if self.path.read_text() == self.text:
                 self.path.unlink()

@@ -153,6 +153,7 @@ class Watchdog:
     # --- the thread
 
     def run(self) -> None:
+        """The thread: publishes, renews the lock, answers signals, looks for hangs."""
         next_publish = next_lock = next_look = 0.0
         while not self.is_closed.is_set():
             now = time.monotonic()
@@ -202,6 +203,7 @@ class Watchdog:
             self.leave("failed", FAILED, cause)
 
     def handle_signals(self, signals: bytes) -> None:
+        """Asks the run to stop, or leaves at once at a second Ctrl-C."""
         now = time.monotonic()
         for number in signals:
             if number not in SIGNALS:
@@ -231,6 +233,7 @@ class Watchdog:
         self.leave_at = min(self.leave_at, time.monotonic() + within_s)
 
     def look_for_triggers(self) -> None:
+        """Does what the files STOP and SAVE ask for."""
         if self.rank != 0:
             return
         if take(self.output / "STOP"):
@@ -239,6 +242,7 @@ class Watchdog:
             self.phases.save_requested = True
 
     def look_for_hang(self) -> None:
+        """Ends the run where it hangs, with the stacks of all ranks."""
         silence = self.hang.find()
         if silence is None:
             return
@@ -274,6 +278,7 @@ def take(path: Path) -> bool:
 
 
 def log(text: str) -> None:
+    """Prints to standard error; a full disk does not stop the run."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 

@@ -241,6 +241,7 @@ def load_transformer_engine() -> AttentionFn:
 
 
 def load_flex() -> AttentionFn:
+    """FlexAttention, compiled; imported when it is tried."""
     module: Any = importlib.import_module("sft_fast.megatron.attention.flex")
     return module.load_flex()
 
@@ -373,6 +374,7 @@ def check_attention(
 def run_with_gradients(
     attend: AttentionFn, inputs: list[Tensor], samples: PackedSamples, scoring: ScoreOptions
 ) -> Iterator[Tensor]:
+    """Yields the output [tokens, heads, head_dim] and the gradients of query, key and value."""
     *leaves, grad_output = [tensor.detach().clone() for tensor in inputs]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     query, key, value = leaves

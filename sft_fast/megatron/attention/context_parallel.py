@@ -123,6 +123,9 @@ class GatherKeys(torch.autograd.Function):
     def forward(
         ctx: Any, key: Tensor, value: Tensor, share: ContextShare, context: ContextGroup
     ) -> tuple[Tensor, Tensor]:
+        """Keys and values [tokens, kv_heads, head_dim] of all ranks, in the order of this rank's
+        share.
+        """
         own = torch.stack([key, value], dim=1)
         gathered = own.new_empty(context.size * len(own), *own.shape[1:])
         dist.all_gather_into_tensor(gathered, own, group=context.group)
@@ -134,6 +137,7 @@ class GatherKeys(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Any, ...]:
+        """The gradients, like the inputs of `forward`, summed over all ranks."""
         share, context, shape = ctx.share, ctx.context, ctx.own_shape
         total = grad_key.new_zeros(context.size * shape[0], *shape[1:])
         for place, grad in enumerate((grad_key, grad_value)):

@@ -58,6 +58,7 @@ def own_values(architecture: Architecture) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
+    """A hash of any value that JSON can say."""
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
 

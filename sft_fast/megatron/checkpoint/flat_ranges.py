@@ -38,6 +38,7 @@ def rectangles(shape: Sizes, begin: int, end: int) -> Iterator[tuple[Sizes, Size
 
 
 def in_row(row: int, inner: Sizes, begin: int, end: int) -> Iterator[tuple[Sizes, Sizes]]:
+    """The blocks of a range within one entry of the first dimension."""
     for offset, shape in rectangles(inner, begin, end):
         yield (row, *offset), (1, *shape)
 

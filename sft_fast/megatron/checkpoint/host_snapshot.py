@@ -46,12 +46,14 @@ class HostBuffer:
         self.unlock.atexit = False
 
     def release(self) -> None:
+        """Unlocks the pages."""
         if self.is_locked:
             self.unlock()
             self.is_locked = False
 
 
 def unlock(address: int) -> None:
+    """Makes the pages at an address ordinary again."""
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
@@ -89,6 +91,7 @@ class HostCopier:
             self.reserve(num_bytes)
 
     def finish_reserving(self) -> None:
+        """Waits for the thread that reserves memory."""
         if self.reserving is not None:
             self.reserving.join()
             self.reserving = None
@@ -125,6 +128,9 @@ class HostCopier:
         ]
 
     def reserve(self, num_bytes: int) -> Tensor:
+        """A host buffer, uint8, of at least `num_bytes`; the one that is there if it is large
+        enough.
+        """
         if self.buffer is None or self.buffer.bytes.numel() < num_bytes:
             self.free_buffer()
             self.buffer = HostBuffer(num_bytes)
@@ -151,6 +157,7 @@ class HostCopier:
         self.free_buffer()
 
     def free_buffer(self) -> None:
+        """Gives the buffer back once nothing is copied to it."""
         if self.buffer is not None:
             self.wait()
             self.buffer.release()
@@ -158,6 +165,7 @@ class HostCopier:
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors of any shape; MemoryError where there is no room."""
     try:
         return [tensor.detach().clone() for tensor in tensors]
     except RuntimeError as error:  # what torch's CPU allocator raises

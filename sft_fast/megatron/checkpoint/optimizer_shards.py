@@ -63,6 +63,7 @@ def owned_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
 
 
 def by_parameter(weights: Mapping[str, Any]) -> dict[Tensor, Sharded]:
+    """Parameter -> where it lies in its global tensor."""
     tensors, _ = extract_sharded_tensors_and_factories(dict(weights))
     return {sharded.data: sharded for sharded in nested_values(tensors)}
 
@@ -129,6 +130,7 @@ def spread_replicas(tensors: Iterable[Sharded]) -> Iterator[ShardedTensor]:
 
 
 def num_replicas(is_expert: bool) -> int:
+    """Over how many data-parallel ranks a parameter's state is spread."""
     if is_expert:
         return int(parallel_state.get_expert_data_parallel_world_size())
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
@@ -232,6 +234,7 @@ def load_optimizer(
 
 
 def set_states(part: Any, parameter: Tensor, states: dict[str, Tensor]) -> None:
+    """Puts loaded states, like `parameter`, into the optimizer."""
     # torch's AdamW has a step count per parameter, which megatron has restored but asks for again.
     group, order = part.model_param_group_index_map[parameter]
     state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]

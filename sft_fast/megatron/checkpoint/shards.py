@@ -59,11 +59,13 @@ class Shard:
 
     @staticmethod
     def of(sharded: ShardedTensor) -> "Shard":
+        """The shard that megatron describes."""
         shape = (1,) * sharded.prepend_axis_num + tuple(sharded.local_shape)
         return Shard(sharded.key, tuple(sharded.global_offset), shape, tuple(sharded.global_shape))
 
     @property
     def name(self) -> str:
+        """Its name in a safetensors file."""
         return f"{self.key}@{','.join(map(str, self.offset))}"
 
     def overlap(self, other: "Shard") -> tuple[Sizes, Sizes] | None:
@@ -94,6 +96,7 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
+        """Size of all tensors, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
 
 
@@ -249,6 +252,7 @@ class ShardReader:
     def parts(
         shard: Shard, pieces: list[tuple[Shard, Any]]
     ) -> Iterator[tuple[Sizes, Sizes, Shard, Any]]:
+        """What of a shard each saved part holds: offsets, sizes, part and file."""
         for piece, file in pieces:
             block = shard.overlap(piece)
             if block is not None:
@@ -271,6 +275,7 @@ def check_complete(folder: Path) -> None:
 
 
 def volume(first: Sizes, last: Sizes) -> int:
+    """Number of elements between two corners."""
     return math.prod(b - a for a, b in zip(first, last, strict=True))
 
 

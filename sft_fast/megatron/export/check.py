@@ -38,10 +38,12 @@ class ProbeStore:
 
     @property
     def supervised_bits(self) -> NDArray[np.uint8]:
+        """uint8 [ceil(tokens / 8)]: nothing is a target."""
         return np.zeros(ceil_div(len(self.tokens), 8), dtype=np.uint8)
 
     @property
     def offsets(self) -> NDArray[np.int64]:
+        """int64 [2], of the one sample."""
         return np.array([0, len(self.tokens)])
 
 

@@ -92,6 +92,7 @@ def hf_config(origin: ExportSource, dtype: str) -> dict[str, Any]:
 
 
 def special_token_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids that a generation config names, where the tokenizer has them."""
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(tokenizer, key) for key in keys if getattr(tokenizer, key) is not None}
 
