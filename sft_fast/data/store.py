@@ -322,8 +322,10 @@ class StoreWriter:
         """Appends a sample.
 
         Args:
-            input_ids, supervised: uint32 and bool [n].
-            file, line: the record it comes from; line is below 2^31.
+            input_ids: uint32 [n].
+            supervised: bool [n]; True = the token is a target.
+            file: the record's file.
+            line: the record's line, below 2^31.
             weights: float16 [n], above 0 where supervised; None: all 1.
         """
         if weights is not None and self._weight_file is None:

@@ -142,7 +142,9 @@ class HubPart:
         """
         Args:
             source: the hub name as the user wrote it.
-            repo, config, rev: its parts.
+            repo: its repository.
+            config: its configuration; None = the only one.
+            rev: its revision; None = the newest.
             split: split expression; with `bounds` only the name of a split.
             bounds: first record and the record behind the last (None: the end) to stream; None: the
                 split is downloaded.

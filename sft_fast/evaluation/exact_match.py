@@ -58,6 +58,11 @@ def generate(
     """The greedy answers to a batch of prompts, special tokens removed.
 
     Args:
+        model: a causal model of transformers, on `device`.
+        tokenizer: the model's, padding on the left.
+        prompts: turns, for each prompt.
+        max_new_tokens: the longest answer, in tokens.
+        device: where the model is.
         tools: those on offer with each prompt; None = none.
     """
     texts = [

@@ -222,6 +222,10 @@ def tally_micro_batch(
 
     Args:
         source_of: int64 [N], number of each sample's source.
+        num_sources: how many sources there are.
+        custom: the user's metrics.
+        parallel: the layout.
+        batch: the micro-batch.
         outputs: [3, 1, T]: log probability of the label, entropy, correctness.
 
     Returns: fp64 [num_sources, LOSS, NUM_TOKENS, NUM_CORRECT, then two for each custom metric].
@@ -259,8 +263,11 @@ def whole_answers(
     """Joins what the context-parallel ranks know of the samples that they share.
 
     Args:
-        active, labels, slots: as for `custom_sums`, of this rank's rows.
+        active: [3, A], as for `custom_sums`, of this rank's tokens.
+        labels: int64 [A].
+        slots: int64 [A], ascending.
         positions: int64 [A], of the rows in their samples.
+        parallel: the layout.
 
     Returns: the first three, of all ranks' rows.
     """
@@ -280,9 +287,11 @@ def custom_sums(
     """fp64 [num_samples, 2 * metrics]: numerator and denominator of each metric for each sample.
 
     Args:
+        custom: the user's metrics.
         active: [3, A], as the outputs of `eval_step`, of the supervised rows.
         labels: int64 [A].
         slots: int64 [A], ascending: which sample of the row.
+        num_samples: samples of the sequence.
     """
     sums = torch.zeros(num_samples, 2 * len(custom), dtype=torch.float64)
     active, labels = active.float().cpu(), labels.cpu()

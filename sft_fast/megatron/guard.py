@@ -34,6 +34,7 @@ class Guard:
     def __init__(self, config: GuardConfig, clip_grad: float, saved: dict[str, Any]):
         """
         Args:
+            config: limits and what to do beyond them.
             clip_grad: gradient norms below it are no spikes; clipping makes larger ones harmless
                 only in length, not in direction.
             saved: `state` of the run that is continued, or {}.

@@ -70,7 +70,7 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
 
     Args:
         config: the configuration.
-        say: told about once a second how far this rank is with a store.
+        log: told about once a second how far this rank is with a store.
 
     Raises:
         ValueError: a file, a row, the tokenizer or the model is not what it should be.
@@ -211,7 +211,7 @@ def read_store(
         config: the options.
         tokenizer: from `read_tokenizer`.
         architecture: of the model.
-        say: told how far this rank is; the node's other ranks log it.
+        log: told how far this rank is; the node's other ranks log it.
         apart_from: a store that may not have a sample of this one.
 
     Raises:

@@ -30,6 +30,7 @@ class EmbeddingNoise:
             alpha: strength.
             seed: of the run.
             lengths: [N], tokens of every sample.
+            parallel: the layout.
         """
         self.alpha, self.seed, self.lengths, self.parallel = alpha, seed, lengths, parallel
         self.step = 0
@@ -38,6 +39,7 @@ class EmbeddingNoise:
         """embeddings [T or T / tp, 1, hidden_size] plus noise; padding gets none.
 
         Args:
+            embeddings: [T or T / tp, 1, hidden_size].
             position_ids: int64 [1, T].
             samples: of the row.
         """

@@ -31,6 +31,7 @@ def wrap_model(modules: Sequence[SFTModel], config: Config) -> ModuleList:
 
     Args:
         modules: the parts of the model that this rank holds, first layers first.
+        config: of the run.
 
     Returns: a DistributedDataParallel for each.
     """

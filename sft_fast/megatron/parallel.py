@@ -172,7 +172,7 @@ def once_per_node(name: str, work: Callable[[Progress], Path], log: Progress = l
         name: unique in the run.
         work: given a function that takes a line of text about its progress; returns where its
             result is.
-        say: gets these lines on the rank that works.
+        log: gets these lines on the rank that works.
 
     Returns: what `work` returned, on every rank.
 

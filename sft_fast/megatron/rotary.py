@@ -95,6 +95,7 @@ def frequencies_by_length(
         longest_short: tokens of the longest sample that is short.
         cu_seqlens: int32 [samples + 1], of the whole row; None: one sample of num_rows rows.
         num_rows: of this context-parallel rank.
+        cp_size: context-parallel ranks.
 
     Returns: [num_rows, 1, n].
     """

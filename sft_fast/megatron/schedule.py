@@ -59,6 +59,8 @@ def sum_over_ranks(
     Args:
         reports: from `run_schedule`.
         name: of a value of `shape` in each report.
+        shape: of the value.
+        parallel: the layout.
         votes: more numbers to add up, of every rank.
 
     Returns: fp64 of `shape` and fp64 [len(votes)], the same on every rank.

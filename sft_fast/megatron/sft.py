@@ -185,8 +185,11 @@ def continued_state(
     """Where `checkpoint` stands, and where the data begins anew if other data is allowed.
 
     Args:
+        config: of this run.
+        checkpoint: the one to resume from.
         fields: of this run; see fingerprint.run_fields.
         metadata: of its data.
+        log: told what has changed.
 
     Raises:
         ValueError: the checkpoint belongs to other data, another order of it or another model.

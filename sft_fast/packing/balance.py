@@ -85,6 +85,8 @@ def balance(costs: NDArray[np.int64], dp_size: int, micro_batch_size: int) -> ND
 
     Args:
         costs: int64 [num_bins]; num_bins is a multiple of dp_size * micro_batch_size.
+        dp_size: data-parallel ranks.
+        micro_batch_size: bins of a micro-batch.
 
     Returns:
         int64 [num_microbatches, dp_size, micro_batch_size], places in `costs`, each once.
@@ -110,6 +112,8 @@ def split_evenly(
 
     Args:
         bins: int64 [num_shares * n], descending in cost.
+        costs: int64, of every bin.
+        num_shares: how many shares.
 
     Returns:
         int64 [num_shares, n]. The `num_shares` most expensive bins go to one share each,

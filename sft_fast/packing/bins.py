@@ -105,6 +105,7 @@ def plan_bins(
         strategy: see `choices.STRATEGY_HELP`; "auto": whatever `choose_strategy` says.
         seed: in [0, 2**64).
         epoch: counted from 0.
+        options: limits on bins.
 
     Raises:
         ValueError: a sample that is empty or longer than a bin, or an argument out of range.

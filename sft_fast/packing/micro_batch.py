@@ -98,6 +98,7 @@ class MicroBatch:
         active_tokens stays where it is: the loss reads each rank's count from it on the host.
 
         Args:
+            device: where the tensors go.
             copy: the result shares no memory with this one, so that its buffers can be filled
                 again once the device has read them.
         """

@@ -151,6 +151,7 @@ def packing_report(steps: StepPlan, dp_size: int = 1, micro_batch_size: int = 1)
     """Returns the packing figures of epoch 0.
 
     Args:
+        steps: the plan.
         dp_size: the data-parallel size for which the cost imbalance is computed.
         micro_batch_size: likewise.
     """
@@ -203,6 +204,7 @@ def plot_plan(plan: StepPlan, path: Path) -> None:
     """Draws sample lengths, tokens per bin and samples per bin of an epoch.
 
     Args:
+        plan: the plan.
         path: the picture; its suffix decides the format (.png, .svg, .pdf).
 
     Raises:

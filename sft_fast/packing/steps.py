@@ -128,6 +128,7 @@ class StepPlan:
             global_batch_size: bins per step, over all data-parallel ranks.
             strategy: see `plan_bins`.
             seed: see `plan_bins`.
+            options: limits on bins.
             cost_model: decides which rank computes which bins of a step, and nothing else.
             loss_weights: float64 [N], the sum of each sample's target weights; None = all weights
                 are 1. Decides what `counts` says, and nothing else.

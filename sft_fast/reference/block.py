@@ -35,6 +35,8 @@ def split_qkv(qkv: Tensor, num_groups: int, head_dim: int) -> tuple[Tensor, Tens
 
     Args:
         qkv: [tokens, size]: for each group its queries, its key, its value.
+        num_groups: key heads.
+        head_dim: channels of a head.
 
     Returns: [tokens, queries, head_dim], [tokens, groups, head_dim], [tokens, groups, head_dim].
     """

@@ -156,6 +156,8 @@ def staged_directory(
     `final` is replaced only after the new one is complete.
 
     Args:
+        final: the directory, which must not exist half.
+        exchange: the ranks that write it.
         needed_bytes: what this rank is going to write; 0 = unknown.
         check: raises an error when what was written is not fit to get the name.
 
@@ -307,7 +309,9 @@ def find_damage(
     """Compares a directory with its manifest.
 
     Args:
-        part, num_parts: check only every `num_parts`-th file, so that ranks can share the work.
+        folder: the directory.
+        part: number of this share of the files.
+        num_parts: how many shares there are, so that ranks can divide the work.
         hash_content: False = sizes only.
     """
     try:

@@ -30,6 +30,7 @@ class RunLock:
     def __init__(self, folder: Path, job: str):
         """
         Args:
+            folder: the directory that is locked.
             job: names the job; its restarted ranks take the lock over at once.
 
         Raises:

@@ -72,6 +72,8 @@ def share_row(
     Args:
         seqlens: slots of the whole row, multiples of 2 * cp_size.
         num_rows: rows of each rank's tensors, padding included.
+        context: the ranks that share.
+        device: of the result.
     """
     size, rank = context.size, context.rank
     slots = np.array(seqlens, dtype=np.int64)
@@ -207,8 +209,13 @@ def attend_in_context(
     """Attention of this rank's rows.
 
     Args:
-        query: [T / cp_size, heads, head_dim]; key and value: [T / cp_size, kv_heads, head_dim].
+        attend: the backend.
+        query: [T / cp_size, heads, head_dim].
+        key: [T / cp_size, kv_heads, head_dim].
+        value: like key.
         samples: the slots of the whole row.
+        scoring: what the layer does with its scores.
+        context: the ranks that share.
 
     Returns: [rows of this rank's slots, heads, head_dim], without the row's padding.
     """

@@ -54,7 +54,12 @@ class PackedAttention(MegatronModule):
         """Attends within samples.
 
         Args:
-            query: [s, b, heads / tp, head_dim]; key, value: [s, b, kv_heads / tp, head_dim].
+            query: [s, b, heads / tp, head_dim].
+            key: [s, b, kv_heads / tp, head_dim].
+            value: like key.
+            attention_mask: megatron's; None.
+            attn_mask_type: megatron's; samples decide.
+            attention_bias: megatron's; None.
             packed_seq_params: a `PackedSamples` (then b is 1), or None: each of the b columns is
                 one sample of length s.
 

@@ -77,7 +77,11 @@ def pack_samples(
     for it.
 
     Args:
+        seqlens: length of each padded sample, known to the host.
         cu_seqlens: int32 [samples + 1], on the device that computes.
+        active_tokens: int64 [A], the tokens with a label; None = not known.
+        token_weights: fp32 [1, T], factors of the loss; None = all 1.
+        cp_size: context-parallel ranks that share the samples.
     """
     if not seqlens:
         length = 1 if cp_size == 1 else 2 * cp_size

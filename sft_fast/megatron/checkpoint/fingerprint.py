@@ -72,6 +72,10 @@ def changed_fields(
     """The fields that differ, all of them allowed to.
 
     Args:
+        saved: field -> fingerprint, of the checkpoint.
+        present: the same of this run.
+        allowed: fields that may differ.
+        checkpoint: named in the message.
         fix: what helps besides restoring them; {} = their names.
 
     Raises:

@@ -65,8 +65,12 @@ def as_rectangles(
     """Elements begin..end-1 of a local tensor as blocks of the global tensor.
 
     Args:
+        sharded: the local tensor's place in the global one.
+        begin: first element.
+        end: last element + 1.
         prefix: added to the tensor's key.
         values: flat, those elements; None for a request.
+        dtype: of the elements.
 
     Returns: for each block its first and last + 1 element, counted from `begin`.
     """

@@ -68,6 +68,7 @@ def checkpoints_resumed_from(origin: Path, existing: list[Path]) -> list[Path]:
     names a checkpoint can be given again after an interruption.
 
     Args:
+        origin: the checkpoint that the run began with.
         existing: the checkpoints in the run's own directory.
 
     Raises:

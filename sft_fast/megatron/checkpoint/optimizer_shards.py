@@ -141,6 +141,7 @@ def state_to_save(weights: dict[str, Any], optimizer: MegatronOptimizer) -> dict
 
     Args:
         weights: sharded state dicts of the model's chunks.
+        optimizer: of the run.
     """
     if is_distributed(optimizer):
         updated = {

@@ -70,7 +70,10 @@ def check_origin(
     """Compares model and tokenizer, which may lie elsewhere by now, with the run's.
 
     Args:
+        origin: the model and tokenizer at hand.
         saved: the fields of the checkpoint; see fingerprint.run_fields.
+        checkpoint: named in the message.
+        config: of the export.
 
     Raises:
         ValueError: one is another than in training, and `checkpoint.allow_change` does not name it.
