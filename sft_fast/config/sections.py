@@ -141,7 +141,7 @@ class DataSource(Section):
     """Split or split expression, e.g. train[:1%]; null = the split of the section."""
     format: Text | None = None
     """As data.format."""
-    fields: dict[str, str] | None = None
+    fields: dict[str, str | None] | None = None
     """As data.fields."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of the samples, relative to the other weights; null for all = every sample is used."""
@@ -192,8 +192,9 @@ class DataConfig(Section):
     format: Text = "auto"
     """Formatter of a row (alpaca, chatml, openai, messages, sharegpt, ...) or a file with your own,
     my_format.py or my_formats.py:name; auto = by columns."""
-    fields: dict[str, str] = {}
-    """Our field -> the source's column, e.g. {instruction: question, response: answer}."""
+    fields: dict[str, str | None] = {}
+    """Our field -> the source's column, e.g. {instruction: question, response: answer}; a column ->
+    null: it is left unread on purpose."""
     row_functions: list[Text] = []
     """Registered functions, or files with them, that change what is read and not what is learnt."""
     train_on: Literal["all_turns", "last_turn"] = "all_turns"

@@ -217,7 +217,9 @@ class _Builder:
         for _, outcome in self._unread.popleft():
             self._add(outcome)
         for file, known in self._maker.files.items():
-            columns[file] = f"{known.name} (columns {', '.join(known.types)})"
+            read = [column for column in known.types if column not in known.unread]
+            unread = f"; not read: {', '.join(known.unread)}" if known.unread else ""
+            columns[file] = f"{known.name} (columns {', '.join(read)}{unread})"
         self._report.formats = columns
         try:
             _check_report(

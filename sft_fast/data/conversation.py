@@ -56,18 +56,45 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A part of a text that goes to the model as it is."""
+
+    text: str
+    train: bool
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """What a record of tokens holds.
+
+    Attributes:
+        input_ids: n token ids.
+        trained: n flags.
+    """
+
+    input_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Conversation:
-    """What one record holds.
+    """What one record holds: turns, or a text, or a text in segments, or tokens.
 
     Attributes:
         messages: the turns in order.
         tools: the tools on offer as JSON schemas.
         text: a text that is trained whole, without a chat template; then there are no turns.
+        segments: a text of which parts are trained, without a chat template, BOS or EOS.
+        tokens: tokens that are taken as they are.
+        template_options: variables of the chat template, e.g. enable_thinking.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
+    segments: tuple[Segment, ...] = ()
+    tokens: GivenTokens | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Checks what a format may get wrong, whoever wrote it.
@@ -80,6 +107,16 @@ class Conversation:
             assert not self.messages, "a text has no turns"
             if not checked_text(self.text, "the text").strip():
                 raise ValueError("the text is empty; give it text or remove the record")
+            return
+        if self.segments:
+            assert not self.messages, "segments have no turns"
+            if not any(part.train and part.text for part in self.segments):
+                raise ValueError("no segment is trained, so there is nothing to learn from")
+            return
+        if self.tokens is not None:
+            assert not self.messages, "tokens have no turns"
+            if not any(self.tokens.trained[1:]):
+                raise ValueError("no token behind the first one is trained; remove the record")
             return
         for number, message in enumerate(self.messages, start=1):
             if message.role not in ROLES:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+from sft_fast.constants import IGNORE_INDEX
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.formats import ConversationReader
 from sft_fast.data.json_records import BadRecord
@@ -44,7 +48,7 @@ def convert(source: Source, path: str | Path, skip_bad_records: bool = False) ->
                     raise
                 rejected.append(str(error))
                 continue
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.write(json.dumps(values, ensure_ascii=False, default=as_json) + "\n")
             written += 1
         if not written:
             raise ValueError(
@@ -57,9 +61,17 @@ def convert(source: Source, path: str | Path, skip_bad_records: bool = False) ->
 
 
 def messages_record(conversation: Conversation) -> dict[str, Any]:
-    """A conversation as a record of the format `messages`, or of `text`."""
+    """A conversation as a record of the format `messages`, `text`, `segments` or `tokens`."""
     if conversation.text is not None:
         return {"text": conversation.text}
+    if conversation.segments:
+        parts = [{"label": part.train, "text": part.text} for part in conversation.segments]
+        return {"segments": parts}
+    if conversation.tokens is not None:
+        ids, trained = conversation.tokens.input_ids, conversation.tokens.trained
+        pairs = zip(ids, trained, strict=True)
+        labels = [token if is_trained else IGNORE_INDEX for token, is_trained in pairs]
+        return {"input_ids": list(ids), "labels": labels}
     turns = []
     for message in conversation.messages:
         turn = message.as_dict()
@@ -68,4 +80,22 @@ def messages_record(conversation: Conversation) -> dict[str, Any]:
             turn |= {} if message.weight in (0, 1) else {"weight": message.weight}
         turns.append(turn)
     tools = [dict(tool) for tool in conversation.tools]
-    return {"messages": turns} | ({"tools": tools} if tools else {})
+    values: dict[str, Any] = {"messages": turns}
+    if tools:
+        values["tools"] = tools
+    if conversation.template_options:
+        values["chat_template_kwargs"] = dict(conversation.template_options)
+    return values
+
+
+def as_json(value: object) -> str:
+    """What JSON has no type for, as a text that a reader knows.
+
+    Raises:
+        TypeError: a value that no table of texts and numbers holds.
+    """
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")

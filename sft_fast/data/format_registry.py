@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from sft_fast.data.conversation import Conversation, checked_text
-from sft_fast.data.json_records import type_name
+from sft_fast.data.json_records import parse_json, type_name
 from sft_fast.registry import PLUGIN_MODULE, Registry, load_file
 
 
@@ -26,6 +26,8 @@ class Record(dict[str, Any]):
     Attributes:
         columns: field -> the name that the source uses.
         aliases: field -> the names that were looked for.
+        left_out: columns that the user says are not read.
+        names: our name -> the source's, of keys and roles of turns.
     """
 
     def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> None:
@@ -33,6 +35,13 @@ class Record(dict[str, Any]):
         self.columns = columns
         self.available = ", ".join(values)
         self.aliases: Mapping[str, Sequence[str]] = {}
+        self.left_out: Collection[str] = ()
+        self.names: Mapping[str, str] = {}
+
+    def unread(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Columns that no field reads."""
+        read = {*self.columns.values(), *self.left_out, *OPTION_COLUMNS}
+        return tuple(column for column in values if column not in read)
 
     def label(self, field: str) -> str:
         """How messages call a field."""
@@ -65,6 +74,19 @@ class Record(dict[str, Any]):
         return text
 
 
+OPTION_COLUMNS = ("weight", "chat_template_kwargs")
+"""Columns that every format with fields reads: a factor of the record's loss, and variables of the
+chat template."""
+TELLING_COLUMNS = frozenset(
+    (
+        *("system", "system_prompt", "instruction", "prompt", "question", "query", "input"),
+        *("context", "options", "choices", "tables", "functions", "tools", "history"),
+        *("response", "output", "answer", "answers", "completion", "chosen", "rejected"),
+        *("rejected_response", "label", "labels", "loss_scale", "loss_weight", "sample_weight"),
+        *("reasoning_content", "mask", "messages", "conversations", "conversation"),
+    )
+)
+"""Columns whose name says that they change what is trained: one that is not read stops the run."""
 MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
@@ -77,69 +99,143 @@ class Format:
         build: Record -> Conversation.
         fields: field -> column names that are looked for; empty: the record is the whole record.
         detect: record -> whether the record is in this format; None: never chosen by "auto".
+        names: further names of ours that `data.fields` may map: keys of a turn, and roles.
     """
 
     name: str
     build: Callable[[Record], Conversation]
     fields: Mapping[str, tuple[str, ...]]
     detect: Callable[[Mapping[str, Any]], bool] | None
+    names: tuple[str, ...] = ()
 
-    def check_mapping(self, mapping: Mapping[str, str]) -> None:
+    def check_mapping(self, mapping: Mapping[str, str | None]) -> None:
         """Raises ValueError where `data.fields` names a field that this format does not have."""
-        unknown = [field for field in mapping if self.fields and field not in self.fields]
+        read = [field for field, column in mapping.items() if column is not None]
+        known = {*self.fields, *self.names}
+        unknown = [field for field in read if self.fields and field not in known]
         if unknown:
             raise ValueError(
                 f"data.fields: the format {self.name!r} has no field {unknown[0]!r}; "
-                f"its fields are {', '.join(self.fields)}"
+                f"its fields are {', '.join((*self.fields, *self.names))}"
             )
 
     def read(
-        self, values: Mapping[str, Any], mapping: Mapping[str, str] | None = None
+        self, values: Mapping[str, Any], mapping: Mapping[str, str | None] | None = None
     ) -> Conversation:
         """Turns a record into a checked conversation.
 
         Args:
             values: one object of the source.
-            mapping: our field -> the source's column.
+            mapping: our field -> the source's column; a column -> None: it is not read.
 
         Raises:
-            ValueError: the record does not hold what the format needs.
+            ValueError: the record does not hold what the format needs, or holds more than it
+                reads.
         """
-        conversation = self.build(self._record(values, mapping or {}))
+        record = self._record(values, mapping or {})
+        conversation = self.build(record)
+        if self.fields:
+            conversation = _with_options(conversation, values, record)
+            _check_unread(conversation, values, record)
         conversation.check()
         return conversation
 
-    def _record(self, values: Mapping[str, Any], mapping: Mapping[str, str]) -> Record:
-        for field, column in mapping.items():
+    def unread(
+        self, values: Mapping[str, Any], mapping: Mapping[str, str | None] | None = None
+    ) -> tuple[str, ...]:
+        """Columns of a record that have no effect."""
+        return self._record(values, mapping or {}).unread(values) if self.fields else ()
+
+    def _record(self, values: Mapping[str, Any], mapping: Mapping[str, str | None]) -> Record:
+        left_out = {column for column, value in mapping.items() if value is None}
+        chosen = {field: column for field, column in mapping.items() if column is not None}
+        names = {name: chosen.pop(name) for name in self.names if name in chosen}
+        for field, column in chosen.items():
             if column not in values:
                 raise ValueError(
                     f"no column {column!r}, which data.fields gives for {field!r}; "
                     f"the record has {', '.join(values)}"
                 )
         if not self.fields:
-            return Record(values, {name: name for name in values} | dict(mapping))
-        for column in MEDIA_COLUMNS.intersection(values).difference(mapping.values()):
+            return Record(values, {name: name for name in values} | chosen)
+        for column in MEDIA_COLUMNS.intersection(values).difference(chosen.values(), left_out):
             if _is_media(values, column):
                 raise ValueError(
                     f"the record has {column!r}; only text is trained, so leave out such records, "
                     "or the column if the texts do not need it"
                 )
-        columns = dict(mapping)
+        columns = dict(chosen)
+        # Of names that differ in capitals alone, the one that is written as ours.
+        of_lower = {column.lower(): column for column in values}
+        of_lower |= {column: column for column in values}
+        taken = left_out.union(chosen.values())
         for field, aliases in self.fields.items():
-            if field in mapping:
+            if field in chosen:
                 continue
-            names = [name for name in aliases if name in values and name not in mapping.values()]
-            filled = [name for name in names if values[name] not in (None, "")]
+            present = [of_lower[name] for name in aliases if name in of_lower]
+            present = [name for name in present if name not in taken]
+            filled = [name for name in present if values[name] not in (None, "")]
             if len(filled) > 1:
                 raise ValueError(
                     f"the columns {filled[0]!r} and {filled[1]!r} could both be {field!r}; "
                     f"choose with data.fields: {{{field}: {filled[0]}}}"
                 )
-            if names:
-                columns[field] = (filled or names)[0]
+            if present:
+                columns[field] = (filled or present)[0]
         record = Record(values, columns)
         record.aliases = self.fields
+        # Who names a field's column has seen the others that could be it.
+        passed_over = {alias for field in chosen for alias in self.fields.get(field, ())}
+        record.left_out = left_out | {of_lower[name] for name in passed_over if name in of_lower}
+        record.names = names
         return record
+
+
+def _with_options(
+    conversation: Conversation, values: Mapping[str, Any], record: Record
+) -> Conversation:
+    """Applies the columns of OPTION_COLUMNS that no field has taken."""
+    taken = {*record.columns.values(), *record.left_out}
+    weight = None if "weight" in taken else values.get("weight")
+    if weight is not None:
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not (weight == 0 or 1e-4 <= weight <= 100):
+            raise ValueError(
+                f"'weight' is {weight!r}; expected 0, or a number from 0.0001 to 100. If it is no "
+                "factor of the loss: data.fields: {weight: null}"
+            )
+        if not conversation.messages:
+            raise ValueError("'weight' is for turns; leave it out with data.fields: {weight: null}")
+        messages = tuple(replace(m, weight=m.weight * weight) for m in conversation.messages)
+        conversation = replace(conversation, messages=messages)
+    options = None if "chat_template_kwargs" in taken else values.get("chat_template_kwargs")
+    if options is not None:
+        if isinstance(options, str):
+            options = parse_json(options, "'chat_template_kwargs'")
+        if not isinstance(options, dict):
+            raise ValueError(f"'chat_template_kwargs' is {type_name(options)}; expected an object")
+        options = {name: value for name, value in options.items() if value is not None}
+        conversation = replace(conversation, template_options=options)
+    return conversation
+
+
+def _check_unread(conversation: Conversation, values: Mapping[str, Any], record: Record) -> None:
+    """Raises ValueError for a column that says by its name that it matters, and is not read.
+
+    A text that stands in a turn is no loss: data sets often hold a part of the chat once more.
+    """
+    for column in record.unread(values):
+        value = values[column]
+        if column.lower() not in TELLING_COLUMNS or value in (None, "", [], {}):
+            continue
+        if isinstance(value, str) and any(value in m.content for m in conversation.messages):
+            continue
+        fields = ", ".join(record.aliases)
+        raise ValueError(
+            f"the column {column!r} is not read, and its name says that it matters; name the field "
+            f"that it is with data.fields ({fields}), or leave it out with data.fields: "
+            f"{{{column}: null}}"
+        )
 
 
 def _is_media(values: Mapping[str, Any], column: str) -> bool:
@@ -160,6 +256,7 @@ def register_format(
     *,
     fields: Mapping[str, tuple[str, ...]] | None = None,
     detect: Callable[[Mapping[str, Any]], bool] | None = None,
+    names: tuple[str, ...] = (),
 ) -> Callable[[Callable[[Record], Conversation]], Callable[[Record], Conversation]]:
     """Registers a function `record -> Conversation` as the format `name`.
 
@@ -168,13 +265,14 @@ def register_format(
         fields: field -> column names to look for, in words that users know; None: the function
             gets every column as it is.
         detect: whether a record is in this format, for "auto"; asked in the order of registration.
+        names: further names that `data.fields` may map, see `Record.names`.
 
     Raises:
         ValueError: the name is taken.
     """
 
     def register(build: Callable[[Record], Conversation]) -> Callable[[Record], Conversation]:
-        formats.add(name, Format(name, build, fields or {}, detect))
+        formats.add(name, Format(name, build, fields or {}, detect, names))
         return build
 
     return register
@@ -195,7 +293,9 @@ def get_format(name: str) -> Format:
 
 
 def detect_format(
-    columns: Sequence[str], first_record: Mapping[str, Any], fields: Mapping[str, str] | None = None
+    columns: Sequence[str],
+    first_record: Mapping[str, Any],
+    fields: Mapping[str, str | None] | None = None,
 ) -> str:
     """Name of the first registered format that recognises a source.
 
@@ -208,14 +308,18 @@ def detect_format(
         ValueError: none does; the message says what the record has.
     """
     record = dict.fromkeys(columns) | dict(first_record)
-    record |= {field: record.get(column) for field, column in (fields or {}).items()}
+    named = {field: column for field, column in (fields or {}).items() if column is not None}
+    left_out = {column for column, value in (fields or {}).items() if value is None}
+    record = {column: value for column, value in record.items() if column not in left_out}
+    record = {column.lower(): value for column, value in record.items()} | record
+    record |= {field: record.get(column) for field, column in named.items()}
     for candidate in formats.entries.values():
         if candidate.detect is not None and candidate.detect(record):
             return candidate.name
     raise ValueError(
         f"cannot tell the format from the columns {', '.join(columns)}{_seen(record)}; set "
         f"data.format to one of {', '.join(format_names())}, and data.fields where the columns "
-        "have other names"
+        "have other names; or name a file with a format of your own, which is a short function"
     )
 
 

@@ -5,8 +5,11 @@ Keys that occur twice in one object are refused: a parser would keep the last on
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ import xxhash
 CONTEXT_CHARACTERS = 80
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_PYTHON_LIST = re.compile(r"\s*[\[{]+\s*'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +224,43 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+def _refused_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; write a number or null")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refused_constant, parse_float=_finite
+)
+
+
+def parse_json(text: str, label: str) -> Any:
+    """A value out of JSON text inside a row, by the rules of the rows themselves.
+
+    Args:
+        label: how the message calls the text.
+
+    Raises:
+        ValueError: it is neither JSON nor a list of literals in Python's notation.
+    """
+    try:
+        return _DECODER.decode(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        hint = ""
+        if _PYTHON_LIST.match(text):
+            # What pandas writes of a column of lists.
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                return ast.literal_eval(text.strip())
+            hint = "; it is Python's or numpy's notation: write the column with json.dumps"
+        raise ValueError(f"{label} is not valid JSON: {error}{hint}") from None
+    except ValueError as error:
+        raise ValueError(f"{label} is not usable JSON: {error}") from None
 
 
 def _skip_space(text: str, position: int) -> int:

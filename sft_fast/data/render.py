@@ -23,10 +23,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from sft_fast.data.conversation import Conversation, Message
+import numpy as np
+
+from sft_fast.data.conversation import Conversation, GivenTokens, Message, Segment
 from sft_fast.data.template_limits import TemplateLimits, check_length
 from sft_fast.data.templates import fitted_template, freeze_clock
 from sft_fast.data.tokens import RenderedChat, Sample, Span, TextTokenizer
@@ -40,6 +42,9 @@ __all__ = ["ChatRenderer", "MaskOptions", "RenderedChat", "Sample", "Span"]
 TrainOn = Literal["all_turns", "last_turn"]
 ChangingHistory = Literal["error", "expand"]
 REASONING_ENDS = ("</think>", "[/THINK]", "</reasoning>")
+OWN_VARIABLES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
+)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -72,6 +77,30 @@ class MaskOptions:
             if getattr(self, name) not in get_args(kind):
                 found, allowed = getattr(self, name), ", ".join(get_args(kind))
                 raise ValueError(f"{name} is {found!r}; expected one of {allowed}")
+
+
+@dataclass(frozen=True)
+class TemplateContext:
+    """What a chat template is given beside the turns.
+
+    Attributes:
+        tools: the tools on offer.
+        options: variables of the record's own, e.g. enable_thinking.
+
+    Raises:
+        ValueError: an option has the name of something that every template is given.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = OWN_VARIABLES.intersection(self.options)
+        if taken:
+            raise ValueError(
+                f"'chat_template_kwargs' sets {sorted(taken)[0]!r}, which the run sets itself; "
+                "remove it"
+            )
 
 
 class ChatRenderer:
@@ -123,16 +152,21 @@ class ChatRenderer:
         """
         if conversation.text is not None:
             return self._plain_text(conversation.text)
+        if conversation.segments:
+            return _joined(conversation.segments)
+        if conversation.tokens is not None:
+            return self._given_tokens(conversation.tokens)
         self._check_contents(conversation)
         answers = self._answers(conversation.messages)
         stop = answers[-1] + 1 if self._options.trim_tail else len(conversation.messages)
         messages = conversation.messages[:stop]
-        template = self._template(conversation.tools)
+        context = TemplateContext(conversation.tools, conversation.template_options)
+        template = self._template(context)
         if _GENERATION.search(template):
-            text, spans = self._marked_spans(messages, answers, conversation.tools)
+            text, spans = self._marked_spans(messages, answers, context)
         else:
-            text, spans = self._proven_spans(messages, answers, conversation.tools)
-        _check_kept(messages, answers, conversation.tools, spans, text)
+            text, spans = self._proven_spans(messages, answers, context)
+        _check_kept(messages, answers, context.tools, spans, text)
         if not self._options.train_reasoning:
             spans = [
                 _without_reasoning(span, text, messages[number])
@@ -155,7 +189,7 @@ class ChatRenderer:
         answers = self._answers(conversation.messages)
         for number in answers:
             turns = conversation.messages[: number + 1]
-            alone.append(self.render(Conversation(_only_last(turns), conversation.tools)))
+            alone.append(self.render(replace(conversation, messages=_only_last(turns))))
         return alone
 
     def tokenize(self, chats: Sequence[RenderedChat]) -> list[Sample]:
@@ -194,20 +228,35 @@ class ChatRenderer:
             text += eos
         return RenderedChat(text, (Span(len(start), len(text), eos),))
 
+    def _given_tokens(self, given: GivenTokens) -> RenderedChat:
+        """Tokens that the source holds, if all of them are in the vocabulary."""
+        size = len(self._tokenizer)
+        outside = next((token for token in given.input_ids if not 0 <= token < size), None)
+        if outside is not None:
+            raise ValueError(
+                f"input_ids holds {outside}, and the tokenizer has {size} tokens; it was made with "
+                "another tokenizer"
+            )
+        ids = np.array(given.input_ids, dtype=np.uint32)
+        return RenderedChat("", (), sample=Sample(ids, np.array(given.trained, dtype=np.bool_), 0))
+
     def _proven_spans(
         self,
         messages: Sequence[Message],
         answers: Sequence[int],
-        tools: Sequence[Mapping[str, Any]],
+        context: TemplateContext,
     ) -> tuple[str, list[Span]]:
-        template = self._template(tools)
+        template = self._template(context)
         if template not in self._bounds:
             self._bounds[template] = TurnBounds(template, self._tokenizer.eos_token)
         text, bounds = self._bounds[template].find(
-            messages, answers, repr(tools), lambda turns, prompt: self._apply(turns, tools, prompt)
+            messages,
+            answers,
+            repr(context),
+            lambda turns, prompt: self._apply(turns, context, prompt),
         )
         stop = len(text)
-        if bounds[-1][1] == stop and self._writes_eos_behind_all(template, tools):
+        if bounds[-1][1] == stop and self._writes_eos_behind_all(template, context):
             stop -= len(str(self._tokenizer.eos_token))
         spans = [
             self._span(text, start, min(limit, stop), messages[number])
@@ -215,14 +264,14 @@ class ChatRenderer:
         ]
         return text, spans
 
-    def _writes_eos_behind_all(self, template: str, tools: Sequence[Mapping[str, Any]]) -> bool:
+    def _writes_eos_behind_all(self, template: str, context: TemplateContext) -> bool:
         """Whether the EOS token that ends a rendered chat is a part of no turn."""
         if template not in self._has_eos_behind_all:
             turns = (Message("user", "a"), Message("assistant", "b"))
             eos, alone, more = self._tokenizer.eos_token or "", "", ""
             # One that demands more than a plain exchange is taken at its word.
             with suppress(ValueError):
-                alone, more = self._apply(turns, tools), self._apply((*turns, turns[0]), tools)
+                alone, more = self._apply(turns, context), self._apply((*turns, turns[0]), context)
             rest = alone.removesuffix(eos)
             self._has_eos_behind_all[template] = (
                 rest != alone
@@ -236,9 +285,9 @@ class ChatRenderer:
         self,
         messages: Sequence[Message],
         answers: Sequence[int],
-        tools: Sequence[Mapping[str, Any]],
+        context: TemplateContext,
     ) -> tuple[str, list[Span]]:
-        text, marks = self._apply_marked(messages, tools)
+        text, marks = self._apply_marked(messages, context)
         turns = [number for number, turn in enumerate(messages) if turn.role == "assistant"]
         if len(marks) != len(turns):
             raise ValueError(
@@ -320,31 +369,32 @@ class ChatRenderer:
             last = Span(last.start, last.end + len(eos), eos, last.weight)
         return RenderedChat(text + tail, (*spans[:-1], last), trimmed_turns)
 
-    def _template(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        if bool(tools) not in self._templates:
+    def _template(self, context: TemplateContext) -> str:
+        has_tools = bool(context.tools)
+        if has_tools not in self._templates:
             template = self._embedded or self._tokenizer.get_chat_template(
-                None, list(tools) or None
+                None, list(context.tools) or None
             )
-            self._templates[bool(tools)] = freeze_clock(template)
-        return self._templates[bool(tools)]
+            self._templates[has_tools] = freeze_clock(template)
+        return self._templates[has_tools]
 
     def _apply(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]],
+        context: TemplateContext,
         add_generation_prompt: bool = False,
     ) -> str:
-        return self._run(messages, tools, add_generation_prompt, marked=False)[0]
+        return self._run(messages, context, add_generation_prompt, marked=False)[0]
 
     def _apply_marked(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+        self, messages: Sequence[Message], context: TemplateContext
     ) -> tuple[str, list[tuple[int, int]]]:
-        return self._run(messages, tools, add_generation_prompt=False, marked=True)
+        return self._run(messages, context, add_generation_prompt=False, marked=True)
 
     def _run(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]],
+        context: TemplateContext,
         add_generation_prompt: bool,
         marked: bool,
     ) -> tuple[str, list[tuple[int, int]]]:
@@ -356,11 +406,11 @@ class ChatRenderer:
             with TemplateLimits():
                 texts, marks = render_jinja_template(
                     conversations=[conversation],
-                    tools=[dict(tool) for tool in tools] or None,
-                    chat_template=self._template(tools),
+                    tools=[dict(tool) for tool in context.tools] or None,
+                    chat_template=self._template(context),
                     return_assistant_tokens_mask=marked,
                     add_generation_prompt=add_generation_prompt,
-                    **self._token_of_name,
+                    **{**self._token_of_name, **context.options},
                 )
         except TemplateSyntaxError as error:
             raise TemplateCompileError(
@@ -368,14 +418,14 @@ class ChatRenderer:
             ) from error
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        check_length(texts[0], (conversation, tools))
+        check_length(texts[0], (conversation, context))
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
 
     def _control_tokens(self) -> tuple[str, ...]:
         """Special tokens that structure a chat: a content that holds one would forge a turn."""
         probe = (Message("user", "a"), Message("assistant", "b"))
         try:
-            text = self._apply(probe, ())
+            text = self._apply(probe, TemplateContext())
         except TemplateCompileError:
             raise
         except ValueError:
@@ -410,6 +460,19 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         if name is not None and number is not None:
             tokens[name] = number
     return tokens
+
+
+def _joined(segments: Sequence[Segment]) -> RenderedChat:
+    """Segments one after another, as they are; neighbours that are trained are one span."""
+    text = ""
+    spans: list[Span] = []
+    for segment in segments:
+        start, text = len(text), text + segment.text
+        if segment.train and segment.text:
+            if spans and spans[-1].end == start:
+                start = spans.pop().start
+            spans.append(Span(start, len(text), None))
+    return RenderedChat(text, tuple(spans))
 
 
 def _only_last(turns: Sequence[Message]) -> tuple[Message, ...]:

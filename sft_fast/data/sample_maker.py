@@ -64,7 +64,7 @@ class MakerOptions:
     """How records become samples; see `BuildOptions`."""
 
     format_name: str
-    fields: Mapping[str, str]
+    fields: Mapping[str, str | None]
     row_functions: Sequence[str]
     mask: MaskOptions
     capacity: int

@@ -171,7 +171,7 @@ class Source:
 
     records: Records
     format_name: str = "auto"
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str | None] = field(default_factory=dict)
     weight: float | None = None
     repeat: int = 1
 

@@ -67,7 +67,7 @@ class DataReport:
 
     Attributes:
         source: name of the source and its split.
-        formats: file -> format that it was read in, and its columns.
+        formats: file -> format that it was read in, its columns, and those that are not read.
         template: which chat template was used.
         rows: records read.
         samples: samples stored.

@@ -45,11 +45,13 @@ class RenderedChat:
         text: what is tokenised.
         spans: the supervised characters, ascending.
         trimmed_turns: turns behind the last supervised one, which are not in the text.
+        sample: the tokens, where the source holds tokens; then there is no text.
     """
 
     text: str
     spans: tuple[Span, ...]
     trimmed_turns: int = 0
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ class TextTokenizer:
             ValueError: two BOS tokens, characters of an answer without a token, a span without
                 tokens, or an end-of-turn token that the tokenizer does not read as one token.
         """
+        given = [chat.sample for chat in chats]
+        if any(sample is not None for sample in given):
+            made = iter(self([chat for chat in chats if chat.sample is None]))
+            return [next(made) if sample is None else sample for sample in given]
         if self._lengths is None:
             return self._by_characters(chats)
         if self._is_nfc:

@@ -182,7 +182,7 @@ def _check_data(config: Config, findings: Findings) -> Iterator[Problem]:
         yield from _check_source(*entry, findings)
 
 
-def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str | None]]]:
     """Key, path, format and fields of every source."""
     for part in ("train", "eval"):
         chosen = getattr(config.data, part)
@@ -199,7 +199,7 @@ def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str
 
 
 def _check_source(
-    key: str, name: str, format_name: str, fields: dict[str, str], findings: Findings
+    key: str, name: str, format_name: str, fields: dict[str, str | None], findings: Findings
 ) -> Iterator[Problem]:
     from sft_fast.data.source import KINDS, Source, load_records, looks_local
 

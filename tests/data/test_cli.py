@@ -21,7 +21,7 @@ CHAT = {
         {"role": "tool", "content": "1"},
         {"role": "assistant", "content": "ho", "weight": 0.5},
     ],
-    "tools": [{"name": "f"}],
+    "tools": [{"type": "function", "function": {"name": "f"}}],
 }
 
 

@@ -145,7 +145,8 @@ def test_weight_zero_and_prompt_turns_are_not_trained() -> None:
         (True, 2),
     ]
     row = {"prompt": [USER_HI, answer, USER_HI], "completion": [answer], "tools": [{"name": "f"}]}
-    assert get_format("prompt_completion").read(row).tools == ({"name": "f"},)
+    (tool,) = get_format("prompt_completion").read(row).tools
+    assert tool == {"type": "function", "function": {"name": "f"}}
     conversation = get_format("prompt_completion").read(row)
     assert [message.supervised for message in conversation.messages] == [False, False, False, True]
 
@@ -190,7 +191,7 @@ def test_tool_calls_keep_name_and_arguments_in_both_formats() -> None:
     conversation = get_format("sharegpt").read(sharegpt)
     call = conversation.messages[1].tool_calls[0]
     assert call["function"] == {"name": "weather", "arguments": arguments}
-    assert conversation.tools == ({"name": "weather"},)
+    assert conversation.tools == ({"type": "function", "function": {"name": "weather"}},)
 
 
 @pytest.mark.parametrize("arguments", [None, "", " ", {}, "{}"])
@@ -324,7 +325,7 @@ CALL = {"name": "f", "arguments": {}}
             "'system' and a system turn: keep one",
         ),
         ("messages", {"messages": MESSAGES_OK, "tools": "{"}, "'tools' is not valid JSON"),
-        ("messages", {"messages": MESSAGES_OK, "tools": [1]}, "'tools' must be a list of JSON"),
+        ("messages", {"messages": MESSAGES_OK, "tools": [1]}, "a tool of 'tools' is a number"),
         ("sharegpt", {"conversations": MESSAGES_OK}, "turn 1 has no 'from'; it has role, content"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "role 'alien'"),
         (
