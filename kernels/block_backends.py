@@ -22,9 +22,8 @@ NUM_TEST_TOKENS = 37
 class BlockKernels(Protocol):
     """A module of kernels/; block_torch.py says what the functions do."""
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
-    ) -> Tensor: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /) -> Tensor:
+        """The norm of x, [..., h]."""
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
@@ -32,7 +31,8 @@ class BlockKernels(Protocol):
 
     def rms_norm_add(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """residual + norm of x, [..., h]."""
 
     def rotate_qkv(
         self,
@@ -45,11 +45,13 @@ class BlockKernels(Protocol):
         eps: float,
         is_zero_centered: bool,
         /,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [..., heads, head_dim], normed and rotated."""
 
     def gated_activation(
         self, gate_up: Tensor, kind: str, scale: Tensor | None, may_overwrite: bool, /
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """The activation [..., f] of gate and partner [..., 2 f]."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,13 @@ def load_and_check(
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class SelfTest(NamedTuple):
+    """A step that is compared with PyTorch's before it is used."""
+
     what: str
     step: Callable[..., Tensor | tuple[Tensor, ...]]
     shapes: list[tuple[int, ...]]
@@ -197,6 +202,7 @@ def check_block_kernels(
 
 
 def results_and_gradients(test: SelfTest, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The results of a step and the gradients of its inputs, any shapes."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     results = test.step(*leaves)
     results = (results,) if isinstance(results, Tensor) else results

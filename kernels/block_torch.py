@@ -25,6 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = Fal
     Args:
         x: [..., h].
         weight: [h].
+        eps: added to the mean of the squares.
         is_zero_centered: the factor is 1 + weight, in fp32 as Gemma does.
     """
     if not is_zero_centered:
@@ -67,8 +68,12 @@ def rotate_qkv(
             and its value. The caller must not use it again: the result may be a view of it.
         cos_sin: [tokens, rotated channels] fp32, cosines then sines of half of the channels; the
             others are not rotated. None: no channel is.
-        q_weight, k_weight: [head_dim]; None: no norm.
-        eps, is_zero_centered: of the norm.
+        num_groups: key heads.
+        head_dim: channels of a head.
+        q_weight: [head_dim], of the norm of queries; None = no norm.
+        k_weight: [head_dim], of the norm of keys.
+        eps: of the norm.
+        is_zero_centered: as for `rms_norm`.
 
     Returns:
         [..., heads, head_dim], [..., groups, head_dim], [..., groups, head_dim]; strided in any way

@@ -19,6 +19,7 @@ def column_sums_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """Adds the sums over rows to `total`, in one order."""
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_column = columns < num_columns
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)

@@ -63,6 +63,7 @@ def gated_activation_fwd_kernel(  # type: ignore[no-untyped-def]
     HAS_SCALE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """Activation of one block of columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     wanted = columns < num_columns
@@ -89,6 +90,7 @@ def gated_activation_bwd_kernel(  # type: ignore[no-untyped-def]
     HAS_SCALE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """Gradients of one row's gates and partners, and of its factor."""
     row = tl.program_id(0).to(tl.int64)
     gate_up_ptr += row * 2 * num_columns
     grad_ptr += row * 2 * num_columns
@@ -117,6 +119,7 @@ def gated_activation_bwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch_options(num_columns: int, warp_size: int) -> dict[str, int]:
+    """Block size and warps for a number of columns."""
     block = min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns))
     return {
         "BLOCK_COLUMNS": block,
@@ -125,6 +128,7 @@ def launch_options(num_columns: int, warp_size: int) -> dict[str, int]:
 
 
 def new_output(gate_up: Tensor) -> Tensor:
+    """An empty tensor [..., f] for gates and partners [..., 2 f]."""
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
@@ -170,7 +174,9 @@ def write_gradient(
         grad: [..., 2 n] contiguous, may be gate_up itself.
         grad_scale: [...] contiguous, None without a scale.
         grad_output: [..., n], upstream gradient.
-        gate_up, scale, kind: as in the forward pass.
+        gate_up: [..., 2 f].
+        scale: [N], the factors; None = all 1.
+        kind: of the activation.
     """
     if grad_output.numel() > 0:
         num_columns = grad_output.shape[-1]
@@ -210,6 +216,7 @@ class GatedActivation(torch.autograd.Function):
     def forward(
         ctx: Any, gate_up: Tensor, scale: Tensor | None, kind: str, may_overwrite: bool
     ) -> Tensor:
+        """[..., f] of gates and partners [..., 2 f]."""
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up, scale)
         ctx.kind, ctx.may_overwrite = kind, may_overwrite
@@ -218,6 +225,7 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient [..., 2 f], in place where it may be, and that of the factors [N]."""
         gate_up, scale = ctx.saved_tensors
         grad = gate_up if ctx.may_overwrite else torch.empty_like(gate_up)
         grad_scale = None

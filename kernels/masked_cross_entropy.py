@@ -27,7 +27,8 @@ class Backend(Protocol):
         with_logit_sum: bool,
         with_outputs: bool,
         /,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """fp32 [parts, S, N]: what this rank's columns say of the softmax."""
 
     def row_losses(
         self,
@@ -38,7 +39,8 @@ class Backend(Protocol):
         z_loss: float,
         with_outputs: bool,
         /,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """fp32 [1 or 4, N] of the statistics of all ranks."""
 
     def write_gradient(
         self,
@@ -54,7 +56,8 @@ class Backend(Protocol):
         z_loss: float,
         softcap: float,
         /,
-    ) -> None: ...
+    ) -> None:
+        """Writes the gradient of the logits [N, columns], maybe over them."""
 
 
 @runtime_checkable
@@ -73,7 +76,8 @@ class OnePassBackend(Protocol):
         z_loss: float,
         softcap: float,
         /,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """fp32 [N] losses; the logits [N, V] become their gradient."""
 
 
 @dataclass(frozen=True)

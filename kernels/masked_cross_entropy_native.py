@@ -107,6 +107,7 @@ def shard_statistics(
 
 
 def new_statistics(logits: Tensor, with_logit_sum: bool, with_outputs: bool) -> Tensor:
+    """Empty fp32 [splits, S, N]."""
     num_rows, width = logits.shape
     shape = (_gpu.num_splits(num_rows, width), 3 + with_logit_sum + 2 * with_outputs, num_rows)
     return logits.new_empty(shape, dtype=torch.float32)
@@ -162,6 +163,7 @@ def row_losses(
 
 
 def new_outputs(statistics: Tensor, with_outputs: bool) -> Tensor:
+    """Empty fp32 [1 or 4, N]."""
     return statistics.new_empty((4 if with_outputs else 1, statistics.shape[2]))
 
 
@@ -236,6 +238,7 @@ def _(
 
 
 def make_options(label_smoothing: float, z_loss: float, vocab_size: int) -> Any:
+    """The options as the C++ module takes them."""
     return _gpu.LossOptions(
         label_smoothing=label_smoothing, uniform=label_smoothing / vocab_size, z_loss=z_loss
     )
@@ -258,7 +261,10 @@ def loss_and_gradient(
             columns get 0.
         labels: [N] int64 ids, or IGNORE_INDEX.
         weights: [N] fp32, upstream gradient of each row's loss.
-        num_columns, label_smoothing, z_loss, softcap: as in write_gradient.
+        num_columns: columns that count.
+        label_smoothing: share of the target that is spread.
+        z_loss: factor of lse**2.
+        softcap: bound of the logits; 0 = none.
 
     Returns:
         [N] fp32, not weighted; 0 at masked rows.

@@ -30,6 +30,7 @@ class Merged(NamedTuple):
 
 
 def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Yields slices of the rows of logits [N, columns] that fit a bounded buffer."""
     num_rows, num_columns = logits.shape
     block_rows = max(1, BLOCK_ELEMENTS // max(1, num_columns))
     for start in range(0, num_rows, block_rows):
@@ -102,7 +103,8 @@ def row_losses(
         statistics: [num_parts, S, N], the shard statistics of every part of the vocabulary.
         labels: [N] int64 global ids.
         vocab_size: columns that count, over all shards.
-        label_smoothing, z_loss: as in LossOptions.
+        label_smoothing: share of the target that is spread.
+        z_loss: factor of lse**2.
         with_outputs: the statistics were collected with_outputs.
 
     Returns:

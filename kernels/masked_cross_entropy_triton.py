@@ -358,6 +358,7 @@ def shard_statistics(
 
 
 def new_statistics(logits: Tensor, with_logit_sum: bool, with_outputs: bool) -> Tensor:
+    """Empty fp32 [splits, S, N]."""
     count = 3 + with_logit_sum + 2 * with_outputs
     shape = (launch_config(logits).num_splits, count, logits.shape[0])
     return logits.new_empty(shape, dtype=torch.float32)
@@ -423,6 +424,7 @@ def row_losses(
 
 
 def new_outputs(statistics: Tensor, with_outputs: bool) -> Tensor:
+    """Empty fp32 [1 or 4, N]."""
     return statistics.new_empty((4 if with_outputs else 1, statistics.shape[2]))
 
 

@@ -22,6 +22,7 @@ MAX_PROGRAMS, MIN_ROWS_PER_PROGRAM = 512, 4
 
 @triton.jit
 def load_row(pointer, columns, num_columns, IS_WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row as fp32 [BLOCK_COLUMNS], 0 beyond its end."""
     if IS_WHOLE:
         return tl.load(pointer + columns).to(tl.float32)
     return tl.load(pointer + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
@@ -29,6 +30,7 @@ def load_row(pointer, columns, num_columns, IS_WHOLE: tl.constexpr):  # type: ig
 
 @triton.jit
 def store_row(pointer, columns, values, num_columns, IS_WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes a row [BLOCK_COLUMNS] in the type of its memory."""
     values = values.to(pointer.dtype.element_ty)
     if IS_WHOLE:
         tl.store(pointer + columns, values)
@@ -52,6 +54,7 @@ def rms_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     IS_WHOLE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """The norm of one row, with the addition before or after it."""
     row = tl.program_id(0).to(tl.int64)
     offset = row * num_columns
     columns = tl.arange(0, BLOCK_COLUMNS)
@@ -91,6 +94,7 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     IS_WHOLE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """Gradients of some rows, and this program's part of the weight's."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_COLUMNS)
     weight = load_row(weight_ptr, columns, num_columns, IS_WHOLE)
@@ -231,6 +235,8 @@ def rms_norm_backward(
         grad_total: [..., h], upstream gradient of x itself, which is added. None: 0.
         x: [..., h], what was normalised.
         rstd: [...] fp32, as the forward pass returned it.
+        weight: [h].
+        is_zero_centered: the factor is 1 + weight.
         weight_total: [h], the weight's gradient is added to it. None: it is not computed.
     """
     grad = new_like(x)
@@ -277,6 +283,7 @@ def _(
 
 
 def new_like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor, like x."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -295,6 +302,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool) -> Tensor:
+        """The norm of x, [..., h]."""
         normed, rstd = rms_norm_forward(x, weight, eps, is_zero_centered)
         ctx.save_for_backward(x, rstd, weight)
         ctx.is_zero_centered, ctx.needs_weight_grad = is_zero_centered, ctx.needs_input_grad[1]
@@ -303,6 +311,7 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x [..., h] and of the weight [h]."""
         grad, weight_grad = gradients(ctx, grad_normed, None)
         return grad, weight_grad, None, None
 
@@ -322,6 +331,7 @@ class AddRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_normed: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of both addends [..., h], which are one, and of the weight [h]."""
         grad, weight_grad = gradients(ctx, grad_normed, grad_total)
         return grad, grad, weight_grad, None, None
 
@@ -333,6 +343,7 @@ class RmsNormAdd(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
     ) -> Tensor:
+        """residual + norm of x, [..., h]."""
         total, rstd = rms_norm_add_forward(x, residual, weight, eps, is_zero_centered)
         ctx.save_for_backward(x, rstd, weight)
         ctx.is_zero_centered, ctx.needs_weight_grad = is_zero_centered, ctx.needs_input_grad[2]
@@ -341,6 +352,7 @@ class RmsNormAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and residual [..., h] and of the weight [h]."""
         grad, weight_grad = gradients(ctx, grad_total, None)
         return grad, grad_total, weight_grad, None, None
 

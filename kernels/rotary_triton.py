@@ -86,6 +86,7 @@ def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
+    """Queries and keys of one token, normed and rotated; its values copied."""
     token = tl.program_id(0).to(tl.int64)
     is_query, is_head, is_value, numbers, slots = heads_of(
         tl.program_id(1), NUM_GROUPS, QUERIES, BLOCK_HEADS
@@ -158,6 +159,7 @@ def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
+    """The fused gradient of some tokens, and this program's part of the weights'."""
     TOKEN_SIZE: tl.constexpr = NUM_GROUPS * (QUERIES + 2) * HEAD_DIM
     block = tl.program_id(1)
     is_query, is_head, is_value, numbers, slots = heads_of(block, NUM_GROUPS, QUERIES, BLOCK_HEADS)
@@ -252,6 +254,7 @@ def num_blocks(num_groups: int, queries: int, block_heads: int) -> tuple[int, in
 
 
 def queries_per_group(qkv: Tensor, num_groups: int, head_dim: int) -> int:
+    """Queries that share a key, of a projection's output [..., heads * head_dim]."""
     size = num_groups * head_dim
     assert qkv.shape[-1] % size == 0 and head_dim % 2 == 0, (qkv.shape, num_groups, head_dim)
     return qkv.shape[-1] // size - 2
@@ -300,6 +303,7 @@ def rotary_forward(
 
 
 def new_heads(qkv: Tensor, q_weight: Tensor | None, num_groups: int, head_dim: int) -> Tensor:
+    """Empty [..., heads, head_dim] for the output of the projection."""
     num_heads = qkv.shape[-1] // head_dim - (0 if q_weight is None else num_groups)
     return qkv.new_empty((*qkv.shape[:-1], num_heads, head_dim))
 
@@ -336,9 +340,16 @@ def rotary_backward(
 
     Args:
         grad_q: [..., queries, head_dim]; grad_k, grad_v: [..., groups, head_dim]; last stride 1.
+        grad_k: [..., groups, head_dim].
+        grad_v: like grad_k.
         qkv: the forward pass's input; None without a norm.
-        cos_sin, q_weight, k_weight, eps, is_zero_centered: as rotate_qkv.
-        q_total, k_total: [head_dim], the weights' gradients are added to them. None: not computed.
+        cos_sin: fp32 [N, 2 * half], cosines, then sines; None = not rotated.
+        q_weight: [head_dim]; None = no norm.
+        k_weight: like q_weight.
+        q_total: fp32 [head_dim], where the gradient of q_weight is added; None = frozen.
+        k_total: like q_total.
+        eps: of the norm.
+        is_zero_centered: the factor is 1 + weight.
 
     Returns: [..., groups * (queries per group + 2) * head_dim].
     """
@@ -388,6 +399,7 @@ def rows_of(grad: Tensor) -> Tensor:
 
 
 def new_fused(grad_q: Tensor, grad_k: Tensor) -> Tensor:
+    """Empty [..., heads * head_dim] for the gradient of the projection's output."""
     num_heads = grad_q.shape[-2] + 2 * grad_k.shape[-2]
     return grad_q.new_empty((*grad_q.shape[:-2], num_heads * grad_q.shape[-1]))
 
@@ -424,6 +436,7 @@ class RotateQkv(torch.autograd.Function):
         eps: float,
         is_zero_centered: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [..., heads, head_dim]."""
         options = num_groups, head_dim, eps, is_zero_centered
         heads = rotary_forward(qkv, cos_sin, q_weight, k_weight, *options)
         has_norm = q_weight is not None
@@ -441,6 +454,7 @@ class RotateQkv(torch.autograd.Function):
     def backward(
         ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Gradients of the projection's output and of the norms' weights [head_dim]."""
         qkv, cos_sin, q_weight, k_weight = ctx.saved_tensors
         weights = q_weight, k_weight
         totals = [

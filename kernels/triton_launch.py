@@ -33,6 +33,7 @@ class Operation(Generic[R]):
         functools.update_wrapper(self, launch)
 
     def __call__(self, *args: Any) -> R:
+        """Launches at once, or as an operation of PyTorch under torch.compile."""
         if torch.compiler.is_compiling():
             result: R = self.registered(*args)
             return result
@@ -54,6 +55,7 @@ def operation(
     """A decorator that makes a launcher an Operation called `name`.
 
     Args:
+        name: of the operation.
         mutates_args: names of the arguments that it writes to.
     """
     return lambda launch: Operation(name, launch, mutates_args)
@@ -66,6 +68,7 @@ def gpu_warp_size() -> int:
 
 
 def warp_size(tensor: Tensor) -> int:
+    """Threads of a warp of a tensor's device."""
     return gpu_warp_size() if tensor.is_cuda else 32
 
 
@@ -73,6 +76,7 @@ def check_tensor(tensor: Tensor, what: str, key: str) -> None:
     """Raises ValueError for a tensor that no Triton kernel of ours can take.
 
     Args:
+        tensor: of any shape.
         what: the tensor is, in the plural.
         key: the config key by which the kernels were chosen.
     """
