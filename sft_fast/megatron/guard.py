@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.numpy import save
 from sft_fast.config.sections import GuardConfig
 from sft_fast.data.store import TokenStore
 from sft_fast.metrics.format import finite
-from sft_fast.metrics.writer import MetricsWriter, StepResult
+from sft_fast.metrics.writer import MetricsWriter, StepOutcome, StepReason
 
 # Standard deviations of a normal distribution per median absolute deviation.
 MAD_TO_SIGMA = 1.4826
@@ -76,21 +75,20 @@ class Guard:
         spread = statistics.median(abs(old - median) for old in history)
         return value > median + self.config.spike_sigmas * MAD_TO_SIGMA * spread
 
-    def accepts(self, loss: float, grad_norm: float) -> tuple[bool, str]:
-        """Judges one step: (whether it is taken, warning).
+    def judge(self, loss: float, grad_norm: float) -> tuple[StepReason, str]:
+        """Decides about one update, and says in words what is unusual about it.
 
-        Remembers the values of steps that are taken.
+        Remembers the values of steps that it lets happen.
         """
         warning = self.warning(loss, grad_norm)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        is_taken = is_finite and (not warning or self.config.on_spike == "warn")
-        if is_taken:
-            self.num_skipped = 0
-            self.losses.append(loss)
-            self.grad_norms.append(grad_norm)
-        else:
+        if warning and not (is_finite and self.config.on_spike == "warn"):
             self.num_skipped += 1
-        return is_taken, warning
+            return StepReason.REFUSED, warning
+        self.num_skipped = 0
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+        return (StepReason.WARNED if warning else StepReason.UPDATED), warning
 
 
 def statistics_floor(history: deque[float]) -> float:
@@ -111,7 +109,7 @@ def check_limit(guard: Guard, step: int, warning: str, folder: Path) -> None:
 
 def report_warning(
     step: int,
-    result: StepResult,
+    outcome: StepOutcome,
     sample_ids: NDArray[np.int64],
     store: TokenStore,
     folder: Path,
@@ -124,17 +122,17 @@ def report_warning(
     """
     if not metrics.is_main:
         return
-    verb = "skipped" if result.was_skipped else "warning"
-    metrics.write("guard", step=step, **asdict(result))
-    metrics.log(f"step {step} {verb}: {result.warning}; its samples: {folder}")
+    verb = "warning" if outcome.updated else "skipped"
+    metrics.write("guard", step=step, **outcome.figures())
+    metrics.log(f"step {step} {verb}: {outcome.warning}; its samples: {folder}")
     try:
-        keep_samples(step, result, [int(sample) for sample in sample_ids], store, folder)
+        keep_samples(step, outcome, [int(sample) for sample in sample_ids], store, folder)
     except OSError as error:
         metrics.log(f"warning: the samples of step {step} could not be written: {error}")
 
 
 def keep_samples(
-    step: int, result: StepResult, ids: list[int], store: TokenStore, folder: Path
+    step: int, outcome: StepOutcome, ids: list[int], store: TokenStore, folder: Path
 ) -> None:
     """Writes the two files of `report_warning`.
 
@@ -142,7 +140,7 @@ def keep_samples(
         OSError: the disk is full or not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    values = {name: finite(value) for name, value in asdict(result).items()}
+    values = {name: finite(value) for name, value in outcome.figures().items()}
     record = {
         "step": step,
         **values,

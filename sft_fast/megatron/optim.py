@@ -1,7 +1,6 @@
 """DDP, optimizer and learning-rate schedule, all megatron-core's."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -78,27 +78,29 @@ def build_optimizer(model: ModuleList, config: Config, parallel: Parallel) -> Me
     return optimizer
 
 
-def step_if(optimizer: MegatronOptimizer, accepts: Callable[[float], bool]) -> tuple[bool, float]:
-    """`optimizer.step()` that leaves weights and moments alone unless `accepts(grad_norm)`.
+def ready_gradients(optimizer: MegatronOptimizer) -> float | None:
+    """Makes the gradients of a step ready for the update: in fp32, without the scale of fp16.
 
-    Returns: (updated, gradient norm before clipping; NaN when fp16 gradients overflowed).
+    Returns: their norm, on the host; None where fp16 gradients overflowed.
     """
-    norms = [math.nan]
-    get_grad_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    return None if optimizer.prepare_grads() else float(optimizer.get_grad_norm())
 
-    def noted_norm() -> float:
-        norms.append(float(get_grad_norm()))
-        return norms[-1]
 
-    def guarded_update() -> bool:
-        return update() if accepts(norms[-1]) else False
+@torch.no_grad()
+def clip_and_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Moves weights and moments by gradients that are ready and have this norm.
 
-    optimizer.get_grad_norm, optimizer.step_with_ready_grads = noted_norm, guarded_update
-    try:
-        was_updated, _, _ = optimizer.step()
-    finally:
-        del optimizer.get_grad_norm, optimizer.step_with_ready_grads
-    return was_updated, norms[-1]
+    After `ready_gradients` it is the rest of megatron's `optimizer.step()`, which leaves nobody the
+    time to look at the norm and refuse.
+    """
+    for part in optimizer_parts(optimizer):
+        config, parameters = part.config, part.get_parameters()
+        if parameters and config.clip_grad > 0:
+            # Adam with a share of its state on the host reads `decoupled_grad`, not `grad`.
+            is_decoupled = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, config.clip_grad, grad_norm, is_decoupled)
+    was_updated = optimizer.step_with_ready_grads()
+    assert was_updated, "fp16 gradients that overflow are refused before"
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:

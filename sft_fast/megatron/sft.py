@@ -1,5 +1,6 @@
 """The `("megatron", "sft")` trainer: what happens to a token, from store to optimizer step."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -42,11 +43,12 @@ from sft_fast.megatron.neftune import add_noise, begin_step
 from sft_fast.megatron.optim import (
     build_lr_schedule,
     build_optimizer,
+    clip_and_update,
     connect_schedule,
     gather_parameters,
     normalise_by,
     parts_of,
-    step_if,
+    ready_gradients,
     wrap_model,
 )
 from sft_fast.megatron.parallel import Parallel, init_parallel
@@ -54,7 +56,7 @@ from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics.profiling import ProfilerWindow
 from sft_fast.metrics.report import length_histogram, write_report
 from sft_fast.metrics.trackers import check_trackers
-from sft_fast.metrics.writer import MetricsWriter, StepResult, Timed
+from sft_fast.metrics.writer import MetricsWriter, StepOutcome, StepReason, Timed
 from sft_fast.models.architecture import Architecture
 from sft_fast.packing.from_config import make_plan, warm_up_warning
 from sft_fast.packing.micro_batch import MicroBatch
@@ -64,8 +66,6 @@ from sft_fast.runtime.manifest import MANIFEST_FILE
 from sft_fast.runtime.phases import Phases, no_report
 from sft_fast.runtime.rendezvous import public_address_warning
 from sft_fast.runtime.run_files import check_resume, list_checkpoints
-
-OVERFLOW = "fp16 overflow"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train_step(
     parallel: Parallel,
     guard: Guard | None = None,
     phases: Phases | None = None,
-) -> StepResult:
+) -> StepOutcome:
     """One optimizer step; the only place where gradients happen.
 
     The objective is the weighted mean over the supervised tokens of the global batch: the sum of
@@ -112,24 +112,23 @@ def train_step(
     reports = run_schedule(run.model, batches, config, parallel)
     total, votes = sum_over_ranks(reports, "lm loss", (2,), parallel, phases.votes())
     lr = run.optimizer.param_groups[0]["lr"]
-    verdict = (True, OVERFLOW)
-
-    def accepts(grad_norm: float) -> bool:
-        # The gradient norm is on the host by now, so reading the loss waits for nothing.
-        nonlocal verdict
-        loss = float(total[0]) / (counts.loss_weight or 1.0)
-        verdict = (True, "") if guard is None else guard.accepts(loss, grad_norm)
-        run.copier.before_update()
-        return verdict[0]
-
-    was_updated, grad_norm = step_if(run.optimizer, accepts)
-    if was_updated:
-        run.schedule.step(increment=1)
+    grad_norm = ready_gradients(run.optimizer)
+    # The norm is on the host by now, so reading the loss waits for nothing.
     loss_sum, counted = total.tolist()
     assert counted == counts.num_supervised, (counted, counts)
     phases.apply_votes(*votes.tolist())
     loss = loss_sum / (counts.loss_weight or 1.0)
-    return StepResult(loss, grad_norm, lr, not was_updated, verdict[1])
+    reason, warning = StepReason.UPDATED, ""
+    if grad_norm is None:
+        reason, warning = StepReason.OVERFLOW, "fp16 overflow"
+    elif guard is not None:
+        reason, warning = guard.judge(loss, grad_norm)
+    outcome = StepOutcome(loss, math.nan if grad_norm is None else grad_norm, lr, reason, warning)
+    if outcome.updated:
+        run.copier.before_update()
+        clip_and_update(run.optimizer, outcome.grad_norm)
+        run.schedule.step(increment=1)
+    return outcome
 
 
 def build_run(
@@ -309,16 +308,16 @@ def train(config: Config, phases: Phases) -> int:
             counts = plan.counts(step - first)
             seed_dropout(config, step, parallel)
             begin_step(run.model, step)
-            result = train_step(run, batches, counts, config, parallel, guard, phases)
+            outcome = train_step(run, batches, counts, config, parallel, guard, phases)
             done = step + 1
             elapsed_s = time.perf_counter() - began
-            phases.heartbeat(step=done, loss=result.loss)
+            phases.heartbeat(step=done, loss=outcome.loss)
             checkpoints.poll()
-            if result.warning not in ("", OVERFLOW):
+            if outcome.is_of_guard:
                 samples = np.concatenate(plan.step_bins(*plan.locate(step - first)))
-                report_warning(done, result, samples, inputs.store, output / "skipped", metrics)
-                check_limit(guard, done, result.warning, output / "skipped")
-            meter.step(done, result, counts, elapsed_s, batches.take_waited_s())
+                report_warning(done, outcome, samples, inputs.store, output / "skipped", metrics)
+                check_limit(guard, done, outcome.warning, output / "skipped")
+            meter.step(done, outcome, counts, elapsed_s, batches.take_waited_s())
             trace = profiler.after(done)
             if trace is not None:
                 metrics.log(f"profile: {trace}")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -25,18 +26,50 @@ Item = TypeVar("Item")
 GIB = 2**30
 
 
+class StepReason(Enum):
+    """Why an optimizer step moved the weights, or left them where they were."""
+
+    UPDATED = auto()
+    WARNED = auto()
+    """Updated, although the guard found loss or gradient unusual."""
+    REFUSED = auto()
+    """The guard did not let the update happen."""
+    OVERFLOW = auto()
+    """A scaled fp16 gradient was not finite; the next step takes a smaller scale."""
+
+
 @dataclass(frozen=True)
-class StepResult:
+class StepOutcome:
     """What one optimizer step gave; equal on every rank."""
 
     loss: float
     """Mean over the global batch's supervised tokens, nats."""
     grad_norm: float
+    """Before clipping; NaN after an overflow."""
     lr: float
-    was_skipped: bool
-    """True when the weights did not move."""
+    reason: StepReason = StepReason.UPDATED
     warning: str = ""
-    """Why: fp16 overflow, or what the guard says, which may only have been a warning."""
+    """The reason in words, unless it is UPDATED."""
+
+    @property
+    def updated(self) -> bool:
+        """Whether the weights moved."""
+        return self.reason in (StepReason.UPDATED, StepReason.WARNED)
+
+    @property
+    def is_of_guard(self) -> bool:
+        """Whether the guard found something, which is reported with the step's samples."""
+        return self.reason in (StepReason.WARNED, StepReason.REFUSED)
+
+    def figures(self) -> dict[str, Any]:
+        """The outcome as metrics.jsonl has it."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "was_skipped": not self.updated,
+            "warning": self.warning,
+        }
 
 
 @dataclass
@@ -187,7 +220,7 @@ class StepMeter:
     def step(
         self,
         step: int,
-        result: StepResult,
+        outcome: StepOutcome,
         counts: StepCounts,
         elapsed_s: float,
         data_wait_s: float,
@@ -203,7 +236,7 @@ class StepMeter:
             return
         speeds = self.window.speeds(self.peak_flops)
         eta_s = (self.num_steps - step) * (speeds["elapsed_s"] or 0.0)
-        figures = {**asdict(result), **speeds, "memory_gib": peak_memory_gib(), "eta_s": eta_s}
+        figures = {**outcome.figures(), **speeds, "memory_gib": peak_memory_gib(), "eta_s": eta_s}
         if progress is not None and is_drawn:
             progress.update(step, figures)
         if is_due:

@@ -8,6 +8,7 @@ import pytest
 from faults.launcher import Launcher, step_losses
 from sft_fast.config.sections import GuardConfig
 from sft_fast.megatron.guard import Guard
+from sft_fast.metrics.writer import StepReason
 
 
 @pytest.mark.fault("F18")
@@ -60,7 +61,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_judges_alike(launcher: Launcher) -
 
 
 def judge(guard: Guard, values: list[tuple[float, float]]) -> list[bool]:
-    return [guard.accepts(loss, grad_norm)[0] for loss, grad_norm in values]
+    return [guard.judge(*value)[0] is not StepReason.REFUSED for value in values]
 
 
 def test_what_counts_as_a_spike() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_fast.metrics.format import duration
-from sft_fast.metrics.writer import MetricsWriter, StepMeter, StepResult, Timed, Window
+from sft_fast.metrics.writer import MetricsWriter, StepMeter, StepOutcome, StepReason, Timed, Window
 from sft_fast.packing.steps import StepCounts
 from tiny import make_config
 
@@ -24,7 +24,7 @@ COUNTS = StepCounts(
     capacity_tokens=80,
     sum_squared_lengths=1300,
 )
-RESULT = StepResult(loss=1.5, grad_norm=0.5, lr=1e-3, was_skipped=False)
+OUTCOME = StepOutcome(loss=1.5, grad_norm=0.5, lr=1e-3)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def run_meter(folder: Path, steps: range, is_main: bool = True, **options: Any) 
     every = options.pop("every_steps", 1)
     meter = StepMeter(writer, steps.stop - 1, every, lambda counts: 1e12, **options)
     for step in steps:
-        meter.step(step, RESULT, COUNTS, elapsed_s=2.0, data_wait_s=0.5)
+        meter.step(step, OUTCOME, COUNTS, elapsed_s=2.0, data_wait_s=0.5)
     writer.close()
 
 
@@ -96,7 +96,7 @@ def test_an_unknown_peak_shows_no_mfu_and_nan_is_null(
 ) -> None:
     writer = MetricsWriter(tmp_path, True)
     meter = StepMeter(writer, 1, 1, lambda counts: 0.0)
-    result = StepResult(math.nan, math.inf, 0.0, was_skipped=True, warning="fp16 overflow")
+    result = StepOutcome(math.nan, math.inf, 0.0, StepReason.OVERFLOW, "fp16 overflow")
     meter.step(1, result, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     (record,) = read(tmp_path)
     assert record["loss"] is None and record["grad_norm"] is None and record["mfu"] is None
@@ -123,11 +123,11 @@ def test_a_terminal_gets_one_line_drawn_anew_and_messages_above_it(
     writer = MetricsWriter(tmp_path, True)
     meter = StepMeter(writer, 5, 2, lambda counts: 0.0)
     for step in (1, 2, 3):
-        meter.step(step, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
+        meter.step(step, OUTCOME, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     writer.log("eval at step 3")
-    skipped = replace(RESULT, was_skipped=True, warning="overflow")
+    skipped = replace(OUTCOME, reason=StepReason.OVERFLOW, warning="overflow")
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWS", 1e9)
-    meter.step(4, RESULT, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
+    meter.step(4, OUTCOME, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     meter.step(5, skipped, COUNTS, elapsed_s=1.0, data_wait_s=0.0)
     writer.end_progress()
     drawn = terminal.getvalue()
