@@ -36,6 +36,7 @@ from sft_fast.megatron.attention.backends import AttentionChoice, choose_attenti
 from sft_fast.megatron.attention.context_parallel import ContextGroup, check_context, context_group
 from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
+from sft_fast.megatron.attention.self_test import AttentionShape
 from sft_fast.megatron.device import prepare_for_experts
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm
@@ -351,17 +352,18 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     """
     check_layout(architecture, config)
     megatron_config = transformer_config(architecture, config, parallel)
-    heads = (
+    shape = AttentionShape(
+        parallel.device,
+        megatron_config.params_dtype,
         architecture.num_attention_heads // parallel.tp_size,
         architecture.num_key_value_heads // parallel.tp_size,
         architecture.head_dim,
     )
-    kind = parallel.device, megatron_config.params_dtype
     context, further_test = context_group(parallel), None
     if context is not None:
-        further_test = partial(check_context, context, *kind, heads)
+        further_test = partial(check_context, context, shape)
     attention = choose_attention(
-        config.model.attention, *kind, *heads, scorings(architecture), further_test
+        config.model.attention, shape, scorings(architecture), further_test
     )
     return [
         build_chunk(architecture, config, parallel, megatron_config, attention, vp_stage)

@@ -21,12 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.megatron.attention.backends import run_with_gradients
 from sft_fast.megatron.attention.packed_samples import (
     AttentionFn,
     PackedSamples,
     ScoreOptions,
     pack_samples,
+)
+from sft_fast.megatron.attention.self_test import (
+    AttentionShape,
+    WrongResult,
+    run_with_gradients,
 )
 from sft_fast.megatron.parallel import Parallel
 
@@ -152,30 +156,18 @@ class GatherKeys(torch.autograd.Function):
 
 
 def check_context(
-    context: ContextGroup,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: tuple[int, int, int],
-    scoring: ScoreOptions,
-    attend: AttentionFn,
+    context: ContextGroup, shape: AttentionShape, scoring: ScoreOptions, attend: AttentionFn
 ) -> None:
-    """Lets the ranks share a row, and compares with attention of the whole row on each of them.
-
-    Args:
-        heads: query heads, key heads and channels per head.
+    """Lets the ranks share a sample, and compares with attention of all of it on each of them.
 
     Raises:
-        ValueError: output or gradients differ by more than rounding; on every rank if on one.
+        WrongResult: output or gradients differ by more than rounding; on every rank if on one.
     """
-    length, generator = 2 * context.size * SELF_TEST_CHUNK, torch.Generator().manual_seed(0)
-    num_heads, num_kv_heads, head_dim = heads
-    inputs = [
-        torch.randn(length, count, head_dim, generator=generator).to(device, dtype)
-        for count in (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    ]
-    chunks = torch.arange(length, device=device).chunk(2 * context.size)
+    length = 2 * context.size * SELF_TEST_CHUNK
+    inputs = shape.random_inputs(length)
+    chunks = torch.arange(length, device=shape.device).chunk(2 * context.size)
     own = torch.cat([chunks[context.rank], chunks[-1 - context.rank]])
-    edges = torch.tensor([0, length], dtype=torch.int32, device=device)
+    edges = torch.tensor([0, length], dtype=torch.int32, device=shape.device)
     pack = partial(pack_samples, (length,), edges)
 
     def shared(query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, _: Any) -> Tensor:
@@ -189,9 +181,9 @@ def check_context(
     ]
     worst = torch.stack(errors).float().nan_to_num(nan=torch.inf)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=context.group)
-    error, tolerance = float(worst.max()), 100 * torch.finfo(dtype).eps
+    error, tolerance = float(worst.max()), 100 * torch.finfo(shape.dtype).eps
     if error > tolerance:
-        raise ValueError(
+        raise WrongResult(
             f"with parallel.context {context.size} its output or gradient is off by {error:.2g} "
             f"of the largest value, more than {tolerance:.2g}"
         )

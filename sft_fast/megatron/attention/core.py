@@ -11,8 +11,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.megatron.attention.backends import dense_attention
 from sft_fast.megatron.attention.context_parallel import ContextGroup, attend_in_context
+from sft_fast.megatron.attention.dense import dense_attention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 
 

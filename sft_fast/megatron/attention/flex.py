@@ -1,6 +1,6 @@
-"""Attention by FlexAttention: PyTorch writes the kernel, which knows windows and soft caps.
+"""FlexAttention as a backend: PyTorch writes the kernel, which knows windows and soft caps.
 
-On a GPU the kernel and the block mask are compiled once for each length of a row, so rows are
+On a GPU the kernel and the block mask are compiled once for each number of tokens, so tokens are
 padded to few lengths. Without a GPU there is no backward pass, and the forward pass is for tests.
 
 Source: Dong et al. 2024, arXiv 2412.05496; torch.nn.attention.flex_attention.
@@ -8,13 +8,13 @@ Source: Dong et al. 2024, arXiv 2412.05496; torch.nn.attention.flex_attention.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sft_fast.constants import round_up
+from sft_fast.megatron.attention.library_errors import from_library
 from sft_fast.megatron.attention.packed_samples import (
     AttentionFn,
     PackedSamples,
@@ -22,33 +22,38 @@ from sft_fast.megatron.attention.packed_samples import (
     size_class,
 )
 
+# FlexAttention skips a block of queries and keys where no query sees a key.
 BLOCK = 128
 MOST_KERNELS = 128
-"""One for each length of a row, window, and whether there are gradients."""
+"""One for each number of tokens, window, and whether there are gradients."""
 
 
 def load_flex() -> AttentionFn:
+    """Loads FlexAttention, compiled where there is a GPU."""
     from torch._dynamo import config as compiler
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # Beyond it the plain version would run, which holds the scores of all pairs of rows.
     compiler.recompile_limit = max(compiler.recompile_limit, MOST_KERNELS)
-    make_mask: Any = torch.compile(create_block_mask, dynamic=False)
-    kernel: Any = torch.compile(flex_attention, dynamic=False)
+    plain = from_library(create_block_mask), from_library(flex_attention)
+    compiled = (
+        from_library(torch.compile(create_block_mask, dynamic=False)),
+        from_library(torch.compile(flex_attention, dynamic=False)),
+    )
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
     ) -> Tensor:
-        on_gpu = query.is_cuda
+        """[T, heads, head_dim]; see `AttentionFn`."""
+        make_mask, attention = compiled if query.is_cuda else plain
         num_tokens = len(query)
-        query, key, value = (pad_rows(tensor) for tensor in (query, key, value))
+        query, key, value = (pad_tokens(tensor) for tensor in (query, key, value))
         if scoring.window not in samples.flex_masks:  # the same for all such layers
-            make = make_mask if on_gpu else create_block_mask
             visible = visibility(samples, scoring.window, len(query), len(key))
-            samples.flex_masks[scoring.window] = make(
+            samples.flex_masks[scoring.window] = make_mask(
                 visible, None, None, len(query), len(key), device=query.device
             )
-        output = (kernel if on_gpu else flex_attention)(
+        output = attention(  # [1, heads, T, head_dim]
             *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
             score_mod=None if scoring.softcap is None else capped(scoring.softcap),
             block_mask=samples.flex_masks[scoring.window],
@@ -60,8 +65,8 @@ def load_flex() -> AttentionFn:
     return attend
 
 
-def pad_rows(tensor: Tensor) -> Tensor:
-    """[T, heads, head_dim] -> one of few lengths, with zeros at the end."""
+def pad_tokens(tensor: Tensor) -> Tensor:
+    """[T, heads, head_dim] -> [one of few lengths, heads, head_dim], with zeros at the end."""
     length = round_up(size_class(len(tensor)), BLOCK)
     return functional.pad(tensor, (0, 0, 0, 0, 0, length - len(tensor)))
 
@@ -69,18 +74,19 @@ def pad_rows(tensor: Tensor) -> Tensor:
 def visibility(
     samples: PackedSamples, window: int | None, num_queries: int, num_keys: int
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's mask_mod: whether a query row sees a key row; padding is a sample too."""
-    query_ends, key_ends = samples.cu_seqlens_q[1:], samples.cu_seqlens_kv[1:]
-    query_rows = torch.arange(num_queries, device=query_ends.device, dtype=torch.int32)
-    key_rows = torch.arange(num_keys, device=query_ends.device, dtype=torch.int32)
-    query_samples = torch.searchsorted(query_ends, query_rows, right=True, out_int32=True)
-    key_samples = torch.searchsorted(key_ends, key_rows, right=True, out_int32=True)
+    """FlexAttention's mask_mod: whether a query sees a key; padding is a sample too."""
+    query_ends, key_ends = samples.cu_seqlens_q[1:], samples.cu_seqlens_kv[1:]  # int32 [samples]
+    queries = torch.arange(num_queries, device=query_ends.device, dtype=torch.int32)
+    keys = torch.arange(num_keys, device=query_ends.device, dtype=torch.int32)
+    query_samples = torch.searchsorted(query_ends, queries, right=True, out_int32=True)
+    key_samples = torch.searchsorted(key_ends, keys, right=True, out_int32=True)
     # The last query of a sample sees its last key.
     shifts = functional.pad(key_ends - query_ends, (0, 1), value=num_keys - num_queries)
-    last_keys = query_rows + shifts[query_samples]
+    last_keys = queries + shifts[query_samples]
     width = num_keys if window is None else window
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """bool, 0-d; so are the arguments, int32 indices."""
         last = last_keys[query]
         is_near = (key <= last) & (key > last - width)
         return is_near & (query_samples[query] == key_samples[key])
@@ -93,6 +99,7 @@ def capped(softcap: float) -> Callable[..., Tensor]:
     """FlexAttention's score_mod of a soft cap; one function for each, or all would be compiled."""
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """The capped score, 0-d; so are the arguments."""
         return softcap * torch.tanh(score / softcap)
 
     return cap

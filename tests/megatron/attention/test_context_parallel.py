@@ -14,6 +14,8 @@ def choice_of(chain: dict[str, str], cp_size: int) -> str:
     from megatron.core import parallel_state
 
     from sft_fast.megatron.attention import backends, context_parallel
+    from sft_fast.megatron.attention.packed_samples import ScoreOptions
+    from sft_fast.megatron.attention.self_test import AttentionShape
 
     parallel_state.initialize_model_parallel(context_parallel_size=cp_size)
     group = context_parallel.ContextGroup(
@@ -28,16 +30,13 @@ def choice_of(chain: dict[str, str], cp_size: int) -> str:
         lambda device: False,
         backends.on_cpu_only,
     )
-    heads = (4, 2, 8)
-    kind = torch.device("cpu"), torch.float32
-
-    scoring = backends.ScoreOptions(8**-0.5)
+    shape = AttentionShape(torch.device("cpu"), torch.float32, 4, 2, 8)
 
     def test(scoring: Any, attend: Any) -> None:
-        context_parallel.check_context(group, *kind, heads, scoring, attend)
+        context_parallel.check_context(group, shape, scoring, attend)
 
     try:
-        return str(backends.choose_attention("auto", *kind, *heads, [scoring], test))
+        return str(backends.choose_attention("auto", shape, [ScoreOptions(8**-0.5)], test))
     finally:
         backends.BACKENDS.update(original)
         backends.on_cpu_only = on_cpu_only
@@ -45,7 +44,7 @@ def choice_of(chain: dict[str, str], cp_size: int) -> str:
 
 def top_left(query: Tensor, key: Tensor, value: Tensor, samples: Any, scoring: Any) -> Tensor:
     """The first query sees the first key, also where there are more keys."""
-    from sft_fast.megatron.attention.backends import attend_sdpa
+    from sft_fast.megatron.attention.dense import attend_sdpa
     from sft_fast.megatron.attention.packed_samples import pack_samples
 
     if samples.key_lengths is not None:
@@ -63,7 +62,7 @@ def top_left(query: Tensor, key: Tensor, value: Tensor, samples: Any, scoring: A
 def wrong_on_one_rank(*arguments: Any) -> Tensor:
     import torch.distributed as dist
 
-    from sft_fast.megatron.attention.backends import attend_sdpa
+    from sft_fast.megatron.attention.dense import attend_sdpa
 
     is_wrong = dist.get_rank() == 1 and arguments[3].key_lengths is not None
     return attend_sdpa(*arguments) * (2 if is_wrong else 1)
@@ -82,8 +81,8 @@ def test_a_backend_that_fails_in_context_is_passed_over_on_every_rank(rank_pool:
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: float | None) -> None:
     """Without communication: the segments' rows of the gathered keys, and the attention."""
-    from sft_fast.megatron.attention.backends import attend_sdpa
     from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
+    from sft_fast.megatron.attention.dense import attend_sdpa
     from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
 
     scoring = ScoreOptions(0.3, window, softcap)
@@ -123,9 +122,10 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
 @pytest.mark.parametrize("name", ["flash_attn", "aiter", "torch_varlen", "sdpa"])
 def test_the_share_of_many_samples_on_a_gpu(name: str) -> None:
     """Whether a library aligns queries with the last keys; bf16, output and gradients."""
-    from sft_fast.megatron.attention.backends import BACKENDS, run_with_gradients
+    from sft_fast.megatron.attention.backends import BACKENDS
     from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
     from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
+    from sft_fast.megatron.attention.self_test import run_with_gradients
 
     try:
         attend = BACKENDS[name]()
