@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megatron_loss import fused_loss, unfused_loss
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.kernels import masked_cross_entropy as kernels
 from sft_fast.kernels.backends import load_backend
+from sft_fast.kernels.loss_options import LossOptions
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
 from timing import DEVICE, ON_GPU, copy_bytes_per_s, graph_median_s, median_s, peak_bytes_beyond
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -52,16 +53,15 @@ def copy_ceiling() -> float:
     return copy_bytes_per_s()
 
 
-def shard_of(vocab_size: int) -> kernels.VocabShard:
-    return kernels.VocabShard(vocab_size, 0, vocab_size, None, 0, 1)
+OPTIONS = LossOptions()
 
 
 def two_passes(backend: Any, logits: Tensor, labels: Tensor, grads: Tensor) -> Tensor:
-    """Loss [N]; the logits become their gradient."""
-    how = shard_of(logits.shape[1]), backend, kernels.LossOptions()
-    statistics = kernels.global_statistics(logits, labels, *how, False)
-    (loss,) = kernels.row_outputs(statistics, labels, *how, False)
-    kernels.write_gradient(logits, logits, labels, statistics, grads, *how)
+    """Loss [N] of logits [N, V], which become their gradient."""
+    columns = VocabColumns(0, logits.shape[1], logits.shape[1])
+    statistics = backend.shard_statistics(logits, labels, columns, OPTIONS, False)
+    (loss,) = backend.token_losses(statistics, labels, columns.vocab_size, OPTIONS, False)
+    backend.write_gradient(logits, logits, labels, statistics, grads, columns, OPTIONS)
     return loss
 
 
@@ -113,7 +113,7 @@ def test_one_pass(benchmark: BenchmarkFixture, size: tuple[int, int]) -> None:
     backend: Any = load_backend("masked_cross_entropy", "native", DEVICE.type)
     logits, labels = make_inputs(*size)
     weights = torch.ones(size[0], device=DEVICE)
-    arguments = logits, labels, weights, size[1], 0.0, 0.0, 0.0
+    arguments = logits, labels, weights, VocabColumns(0, size[1], size[1]), OPTIONS
     duration = median_s(lambda: backend.loss_and_gradient(*arguments))
     num_bytes = 2 * logits.numel() * DTYPE.itemsize
     benchmark.pedantic(backend.loss_and_gradient, args=arguments, rounds=1)

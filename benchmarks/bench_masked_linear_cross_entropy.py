@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_loss import fused_loss, unfused_loss
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.loss import masked_linear_cross_entropy
+from sft_fast.loss import HeadSettings, masked_linear_cross_entropy
 from sft_fast.reference.cross_entropy import linear_cross_entropy
 from timing import DEVICE, ON_GPU, matmul_flops_per_s, median_s, peak_bytes_beyond
 
@@ -70,7 +70,7 @@ def product_ceiling() -> float:
 def masked(inputs: Inputs) -> Tensor:
     hidden, weight, labels, active_tokens = inputs
     losses = masked_linear_cross_entropy(
-        hidden, weight, labels, active_tokens=active_tokens, summed=True
+        hidden, weight, labels, HeadSettings(summed=True), active_tokens=active_tokens
     )
     return losses.sum()
 

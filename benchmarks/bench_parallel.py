@@ -37,7 +37,7 @@ from bench_training_step import (
 )
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.loss import masked_linear_cross_entropy
+from sft_fast.loss import HeadSettings, masked_linear_cross_entropy
 from sft_fast.megatron import optim, sft
 from sft_fast.megatron.parallel import init_parallel
 from sft_fast.packing import steps
@@ -85,10 +85,8 @@ def masked(inputs: HeadInputs) -> Tensor:
         inputs.hidden,
         inputs.weight,
         inputs.labels,
+        HeadSettings(tp_group=inputs.group, sequence_parallel=True, summed=True),
         active_tokens=inputs.active_tokens,
-        tp_group=inputs.group,
-        sequence_parallel=True,
-        summed=True,
     ).sum()
 
 

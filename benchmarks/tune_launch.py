@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 
 from sft_fast.kernels import masked_cross_entropy_triton as kernels
+from sft_fast.kernels.loss_options import LossOptions
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
 from timing import DEVICE, copy_bytes_per_s, median_s
 
 PROBLEMS = [(16384, 128256), (5734, 128256), (5734, 16032), (410, 128256), (4096, 32000)]
@@ -35,11 +37,12 @@ def main() -> None:
             for num_splits in {1, shipped.num_splits}:
                 config = kernels.LaunchConfig(block, num_splits, num_warps)
                 with mock.patch.object(kernels, "launch_config", return_value=config):
-                    options = (0, width, 0.0, False, False)
-                    statistics = kernels.shard_statistics(logits, labels, *options)
+                    columns, options = VocabColumns(0, width, width), LossOptions()
+                    forward_args = logits, labels, columns, options, False
+                    statistics = kernels.shard_statistics(*forward_args)
                     gradient = torch.empty_like(logits)
-                    rest = (labels, statistics, grads, 0, width, width, 0.0, 0.0, 0.0)
-                    forward = median_s(partial(kernels.shard_statistics, logits, labels, *options))
+                    rest = (labels, statistics, grads, columns, options)
+                    forward = median_s(partial(kernels.shard_statistics, *forward_args))
                     backward = median_s(partial(kernels.write_gradient, gradient, logits, *rest))
                 size = logits.numel() * 2
                 results.append((size / forward / ceiling, 2 * size / backward / ceiling, config))

@@ -17,41 +17,53 @@ log = logging.getLogger(__name__)
 class GradientSums:
     """Adds up the gradients of hidden and weight from those of the logits, chunk by chunk.
 
-    The hidden gradient starts on its way to its owners before the last product for the weight.
+    The hidden gradient starts on its way to its owners before the last product for the weight, so
+    that the exchange and that product run side by side.
     """
 
     def __init__(
         self,
         active_hidden: Tensor,
         weight: Tensor,
-        rows: ActiveTokens,
+        active: ActiveTokens,
         shard: VocabShard,
         needs_grad: tuple[bool, ...],
         weight_total: Tensor | None,
     ) -> None:
-        """Args: needs_grad: of (hidden, weight). weight_total: added to; None: a new product."""
-        self.hidden, self.weight, self.rows, self.shard = active_hidden, weight, rows, shard
+        """Allocates the hidden gradient.
+
+        Args:
+            active_hidden: [A, h].
+            weight: [V/tp, h].
+            active: the A tokens.
+            shard: of the vocabulary.
+            needs_grad: of (hidden, weight).
+            weight_total: [V/tp, h], added to; None: a new product, of a single chunk.
+        """
+        self.hidden, self.weight = active_hidden, weight
+        self.active, self.shard = active, shard
         self.needs_weight = needs_grad[1]
         self.hidden_grad = torch.empty_like(active_hidden) if needs_grad[0] else None
         self.weight_total = weight_total if self.needs_weight else None
         self.reduction: dist.Work | None = None
 
     def add(self, chunk: slice, grad_logits: Tensor, is_last: bool) -> None:
+        """Adds the products of a chunk's grad_logits [C, V/tp]."""
         if self.hidden_grad is not None:
-            torch.mm(grad_logits, self.weight, out=self.hidden_grad[chunk])
+            torch.mm(grad_logits, self.weight, out=self.hidden_grad[chunk])  # [C, h]
             if is_last:
                 self.hidden_grad, self.reduction = start_reduction(
-                    self.hidden_grad, self.rows, self.shard
+                    self.hidden_grad, self.active, self.shard
                 )
         if not self.needs_weight:
             return
         if self.weight_total is None:
-            self.weight_total = grad_logits.t() @ self.hidden
+            self.weight_total = grad_logits.t() @ self.hidden  # [V/tp, h]
         else:
             add_product_(self.weight_total, grad_logits.t(), self.hidden[chunk])
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """(own rows of the hidden gradient [own count, h], weight gradient [V/tp, h])"""
+        """(hidden gradient of the own tokens [own count, h], weight gradient [V/tp, h])"""
         if self.reduction is not None:
             self.reduction.wait()
         return self.hidden_grad, self.weight_total
@@ -60,7 +72,7 @@ class GradientSums:
 def weight_gradient(
     weight: Tensor, total: Tensor, accumulate_into_main_grad: bool
 ) -> Tensor | None:
-    """The gradient of weight for autograd, or a stand-in if it has gone into main_grad."""
+    """The gradient [V/tp, h] for autograd, or a stand-in if `total` has gone into main_grad."""
     if not accumulate_into_main_grad:
         return total.to(weight.dtype)
     parameter: Any = weight
@@ -73,7 +85,7 @@ def weight_gradient(
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where total may be wider than the factors."""
+    """total [n, h] += left [n, m] @ right [m, h], where total may be wider than the factors."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     elif right.device.type == "cpu":

@@ -11,28 +11,42 @@ from torch import Tensor
 
 from sft_fast import _gpu
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels.loss_options import OPTION_NAMES, LossOptions
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
+from sft_fast.kernels.masked_cross_entropy_operators import (
+    define_gradient,
+    define_losses,
+    define_statistics,
+    with_numbers,
+)
 
-SKIPS_MASKED_ROWS = True
+BUILT_FOR = getattr(_gpu, "LOSS_OPTIONS", ())
+if BUILT_FOR != OPTION_NAMES:
+    # Python files are picked up as they are saved, the module only where it is built again.
+    raise ImportError(
+        f"module _gpu was built for the loss options ({', '.join(BUILT_FOR)}), expected "
+        f"({', '.join(OPTION_NAMES)}); build it again"
+    )
+
+SKIPS_MASKED_TOKENS = True
 
 DTYPES = {torch.bfloat16: _gpu.BF16, torch.float16: _gpu.FP16, torch.float32: _gpu.FP32}
 
 
-def describe(
-    logits: Tensor, labels: Tensor, vocab_start_index: int, num_columns: int, softcap: float
-) -> Any:
-    """Checks what the kernels take on trust, and returns it as a _gpu.Logits.
+def describe(logits: Tensor, labels: Tensor, columns: VocabColumns) -> Any:
+    """Checks what the kernels take on trust of logits [N, width] and labels [N]: a _gpu.Logits.
 
     Raises:
         ValueError: device, dtype, shape or stride that the kernels cannot take.
     """
-    num_rows, width = logits.shape
+    num_tokens, width = logits.shape
     if logits.dtype not in DTYPES:
         raise ValueError(
             f"loss.backend native: logits are {logits.dtype}, expected bfloat16, float16 or "
             "float32; choose 'torch'"
         )
-    check("logits", logits, logits.dtype, (num_rows, width), logits.device)
-    check("labels", labels, torch.int64, (num_rows,), logits.device)
+    check("logits", logits, logits.dtype, (num_tokens, width), logits.device)
+    check("labels", labels, torch.int64, (num_tokens,), logits.device)
     if logits.device.type != _gpu.DEVICE_TYPE:
         raise ValueError(
             f"loss.backend native: logits are on {logits.device}, but the module was built for "
@@ -41,21 +55,19 @@ def describe(
     return _gpu.Logits(
         data=logits.data_ptr(),
         dtype=DTYPES[logits.dtype],
-        num_rows=num_rows,
+        num_tokens=num_tokens,
         width=width,
         row_stride=logits.stride(0),
         labels=labels.data_ptr(),
-        num_columns=num_columns,
-        vocab_start_index=vocab_start_index,
         ignore_index=IGNORE_INDEX,
-        softcap=softcap,
+        **columns._asdict(),
     )
 
 
 def check(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    """Raises ValueError unless the tensor is as described; only its first stride is free."""
+    """Raises ValueError unless the tensor has this dtype, shape, device, and last stride 1."""
     strides_fit = tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
     if tensor.dim() > 2 and not tensor.is_contiguous():
         strides_fit = False
@@ -68,238 +80,138 @@ def check(
 
 
 def stream_of(tensor: Tensor) -> int:
+    """The stream on which torch enqueues work for a tensor of any shape, as a number."""
     if tensor.device.type == "cpu":
         return 0
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-@torch.library.custom_op("sft_fast::native_masked_cross_entropy_statistics", mutates_args=())
-def shard_statistics(
+def num_splits(logits: Tensor) -> int:
+    """Parts into which the kernels cut logits [N, width]."""
+    return _gpu.num_splits(*logits.shape)
+
+
+def launch_statistics(
+    statistics: Tensor,
     logits: Tensor,
     labels: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    softcap: float,
-    with_logit_sum: bool,
+    columns: VocabColumns,
+    options: LossOptions,
     with_outputs: bool,
-) -> Tensor:
-    """Statistics of one vocabulary shard, without those of masked rows, which are not written.
-
-    Arguments and meaning as in masked_cross_entropy_torch, but: logits bf16, fp16 or fp32 with
-    last stride 1; labels may be IGNORE_INDEX; the lowest finite number stands in place of a
-    maximum of -inf.
-
-    Returns:
-        [num_splits, S, N] fp32, each split a part of the vocabulary.
-    """
+) -> None:
+    """Writes statistics [num_splits, S, N] of logits [N, width], none of masked tokens."""
     labels = labels.contiguous()
-    described = describe(logits, labels, vocab_start_index, num_columns, softcap)
-    statistics = new_statistics(logits, with_logit_sum, with_outputs)
+    described = describe(logits, labels, columns)
     with torch.cuda.device_of(logits):
         _gpu.statistics(
             described,
+            options.values(),
             out=statistics.data_ptr(),
-            with_logit_sum=with_logit_sum,
             with_outputs=with_outputs,
             stream=stream_of(logits),
         )
-    return statistics
 
 
-def new_statistics(logits: Tensor, with_logit_sum: bool, with_outputs: bool) -> Tensor:
-    """Empty fp32 [splits, S, N]."""
-    num_rows, width = logits.shape
-    shape = (_gpu.num_splits(num_rows, width), 3 + with_logit_sum + 2 * with_outputs, num_rows)
-    return logits.new_empty(shape, dtype=torch.float32)
+shard_statistics = define_statistics(
+    "native_masked_cross_entropy_statistics", num_splits, launch_statistics
+)
 
 
-@shard_statistics.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    softcap: float,
-    with_logit_sum: bool,
-    with_outputs: bool,
-) -> Tensor:
-    return new_statistics(logits, with_logit_sum, with_outputs)
-
-
-@torch.library.custom_op("sft_fast::native_masked_cross_entropy_losses", mutates_args=())
-def row_losses(
+def launch_losses(
+    outputs: Tensor,
     statistics: Tensor,
     labels: Tensor,
     vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
+    options: LossOptions,
     with_outputs: bool,
-) -> Tensor:
-    """Joins the statistics of all parts of the vocabulary into the loss of each row.
-
-    Arguments and result as in masked_cross_entropy_torch, but: labels may be IGNORE_INDEX: the
-    statistics of such rows are not read, and all their results are 0.
-    """
+) -> None:
+    """Writes outputs [1 or 4, N], 0 at masked tokens, from statistics [num_parts, S, N]."""
     statistics, labels = statistics.contiguous(), labels.contiguous()
-    num_parts, _, num_rows = statistics.shape
-    shape = (num_parts, 3 + (label_smoothing > 0) + 2 * with_outputs, num_rows)
+    num_parts, _, num_tokens = statistics.shape
+    shape = (num_parts, options.num_statistics(with_outputs), num_tokens)
     check("statistics", statistics, torch.float32, shape, statistics.device)
-    check("labels", labels, torch.int64, (num_rows,), statistics.device)
-    outputs = new_outputs(statistics, with_outputs)
+    check("labels", labels, torch.int64, (num_tokens,), statistics.device)
     with torch.cuda.device_of(statistics):
         _gpu.losses(
             statistics=statistics.data_ptr(),
             labels=labels.data_ptr(),
             num_parts=num_parts,
-            num_rows=num_rows,
+            num_tokens=num_tokens,
             vocab_size=vocab_size,
             ignore_index=IGNORE_INDEX,
             with_outputs=with_outputs,
+            options=options.values(),
             out=outputs.data_ptr(),
-            options=make_options(label_smoothing, z_loss, vocab_size),
             stream=stream_of(statistics),
         )
-    return outputs
 
 
-def new_outputs(statistics: Tensor, with_outputs: bool) -> Tensor:
-    """Empty fp32 [1 or 4, N]."""
-    return statistics.new_empty((4 if with_outputs else 1, statistics.shape[2]))
+token_losses = define_losses("native_masked_cross_entropy_losses", launch_losses)
 
 
-@row_losses.register_fake
-def _(
-    statistics: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    with_outputs: bool,
-) -> Tensor:
-    return new_outputs(statistics, with_outputs)
-
-
-@torch.library.custom_op(
-    "sft_fast::native_masked_cross_entropy_gradient", mutates_args=("gradient",)
-)
-def write_gradient(
+def launch_gradient(
     gradient: Tensor,
     logits: Tensor,
     labels: Tensor,
     statistics: Tensor,
     grads: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    columns: VocabColumns,
+    options: LossOptions,
 ) -> None:
-    """Writes the gradient of sum(grads[0] * loss + grads[1] * logprob) with respect to logits.
-
-    Arguments as in masked_cross_entropy_torch, but: last stride 1; labels may be IGNORE_INDEX:
-    such rows are not read, and get 0.
-    """
+    """Writes gradient [N, width], which may be the logits, from grads [2, N] and statistics."""
     labels, grads, statistics = labels.contiguous(), grads.contiguous(), statistics.contiguous()
-    described = describe(logits, labels, vocab_start_index, num_columns, softcap)
-    num_parts, num_statistics, num_rows = statistics.shape
+    described = describe(logits, labels, columns)
+    num_parts, num_statistics, num_tokens = statistics.shape
     check("gradient", gradient, logits.dtype, tuple(logits.shape), logits.device)
-    check("grads", grads, torch.float32, (2, num_rows), logits.device)
+    check("grads", grads, torch.float32, (2, num_tokens), logits.device)
     check("statistics", statistics, torch.float32, tuple(statistics.shape), logits.device)
     with torch.cuda.device_of(logits):
         _gpu.gradient(
             described,
+            options.values(),
             out=gradient.data_ptr(),
             out_stride=gradient.stride(0),
             statistics=statistics.data_ptr(),
             num_parts=num_parts,
             num_statistics=num_statistics,
             grads=grads.data_ptr(),
-            options=make_options(label_smoothing, z_loss, vocab_size),
             stream=stream_of(logits),
         )
 
 
-@write_gradient.register_fake
-def _(
-    gradient: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    grads: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
-    return None
-
-
-def make_options(label_smoothing: float, z_loss: float, vocab_size: int) -> Any:
-    """The options as the C++ module takes them."""
-    return _gpu.LossOptions(
-        label_smoothing=label_smoothing, uniform=label_smoothing / vocab_size, z_loss=z_loss
-    )
+write_gradient = define_gradient("native_masked_cross_entropy_gradient", launch_gradient)
 
 
 @torch.library.custom_op("sft_fast::native_masked_cross_entropy_one_pass", mutates_args=("logits",))
-def loss_and_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    num_columns: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+def one_pass_operator(
+    logits: Tensor, labels: Tensor, weights: Tensor, columns: list[int], options: list[float]
 ) -> Tensor:
-    """Loss of each row of a whole vocabulary; its weighted gradient takes the logits' place.
-
-    Args:
-        logits: [N, >= num_columns] bf16, fp16 or fp32, last stride 1. Masked rows and padding
-            columns get 0.
-        labels: [N] int64 ids, or IGNORE_INDEX.
-        weights: [N] fp32, upstream gradient of each row's loss.
-        num_columns: columns that count.
-        label_smoothing: share of the target that is spread.
-        z_loss: factor of lse**2.
-        softcap: bound of the logits; 0 = none.
-
-    Returns:
-        [N] fp32, not weighted; 0 at masked rows.
+    """Returns loss [N]; the gradient takes the place of logits [N, width].
 
     Raises:
         ValueError: see `describe`; or a row too long to stay on chip, see `fits_one_pass`.
     """
     labels, weights = labels.contiguous(), weights.contiguous()
-    described = describe(logits, labels, 0, num_columns, softcap)
+    described = describe(logits, labels, VocabColumns(*columns))
     check("weights", weights, torch.float32, (len(logits),), logits.device)
     loss = torch.empty_like(weights)
     with torch.cuda.device_of(logits):
         _gpu.one_pass(
             described,
+            options,
             loss=loss.data_ptr(),
             weights=weights.data_ptr(),
-            options=make_options(label_smoothing, z_loss, num_columns),
             stream=stream_of(logits),
         )
     return loss
 
 
-@loss_and_gradient.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    num_columns: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
-    return torch.empty_like(weights)
+one_pass_operator.register_fake(
+    lambda logits, labels, weights, columns, options: torch.empty_like(weights)
+)
+loss_and_gradient = with_numbers(one_pass_operator)
 
 
 def fits_one_pass(logits: Tensor, labels: Tensor) -> bool:
-    """Whether loss_and_gradient takes these logits; if not, use the other kernels."""
-    return logits.shape[1] <= describe(logits, labels, 0, 0, 0.0).one_pass_width
+    """Whether loss_and_gradient takes logits [N, width]; if not, use the other kernels."""
+    return logits.shape[1] <= describe(logits, labels, VocabColumns(0, 0, 0)).one_pass_width

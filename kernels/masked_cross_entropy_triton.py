@@ -1,9 +1,9 @@
 """The loss kernels in Triton, for CUDA and ROCm.
 
-One program works on one row, or on every num_splits-th block of its columns when rows are few; the
-statistics of a split are then just one more part of the vocabulary. A small kernel joins the parts
-of all ranks for the loss; each program of the gradient does so for itself. The maths and the bytes
-moved are in kernels/README.md.
+One program works on one token's row of logits, or on every num_splits-th block of its columns when
+tokens are few; the statistics of a split are then just one more part of the vocabulary. A small
+kernel joins the parts of all ranks for the loss; each program of the gradient does so for itself.
+The maths and the bytes moved are in kernels/README.md.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sft_fast.constants import IGNORE_INDEX
+from sft_fast.kernels.loss_options import LossOptions
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
+from sft_fast.kernels.masked_cross_entropy_operators import (
+    define_gradient,
+    define_losses,
+    define_statistics,
+)
 from sft_fast.kernels.triton_launch import check_tensor, warp_size
 
-SKIPS_MASKED_ROWS = True
+SKIPS_MASKED_TOKENS = True
 
 MASKED = tl.constexpr(IGNORE_INDEX)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,15 +41,15 @@ def cap(logits, softcap):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_block(  # type: ignore[no-untyped-def]
-    logits_ptr,
-    columns,
+    logits_ptr,  # [width]
+    columns,  # [BLOCK_COLUMNS]
     num_columns,
     width,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Logits of a block as fp32; -inf in columns that do not count."""
+    """Logits of a block, [BLOCK_COLUMNS] fp32; -inf in columns that do not count."""
     if IS_WHOLE:
         logits = tl.load(logits_ptr + columns).to(tl.float32)
     else:
@@ -71,13 +78,18 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_COLUMNS: tl.constexpr,
     GROUP_COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """Statistics of one split of one token; program (token, split). Online softmax per lane.
+
+    Source: Milakov & Gimelshein 2018, arXiv 1805.02867.
+    """
+    token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + token)
     if label == MASKED:
         return
-    logits_ptr += row * row_stride
-    # A lane is a group of neighbouring columns that one thread loads at once.
+    logits_ptr += token * row_stride
+    # A lane is a group of neighbouring columns that one thread loads at once. Each keeps its own
+    # maximum and sum, so that the loop holds no reduction across threads.
     LANES: tl.constexpr = BLOCK_COLUMNS // GROUP_COLUMNS
     # The lowest finite number instead of -inf: subtracting it from -inf does not give NaN.
     lane_max = tl.full([LANES], LOWEST, tl.float32)
@@ -95,12 +107,13 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
                 logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, False
             )
         logits = tl.reshape(logits, [LANES, GROUP_COLUMNS])
-        group_max = tl.max(logits, 1)
-        new_max = tl.maximum(lane_max, group_max)
-        distance = lane_max - new_max
-        ratio = tl.exp2(distance * LOG2E)
-        shifted = logits - new_max[:, None]
-        exponentials = tl.exp2(shifted * LOG2E)
+        group_max = tl.max(logits, 1)  # [LANES]
+        new_max = tl.maximum(lane_max, group_max)  # [LANES]
+        distance = lane_max - new_max  # [LANES]
+        ratio = tl.exp2(distance * LOG2E)  # [LANES]
+        # Not folded into one multiply-add: the rounding of m * log2 e would differ between parts.
+        shifted = logits - new_max[:, None]  # [LANES, GROUP_COLUMNS]
+        exponentials = tl.exp2(shifted * LOG2E)  # [LANES, GROUP_COLUMNS]
         if WITH_LOGIT_SUM:
             finite = tl.reshape(columns, [LANES, GROUP_COLUMNS]) < num_columns
             lane_logits += tl.sum(tl.where(finite, logits, 0.0), 1)
@@ -123,20 +136,20 @@ def masked_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     target_logit = tl.load(logits_ptr + target, mask=owned, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         target_logit = cap(target_logit, softcap)
-    num_rows = tl.num_programs(0).to(tl.int64)
-    statistics_ptr += split * (3 + WITH_LOGIT_SUM + 2 * WITH_OUTPUTS) * num_rows + row
+    num_tokens = tl.num_programs(0).to(tl.int64)
+    statistics_ptr += split * (3 + WITH_LOGIT_SUM + 2 * WITH_OUTPUTS) * num_tokens + token
     tl.store(statistics_ptr, row_max)
-    tl.store(statistics_ptr + num_rows, row_sum)
-    tl.store(statistics_ptr + 2 * num_rows, target_logit)
+    tl.store(statistics_ptr + num_tokens, row_sum)
+    tl.store(statistics_ptr + 2 * num_tokens, target_logit)
     if WITH_LOGIT_SUM:
-        tl.store(statistics_ptr + 3 * num_rows, tl.sum(lane_logits, 0))
+        tl.store(statistics_ptr + 3 * num_tokens, tl.sum(lane_logits, 0))
     if WITH_OUTPUTS:
-        statistics_ptr += (3 + WITH_LOGIT_SUM) * num_rows
+        statistics_ptr += (3 + WITH_LOGIT_SUM) * num_tokens
         shifted_sum = (lane_weighted + lane_sum * (lane_max - row_max)) * lane_weight
         tl.store(statistics_ptr, tl.sum(shifted_sum, 0))
         candidates = tl.where(lane_max == row_max, lane_argmax, 1 << 30)
         argmax = vocab_start_index + tl.min(candidates, 0)
-        tl.store(statistics_ptr + num_rows, argmax.to(tl.float32))
+        tl.store(statistics_ptr + num_tokens, argmax.to(tl.float32))
 
 
 @triton.jit
@@ -145,32 +158,33 @@ def masked_cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
     num_parts,
     labels_ptr,  # [N] int64
     outputs_ptr,  # [1 or 4, N] fp32
-    num_rows,
+    num_tokens,
     vocab_size,
     smoothing,
     z_loss,
     WITH_LOGIT_SUM: tl.constexpr,
     WITH_OUTPUTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    in_range = rows < num_rows
-    label = tl.load(labels_ptr + rows, mask=in_range, other=MASKED)
+    """Joins the parts of BLOCK_TOKENS tokens into their losses; program (block of tokens)."""
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    in_range = tokens < num_tokens
+    label = tl.load(labels_ptr + tokens, mask=in_range, other=MASKED)  # [BLOCK_TOKENS]
     active = label != MASKED
     parts = tl.arange(0, BLOCK_PARTS)
-    wanted = active[None, :] & (parts < num_parts)[:, None]
-    # Not num_rows.to(...): Triton makes an argument of 1 a Python number.
-    stride = tl.full((), 0, tl.int64) + num_rows
+    wanted = active[None, :] & (parts < num_parts)[:, None]  # [BLOCK_PARTS, BLOCK_TOKENS]
+    # Not num_tokens.to(...): Triton makes an argument of 1 a Python number.
+    stride = tl.full((), 0, tl.int64) + num_tokens
     part_stride = (3 + WITH_LOGIT_SUM + 2 * WITH_OUTPUTS) * stride
-    statistics_ptr += parts[:, None] * part_stride + rows[None, :]
-    part_max = tl.load(statistics_ptr, mask=wanted, other=LOWEST)
+    statistics_ptr += parts[:, None] * part_stride + tokens[None, :]
+    part_max = tl.load(statistics_ptr, mask=wanted, other=LOWEST)  # [BLOCK_PARTS, BLOCK_TOKENS]
     part_sum = tl.load(statistics_ptr + stride, mask=wanted, other=0.0)
     target_logit = tl.sum(tl.load(statistics_ptr + 2 * stride, mask=wanted, other=0.0), 0)
-    row_max = tl.max(part_max, 0)
-    distance = part_max - row_max[None, :]
+    row_max = tl.max(part_max, 0)  # [BLOCK_TOKENS]
+    distance = part_max - row_max[None, :]  # [BLOCK_PARTS, BLOCK_TOKENS]
     part_weight = tl.exp2(distance * LOG2E)
-    row_sum = tl.sum(part_sum * part_weight, 0)
+    row_sum = tl.sum(part_sum * part_weight, 0)  # [BLOCK_TOKENS]
     log_sum = tl.log(row_sum)
     logprob = (target_logit - row_max) - log_sum
     logprob = tl.where((label >= 0) & (label < vocab_size), logprob, float("nan"))
@@ -182,7 +196,7 @@ def masked_cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
     # z_loss 0 must not turn an infinite lse into NaN.
     lse = row_max + log_sum
     loss = tl.where(z_loss > 0, loss + z_loss * lse * lse, loss)
-    outputs_ptr += rows
+    outputs_ptr += tokens
     tl.store(outputs_ptr, tl.where(active, loss, 0.0), mask=in_range)
     if WITH_OUTPUTS:
         statistics_ptr += (3 + WITH_LOGIT_SUM) * stride
@@ -222,14 +236,15 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_PARTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """Gradient of one split of one token's logits; program (token, split)."""
+    token = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_COLUMNS
     step = tl.num_programs(1) * BLOCK_COLUMNS
-    num_rows = tl.num_programs(0).to(tl.int64)
-    gradient_ptr += row * gradient_stride
-    logits_ptr += row * row_stride
+    num_tokens = tl.num_programs(0).to(tl.int64)
+    gradient_ptr += token * gradient_stride
+    logits_ptr += token * row_stride
     dtype = gradient_ptr.dtype.element_ty
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + token)
     if label == MASKED:
         zeros = tl.zeros([BLOCK_COLUMNS], dtype)
         for first in range(first_column, width, step):
@@ -238,13 +253,13 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
         return
 
     parts = tl.arange(0, BLOCK_PARTS)
-    statistics_ptr += parts * NUM_STATISTICS * num_rows + row
-    part_max = tl.load(statistics_ptr, mask=parts < num_parts, other=MINUS_INF)
-    part_sum = tl.load(statistics_ptr + num_rows, mask=parts < num_parts, other=0.0)
+    statistics_ptr += parts * NUM_STATISTICS * num_tokens + token
+    part_max = tl.load(statistics_ptr, mask=parts < num_parts, other=MINUS_INF)  # [BLOCK_PARTS]
+    part_sum = tl.load(statistics_ptr + num_tokens, mask=parts < num_parts, other=0.0)
     row_max = tl.max(part_max, 0)
     row_sum = tl.sum(part_sum * tl.exp2((part_max - row_max) * LOG2E), 0)
-    grad_loss = tl.load(grads_ptr + row)
-    grad_logprob = tl.load(grads_ptr + num_rows + row)
+    grad_loss = tl.load(grads_ptr + token)
+    grad_logprob = tl.load(grads_ptr + num_tokens + token)
     lse = row_max + tl.log(row_sum)
     # z_loss 0 must not turn an infinite lse into NaN.
     grad_lse = tl.where(z_loss > 0, grad_loss * (1.0 + 2.0 * z_loss * lse), grad_loss)
@@ -263,7 +278,7 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
             logits = load_block(
                 logits_ptr, columns, num_columns, width, softcap, HAS_SOFTCAP, False
             )
-        gradient = tl.exp2((logits - row_max) * LOG2E) * scale - uniform_grad
+        gradient = tl.exp2((logits - row_max) * LOG2E) * scale - uniform_grad  # [BLOCK_COLUMNS]
         # Before the rounding to 16 bits: after it, probability - 1 would be mostly rounding error.
         gradient = tl.where(columns == target, gradient + target_grad, gradient)
         if HAS_SOFTCAP:
@@ -277,26 +292,26 @@ def masked_cross_entropy_bwd_kernel(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a [num_rows, width] problem is cut into programs; the same on every rank."""
+    """How a [num_tokens, width] problem is cut into programs; the same on every rank."""
 
     block_columns: int
     num_splits: int
     num_warps: int
 
     @classmethod
-    def for_shape(cls, num_rows: int, width: int, warp_size: int) -> "LaunchConfig":
+    def for_shape(cls, num_tokens: int, width: int, warp_size: int) -> "LaunchConfig":
         """Chooses from the shape alone.
 
         A program holds 16 elements per thread in at most 16 warps: 1024 threads, the most there can
         be, where a warp is 64 wide (CDNA). On an H200 this is within 2 % of the best of 13 shapes
         in both directions (benchmarks/results/h200/tune_launch.txt); 4 to 32 warps of 16 or more
-        elements per thread differ little, fewer elements per thread halve the speed. Rows are split
+        elements per thread differ little, fewer elements per thread halve the speed. Tokens are cut
         until there are about 1024 programs, a few for each compute unit.
         """
         block_columns = min(8192, triton.next_power_of_2(width))
         num_warps = max(1, min(16, block_columns // (8 * warp_size)))
         num_blocks = triton.cdiv(width, block_columns)
-        num_splits = max(1, min(num_blocks, 16, triton.cdiv(1024, max(1, num_rows))))
+        num_splits = max(1, min(num_blocks, 16, triton.cdiv(1024, max(1, num_tokens))))
         return cls(block_columns, num_splits, num_warps)
 
     def group_columns(self, dtype: torch.dtype) -> int:
@@ -305,166 +320,115 @@ class LaunchConfig:
 
 
 def launch_config(logits: Tensor) -> LaunchConfig:
+    """How logits [N, width] are cut on this GPU."""
     return LaunchConfig.for_shape(logits.shape[0], logits.shape[1], warp_size(logits))
 
 
 def check_logits(logits: Tensor) -> None:
+    """Raises ValueError unless the kernels can take logits [N, width]."""
     check_tensor(logits, "logits", "loss.backend")
     assert logits.stride(1) == 1 or logits.shape[1] == 1
 
 
-@torch.library.custom_op("sft_fast::masked_cross_entropy_statistics", mutates_args=())
-def shard_statistics(
+def num_splits(logits: Tensor) -> int:
+    """Parts into which the kernels cut logits [N, width]."""
+    return launch_config(logits).num_splits
+
+
+def launch_statistics(
+    statistics: Tensor,
     logits: Tensor,
     labels: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    softcap: float,
-    with_logit_sum: bool,
+    columns: VocabColumns,
+    options: LossOptions,
     with_outputs: bool,
-) -> Tensor:
-    """Statistics of one vocabulary shard, without those of masked rows, which are not written.
-
-    Arguments and meaning as in masked_cross_entropy_torch, but: logits bf16, fp16 or fp32 with
-    last stride 1, padding columns read though not used; labels may be IGNORE_INDEX; the lowest
-    finite number stands in place of a maximum of -inf.
-
-    Returns:
-        [num_splits, S, N] fp32, each split a part of the vocabulary.
-    """
+) -> None:
+    """Writes statistics [num_splits, S, N] of logits [N, width]; padding is read, but not used."""
     check_logits(logits)
     config = launch_config(logits)
-    num_rows, width = logits.shape
-    statistics = new_statistics(logits, with_logit_sum, with_outputs)
-    if num_rows > 0:
+    num_tokens, width = logits.shape
+    if num_tokens > 0:
         with torch.cuda.device_of(logits):
-            masked_cross_entropy_fwd_kernel[(num_rows, config.num_splits)](
+            masked_cross_entropy_fwd_kernel[(num_tokens, config.num_splits)](
                 logits,
                 logits.stride(0),
                 labels.contiguous(),
                 statistics,
-                vocab_start_index,
-                num_columns,
+                columns.vocab_start_index,
+                columns.num_columns,
                 width,
-                softcap,
-                HAS_SOFTCAP=softcap > 0,
-                WITH_LOGIT_SUM=with_logit_sum,
+                options.logit_softcap,
+                HAS_SOFTCAP=options.logit_softcap > 0,
+                WITH_LOGIT_SUM=options.label_smoothing > 0,
                 WITH_OUTPUTS=with_outputs,
                 BLOCK_COLUMNS=config.block_columns,
                 GROUP_COLUMNS=config.group_columns(logits.dtype),
                 num_warps=config.num_warps,
             )
-    return statistics
 
 
-def new_statistics(logits: Tensor, with_logit_sum: bool, with_outputs: bool) -> Tensor:
-    """Empty fp32 [splits, S, N]."""
-    count = 3 + with_logit_sum + 2 * with_outputs
-    shape = (launch_config(logits).num_splits, count, logits.shape[0])
-    return logits.new_empty(shape, dtype=torch.float32)
-
-
-@shard_statistics.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    softcap: float,
-    with_logit_sum: bool,
-    with_outputs: bool,
-) -> Tensor:
-    return new_statistics(logits, with_logit_sum, with_outputs)
-
+shard_statistics = define_statistics(
+    "masked_cross_entropy_statistics", num_splits, launch_statistics
+)
 
 JOIN_WARPS = 4
 
 
-def rows_per_join(block_parts: int) -> int:
-    """Rows of a program of the loss kernel: a thread reads up to 8 numbers of a kind at once."""
+def tokens_per_join(block_parts: int) -> int:
+    """Tokens of a program of the loss kernel: a thread reads up to 8 numbers of a kind at once."""
     return max(1, min(128, 1024 // block_parts))
 
 
-@torch.library.custom_op("sft_fast::masked_cross_entropy_losses", mutates_args=())
-def row_losses(
+def launch_losses(
+    outputs: Tensor,
     statistics: Tensor,
     labels: Tensor,
     vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
+    options: LossOptions,
     with_outputs: bool,
-) -> Tensor:
-    """Joins the statistics of all parts of the vocabulary into the loss of each row.
-
-    Arguments and result as in masked_cross_entropy_torch, but: labels may be IGNORE_INDEX: the
-    statistics of such rows are not read, and all their results are 0.
-    """
-    outputs = new_outputs(statistics, with_outputs)
-    num_parts, _, num_rows = statistics.shape
-    if num_rows > 0:
+) -> None:
+    """Writes outputs [1 or 4, N], 0 at masked tokens, from statistics [num_parts, S, N]."""
+    num_parts, _, num_tokens = statistics.shape
+    if num_tokens > 0:
         block_parts = triton.next_power_of_2(num_parts)
-        block_rows = rows_per_join(block_parts)
+        block_tokens = tokens_per_join(block_parts)
         with torch.cuda.device_of(statistics):
-            masked_cross_entropy_loss_kernel[(triton.cdiv(num_rows, block_rows),)](
+            masked_cross_entropy_loss_kernel[(triton.cdiv(num_tokens, block_tokens),)](
                 statistics.contiguous(),
                 num_parts,
                 labels.contiguous(),
                 outputs,
-                num_rows,
+                num_tokens,
                 vocab_size,
-                label_smoothing,
-                z_loss,
-                WITH_LOGIT_SUM=label_smoothing > 0,
+                options.label_smoothing,
+                options.z_loss,
+                WITH_LOGIT_SUM=options.label_smoothing > 0,
                 WITH_OUTPUTS=with_outputs,
                 BLOCK_PARTS=block_parts,
-                BLOCK_ROWS=block_rows,
+                BLOCK_TOKENS=block_tokens,
                 num_warps=JOIN_WARPS,
             )
-    return outputs
 
 
-def new_outputs(statistics: Tensor, with_outputs: bool) -> Tensor:
-    """Empty fp32 [1 or 4, N]."""
-    return statistics.new_empty((4 if with_outputs else 1, statistics.shape[2]))
+token_losses = define_losses("masked_cross_entropy_losses", launch_losses)
 
 
-@row_losses.register_fake
-def _(
-    statistics: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    with_outputs: bool,
-) -> Tensor:
-    return new_outputs(statistics, with_outputs)
-
-
-@torch.library.custom_op("sft_fast::masked_cross_entropy_gradient", mutates_args=("gradient",))
-def write_gradient(
+def launch_gradient(
     gradient: Tensor,
     logits: Tensor,
     labels: Tensor,
     statistics: Tensor,
     grads: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    columns: VocabColumns,
+    options: LossOptions,
 ) -> None:
-    """Writes the gradient of sum(grads[0] * loss + grads[1] * logprob) with respect to logits.
-
-    Arguments as in masked_cross_entropy_torch, but: last stride 1; labels may be IGNORE_INDEX:
-    such rows are not read, and get 0.
-    """
+    """Writes gradient [N, width], which may be the logits, from grads [2, N] and statistics."""
     check_logits(logits)
     config = launch_config(logits)
-    num_rows, width = logits.shape
-    if num_rows > 0:
+    num_tokens, width = logits.shape
+    if num_tokens > 0:
         with torch.cuda.device_of(logits):
-            masked_cross_entropy_bwd_kernel[(num_rows, config.num_splits)](
+            masked_cross_entropy_bwd_kernel[(num_tokens, config.num_splits)](
                 gradient,
                 gradient.stride(0),
                 logits,
@@ -473,14 +437,14 @@ def write_gradient(
                 statistics.contiguous(),
                 len(statistics),
                 grads.contiguous(),
-                vocab_start_index,
-                num_columns,
+                columns.vocab_start_index,
+                columns.num_columns,
                 width,
-                label_smoothing,
-                label_smoothing / vocab_size,
-                z_loss,
-                softcap,
-                HAS_SOFTCAP=softcap > 0,
+                options.label_smoothing,
+                options.label_smoothing / columns.vocab_size,
+                options.z_loss,
+                options.logit_softcap,
+                HAS_SOFTCAP=options.logit_softcap > 0,
                 NUM_STATISTICS=statistics.shape[1],
                 BLOCK_PARTS=triton.next_power_of_2(len(statistics)),
                 BLOCK_COLUMNS=config.block_columns,
@@ -488,18 +452,4 @@ def write_gradient(
             )
 
 
-@write_gradient.register_fake
-def _(
-    gradient: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    grads: Tensor,
-    vocab_start_index: int,
-    num_columns: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
-    return None
+write_gradient = define_gradient("masked_cross_entropy_gradient", launch_gradient)

@@ -1,34 +1,35 @@
-"""LM head and cross-entropy of the active rows only, as one autograd function.
+"""LM head and cross-entropy of the active tokens only, as one autograd function.
 
-Order of events. Forward: select own active rows, gather them over the sequence-parallel ranks,
+Order of events. Forward: select own active tokens, gather them over the sequence-parallel ranks,
 multiply by the head, shard statistics, one all-gather of them, loss. Backward: the logits become
 their gradient in place, the hidden gradient starts on its way to its owners while the weight
-gradient is computed, its rows are scattered into zeros.
+gradient is computed, and is scattered into zeros.
 
-The logits are kept for the backward pass if they fit a budget. If not, the rows are taken in
+The logits are kept for the backward pass if they fit a budget. If not, the tokens are taken in
 chunks, and the gradients are either computed in the forward pass, or from logits that the backward
 pass computes again.
+
+Shapes: s sequence, b batch, n = s b tokens, A of them active, C a chunk of those, h hidden size.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.kernels.active_tokens import ActiveTokens, all_gather_rows
+from sft_fast.kernels.active_tokens import ActiveTokens, all_gather_tokens
 from sft_fast.kernels.head_gradient import GradientSums, weight_gradient
+from sft_fast.kernels.loss_options import LossOptions
 from sft_fast.kernels.masked_cross_entropy import (
-    Backend,
-    LossOptions,
-    OnePassBackend,
+    LossKernels,
+    OnePassKernels,
     VocabShard,
     global_statistics,
-    row_outputs,
-    scatter_rows,
+    scatter_tokens,
+    split_outputs,
     stack_grads,
-    write_gradient,
 )
 from sft_fast.kernels.memory_plan import MemoryPlan
 
@@ -37,19 +38,19 @@ from sft_fast.kernels.memory_plan import MemoryPlan
 class HeadLossArgs:
     """All that the loss of one call depends on, besides its tensors."""
 
-    rows: ActiveTokens
+    active: ActiveTokens
     shard: VocabShard
-    kernels: Backend
     options: LossOptions
+    backend: LossKernels
     plan: MemoryPlan
     accumulate_into_main_grad: bool
     with_outputs: bool
 
 
 class MaskedLinearCrossEntropy(torch.autograd.Function):
-    """hidden [s or s/tp, b, h], weight [V/tp, h], row_labels [n] -> loss [n], 0 at masked rows.
+    """Loss [n] of hidden states, weight and labels, 0 at masked tokens.
 
-    row_weights [n] multiplies the losses and may be None. With outputs: the fields of TokenOutputs.
+    With outputs: the fields of TokenOutputs, of which loss and logprob have a gradient.
     """
 
     @staticmethod
@@ -57,43 +58,59 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        row_labels: Tensor,
-        row_weights: Tensor | None,
+        labels: Tensor,
+        token_weights: Tensor | None,
         head: HeadLossArgs,
     ) -> tuple[Tensor, ...]:
+        """Computes the loss, and under `gradient_in_forward` the gradients of its sum.
+
+        Args:
+            ctx: of autograd.
+            hidden: [s, b, h], or [s/tp, b, h] where the sequence is in parts.
+            weight: [V/tp, h].
+            labels: [n] int64, in the order of the sequence.
+            token_weights: [n], multiplies the losses; None: 1.
+            head: everything else.
+
+        Returns:
+            The loss [n], or all fields of TokenOutputs, [n] each.
+        """
         ctx.set_materialize_grads(False)
         ctx.head, ctx.hidden_shape = head, hidden.shape
-        rows, shard, options = head.rows, head.shard, head.options
-        active_hidden = hidden.flatten(0, 1).index_select(0, rows.own_rows)
-        if len(rows.counts) > 1:
-            active_hidden = all_gather_rows(active_hidden, rows, shard)
-        labels = row_labels.index_select(0, rows.rows)
-        weights = None if row_weights is None else row_weights.index_select(0, rows.rows)
-        chunks = head.plan.chunks(len(labels))
-        how = shard, head.kernels, options
+        active, shard, plan = head.active, head.shard, head.plan
+        active_hidden = hidden.flatten(0, 1).index_select(0, active.own_indices)  # [own count, h]
+        if len(active.counts) > 1:
+            active_hidden = all_gather_tokens(active_hidden, active, shard)  # [A, h]
+        active_labels = labels.index_select(0, active.indices)  # [A]
+        weights = None
+        if token_weights is not None:
+            weights = token_weights.index_select(0, active.indices)  # [A]
+        chunks = plan.chunks(len(active_labels))
         sums, kept = None, []
-        buffer = logits_buffer(active_hidden, weight, head.plan)
+        buffer = logits_buffer(active_hidden, weight, plan)  # [C, V/tp]
         parts: list[tuple[Tensor, ...]] = []
-        if head.plan.policy == "gradient_in_forward":
+        if plan.policy == "gradient_in_forward":
             # main_grad is for the backward pass, which alone knows the scale of the loss.
             total = wide_zeros(weight, ctx)
-            sums = GradientSums(active_hidden, weight, rows, shard, ctx.needs_input_grad, total)
+            sums = GradientSums(active_hidden, weight, active, shard, ctx.needs_input_grad, total)
         for chunk in chunks:
-            logits = project(active_hidden[chunk], weight, buffer)
+            logits = project(active_hidden[chunk], weight, buffer)  # [C, V/tp]
             if sums is not None:
-                loss = loss_and_gradient(logits, labels[chunk], chunk_of(weights, chunk), *how)
+                chunk_weights = chunk_of(weights, chunk)
+                loss = loss_and_gradient(logits, active_labels[chunk], chunk_weights, head)
                 parts.append((loss,))
                 sums.add(chunk, logits, is_last=chunk is chunks[-1])
                 continue
-            kept.append(global_statistics(logits, labels[chunk], *how, head.with_outputs))
-            parts.append(row_outputs(kept[-1], labels[chunk], *how, head.with_outputs))
-        outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-        ctx.logits = buffer[: len(labels)] if head.plan.policy == "stored" else None
-        saved = (active_hidden, labels) if sums is None else sums.finish()
+            statistics, chunk_results = chunk_outputs(logits, active_labels[chunk], head)
+            kept.append(statistics)
+            parts.append(chunk_results)
+        outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]  # [A] each
+        ctx.logits = buffer[: len(active_labels)] if plan.policy == "stored" else None
+        saved = (active_hidden, active_labels) if sums is None else sums.finish()
         ctx.save_for_backward(weight, weights, *saved, *kept)
         if weights is not None:
             outputs[0] = outputs[0] * weights
-        full = tuple(scatter_rows(output, rows.rows, len(row_labels)) for output in outputs)
+        full = tuple(scatter_tokens(output, active.indices, len(labels)) for output in outputs)
         ctx.mark_non_differentiable(*full[2:])
         return full
 
@@ -102,6 +119,7 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None = None, *_: None
     ) -> tuple[Tensor | None, ...]:
+        """Upstream gradients [n] -> gradients of hidden and of weight, in their shapes."""
         if grad_loss is None and grad_logprob is None:
             return None, None, None, None, None
         if ctx.head.plan.policy == "gradient_in_forward":
@@ -115,12 +133,17 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
 def backward_from_logits(
     ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Backward pass from the stored logits, or from logits computed again chunk by chunk."""
+    """Backward pass from the stored logits, or from logits computed again chunk by chunk.
+
+    Upstream gradients [n] -> gradients of hidden and of weight, in their shapes.
+    """
     weight, weights, active_hidden, labels, *kept = ctx.saved_tensors
     head: HeadLossArgs = ctx.head
+    active, shard = head.active, head.shard
     # The gradient overwrites the logits: a second backward has to compute them again.
     stored, ctx.logits = ctx.logits, None
-    grads = stack_grads(grad_loss, grad_logprob, kept[0].dtype).index_select(1, head.rows.rows)
+    grads = stack_grads(grad_loss, grad_logprob, kept[0].dtype)  # [2, n]
+    grads = grads.index_select(1, active.indices)  # [2, A]
     if weights is not None:
         grads[0] *= weights
     chunks = head.plan.chunks(len(labels))
@@ -129,12 +152,12 @@ def backward_from_logits(
         total = weight.main_grad
     elif len(chunks) > 1:
         total = wide_zeros(weight, ctx)
-    sums = GradientSums(active_hidden, weight, head.rows, head.shard, ctx.needs_input_grad, total)
+    sums = GradientSums(active_hidden, weight, active, shard, ctx.needs_input_grad, total)
     buffer = logits_buffer(active_hidden, weight, head.plan) if stored is None else stored
     for chunk, statistics in zip(chunks, kept, strict=True):
         logits = project(active_hidden[chunk], weight, buffer) if stored is None else stored
         arguments = logits, logits, labels[chunk], statistics, grads[:, chunk]
-        write_gradient(*arguments, head.shard, head.kernels, head.options)
+        head.backend.write_gradient(*arguments, shard.columns, head.options)
         sums.add(chunk, logits, is_last=chunk is chunks[-1])
     own_grad, weight_total = sums.finish()
     grad_weight = None
@@ -146,10 +169,13 @@ def backward_from_logits(
 def backward_from_saved_gradients(
     ctx: Any, grad_loss: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Backward pass where the forward pass left the gradients of sum(row_weights * loss)."""
+    """Backward pass where the forward pass left the gradients of sum(token_weights * loss).
+
+    Upstream gradient [n] -> gradients of hidden and of weight, in their shapes.
+    """
     weight, _, own_grad, weight_total = ctx.saved_tensors
     head: HeadLossArgs = ctx.head
-    scale = common_value(grad_loss.index_select(0, head.rows.rows))
+    scale = common_value(grad_loss.index_select(0, head.active.indices))  # 0-d
     if own_grad is not None:
         own_grad = (own_grad * scale).to(own_grad.dtype)
     grad_weight = None
@@ -163,7 +189,7 @@ def backward_from_saved_gradients(
 
 
 def common_value(grads: Tensor) -> Tensor:
-    """The one value that all rows share, 0-d; NaN where they differ, so that it is not missed.
+    """The one value of grads [A], 0-d; NaN where they differ, so that it is not missed.
 
     Raises:
         ValueError: they differ, on a CPU: a GPU would make the host wait to learn it.
@@ -179,53 +205,64 @@ def common_value(grads: Tensor) -> Tensor:
     return torch.where(is_common, grads[0], torch.nan)
 
 
+def chunk_outputs(
+    logits: Tensor, labels: Tensor, head: HeadLossArgs
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Statistics [num_parts, S, C] of logits [C, V/tp], and the loss, or all TokenOutputs, [C]."""
+    statistics = global_statistics(
+        logits, labels, head.shard, head.options, head.backend, head.with_outputs
+    )
+    vocab_size = head.shard.columns.vocab_size
+    outputs = head.backend.token_losses(
+        statistics, labels, vocab_size, head.options, head.with_outputs
+    )
+    return statistics, split_outputs(outputs)
+
+
 def loss_and_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
-    shard: VocabShard,
-    kernels: Backend,
-    options: LossOptions,
+    logits: Tensor, labels: Tensor, weights: Tensor | None, head: HeadLossArgs
 ) -> Tensor:
-    """Loss of each row [N]; the logits become the gradient of its sum, weighted."""
+    """Loss [C] of logits [C, V/tp], which become the gradient of its sum, weighted by [C]."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if weights is None:
         weights = logits.new_ones(len(logits), dtype=dtype)
-    is_whole = shard.tp_size == 1
-    if is_whole and isinstance(kernels, OnePassBackend) and kernels.fits_one_pass(logits, labels):
-        arguments = logits, labels, weights, shard.num_columns
-        return kernels.loss_and_gradient(*arguments, *astuple(options))
-    statistics = global_statistics(logits, labels, shard, kernels, options, False)
-    grads = stack_grads(weights, None, statistics.dtype)
-    write_gradient(logits, logits, labels, statistics, grads, shard, kernels, options)
-    return row_outputs(statistics, labels, shard, kernels, options, False)[0]
+    columns, options, backend = head.shard.columns, head.options, head.backend
+    is_whole = head.shard.tp_size == 1
+    if is_whole and isinstance(backend, OnePassKernels) and backend.fits_one_pass(logits, labels):
+        return backend.loss_and_gradient(logits, labels, weights, columns, options)
+    statistics = global_statistics(logits, labels, head.shard, options, backend)
+    grads = stack_grads(weights, None, statistics.dtype)  # [2, C]
+    backend.write_gradient(logits, logits, labels, statistics, grads, columns, options)
+    return backend.token_losses(statistics, labels, columns.vocab_size, options, False)[0]
 
 
 def logits_buffer(hidden: Tensor, weight: Tensor, plan: MemoryPlan) -> Tensor:
-    """[chunk_rows, V/tp]: all chunks use it, for two at a time would be twice the budget."""
-    return hidden.new_empty((plan.chunk_rows, len(weight)))
+    """[chunk_tokens, V/tp]: all chunks use it, for two at a time would be twice the budget."""
+    return hidden.new_empty((plan.chunk_tokens, len(weight)))
 
 
 def project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """hidden @ weight.T in the first rows of buffer."""
+    """hidden [C, h] @ weight.T in the first C of buffer [chunk_tokens, V/tp]."""
     return torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
 
 
 def wide_zeros(weight: Tensor, ctx: Any) -> Tensor | None:
-    """Where the weight gradient of several chunks is summed: fp32 or wider; None if not needed."""
+    """[V/tp, h] for the weight gradient of several chunks: fp32 or wider; None if not needed."""
     if not ctx.needs_input_grad[1]:
         return None
     return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def chunk_of(values: Tensor | None, chunk: slice) -> Tensor | None:
+    """A chunk [C] of values [A]."""
     return None if values is None else values[chunk]
 
 
 def scatter_hidden(own_grad: Tensor | None, ctx: Any) -> Tensor | None:
-    """[own count, h] -> the shape of hidden, zeros at masked rows."""
+    """[own count, h] -> the shape of hidden, zeros at masked tokens."""
     if own_grad is None:
         return None
     grad_hidden = own_grad.new_zeros(ctx.hidden_shape)
-    grad_hidden.view(-1, ctx.hidden_shape[-1]).index_copy_(0, ctx.head.rows.own_rows, own_grad)
+    own_indices = ctx.head.active.own_indices
+    grad_hidden.view(-1, ctx.hidden_shape[-1]).index_copy_(0, own_indices, own_grad)
     return grad_hidden

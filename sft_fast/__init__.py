@@ -4,7 +4,7 @@ From the ground up, in the order in which data flows. What has no line of its ow
 folder's; a line imports only what stands above it, and tests/test_imports.py holds that.
 
     exit_codes.py constants.py redact.py errors.py files.py  codes, secrets, messages, JSON
-    packing/choices.py  what a key of the YAML may say, beside the code that does it
+    packing/choices.py kernels/loss_options.py  what a key of the YAML may say, beside its code
     recipes/     configurations to start from
     config/      the YAML: sections, checks, where each value comes from, Primus files
     runtime/     what keeps a run alive: watchdog, hangs, locks, manifests, launcher

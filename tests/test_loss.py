@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from closeness import assert_bit_zero, assert_no_worse
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.loss import masked_cross_entropy, masked_linear_cross_entropy
+from sft_fast.loss import HeadSettings, masked_cross_entropy, masked_linear_cross_entropy
 from sft_fast.reference import cross_entropy as reference
 
 BATCH, SEQUENCE, HIDDEN, VOCAB = 2, 16, 6, 48
@@ -29,7 +29,7 @@ MASKS = {
     "uneven": lambda row: row % 5 in (1, 2) or row > 26,
     "all masked": lambda row: False,
 }
-"""Which of the 32 s-major rows train; with 4 parts of 8 rows several leave parts empty."""
+"""Which of the 32 tokens, in s-major order, train; of 4 parts of 8 tokens several have none."""
 
 
 def make_labels(mask: str, vocab_size: int = VOCAB) -> Tensor:
@@ -68,7 +68,7 @@ def test_linear_equals_plain(mask: str, vocab_size: int | None, rows_given: bool
     labels = make_labels(mask, vocab_size or VOCAB)
     active_tokens = active_tokens_of(labels) if rows_given else None
     loss = masked_linear_cross_entropy(
-        hidden, weight, labels, active_tokens=active_tokens, vocab_size=vocab_size
+        hidden, weight, labels, HeadSettings(vocab_size=vocab_size), active_tokens=active_tokens
     )
     plain = reference.linear_cross_entropy(hidden, weight, labels, vocab_size)
     torch.testing.assert_close(loss, plain, rtol=1e-13, atol=1e-13)
@@ -100,7 +100,7 @@ def test_any_shape_equals_plain(
     labels = labels.where(keep, IGNORE_INDEX)
     upstream = torch.randn(batch, sequence, dtype=torch.float64, generator=generator)
     hidden.requires_grad_(), weight.requires_grad_()
-    loss = masked_linear_cross_entropy(hidden, weight, labels, vocab_size=vocab_size)
+    loss = masked_linear_cross_entropy(hidden, weight, labels, HeadSettings(vocab_size=vocab_size))
     plain = reference.linear_cross_entropy(hidden, weight, labels, vocab_size)
     torch.testing.assert_close(loss, plain, rtol=1e-11, atol=1e-11 * scale)
     for grad, plain_grad in zip(
@@ -116,7 +116,9 @@ def test_gradients_equal_finite_differences() -> None:
     hidden = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda hidden, weight: masked_linear_cross_entropy(hidden, weight, labels, vocab_size=7),
+        lambda hidden, weight: masked_linear_cross_entropy(
+            hidden, weight, labels, HeadSettings(vocab_size=7)
+        ),
         (hidden, weight),
     )
     logits = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
@@ -175,7 +177,7 @@ def test_unknown_label_gives_nan() -> None:
     hidden, weight, _ = make_inputs()
     labels = make_labels("all active", 35)
     labels[0, 1], labels[1, 2], labels[1, 3] = 35, -1, 10**12
-    loss = masked_linear_cross_entropy(hidden, weight, labels, vocab_size=35)
+    loss = masked_linear_cross_entropy(hidden, weight, labels, HeadSettings(vocab_size=35))
     assert loss.isnan().nonzero().tolist() == [[0, 1], [1, 2], [1, 3]]
 
 
@@ -285,7 +287,9 @@ def test_main_grad_sums_micro_batches_in_fp32(zero_out_wgrad: bool) -> None:
     for mask in ("prompt first", "uneven", "prompt last"):
         labels = make_labels(mask)
         weight.grad, weight.grad_added_to_main_grad = None, False
-        loss = masked_linear_cross_entropy(hidden, weight, labels, accumulate_into_main_grad=True)
+        loss = masked_linear_cross_entropy(
+            hidden, weight, labels, HeadSettings(accumulate_into_main_grad=True)
+        )
         loss.backward(upstream.float())
         assert weight.grad_added_to_main_grad
         assert weight.grad.shape == weight.shape and weight.grad.dtype == weight.dtype
@@ -299,9 +303,9 @@ def test_main_grad_without_megatron_ddp_leaves_no_grad() -> None:
     hidden, weight, upstream = make_inputs(torch.float32)
     weight.main_grad = torch.zeros(VOCAB, HIDDEN)
     labels = make_labels("uneven")
-    masked_linear_cross_entropy(hidden, weight, labels, accumulate_into_main_grad=True).backward(
-        upstream.float()
-    )
+    masked_linear_cross_entropy(
+        hidden, weight, labels, HeadSettings(accumulate_into_main_grad=True)
+    ).backward(upstream.float())
     assert weight.grad is None
     plain = gradients(masked_linear_cross_entropy(hidden, weight, labels), upstream, weight)[0]
     torch.testing.assert_close(weight.main_grad, plain)
@@ -383,12 +387,15 @@ def test_repeats_bit_for_bit() -> None:
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "hidden shape": ({"hidden": torch.zeros(15, 2, 6)}, r"\[15, 2, 6\], expected \[s/1, b, h\]"),
     "dtypes": ({"weight": torch.zeros(48, 6, dtype=torch.float64)}, "hidden is torch.float32"),
-    "vocab_size": ({"vocab_size": 49}, "got 49, expected 1 to 48"),
-    "backend": ({"backend": "cuda"}, "got 'cuda', expected one of auto, triton, native, torch"),
-    "main_grad": ({"accumulate_into_main_grad": True}, "has no main_grad"),
-    "rows dtype": ({"active_tokens": torch.zeros(3)}, "torch.float32"),
-    "rows missing": ({"active_tokens": torch.tensor([3])}, "got 1 rows, expected"),
-    "rows order": ({"active_tokens": torch.arange(31, -1, -1)}, "ascending order"),
+    "vocab_size": ({"settings": HeadSettings(vocab_size=49)}, "got 49, expected 1 to 48"),
+    "backend": (
+        {"settings": HeadSettings(backend="cuda")},
+        "got 'cuda', expected one of auto, triton, native, torch",
+    ),
+    "main_grad": ({"settings": HeadSettings(accumulate_into_main_grad=True)}, "has no main_grad"),
+    "tokens dtype": ({"active_tokens": torch.zeros(3)}, "torch.float32"),
+    "tokens missing": ({"active_tokens": torch.tensor([3])}, "got 1, expected .* the 32 tokens"),
+    "tokens order": ({"active_tokens": torch.arange(31, -1, -1)}, "ascending order"),
 }
 
 
@@ -427,10 +434,10 @@ def run_linear_rank(mask: str, sequence_parallel: bool, vocab_size: int) -> None
         own_hidden,
         own_weight,
         labels,
+        HeadSettings(
+            vocab_size=vocab_size, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel
+        ),
         active_tokens=active_tokens_of(labels),
-        vocab_size=vocab_size,
-        tp_group=dist.group.WORLD,
-        sequence_parallel=sequence_parallel,
     )
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
     assert_bit_zero(loss[labels == IGNORE_INDEX])
@@ -458,18 +465,18 @@ def run_frozen_rank(sequence_parallel: bool) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, upstream = make_inputs()
     labels = make_labels("uneven")
-    options = {"tp_group": dist.group.WORLD, "sequence_parallel": sequence_parallel}
+    settings = HeadSettings(tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel)
     plain = reference.linear_cross_entropy(hidden, weight, labels)
     plain_grads = gradients(plain, upstream, hidden, weight)
     parts = size if sequence_parallel else 1
     own_hidden = hidden.detach().chunk(parts)[rank % parts].clone().requires_grad_()
     own_weight = weight.detach().chunk(size)[rank].clone().requires_grad_()
-    loss = masked_linear_cross_entropy(own_hidden, own_weight.detach(), labels, **options)
+    loss = masked_linear_cross_entropy(own_hidden, own_weight.detach(), labels, settings)
     grad = gradients(loss, upstream, own_hidden)[0]
     torch.testing.assert_close(
         grad, plain_grads[0].chunk(parts)[rank % parts], rtol=1e-12, atol=1e-13
     )
-    loss = masked_linear_cross_entropy(own_hidden.detach(), own_weight, labels, **options)
+    loss = masked_linear_cross_entropy(own_hidden.detach(), own_weight, labels, settings)
     grad = gradients(loss, upstream, own_weight)[0]
     torch.testing.assert_close(grad, plain_grads[1].chunk(size)[rank], rtol=1e-12, atol=1e-13)
 
@@ -489,8 +496,7 @@ def run_bfloat16_rank(sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
         own_hidden,
         own_weight,
         make_labels("uneven"),
-        tp_group=dist.group.WORLD,
-        sequence_parallel=sequence_parallel,
+        HeadSettings(tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel),
     )
     return loss.detach(), *gradients(loss, upstream, own_hidden, own_weight)
 

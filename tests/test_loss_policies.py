@@ -15,7 +15,13 @@ from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels import memory_plan
 from sft_fast.kernels.memory_plan import MemoryPlan
-from sft_fast.loss import LossOptions, custom_losses, masked_linear_cross_entropy
+from sft_fast.loss import (
+    HeadSettings,
+    LossOptions,
+    custom_losses,
+    masked_linear_cross_entropy,
+    masked_linear_outputs,
+)
 from sft_fast.reference import cross_entropy as reference
 from sft_fast.registry import get_loss, register_loss
 
@@ -38,12 +44,12 @@ def make_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def oracle(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
     logits = (hidden @ weight.t()).transpose(0, 1).flatten(0, 1)
-    loss = reference.penalised_cross_entropy(logits, labels.flatten(), 40, **vars(OPTIONS))
+    loss = reference.penalised_cross_entropy(logits, labels.flatten(), 40, **OPTIONS.model_dump())
     return loss.view(labels.shape) * token_weights
 
 
 def run_policy(policy: str, sequence_parallel: bool) -> None:
-    """Chunks of 7 of the 20 active rows; each part of the model frozen in turn; twice backward."""
+    """Chunks of 7 of the 20 active tokens; each part of the model frozen in turn; two backwards."""
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, labels, token_weights = make_inputs()
     truth = oracle(hidden, weight, labels, token_weights)
@@ -53,18 +59,20 @@ def run_policy(policy: str, sequence_parallel: bool) -> None:
     for trained in ((0, 1), (0,), (1,)):
         own = [hidden.detach().chunk(parts)[rank % parts], weight.detach().chunk(size)[rank]]
         own = [tensor.clone().requires_grad_(i in trained) for i, tensor in enumerate(own)]
-        with mock.patch.object(memory_plan, "MIN_CHUNK_ROWS", 7):
+        with mock.patch.object(memory_plan, "MIN_CHUNK_TOKENS", 7):
             loss = masked_linear_cross_entropy(
                 *own,
                 labels,
+                HeadSettings(
+                    vocab_size=40,
+                    tp_group=dist.group.WORLD,
+                    sequence_parallel=sequence_parallel,
+                    options=OPTIONS,
+                    summed=True,
+                    policy=policy,
+                    memory_budget=1,
+                ),
                 token_weights=token_weights,
-                vocab_size=40,
-                tp_group=dist.group.WORLD,
-                sequence_parallel=sequence_parallel,
-                options=OPTIONS,
-                summed=True,
-                policy=policy,  # type: ignore[arg-type]
-                memory_budget=1,
             )
         torch.testing.assert_close(loss, truth, rtol=1e-12, atol=1e-12)
         masked = (labels == IGNORE_INDEX) | (token_weights == 0)
@@ -102,15 +110,14 @@ def test_main_grad_sums_depths_and_micro_batches(policy: str, dtype: torch.dtype
     for shift in range(3):
         for depth in range(2):
             rolled = labels.roll(-depth - shift, 1)
-            with mock.patch.object(memory_plan, "MIN_CHUNK_ROWS", 7):
+            with mock.patch.object(memory_plan, "MIN_CHUNK_TOKENS", 7):
                 loss = masked_linear_cross_entropy(
                     hidden,
                     weight,
                     rolled,
-                    accumulate_into_main_grad=True,
-                    summed=True,
-                    policy=policy,  # type: ignore[arg-type]
-                    memory_budget=1,
+                    HeadSettings(
+                        accumulate_into_main_grad=True, summed=True, policy=policy, memory_budget=1
+                    ),
                 )
             (0.3 * loss.sum()).backward()
             plain = 0.3 * reference.linear_cross_entropy(*exact, rolled).sum()
@@ -123,12 +130,16 @@ def test_main_grad_sums_depths_and_micro_batches(policy: str, dtype: torch.dtype
 
 def test_gradient_in_forward_refuses_unequal_upstream_gradients() -> None:
     hidden, weight, labels, token_weights = make_inputs()
-    options: dict[str, Any] = {"summed": True, "policy": "gradient_in_forward"}
-    loss = masked_linear_cross_entropy(hidden, weight, labels, **options)
+    settings = HeadSettings(summed=True, policy="gradient_in_forward")
+    loss = masked_linear_cross_entropy(hidden, weight, labels, settings)
     with pytest.raises(ValueError, match="different upstream gradients; give .* token_weights"):
         (loss * token_weights).sum().backward()
     with pytest.raises(ValueError, match="gradient_in_forward needs losses that are only summed"):
-        masked_linear_cross_entropy(hidden, weight, labels, policy="gradient_in_forward")
+        masked_linear_outputs(hidden, weight, labels, settings)
+    with pytest.raises(ValueError, match="gradient_in_forward needs losses that are only summed"):
+        HeadSettings(policy="gradient_in_forward")
+    with pytest.raises(ValueError, match="got 'keep', expected one of auto, stored"):
+        HeadSettings(policy="keep")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -150,19 +161,14 @@ def test_chunks_share_one_buffer(policy: str, is_training: bool) -> None:
                 sizes.append(result.shape[0])
             return result
 
-    smallest = mock.patch.object(memory_plan, "MIN_CHUNK_ROWS", 8)
+    smallest = mock.patch.object(memory_plan, "MIN_CHUNK_TOKENS", 8)
     with smallest, torch.set_grad_enabled(is_training), Count():
         loss = masked_linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            summed=True,
-            policy=policy,  # type: ignore[arg-type]
-            memory_budget=1,
+            hidden, weight, labels, HeadSettings(summed=True, policy=policy, memory_budget=1)
         )
         if is_training:
             loss.sum().backward()
-    # 22 active rows are three chunks of at most 8; recompute has another buffer in backward.
+    # 22 active tokens are three chunks of at most 8; recompute has another buffer in backward.
     assert sizes == [8] * (1 + (policy == "recompute"))
 
 
@@ -171,11 +177,7 @@ def test_no_active_token_under_every_policy() -> None:
     labels.fill_(IGNORE_INDEX)
     for policy in POLICIES:
         loss = masked_linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            summed=True,
-            policy=policy,  # type: ignore[arg-type]
+            hidden, weight, labels, HeadSettings(summed=True, policy=policy)
         )
         for grad in (loss, *torch.autograd.grad(loss.sum(), (hidden, weight))):
             assert_bit_zero(grad.detach())
@@ -183,18 +185,18 @@ def test_no_active_token_under_every_policy() -> None:
 
 GIB = 1 << 30
 HEAD_70B = (128256 * 2, 128256 * 8192 * 4)
-"""bytes of a row of 16-bit logits, and of the weight's gradient in fp32"""
+"""bytes of a token's 16-bit logits, and of the weight's gradient in fp32"""
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "budget", "head", "summed", "main_grad", "policy", "num_chunks"),
+    ("num_tokens", "budget", "head", "summed", "main_grad", "policy", "num_chunks"),
     [
-        (1000, 1, (512, 1), True, True, "stored", 1),  # fewer rows than the smallest chunk
+        (1000, 1, (512, 1), True, True, "stored", 1),  # fewer tokens than the smallest chunk
         (10000, 10000 * 512, (512, 1), True, True, "stored", 1),
         (10000, 5000 * 512, (512, 1), True, True, "gradient_in_forward", 2),
         (10000, 5000 * 512, (512, 1 << 40), True, True, "recompute", 2),
         (10000, 5000 * 512, (512, 1), False, True, "recompute", 2),
-        (12288, 1, (512, 1), False, True, "recompute", 3),  # 4096 rows, whatever the budget
+        (12288, 1, (512, 1), False, True, "recompute", 3),  # 4096 tokens, whatever the budget
         (12289, 1, (512, 1), False, True, "recompute", 4),
         (0, 1, (512, 1), False, True, "stored", 1),
         # Without main_grad recompute needs the buffer too, and stored takes less than either.
@@ -207,7 +209,7 @@ HEAD_70B = (128256 * 2, 128256 * 8192 * 4)
     ],
 )
 def test_policy_follows_the_budget(
-    num_rows: int,
+    num_tokens: int,
     budget: int,
     head: tuple[int, int],
     summed: bool,
@@ -215,22 +217,26 @@ def test_policy_follows_the_budget(
     policy: str,
     num_chunks: int,
 ) -> None:
-    plan = MemoryPlan.choose("auto", budget, num_rows, *head, main_grad, summed)
+    plan = MemoryPlan.choose("auto", budget, num_tokens, *head, main_grad, summed)
     assert plan.policy == policy
-    chunks = plan.chunks(num_rows)
+    chunks = plan.chunks(num_tokens)
     assert len(chunks) == num_chunks
-    assert [row for chunk in chunks for row in range(num_rows)[chunk]] == list(range(num_rows))
+    covered = [token for chunk in chunks for token in range(num_tokens)[chunk]]
+    assert covered == list(range(num_tokens))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert max(sizes) - min(sizes) < num_chunks, "a chunk of a few rows costs as much as a full one"
+    assert max(sizes) - min(sizes) < num_chunks, (
+        "a chunk of a few tokens costs as much as a full one"
+    )
     assert max(sizes) <= 4096 or num_chunks == 1 or max(sizes) * head[0] <= budget
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": 1.0}, "label_smoothing: got 1.0, expected 0 <= it < 1"),
-        ({"z_loss": -1.0}, "z_loss: got -1.0, expected a finite number, 0 or more"),
-        ({"logit_softcap": float("inf")}, "logit_softcap: got inf"),
+        ({"label_smoothing": 1.0}, "label_smoothing\n.* less than 1 .*input_value=1.0"),
+        ({"z_loss": -1.0}, "z_loss\n.* greater than or equal to 0 .*input_value=-1.0"),
+        ({"logit_softcap": float("inf")}, "logit_softcap\n.* a finite number .*input_value=inf"),
+        ({"z_los": 0.1}, "z_los\n.* not permitted"),
     ],
 )
 def test_bad_options(options: dict[str, float], message: str) -> None:

@@ -31,48 +31,47 @@ struct Buffer {
   ~Buffer() { cudaFree(data); }
 };
 
-// Loss of the last row, whose logits are all 0: log(num_columns).
-void check_loss(const float* loss, int64_t num_rows, int64_t num_columns) {
+// Loss of the last token, whose logits are all 0: log(num_columns).
+void check_loss(const float* loss, int64_t num_tokens, int64_t num_columns) {
   float value = 0.0f;
-  check(cudaMemcpy(&value, loss + num_rows - 1, sizeof(value), cudaMemcpyDeviceToHost));
+  check(cudaMemcpy(&value, loss + num_tokens - 1, sizeof(value), cudaMemcpyDeviceToHost));
   if (std::fabs(value - std::log(static_cast<float>(num_columns))) < 1e-3f) return;
   std::fprintf(stderr, "loss %g of %lld columns\n", value, static_cast<long long>(num_columns));
   std::exit(1);
 }
 
-void run(int dtype, int64_t num_rows, int64_t width, int64_t num_columns, float softcap) {
+void run(int dtype, int64_t num_tokens, int64_t width, int64_t num_columns, double softcap) {
   const int64_t element = dtype == SFT_FAST_FP32 ? 4 : 2;
-  Buffer<unsigned char> logits(std::vector<unsigned char>(num_rows * width * element, 0));
-  std::vector<int64_t> ids(num_rows, kIgnore);
-  for (int64_t row = 0; row < num_rows; row += 2) ids[row] = (row * 7919) % num_columns;
+  Buffer<unsigned char> logits(std::vector<unsigned char>(num_tokens * width * element, 0));
+  std::vector<int64_t> ids(num_tokens, kIgnore);
+  for (int64_t token = 0; token < num_tokens; token += 2) ids[token] = (token * 7919) % num_columns;
   ids.back() = num_columns - 1;
   Buffer<int64_t> labels(ids);
-  const SftFastLogits described{logits.data, width,       labels.data, num_rows, width,
-                                num_columns, /*start=*/0, kIgnore,     softcap,  dtype};
-  const SftFastLossOptions options{0.1f, 0.1f / static_cast<float>(num_columns), 1e-4f};
-  const int64_t splits = sft_fast_masked_ce_num_splits(num_rows, width);
-  const SftFastLossOptions plain{0.0f, 0.0f, 0.0f};
-  Buffer<float> grads(std::vector<float>(2 * num_rows, 0.5f));
+  const SftFastLogits described{logits.data, width,       labels.data, num_tokens, width,
+                                num_columns, /*start=*/0, num_columns, kIgnore,    dtype};
+  // Room for more options, which are off.
+  const double plain[16] = {0.0, 0.0, softcap}, options[16] = {0.1, 1e-4, softcap};
+  const int64_t splits = sft_fast_masked_ce_num_splits(num_tokens, width);
+  Buffer<float> grads(std::vector<float>(2 * num_tokens, 0.5f));
   for (const bool with_outputs : {false, true}) {
     const int64_t count = 3 + 3 * with_outputs;
-    Buffer<float> statistics(std::vector<float>(splits * count * num_rows, 0.0f));
-    Buffer<unsigned char> gradient(num_rows * width * element);
-    check(sft_fast_masked_ce_statistics(&described, statistics.data, with_outputs, with_outputs,
-                                        nullptr));
-    const SftFastStatistics parts{statistics.data, labels.data, splits,      num_rows,
+    Buffer<float> statistics(std::vector<float>(splits * count * num_tokens, 0.0f));
+    Buffer<unsigned char> gradient(num_tokens * width * element);
+    const double* used = with_outputs ? options : plain;
+    check(sft_fast_masked_ce_statistics(&described, used, statistics.data, with_outputs, nullptr));
+    const SftFastStatistics parts{statistics.data, labels.data, splits,      num_tokens,
                                   num_columns,     kIgnore,     with_outputs};
-    Buffer<float> outputs(static_cast<size_t>((with_outputs ? 4 : 1) * num_rows));
-    check(
-        sft_fast_masked_ce_losses(&parts, outputs.data, with_outputs ? &options : &plain, nullptr));
-    check(sft_fast_masked_ce_gradient(&described, gradient.data, width, statistics.data, splits,
-                                      count, grads.data, &options, nullptr));
+    Buffer<float> outputs(static_cast<size_t>((with_outputs ? 4 : 1) * num_tokens));
+    check(sft_fast_masked_ce_losses(&parts, used, outputs.data, nullptr));
+    check(sft_fast_masked_ce_gradient(&described, options, gradient.data, width, statistics.data,
+                                      splits, count, grads.data, nullptr));
     check(cudaDeviceSynchronize());
   }
   if (width <= sft_fast_masked_ce_one_pass_width(&described)) {
-    Buffer<float> loss(num_rows);
-    check(sft_fast_masked_ce_one_pass(&described, loss.data, grads.data, &plain, nullptr));
+    Buffer<float> loss(num_tokens);
+    check(sft_fast_masked_ce_one_pass(&described, plain, loss.data, grads.data, nullptr));
     check(cudaDeviceSynchronize());
-    check_loss(loss.data, num_rows, num_columns);
+    check_loss(loss.data, num_tokens, num_columns);
   }
 }
 
@@ -80,7 +79,7 @@ void run(int dtype, int64_t num_rows, int64_t width, int64_t num_columns, float 
 
 int main() {
   for (int dtype : {SFT_FAST_BF16, SFT_FAST_FP16, SFT_FAST_FP32}) {
-    for (const float softcap : {0.0f, 30.0f}) {
+    for (const double softcap : {0.0, 30.0}) {
       run(dtype, 1, 1, 1, softcap);
       run(dtype, 7, 13, 13, softcap);
       run(dtype, 5, 4104, 4100, softcap);

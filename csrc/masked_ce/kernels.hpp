@@ -16,6 +16,29 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -3.4028234663852886e38f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
+// The options of the loss, in the order in which sft_fast_masked_ce_options names them.
+struct LossOptions {
+  float label_smoothing;
+  float uniform;  // label_smoothing / columns of the whole vocabulary
+  float z_loss;
+  float softcap;  // 0: none
+};
+
+constexpr const char* kOptionNames = "label_smoothing z_loss logit_softcap";
+
+inline LossOptions make_options(const double* values, int64_t vocab_size) {
+  const double uniform = values[0] / static_cast<double>(vocab_size);
+  return {static_cast<float>(values[0]), static_cast<float>(uniform), static_cast<float>(values[1]),
+          static_cast<float>(values[2])};
+}
+
+// Which launches need kernels of kFull.
+inline bool is_full_read(const LossOptions& options, bool with_outputs) {
+  return options.label_smoothing > 0.0f || options.softcap > 0.0f || with_outputs;
+}
+
+inline bool is_full_gradient(const LossOptions& options) { return options.softcap > 0.0f; }
+
 __device__ inline float exp_fast(float value) { return exp2_fast(value * kLog2e); }
 
 // 16 bytes of logits where rows are aligned, else a single one.
@@ -85,11 +108,11 @@ struct RowState {
 // kFull: collects more than max and sum, and caps logits if asked to. kWhole: all columns count.
 template <bool kFull, bool kWhole, int kSize>
 __device__ inline void add_columns(RowState& state, float (&values)[kSize], int first,
-                                   const SftFastLogits& logits) {
+                                   const SftFastLogits& logits, const LossOptions& options) {
   SFT_FAST_UNROLL
   for (int i = 0; i < kSize; ++i) {
     const bool counts = kWhole || first + i < logits.num_columns;
-    if (kFull && logits.softcap > 0.0f) values[i] = cap(values[i], logits.softcap);
+    if (kFull && options.softcap > 0.0f) values[i] = cap(values[i], options.softcap);
     if (kFull && counts) state.logits += values[i];
     if (!counts) values[i] = kMinusInfinity;
   }
@@ -116,11 +139,11 @@ __device__ inline void add_columns(RowState& state, float (&values)[kSize], int 
 
 template <bool kFull, int kSize>
 __device__ inline void add(RowState& state, float (&values)[kSize], int first,
-                           const SftFastLogits& logits) {
+                           const SftFastLogits& logits, const LossOptions& options) {
   if (first + kSize <= logits.num_columns) {
-    add_columns<kFull, true>(state, values, first, logits);
+    add_columns<kFull, true>(state, values, first, logits, options);
   } else {
-    add_columns<kFull, false>(state, values, first, logits);
+    add_columns<kFull, false>(state, values, first, logits, options);
   }
 }
 
@@ -194,52 +217,54 @@ __device__ inline int target_column(const SftFastLogits& logits, int64_t label) 
 
 // The logit at the label, 0 where another shard holds it.
 template <int kDtype, bool kFull>
-__device__ inline float target_logit(const SftFastLogits& logits, int64_t row, int target) {
+__device__ inline float target_logit(const SftFastLogits& logits, const LossOptions& options,
+                                     int64_t token, int target) {
   if (target < 0) return 0.0f;
   using Bits = typename Pack<kDtype, false>::Bits;
-  const Bits bits = static_cast<const Bits*>(logits.data)[row * logits.row_stride + target];
+  const Bits bits = static_cast<const Bits*>(logits.data)[token * logits.row_stride + target];
   const float value = to_float<kDtype>(bits);
-  return kFull && logits.softcap > 0.0f ? cap(value, logits.softcap) : value;
+  return kFull && options.softcap > 0.0f ? cap(value, options.softcap) : value;
 }
 
 template <int kDtype, bool kAligned>
 __device__ inline const typename Pack<kDtype, kAligned>::Raw* row_packs(const SftFastLogits& logits,
-                                                                        int64_t row) {
+                                                                        int64_t token) {
   using P = Pack<kDtype, kAligned>;
-  const auto* bits = static_cast<const typename P::Bits*>(logits.data) + row * logits.row_stride;
+  const auto* bits = static_cast<const typename P::Bits*>(logits.data) + token * logits.row_stride;
   return reinterpret_cast<const typename P::Raw*>(bits);
 }
 
 template <int kDtype, bool kAligned, bool kFull>
 __global__ void __launch_bounds__(kThreads)
-    statistics_kernel(SftFastLogits logits, float* statistics, int num_splits, bool with_logit_sum,
+    statistics_kernel(SftFastLogits logits, LossOptions options, float* statistics, int num_splits,
                       bool with_outputs) {
   using P = Pack<kDtype, kAligned>;
-  const int64_t row = block_x(), split = block_y();
-  const int64_t label = logits.labels[row];
+  const int64_t token = block_x(), split = block_y();
+  const int64_t label = logits.labels[token];
   if (label == logits.ignore_index) return;
-  const auto* packs = row_packs<kDtype, kAligned>(logits, row);
+  const auto* packs = row_packs<kDtype, kAligned>(logits, token);
   const int num_packs = static_cast<int>(logits.width / P::kSize);
   RowState state;
   const int first_pack = static_cast<int>(split) * kThreads + static_cast<int>(thread_x());
   const auto read = [&](const typename P::Raw& raw, int pack) {
     float values[P::kSize];
     P::decode(raw, values);
-    add<kFull>(state, values, pack * P::kSize, logits);
+    add<kFull>(state, values, pack * P::kSize, logits, options);
   };
   for_each_pack<P>(packs, first_pack, num_splits * kThreads, num_packs, read);
   state = merge_block<kFull, kThreads>(state);
   if (thread_x() != 0) return;
+  const bool with_logit_sum = options.label_smoothing > 0.0f;
   const int64_t num_statistics = 3 + with_logit_sum + 2 * with_outputs;
-  float* out = statistics + split * num_statistics * logits.num_rows + row;
+  float* out = statistics + split * num_statistics * logits.num_tokens + token;
   const int target = split == 0 ? target_column(logits, label) : -1;
   out[0] = state.max;
-  out[logits.num_rows] = state.sum;
-  out[2 * logits.num_rows] = target_logit<kDtype, kFull>(logits, row, target);
-  if (with_logit_sum) out[3 * logits.num_rows] = state.logits;
+  out[logits.num_tokens] = state.sum;
+  out[2 * logits.num_tokens] = target_logit<kDtype, kFull>(logits, options, token, target);
+  if (with_logit_sum) out[3 * logits.num_tokens] = state.logits;
   if (with_outputs) {
-    out[(num_statistics - 2) * logits.num_rows] = state.weighted;
-    out[(num_statistics - 1) * logits.num_rows] = state.argmax;
+    out[(num_statistics - 2) * logits.num_tokens] = state.weighted;
+    out[(num_statistics - 1) * logits.num_tokens] = state.argmax;
   }
 }
 
@@ -249,7 +274,7 @@ struct RowGradient {
 };
 
 __device__ inline RowGradient row_gradient(const RowState& state, float grad_loss,
-                                           float grad_logprob, const SftFastLossOptions& options) {
+                                           float grad_logprob, const LossOptions& options) {
   const float lse = state.max + log_fast(state.sum);
   // z_loss 0 must not turn an infinite lse into NaN.
   const float z_factor = options.z_loss > 0.0f ? 1.0f + 2.0f * options.z_loss * lse : 1.0f;
@@ -259,16 +284,17 @@ __device__ inline RowGradient row_gradient(const RowState& state, float grad_los
 
 template <bool kFull, bool kWhole, int kSize>
 __device__ inline void differentiate_columns(float (&values)[kSize], int first, int target,
-                                             const RowGradient& row, const SftFastLogits& logits) {
+                                             const RowGradient& row, const SftFastLogits& logits,
+                                             const LossOptions& options) {
   SFT_FAST_UNROLL
   for (int i = 0; i < kSize; ++i) {
     float value = values[i];
-    if (kFull && logits.softcap > 0.0f) value = cap(value, logits.softcap);
+    if (kFull && options.softcap > 0.0f) value = cap(value, options.softcap);
     float gradient = exp_fast(value - row.max) * row.scale - row.uniform;
     // Before the rounding to 16 bits: after it, probability - 1 would be mostly rounding error.
     if (first + i == target) gradient += row.at_target;
-    if (kFull && logits.softcap > 0.0f) {
-      gradient *= 1.0f - (value / logits.softcap) * (value / logits.softcap);
+    if (kFull && options.softcap > 0.0f) {
+      gradient *= 1.0f - (value / options.softcap) * (value / options.softcap);
     }
     values[i] = kWhole || first + i < logits.num_columns ? gradient : 0.0f;
   }
@@ -276,11 +302,12 @@ __device__ inline void differentiate_columns(float (&values)[kSize], int first, 
 
 template <bool kFull, int kSize>
 __device__ inline void differentiate(float (&values)[kSize], int first, int target,
-                                     const RowGradient& row, const SftFastLogits& logits) {
+                                     const RowGradient& row, const SftFastLogits& logits,
+                                     const LossOptions& options) {
   if (first + kSize <= logits.num_columns) {
-    differentiate_columns<kFull, true>(values, first, target, row, logits);
+    differentiate_columns<kFull, true>(values, first, target, row, logits, options);
   } else {
-    differentiate_columns<kFull, false>(values, first, target, row, logits);
+    differentiate_columns<kFull, false>(values, first, target, row, logits, options);
   }
 }
 
@@ -288,42 +315,42 @@ template <int kDtype, bool kAligned, bool kFull>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(SftFastLogits logits, void* gradient, int64_t gradient_stride,
                     const float* statistics, int num_parts, int64_t num_statistics,
-                    const float* grads, SftFastLossOptions options, int num_splits) {
+                    const float* grads, LossOptions options, int num_splits) {
   using P = Pack<kDtype, kAligned>;
-  const int64_t row = block_x();
+  const int64_t token = block_x();
   SftFastLogits output = logits;
   output.data = gradient;
   output.row_stride = gradient_stride;
-  const auto* packs = row_packs<kDtype, kAligned>(logits, row);
-  auto* out = const_cast<typename P::Raw*>(row_packs<kDtype, kAligned>(output, row));
+  const auto* packs = row_packs<kDtype, kAligned>(logits, token);
+  auto* out = const_cast<typename P::Raw*>(row_packs<kDtype, kAligned>(output, token));
   const int num_packs = static_cast<int>(logits.width / P::kSize);
   const int first_pack = static_cast<int>(block_y() * kThreads + thread_x());
   const int step = num_splits * kThreads;
-  const int64_t label = logits.labels[row];
+  const int64_t label = logits.labels[token];
   if (label == logits.ignore_index) {
     for (int pack = first_pack; pack < num_packs; pack += step) out[pack] = typename P::Raw{};
     return;
   }
   RowState state;
   for (int part = thread_x() % kWaveSize; part < num_parts; part += kWaveSize) {
-    const float* source = statistics + part * num_statistics * logits.num_rows + row;
-    state = merge<false>(state, {source[0], source[logits.num_rows], 0.0f, 0.0f, 0.0f});
+    const float* source = statistics + part * num_statistics * logits.num_tokens + token;
+    state = merge<false>(state, {source[0], source[logits.num_tokens], 0.0f, 0.0f, 0.0f});
   }
   state = merge_threads<false, kWaveSize>(state);
   const RowGradient row_grad =
-      row_gradient(state, grads[row], grads[logits.num_rows + row], options);
+      row_gradient(state, grads[token], grads[logits.num_tokens + token], options);
   const int target = target_column(logits, label);
   const auto write = [&](const typename P::Raw& raw, int pack) {
     float values[P::kSize];
     P::decode(raw, values);
-    differentiate<kFull>(values, pack * P::kSize, target, row_grad, logits);
+    differentiate<kFull>(values, pack * P::kSize, target, row_grad, logits, options);
     out[pack] = P::encode(values);
   };
   for_each_pack<P>(packs, first_pack, step, num_packs, write);
 }
 
 __device__ inline float row_loss(const RowState& state, float target_logit, float columns,
-                                 const SftFastLossOptions& options) {
+                                 const LossOptions& options) {
   const float log_sum = log_fast(state.sum);
   float loss = log_sum - (target_logit - state.max);
   if (options.label_smoothing > 0.0f) {
@@ -337,27 +364,27 @@ __device__ inline float row_loss(const RowState& state, float target_logit, floa
   return loss;
 }
 
-// A thread joins the parts of a row; its neighbours read the next rows' numbers.
+// A thread joins the parts of a token; its neighbours read the next tokens' numbers.
 __global__ void __launch_bounds__(kLossThreads)
-    losses_kernel(SftFastStatistics parts, float* outputs, SftFastLossOptions options) {
-  const int64_t num_rows = parts.num_rows;
-  const int64_t row = block_x() * kLossThreads + thread_x();
-  if (row >= num_rows) return;
-  const int64_t label = parts.labels[row];
+    losses_kernel(SftFastStatistics parts, float* outputs, LossOptions options) {
+  const int64_t num_tokens = parts.num_tokens;
+  const int64_t token = block_x() * kLossThreads + thread_x();
+  if (token >= num_tokens) return;
+  const int64_t label = parts.labels[token];
   const int num_outputs = parts.with_outputs ? 4 : 1;
   if (label == parts.ignore_index) {
-    for (int i = 0; i < num_outputs; ++i) outputs[i * num_rows + row] = 0.0f;
+    for (int i = 0; i < num_outputs; ++i) outputs[i * num_tokens + token] = 0.0f;
     return;
   }
   const bool has_logit_sum = options.label_smoothing > 0.0f;
-  const int64_t part_size = (3 + has_logit_sum + 2 * (parts.with_outputs != 0)) * num_rows;
+  const int64_t part_size = (3 + has_logit_sum + 2 * (parts.with_outputs != 0)) * num_tokens;
   const auto load = [&](int64_t part, float& target_logit) {
-    const float* source = parts.statistics + part * part_size + row;
-    RowState state{source[0], source[num_rows], 0.0f, 0.0f, 0.0f};
-    target_logit += source[2 * num_rows];
-    source += 3 * num_rows;
-    if (has_logit_sum) state.logits = source[0], source += num_rows;
-    if (parts.with_outputs) state.weighted = source[0], state.argmax = source[num_rows];
+    const float* source = parts.statistics + part * part_size + token;
+    RowState state{source[0], source[num_tokens], 0.0f, 0.0f, 0.0f};
+    target_logit += source[2 * num_tokens];
+    source += 3 * num_tokens;
+    if (has_logit_sum) state.logits = source[0], source += num_tokens;
+    if (parts.with_outputs) state.weighted = source[0], state.argmax = source[num_tokens];
     return state;
   };
   float target_logit = 0.0f;
@@ -367,31 +394,30 @@ __global__ void __launch_bounds__(kLossThreads)
   }
   const bool is_known = label >= 0 && label < parts.vocab_size;
   if (!is_known) target_logit = __builtin_nanf("");
-  outputs[row] = row_loss(state, target_logit, static_cast<float>(parts.vocab_size), options);
+  outputs[token] = row_loss(state, target_logit, static_cast<float>(parts.vocab_size), options);
   if (!parts.with_outputs) return;
   const float log_sum = log_fast(state.sum);
-  outputs[num_rows + row] = (target_logit - state.max) - log_sum;
-  outputs[2 * num_rows + row] = log_sum - state.weighted / state.sum;
-  outputs[3 * num_rows + row] = state.argmax == static_cast<float>(label) ? 1.0f : 0.0f;
+  outputs[num_tokens + token] = (target_logit - state.max) - log_sum;
+  outputs[2 * num_tokens + token] = log_sum - state.weighted / state.sum;
+  outputs[3 * num_tokens + token] = state.argmax == static_cast<float>(label) ? 1.0f : 0.0f;
 }
 
 // The row stays on chip between its one read and its one write: its first packs in registers, the
 // rest in shared memory.
 template <int kDtype, bool kFull>
 __global__ void __launch_bounds__(kOnePassThreads)
-    one_pass_kernel(SftFastLogits logits, float* loss, const float* weights,
-                    SftFastLossOptions options) {
+    one_pass_kernel(SftFastLogits logits, float* loss, const float* weights, LossOptions options) {
   using P = Pack<kDtype, true>;
   constexpr int kInRegisters = kRegisterPacks * kOnePassThreads;
-  const int64_t row = block_x();
-  const int64_t label = logits.labels[row];
-  const auto* packs = row_packs<kDtype, true>(logits, row);
+  const int64_t token = block_x();
+  const int64_t label = logits.labels[token];
+  const auto* packs = row_packs<kDtype, true>(logits, token);
   auto* out = const_cast<uint4*>(packs);
   const int num_packs = static_cast<int>(logits.width / P::kSize);
   const int thread = static_cast<int>(thread_x());
   if (label == logits.ignore_index) {
     for (int pack = thread; pack < num_packs; pack += kOnePassThreads) out[pack] = uint4{};
-    if (thread == 0) loss[row] = 0.0f;
+    if (thread == 0) loss[token] = 0.0f;
     return;
   }
   uint4 kept[kRegisterPacks];
@@ -406,13 +432,13 @@ __global__ void __launch_bounds__(kOnePassThreads)
   }
   // Read by everybody before the barrier that comes before the first write.
   const int target = target_column(logits, label);
-  const float at_target = target_logit<kDtype, kFull>(logits, row, target);
+  const float at_target = target_logit<kDtype, kFull>(logits, options, token, target);
 
   RowState state;
   const auto read = [&](const uint4& raw, int pack) {
     float values[P::kSize];
     P::decode(raw, values);
-    add<kFull>(state, values, pack * P::kSize, logits);
+    add<kFull>(state, values, pack * P::kSize, logits, options);
   };
   SFT_FAST_UNROLL
   for (int i = 0; i < kRegisterPacks; ++i) {
@@ -431,13 +457,13 @@ __global__ void __launch_bounds__(kOnePassThreads)
 
   if (thread == 0) {
     const float columns = static_cast<float>(logits.num_columns);
-    loss[row] = target >= 0 ? row_loss(state, at_target, columns, options) : __builtin_nanf("");
+    loss[token] = target >= 0 ? row_loss(state, at_target, columns, options) : __builtin_nanf("");
   }
-  const RowGradient row_grad = row_gradient(state, weights[row], 0.0f, options);
+  const RowGradient row_grad = row_gradient(state, weights[token], 0.0f, options);
   const auto write = [&](const uint4& raw, int pack) {
     float values[P::kSize];
     P::decode(raw, values);
-    differentiate<kFull>(values, pack * P::kSize, target, row_grad, logits);
+    differentiate<kFull>(values, pack * P::kSize, target, row_grad, logits, options);
     out[pack] = P::encode(values);
   };
   SFT_FAST_UNROLL

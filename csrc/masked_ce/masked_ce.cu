@@ -7,20 +7,19 @@ namespace sft_fast {
 #if defined(SFT_FAST_DEVICE_CODE_ONLY)
 
 // No host code: name the kernels, so that they are compiled.
-#define SFT_FAST_INSTANTIATE(dtype, aligned, full)                                                 \
-  template __global__ void statistics_kernel<dtype, aligned, full>(SftFastLogits, float*, int,     \
-                                                                   bool, bool);                    \
-  template __global__ void gradient_kernel<dtype, aligned, full>(                                  \
-      SftFastLogits, void*, int64_t, const float*, int, int64_t, const float*, SftFastLossOptions, \
-      int);
+#define SFT_FAST_INSTANTIATE(dtype, aligned, full)                                             \
+  template __global__ void statistics_kernel<dtype, aligned, full>(SftFastLogits, LossOptions, \
+                                                                   float*, int, bool);         \
+  template __global__ void gradient_kernel<dtype, aligned, full>(                              \
+      SftFastLogits, void*, int64_t, const float*, int, int64_t, const float*, LossOptions, int);
 #define SFT_FAST_INSTANTIATE_DTYPE(dtype)                                                     \
   SFT_FAST_INSTANTIATE(dtype, true, true)                                                     \
   SFT_FAST_INSTANTIATE(dtype, true, false)                                                    \
   SFT_FAST_INSTANTIATE(dtype, false, true)                                                    \
   template __global__ void one_pass_kernel<dtype, true>(SftFastLogits, float*, const float*,  \
-                                                        SftFastLossOptions);                  \
+                                                        LossOptions);                         \
   template __global__ void one_pass_kernel<dtype, false>(SftFastLogits, float*, const float*, \
-                                                         SftFastLossOptions);
+                                                         LossOptions);
 SFT_FAST_INSTANTIATE_DTYPE(SFT_FAST_BF16)
 SFT_FAST_INSTANTIATE_DTYPE(SFT_FAST_FP16)
 SFT_FAST_INSTANTIATE_DTYPE(SFT_FAST_FP32)
@@ -83,9 +82,9 @@ bool is_aligned(const SftFastLogits& logits) {
          0;
 }
 
-dim3 grid_of(int64_t num_rows, int64_t num_splits) {
+dim3 grid_of(int64_t num_tokens, int64_t num_splits) {
   dim3 grid;
-  grid.x = static_cast<unsigned>(num_rows);
+  grid.x = static_cast<unsigned>(num_tokens);
   grid.y = static_cast<unsigned>(num_splits);
   return grid;
 }
@@ -98,56 +97,57 @@ dim3 grid_of(int64_t num_rows, int64_t num_splits) {
 
 using namespace sft_fast;
 
-int64_t sft_fast_masked_ce_num_splits(int64_t num_rows, int64_t width) {
+int64_t sft_fast_masked_ce_num_splits(int64_t num_tokens, int64_t width) {
   // About 1024 blocks, a few for each compute unit; a split reads at least 8192 logits.
-  const int64_t wanted = num_rows > 0 ? (1024 + num_rows - 1) / num_rows : 1;
+  const int64_t wanted = num_tokens > 0 ? (1024 + num_tokens - 1) / num_tokens : 1;
   const int64_t most = (width + 8191) / 8192;
   const int64_t splits = wanted < most ? wanted : most;
   return splits < 1 ? 1 : splits > 16 ? 16 : splits;
 }
 
-int sft_fast_masked_ce_statistics(const SftFastLogits* logits, float* statistics,
-                                  int with_logit_sum, int with_outputs, void* stream) {
-  if (logits->num_rows == 0) return 0;
-  const int64_t splits = sft_fast_masked_ce_num_splits(logits->num_rows, logits->width);
-  const bool is_full = with_logit_sum || with_outputs || logits->softcap > 0.0f;
+int sft_fast_masked_ce_statistics(const SftFastLogits* logits, const double* options,
+                                  float* statistics, int with_outputs, void* stream) {
+  if (logits->num_tokens == 0) return 0;
+  const LossOptions made = make_options(options, logits->vocab_size);
+  const int64_t splits = sft_fast_masked_ce_num_splits(logits->num_tokens, logits->width);
   with_dtype(logits->dtype, [&](auto dtype) {
-    with_kind(is_aligned(*logits), is_full, [&](auto aligned, auto full) {
+    with_kind(is_aligned(*logits), is_full_read(made, with_outputs), [&](auto aligned, auto full) {
       const auto kernel = statistics_kernel<decltype(dtype)::kValue, decltype(aligned)::kValue,
                                             decltype(full)::kValue>;
-      SFT_FAST_LAUNCH(kernel, grid_of(logits->num_rows, splits), kThreads, 0, stream, *logits,
-                      statistics, static_cast<int>(splits), with_logit_sum != 0, with_outputs != 0);
+      SFT_FAST_LAUNCH(kernel, grid_of(logits->num_tokens, splits), kThreads, 0, stream, *logits,
+                      made, statistics, static_cast<int>(splits), with_outputs != 0);
     });
   });
   return last_error();
 }
 
-int sft_fast_masked_ce_losses(const SftFastStatistics* statistics, float* outputs,
-                              const SftFastLossOptions* options, void* stream) {
-  if (statistics->num_rows == 0) return 0;
-  const int64_t blocks = (statistics->num_rows + kLossThreads - 1) / kLossThreads;
+int sft_fast_masked_ce_losses(const SftFastStatistics* statistics, const double* options,
+                              float* outputs, void* stream) {
+  if (statistics->num_tokens == 0) return 0;
+  const LossOptions made = make_options(options, statistics->vocab_size);
+  const int64_t blocks = (statistics->num_tokens + kLossThreads - 1) / kLossThreads;
   SFT_FAST_LAUNCH(losses_kernel, grid_of(blocks, 1), kLossThreads, 0, stream, *statistics, outputs,
-                  *options);
+                  made);
   return last_error();
 }
 
-int sft_fast_masked_ce_gradient(const SftFastLogits* logits, void* gradient,
+int sft_fast_masked_ce_gradient(const SftFastLogits* logits, const double* options, void* gradient,
                                 int64_t gradient_stride, const float* statistics, int64_t num_parts,
-                                int64_t num_statistics, const float* grads,
-                                const SftFastLossOptions* options, void* stream) {
-  if (logits->num_rows == 0) return 0;
-  const int64_t splits = sft_fast_masked_ce_num_splits(logits->num_rows, logits->width);
+                                int64_t num_statistics, const float* grads, void* stream) {
+  if (logits->num_tokens == 0) return 0;
+  const LossOptions made = make_options(options, logits->vocab_size);
+  const int64_t splits = sft_fast_masked_ce_num_splits(logits->num_tokens, logits->width);
   SftFastLogits output = *logits;
   output.data = gradient;
   output.row_stride = gradient_stride;
   const bool is_both_aligned = is_aligned(*logits) && is_aligned(output);
   with_dtype(logits->dtype, [&](auto dtype) {
-    with_kind(is_both_aligned, logits->softcap > 0.0f, [&](auto aligned, auto full) {
+    with_kind(is_both_aligned, is_full_gradient(made), [&](auto aligned, auto full) {
       const auto kernel = gradient_kernel<decltype(dtype)::kValue, decltype(aligned)::kValue,
                                           decltype(full)::kValue>;
-      SFT_FAST_LAUNCH(kernel, grid_of(logits->num_rows, splits), kThreads, 0, stream, *logits,
+      SFT_FAST_LAUNCH(kernel, grid_of(logits->num_tokens, splits), kThreads, 0, stream, *logits,
                       gradient, gradient_stride, statistics, static_cast<int>(num_parts),
-                      num_statistics, grads, *options, static_cast<int>(splits));
+                      num_statistics, grads, made, static_cast<int>(splits));
     });
   });
   return last_error();
@@ -159,22 +159,24 @@ int64_t sft_fast_masked_ce_one_pass_width(const SftFastLogits* logits) {
   return bytes / element_bytes(logits->dtype);
 }
 
-int sft_fast_masked_ce_one_pass(const SftFastLogits* logits, float* loss, const float* weights,
-                                const SftFastLossOptions* options, void* stream) {
-  if (logits->num_rows == 0) return 0;
+int sft_fast_masked_ce_one_pass(const SftFastLogits* logits, const double* options, float* loss,
+                                const float* weights, void* stream) {
+  if (logits->num_tokens == 0) return 0;
+  const LossOptions made = make_options(options, logits->vocab_size);
   const int64_t row_bytes = logits->width * element_bytes(logits->dtype);
   const int64_t beyond = row_bytes - int64_t{16} * kRegisterPacks * kOnePassThreads;
   const int shared_bytes = beyond > 0 ? static_cast<int>(beyond) : 0;
-  const bool is_full = options->label_smoothing > 0.0f || logits->softcap > 0.0f;
   with_dtype(logits->dtype, [&](auto dtype) {
-    with_flag(is_full, [&](auto full) {
+    with_flag(is_full_read(made, false), [&](auto full) {
       const auto kernel = one_pass_kernel<decltype(dtype)::kValue, decltype(full)::kValue>;
-      SFT_FAST_LAUNCH(kernel, grid_of(logits->num_rows, 1), kOnePassThreads, shared_bytes, stream,
-                      *logits, loss, weights, *options);
+      SFT_FAST_LAUNCH(kernel, grid_of(logits->num_tokens, 1), kOnePassThreads, shared_bytes, stream,
+                      *logits, loss, weights, made);
     });
   });
   return last_error();
 }
+
+const char* sft_fast_masked_ce_options() { return kOptionNames; }
 
 const char* sft_fast_masked_ce_error(int code) {
 #if defined(SFT_FAST_HOST_EMULATION)

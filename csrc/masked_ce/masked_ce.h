@@ -1,8 +1,9 @@
 /* Masked cross-entropy on one GPU: plain C, no torch. The maths is in kernels/README.md.
 
    Every function enqueues work on a stream and returns 0, or an error code of the GPU runtime that
-   sft_fast_masked_ce_error explains. Pointers are device pointers. A row whose label is
-   ignore_index is not read: its statistics are not written, its loss and gradient are 0. */
+   sft_fast_masked_ce_error explains. Pointers are device pointers, but for `options`: doubles on
+   the host in the order of sft_fast_masked_ce_options. A token whose label is ignore_index is not
+   read: its statistics are not written, its loss and gradient are 0. */
 #ifndef SFT_FAST_MASKED_CE_H
 #define SFT_FAST_MASKED_CE_H
 
@@ -14,64 +15,62 @@ extern "C" {
 
 enum SftFastDtype { SFT_FAST_BF16 = 0, SFT_FAST_FP16 = 1, SFT_FAST_FP32 = 2 };
 
-/* Logits [num_rows, width], last stride 1, of which num_columns count and the rest is padding. */
+/* Logits [num_tokens, width], last stride 1, of which num_columns count and the rest is padding. */
 struct SftFastLogits {
   const void* data;
   int64_t row_stride;    /* elements */
-  const int64_t* labels; /* [num_rows] global ids */
-  int64_t num_rows;
+  const int64_t* labels; /* [num_tokens] global ids */
+  int64_t num_tokens;
   int64_t width;
   int64_t num_columns;
   int64_t vocab_start_index; /* global id of column 0 */
+  int64_t vocab_size;        /* columns that count, over all ranks */
   int64_t ignore_index;
-  float softcap; /* 0: none */
-  int dtype;     /* SftFastDtype */
+  int dtype; /* SftFastDtype */
 };
 
-struct SftFastLossOptions {
-  float label_smoothing;
-  float uniform; /* label_smoothing / columns of the whole vocabulary */
-  float z_loss;
-};
-
-/* Statistics [num_parts, S, num_rows] of every part of a vocabulary, where S counts the sum of the
-   logits if label_smoothing > 0. */
+/* Statistics [num_parts, S, num_tokens] of every part of a vocabulary; S as below. */
 struct SftFastStatistics {
   const float* statistics;
-  const int64_t* labels; /* [num_rows] global ids */
+  const int64_t* labels; /* [num_tokens] global ids */
   int64_t num_parts;
-  int64_t num_rows;
+  int64_t num_tokens;
   int64_t vocab_size; /* columns that count, over all ranks */
   int64_t ignore_index;
   int with_outputs; /* S counts two more numbers, and there are 4 outputs instead of 1 */
 };
 
-/* Into how many parts a row is cut; depends on the shape alone, so that all ranks agree. */
-int64_t sft_fast_masked_ce_num_splits(int64_t num_rows, int64_t width);
+/* Names of the options of the loss, in their order, with spaces between them. An option of 0 is
+ * off. */
+const char* sft_fast_masked_ce_options(void);
 
-/* statistics [num_splits, 3 + with_logit_sum + 2 * with_outputs, num_rows] fp32. */
-int sft_fast_masked_ce_statistics(const struct SftFastLogits* logits, float* statistics,
-                                  int with_logit_sum, int with_outputs, void* stream);
+/* Into how many parts a row of logits is cut; depends on the shape alone, so that all ranks agree.
+ */
+int64_t sft_fast_masked_ce_num_splits(int64_t num_tokens, int64_t width);
 
-/* outputs [1 or 4, num_rows]: loss; log probability, entropy, 1 where the label is the argmax. */
-int sft_fast_masked_ce_losses(const struct SftFastStatistics* statistics, float* outputs,
-                              const struct SftFastLossOptions* options, void* stream);
+/* statistics [num_splits, S, num_tokens] fp32, where S is 3, and more by 1 if label_smoothing > 0
+   and by 2 if with_outputs. */
+int sft_fast_masked_ce_statistics(const struct SftFastLogits* logits, const double* options,
+                                  float* statistics, int with_outputs, void* stream);
 
-/* gradient [num_rows, width], may be the logits; statistics [num_parts, num_statistics, num_rows];
-   grads [2, num_rows]: upstream gradients of loss and log probability. */
-int sft_fast_masked_ce_gradient(const struct SftFastLogits* logits, void* gradient,
-                                int64_t gradient_stride, const float* statistics, int64_t num_parts,
-                                int64_t num_statistics, const float* grads,
-                                const struct SftFastLossOptions* options, void* stream);
+/* outputs [1 or 4, num_tokens]: loss; log probability, entropy, 1 where the label is the argmax. */
+int sft_fast_masked_ce_losses(const struct SftFastStatistics* statistics, const double* options,
+                              float* outputs, void* stream);
+
+/* gradient [num_tokens, width], may be the logits; statistics [num_parts, num_statistics,
+   num_tokens]; grads [2, num_tokens]: upstream gradients of loss and log probability. */
+int sft_fast_masked_ce_gradient(const struct SftFastLogits* logits, const double* options,
+                                void* gradient, int64_t gradient_stride, const float* statistics,
+                                int64_t num_parts, int64_t num_statistics, const float* grads,
+                                void* stream);
 
 /* The longest row that sft_fast_masked_ce_one_pass takes; 0 if rows are not 16-byte aligned. */
 int64_t sft_fast_masked_ce_one_pass_width(const struct SftFastLogits* logits);
 
-/* For a vocabulary that is whole: reads each row once, writes loss [num_rows] fp32 and puts the
-   gradient of sum(weights * loss), weights [num_rows], in place of the logits. */
-int sft_fast_masked_ce_one_pass(const struct SftFastLogits* logits, float* loss,
-                                const float* weights, const struct SftFastLossOptions* options,
-                                void* stream);
+/* For a vocabulary that is whole: reads each row once, writes loss [num_tokens] fp32 and puts the
+   gradient of sum(weights * loss), weights [num_tokens], in place of the logits. */
+int sft_fast_masked_ce_one_pass(const struct SftFastLogits* logits, const double* options,
+                                float* loss, const float* weights, void* stream);
 
 const char* sft_fast_masked_ce_error(int code);
 

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sft_fast.kernels.loss_options import LossBackend, LossOptions, Policy
 from sft_fast.packing.choices import STRATEGY_HELP, Strategy
 
 Text = Annotated[str, Field(min_length=1)]
@@ -338,21 +339,15 @@ class OptimConfig(Section):
     """Largest global gradient norm; 0 = no clipping."""
 
 
-class LossConfig(Section):
+class LossConfig(Section, LossOptions):
     """The masked linear cross-entropy."""
 
-    backend: Literal["auto", "torch", "triton", "native"] = "auto"
+    backend: LossBackend = "auto"
     """Kernel; auto = the fastest that this device has."""
     custom: Text | None = None
     """Name given to register_loss by a file of `plugins`; null = cross-entropy. It gets plain log
     probabilities, so label_smoothing and z_loss must be 0."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target spread evenly over the vocabulary."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Factor of log(sum(exp(logits)))**2, added to the loss."""
-    logit_softcap: Annotated[float, Field(ge=0)] = 0.0
-    """Bound c of the logits c * tanh(logits / c), for models trained with one; 0 = none."""
-    policy: Literal["auto", "stored", "gradient_in_forward", "recompute"] = "auto"
+    policy: Policy = "auto"
     """Logits between forward and backward: kept, turned into gradients at once, or computed again;
     auto = the first that memory_budget_gib allows."""
     memory_budget_gib: Annotated[float, Field(gt=0)] = 2.0
@@ -360,10 +355,9 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LossConfig":
-        if self.custom is not None and (self.label_smoothing or self.z_loss):
-            raise ValueError(
-                "custom does not combine with label_smoothing or z_loss; set them to 0"
-            )
+        if self.custom is not None and self.penalties():
+            names = " and ".join(self.penalties())
+            raise ValueError(f"custom does not combine with {names}, which must be 0")
         if self.custom is not None and self.policy == "gradient_in_forward":
             raise ValueError("custom needs policy auto, stored or recompute")
         return self

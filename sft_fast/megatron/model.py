@@ -1,6 +1,7 @@
 """GPTModel with packed attention and the masked loss at the LM head."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,9 @@ from torch.nn import functional
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import LossConfig
 from sft_fast.errors import ConfigError
+from sft_fast.kernels.loss_options import OPTION_NAMES
 from sft_fast.loss import (
+    HeadSettings,
     LossOptions,
     custom_losses,
     masked_linear_cross_entropy,
@@ -68,11 +71,9 @@ class LossOutputLayer(ColumnParallelLinear):
     existing output layer becomes one by assigning `__class__`: same parameters and checkpoint keys.
     """
 
-    vocab_size: int
-    """Columns of the vocabulary; the weight may hold more, which are padding."""
-    loss_config: LossConfig
-    softcap: float
-    """Bound c of the logits c * tanh(logits / c); 0 = none."""
+    settings: HeadSettings
+    custom_loss: str | None
+    """Name of a registered loss."""
 
     def forward(
         self,
@@ -95,47 +96,51 @@ class LossOutputLayer(ColumnParallelLinear):
         """
         if labels is None:
             logits, bias = super().forward(input_, weight, runtime_gather_output, **kwargs)
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
+            if softcap := self.settings.options.logit_softcap:
+                logits = softcap * torch.tanh(logits / softcap)
             return logits, bias
-        config, is_custom = self.loss_config, self.loss_config.custom is not None
+        settings, is_custom = self.settings, self.custom_loss is not None
         weight = self.weight if weight is None else weight
         if wants_outputs:
+            plain = settings.options.without_penalties()
+            settings = replace(settings, options=plain, summed=False, policy="auto")
             outputs = masked_linear_outputs(
-                input_,
-                weight,
-                labels,
-                active_tokens=active_tokens,
-                vocab_size=self.vocab_size,
-                tp_group=self.tp_group,
-                sequence_parallel=self.sequence_parallel,
-                options=LossOptions(logit_softcap=self.softcap),
-                backend=config.backend,
-                memory_budget=round(config.memory_budget_gib * 2**30),
+                input_, weight, labels, settings, active_tokens=active_tokens
             )
             return torch.stack([outputs.logprob, outputs.entropy, outputs.correct.float()])
+        # DDP's fp32 buffer: no 16-bit gradient of the head is made and rounded.
+        settings = replace(settings, accumulate_into_main_grad=hasattr(weight, "main_grad"))
         losses = masked_linear_cross_entropy(
             input_,
             weight,
             labels,
+            settings,
             active_tokens=active_tokens,
             token_weights=None if is_custom else token_weights,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel,
-            options=LossOptions(config.label_smoothing, config.z_loss, self.softcap),
-            backend=config.backend,
-            # DDP's fp32 buffer: no 16-bit gradient of the head is made and rounded.
-            accumulate_into_main_grad=hasattr(weight, "main_grad"),
-            # forward_step's loss_func sums them; a custom loss is free to do anything.
-            summed=not is_custom,
-            policy=config.policy,
-            memory_budget=round(config.memory_budget_gib * 2**30),
         )
-        if config.custom is None:
+        if self.custom_loss is None:
             return losses
-        losses = custom_losses(config.custom, losses, labels)
+        losses = custom_losses(self.custom_loss, losses, labels)
         return losses if token_weights is None else losses * token_weights
+
+
+def head_settings(
+    layer: ColumnParallelLinear, architecture: Architecture, loss_config: LossConfig
+) -> HeadSettings:
+    """What the loss of this LM head does in every call."""
+    options = {name: getattr(loss_config, name) for name in OPTION_NAMES}
+    options["logit_softcap"] = softcap(architecture, loss_config)
+    return HeadSettings(
+        vocab_size=architecture.vocab_size,
+        tp_group=layer.tp_group,
+        sequence_parallel=layer.sequence_parallel,
+        options=LossOptions(**options),
+        backend=loss_config.backend,
+        # forward_step's loss_func sums them; a custom loss is free to do anything.
+        summed=loss_config.custom is None,
+        policy=loss_config.policy,
+        memory_budget=round(loss_config.memory_budget_gib * 2**30),
+    )
 
 
 class SFTModel(GPTModel):
@@ -156,9 +161,8 @@ class SFTModel(GPTModel):
         self.embedding_scale = torch.tensor(scale) if architecture.is_gemma else None
         if self.post_process:
             self.output_layer.__class__ = LossOutputLayer
-            self.output_layer.vocab_size = architecture.vocab_size
-            self.output_layer.loss_config = loss_config
-            self.output_layer.softcap = softcap(architecture, loss_config)
+            self.output_layer.settings = head_settings(self.output_layer, architecture, loss_config)
+            self.output_layer.custom_loss = loss_config.custom
 
     def _preprocess(
         self,
@@ -194,6 +198,7 @@ class SFTModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """Hidden states [s, b, h] -> what LossOutputLayer returns, logits or losses."""
         if labels is None or not self.post_process:
             return super()._postprocess(
                 hidden_states, *args, labels=labels, packed_seq_params=packed_seq_params, **kwargs

@@ -102,21 +102,21 @@ def shard_columns(architecture: Architecture, config: Config) -> int:
     return padded_vocab_size(architecture.vocab_size, tensor) // tensor
 
 
-def logits_bytes(architecture: Architecture, config: Config, rows: int) -> int:
-    """What the loss of that many trained rows holds, by the rule that the loss itself follows."""
+def logits_bytes(architecture: Architecture, config: Config, active_tokens: int) -> int:
+    """What the loss of that many trained tokens holds, by the rule that the loss itself follows."""
     loss, size = config.loss, DTYPE_BYTES[config.model.dtype]
     columns, is_trained = shard_columns(architecture, config), config.lora.rank == 0
     sums = 4 * columns * architecture.hidden_size if is_trained else 0
     plan = MemoryPlan.choose(
         loss.policy,
         round(loss.memory_budget_gib * 2**30),
-        num_rows=rows,
-        row_bytes=columns * size,
+        num_tokens=active_tokens,
+        bytes_per_token=columns * size,
         weight_grad_bytes=sums,
         adds_to_main_grad=is_trained,
         summed=loss.custom is None,
     )
-    held = plan.chunk_rows * columns * size + rows * architecture.hidden_size * size
+    held = (plan.chunk_tokens * columns + active_tokens * architecture.hidden_size) * size
     return held + (sums if plan.policy == "gradient_in_forward" else 0)
 
 

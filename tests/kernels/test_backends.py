@@ -5,11 +5,13 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
 from sft_fast.kernels import backends
 from sft_fast.kernels.backends import OPERATIONS, Operation, load_backend
+from sft_fast.kernels.loss_options import LossBackend
 
 TORCH = "sft_fast.kernels.masked_cross_entropy_torch"
 MISSING = "sft_fast.kernels.no_such_module"
@@ -77,7 +79,11 @@ def test_a_named_backend_that_is_missing_is_an_error(second: str) -> None:
         load_backend(second, "hip", "cpu")
 
 
-def test_the_table_needs_no_torch() -> None:
+def test_the_config_offers_what_the_table_holds() -> None:
+    assert set(get_args(LossBackend)) == {"auto", *OPERATIONS["masked_cross_entropy"].modules}
+
+
+def test_what_the_config_and_plan_import_needs_no_torch() -> None:
     code = (
         "import sft_fast.kernels.backends, sys; assert not {'torch', 'triton'} & set(sys.modules)"
     )

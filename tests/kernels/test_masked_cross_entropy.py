@@ -19,7 +19,9 @@ from kernel_pool import ON_GPU, KernelPool, build_native, missing_native, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels.backends import load_backend
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
 from sft_fast.loss import (
+    HeadSettings,
     LossOptions,
     masked_cross_entropy,
     masked_linear_cross_entropy,
@@ -49,17 +51,17 @@ def gradient(loss: Tensor, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor, 
 
 
 def make_logits(
-    num_rows: int, width: int, vocab_size: int, dtype: torch.dtype
+    num_tokens: int, width: int, vocab_size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits with NaN in the masked rows and Inf in the padding, labels, an upstream gradient."""
-    generator = seeded(num_rows + width)
-    logits = (3 * torch.randn(num_rows, width, generator=generator)).to(dtype)
-    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    generator = seeded(num_tokens + width)
+    logits = (3 * torch.randn(num_tokens, width, generator=generator)).to(dtype)
+    labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
     labels[-1] = vocab_size - 1
     labels[1::3] = IGNORE_INDEX
     logits[:, vocab_size:] = torch.inf
     logits[1::3] = torch.nan
-    return logits, labels, torch.randn(num_rows, generator=generator)
+    return logits, labels, torch.randn(num_tokens, generator=generator)
 
 
 def eager_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
@@ -76,9 +78,9 @@ def round_as(backend: str, gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run_logits(
-    backend: str, num_rows: int, width: int, vocab_size: int, dtype: torch.dtype
+    backend: str, num_tokens: int, width: int, vocab_size: int, dtype: torch.dtype
 ) -> None:
-    logits, labels, upstream = make_logits(num_rows, width, vocab_size, dtype)
+    logits, labels, upstream = make_logits(num_tokens, width, vocab_size, dtype)
     before = logits.clone()
     results = []
     for function, computed_in in (
@@ -302,13 +304,13 @@ def test_row_offsets_beyond_32_bits(pool: RankPool, backend: str) -> None:
     pool.run(1, run_far_rows, backend)
 
 
-def run_many_elements(backend: str, num_rows: int, width: int) -> None:
+def run_many_elements(backend: str, num_tokens: int, width: int) -> None:
     """The last rows lie beyond 2**31 elements; rows of every 512 are compared with eager's."""
     generator = seeded(5)
-    logits = torch.randn(num_rows, width, generator=generator, dtype=torch.bfloat16)
-    labels = torch.randint(width, (num_rows,), generator=generator)
+    logits = torch.randn(num_tokens, width, generator=generator, dtype=torch.bfloat16)
+    labels = torch.randint(width, (num_tokens,), generator=generator)
     labels[1::2] = IGNORE_INDEX
-    some = torch.arange(num_rows - 1, 0, -512).flip(0)
+    some = torch.arange(num_tokens - 1, 0, -512).flip(0)
     some_logits = logits[some].requires_grad_()
     inputs = logits.requires_grad_()
     loss = masked_cross_entropy(inputs, labels, backend=backend)
@@ -349,10 +351,12 @@ def run_linear(backend: str, sequence_parallel: bool) -> None:
         loss = masked_linear_cross_entropy(
             *tensors,
             labels,
-            vocab_size=190,
-            tp_group=dist.group.WORLD,
-            sequence_parallel=sequence_parallel,
-            backend=name,
+            HeadSettings(
+                vocab_size=190,
+                tp_group=dist.group.WORLD,
+                sequence_parallel=sequence_parallel,
+                backend=name,
+            ),
         )
         grads = torch.autograd.grad(loss, tensors, upstream, retain_graph=True)
         again = torch.autograd.grad(loss, tensors, upstream)
@@ -383,8 +387,14 @@ def run_options(backend: str, name: str, dtype: torch.dtype, width: int) -> None
     results = []
     for function, computed_in in (
         (functools.partial(masked_cross_entropy, options=options, backend=backend), dtype),
-        (functools.partial(reference.penalised_cross_entropy, **vars(options)), torch.float32),
-        (functools.partial(reference.penalised_cross_entropy, **vars(options)), torch.float64),
+        (
+            functools.partial(reference.penalised_cross_entropy, **options.model_dump()),
+            torch.float32,
+        ),
+        (
+            functools.partial(reference.penalised_cross_entropy, **options.model_dump()),
+            torch.float64,
+        ),
     ):
         inputs = logits.to(computed_in).requires_grad_()
         loss = function(inputs, labels, vocab_size=vocab_size)
@@ -429,11 +439,13 @@ def run_outputs(backend: str, sequence_parallel: bool) -> None:
     outputs = masked_linear_outputs(
         *own,
         labels,
-        vocab_size=190,
-        tp_group=dist.group.WORLD,
-        sequence_parallel=sequence_parallel,
-        options=LossOptions(z_loss=0.1, label_smoothing=0.1),
-        backend=backend,
+        HeadSettings(
+            vocab_size=190,
+            tp_group=dist.group.WORLD,
+            sequence_parallel=sequence_parallel,
+            options=LossOptions(z_loss=0.1, label_smoothing=0.1),
+            backend=backend,
+        ),
     )
     torch.testing.assert_close(outputs.logprob[0].double(), logprob, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs.entropy[0].double(), entropy, rtol=1e-5, atol=1e-5)
@@ -467,7 +479,9 @@ def run_infinite_outputs(backend: str) -> None:
     # Twice as much overflows to -inf; -inf itself would make 0 * -inf, NaN, of other rows' zeros.
     weight[:290, 0] = weight[:, 1] = torch.finfo(torch.float32).min
     weight[7, 1] = 3.0
-    outputs = masked_linear_outputs(hidden, weight, torch.tensor([[295, 7, 2]]), backend=backend)
+    outputs = masked_linear_outputs(
+        hidden, weight, torch.tensor([[295, 7, 2]]), HeadSettings(backend=backend)
+    )
     assert outputs.entropy.isfinite().all()
     assert outputs.entropy[0, 1].abs() < 1e-6 and outputs.correct[0, 1]
     truth = torch.distributions.Categorical(logits=2 * weight[290:, 0]).entropy()
@@ -478,7 +492,7 @@ def test_outputs_with_minus_infinity(pool: RankPool, backend: str) -> None:
     pool.run(1, run_infinite_outputs, backend)
 
 
-def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
+def run_joins(backend: str, num_parts: int, num_tokens: int) -> None:
     """Statistics of parts joined as the oracle joins them: empty parts, ties, masked rows."""
     kernels, vocab_size, device = (
         load_backend("masked_cross_entropy", backend, "cpu"),
@@ -486,20 +500,22 @@ def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
         torch.get_default_device(),
     )
     generator = seeded(num_parts)
-    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
     labels[::7] = IGNORE_INDEX
     labels[3], labels[4] = vocab_size, -1
-    maxima = torch.randint(-3, 4, (num_parts, num_rows), generator=generator).float()
+    maxima = torch.randint(-3, 4, (num_parts, num_tokens), generator=generator).float()
     maxima[:, 5] += 1e4
-    sums = 1 + 9 * torch.rand(num_parts, num_rows, generator=generator)
-    targets = torch.zeros(num_parts, num_rows)
-    targets[-1] = torch.randn(num_rows, generator=generator)
+    sums = 1 + 9 * torch.rand(num_parts, num_tokens, generator=generator)
+    targets = torch.zeros(num_parts, num_tokens)
+    targets[-1] = torch.randn(num_tokens, generator=generator)
     if num_parts > 1:
         maxima[0, ::2], sums[0, ::2] = torch.finfo(torch.float32).min, 0.0
     maxima[:, 1], sums[:, 1], targets[-1, 1] = torch.finfo(torch.float32).min, 0.0, -torch.inf
     sums[0, 2] = torch.nan
-    logit_sums, weighted = (torch.randn(num_parts, num_rows, generator=generator) for _ in range(2))
-    argmaxes = torch.randint(3, (num_parts, num_rows), generator=generator).float()
+    logit_sums, weighted = (
+        torch.randn(num_parts, num_tokens, generator=generator) for _ in range(2)
+    )
+    argmaxes = torch.randint(3, (num_parts, num_tokens), generator=generator).float()
     argmaxes[-1, 9::3] = labels[9::3].float()
     maxima[-1, 9::3] = 9.0
     argmaxes[0, 12], maxima[0, 12], labels[12] = 0.0, 9.0, 2  # an equal maximum comes first
@@ -508,16 +524,15 @@ def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
         columns = [maxima, sums, targets]
         columns += [logit_sums] * (smoothing > 0) + [weighted, argmaxes] * with_outputs
         statistics = torch.stack(columns, 1)
-        rates = vocab_size, smoothing, z_loss, with_outputs
-        exact = load_backend("masked_cross_entropy", "torch", "cpu").row_losses(
-            statistics.double(), labels, *rates
-        )
+        options = LossOptions(label_smoothing=smoothing, z_loss=z_loss)
+        rest = vocab_size, options, with_outputs
+        oracle = load_backend("masked_cross_entropy", "torch", "cpu")
+        exact = oracle.token_losses(statistics.double(), labels, *rest)
         exact[:, labels == IGNORE_INDEX] = 0
         statistics[:, :, labels == IGNORE_INDEX] = torch.nan
-        ours = kernels.row_losses(statistics, labels, *rates)
-        assert (
-            ours.shape == (4 if with_outputs else 1, num_rows) and ours.device.type == device.type
-        )
+        ours = kernels.token_losses(statistics, labels, *rest)
+        assert ours.shape == (4 if with_outputs else 1, num_tokens)
+        assert ours.device.type == device.type
         assert ours[0, [1, 2, 3, 4]].isnan().all() and ours[0, 5].isfinite()
         assert_bit_zero(ours[:, labels == IGNORE_INDEX])
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -526,11 +541,11 @@ def run_joins(backend: str, num_parts: int, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
-@pytest.mark.parametrize(("num_parts", "num_rows"), [(1, 129), (3, 128), (16, 70), (2048, 20)])
+@pytest.mark.parametrize(("num_parts", "num_tokens"), [(1, 129), (3, 128), (16, 70), (2048, 20)])
 def test_parts_are_joined_as_in_torch(
-    pool: RankPool, backend: str, num_parts: int, num_rows: int
+    pool: RankPool, backend: str, num_parts: int, num_tokens: int
 ) -> None:
-    pool.run(1, run_joins, backend, num_parts, num_rows)
+    pool.run(1, run_joins, backend, num_parts, num_tokens)
 
 
 def run_repeats(backend: str) -> None:
@@ -563,38 +578,34 @@ def test_double_is_refused(pool: RankPool, backend: str) -> None:
 def run_operators(backend: str) -> None:
     """torch.compile's view of the operators: what they change, and the shapes they promise."""
     kernels = load_backend("masked_cross_entropy", backend, torch.get_default_device().type)
+    prefix = "native_masked_cross_entropy" if backend == "native" else "masked_cross_entropy"
     logits, labels, upstream = make_logits(3, 20000, 20000, torch.float32)
     logits, labels = logits.nan_to_num(0.0), labels.clamp(min=0)
-    checks = ("test_schema", "test_faketensor")
-    arguments = (logits, labels, 0, 20000, 5.0, True, True)
-    torch.library.opcheck(kernels.shard_statistics, arguments, test_utils=checks)
-    statistics = kernels.shard_statistics(*arguments)
-    for rates in ((20000, 0.1, 0.1, True), (20000, 0.1, 0.1, False)):
-        counted = statistics if rates[3] else statistics[:, :4]
-        torch.library.opcheck(kernels.row_losses, (counted, labels, *rates), test_utils=checks)
+    columns = VocabColumns(0, 20000, 20000)
+    options = LossOptions(label_smoothing=0.1, z_loss=0.1, logit_softcap=5.0)
     grads = torch.stack([upstream, upstream])
-    arguments = (torch.zeros_like(logits), logits, labels, statistics, grads, 0, 20000)
-    arguments += (20000, 0.1, 0.1, 5.0)
-    torch.library.opcheck(kernels.write_gradient, arguments, test_utils=checks)
 
-    @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    def compiled(logits: Tensor) -> tuple[Tensor, ...]:
-        statistics = kernels.shard_statistics(logits * 2, labels, 0, 20000, 5.0, True, True)
-        losses = kernels.row_losses(statistics, labels, 20000, 0.1, 0.1, True)
+    def check(name: str, *arguments: Any) -> None:
+        operator = getattr(torch.ops.sft_fast, f"{prefix}_{name}").default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    numbers = list(columns), options.values()
+    check("statistics", logits, labels, *numbers, True)
+    statistics = kernels.shard_statistics(logits, labels, columns, options, True)
+    check("losses", statistics, labels, 20000, options.values(), True)
+    check("losses", statistics[:, :4], labels, 20000, options.values(), False)
+    check("gradient", torch.zeros_like(logits), logits, labels, statistics, grads, *numbers)
+
+    def compute(logits: Tensor) -> tuple[Tensor, ...]:
+        statistics = kernels.shard_statistics(logits * 2, labels, columns, options, True)
+        losses = kernels.token_losses(statistics, labels, 20000, options, True)
         gradient = torch.empty_like(logits)
-        arguments = labels, statistics, grads, 0, 20000, 20000, 0.1, 0.1, 5.0
-        kernels.write_gradient(gradient, logits * 2, *arguments)
+        kernels.write_gradient(gradient, logits * 2, labels, statistics, grads, columns, options)
         return statistics + 1, losses + 1, gradient
 
-    plain_statistics = kernels.shard_statistics(logits * 2, labels, 0, 20000, 5.0, True, True)
-    plain = torch.empty_like(logits)
-    kernels.write_gradient(
-        plain, logits * 2, labels, plain_statistics, grads, 0, 20000, 20000, 0.1, 0.1, 5.0
-    )
-    statistics, losses, gradient = compiled(logits)
-    assert torch.equal(statistics, plain_statistics + 1) and torch.equal(gradient, plain)
-    plain_losses = kernels.row_losses(plain_statistics, labels, 20000, 0.1, 0.1, True)
-    assert torch.equal(losses, plain_losses + 1)
+    compiled = torch.compile(compute, backend="aot_eager", fullgraph=True)
+    for ours, plain in zip(compiled(logits), compute(logits), strict=True):
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)

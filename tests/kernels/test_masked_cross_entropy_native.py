@@ -3,6 +3,7 @@
 tests/kernels/test_masked_cross_entropy.py compares their two-pass results with the oracle.
 """
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from closeness import assert_bit_zero, assert_no_worse
 from kernel_pool import ON_GPU, KernelPool, build_native, missing_native, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.loss import LossOptions, masked_linear_cross_entropy
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
+from sft_fast.loss import HeadSettings, LossOptions, masked_linear_cross_entropy
 from sft_fast.reference import cross_entropy as reference
 
 NVCC = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
@@ -50,15 +52,16 @@ def run_one_pass(width: int, dtype: torch.dtype, options: LossOptions) -> None:
     labels = torch.tensor([vocab_size - 1, IGNORE_INDEX, 0, 17])
     weights = torch.tensor([0.5, 1.0, -2.0, 1.5])
     logits[1], logits[:, vocab_size:] = torch.nan, torch.inf
-    settings = vars(options)
+    rates = options.model_dump()
     results = []
     for computed_in in (torch.float32, torch.float64):
         inputs = logits.to(computed_in).requires_grad_()
-        loss = reference.penalised_cross_entropy(inputs, labels, vocab_size, **settings)
+        loss = reference.penalised_cross_entropy(inputs, labels, vocab_size, **rates)
         results.append((loss.detach(), *torch.autograd.grad(loss, inputs, weights.to(computed_in))))
     (eager, eager_grad), (truth, true_grad) = results
     assert native.fits_one_pass(logits, labels)
-    loss = native.loss_and_gradient(logits, labels, weights, vocab_size, *settings.values())
+    columns = VocabColumns(0, vocab_size, vocab_size)
+    loss = native.loss_and_gradient(logits, labels, weights, columns, options)
     assert_no_worse(loss, eager, truth)
     assert_no_worse(logits, eager_grad.to(dtype), true_grad)
     assert loss[1] == 0
@@ -97,7 +100,8 @@ def run_one_pass_infinities() -> None:
     logits[3, 4] = torch.nan
     logits[4] += 1e4
     labels = torch.tensor([62, 3, 7, 7, 7, 64])
-    loss = native.loss_and_gradient(logits, labels, torch.ones(6), 64, 0.0, 0.0, 0.0)
+    columns = VocabColumns(0, 64, 64)
+    loss = native.loss_and_gradient(logits, labels, torch.ones(6), columns, LossOptions())
     assert loss.isnan().tolist() == [False, True, True, True, False, True]
     torch.testing.assert_close(loss[[0, 4]], torch.tensor([4.0, 64.0]).log())
     assert logits[[0, 4]].isfinite().all() and not logits[0, :60].any()
@@ -124,7 +128,10 @@ def run_policy() -> None:
                 native, "loss_and_gradient", wraps=native.loss_and_gradient
             ) as one_pass:
                 loss = masked_linear_cross_entropy(
-                    hidden, weight, labels, backend="native", summed=True, policy=policy
+                    hidden,
+                    weight,
+                    labels,
+                    HeadSettings(backend="native", summed=True, policy=policy),
                 )
             results.append((loss, *torch.autograd.grad(0.7 * loss.sum(), (hidden, weight))))
         assert one_pass.call_count == expected_calls
@@ -142,7 +149,9 @@ def run_refusals() -> None:
 
     device = torch.get_default_device().type
     logits, labels = torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64)
-    rest = (0, 64, 0.0, False, False)
+    columns, options = VocabColumns(0, 64, 64), LossOptions()
+    rest = (columns, options, False)
+    empty = torch.empty(1, 3, 4)
     for bad, message in (
         ((logits.double(), labels), "logits are torch.float64, expected bfloat16"),
         ((logits.t(), labels.new_zeros(64)), r"logits .* strides \(1, 64\).*last stride 1"),
@@ -151,15 +160,25 @@ def run_refusals() -> None:
         ((logits.to("meta"), labels.to("meta")), f"on meta, but the module was built for {device}"),
     ):
         with pytest.raises(ValueError, match=message):
-            native.shard_statistics._init_fn(*bad, *rest)
+            native.launch_statistics(empty, *bad, *rest)
     statistics = native.shard_statistics(logits, labels, *rest)
-    grads, options = torch.zeros(2, 4), (0, 64, 64, 0.0, 0.0, 0.0)
+    grads = torch.zeros(2, 4)
+    rest = statistics, grads, columns, options
     with pytest.raises(ValueError, match="gradient is torch.bfloat16"):
-        native.write_gradient(logits.bfloat16(), logits, labels, statistics, grads, *options)
-    with pytest.raises(ValueError, match=r"grads is torch.float32 \[4\], expected|grads is"):
-        native.write_gradient(logits, logits.clone(), labels, statistics, grads[0], *options)
-    arguments = {"data": 0, "num_rows": 1, "width": 8, "row_stride": 8, "labels": 0}
-    arguments |= {"vocab_start_index": 0, "ignore_index": -100, "softcap": 0.0}
+        native.write_gradient(logits.bfloat16(), logits, labels, *rest)
+    rest = statistics, grads[0], columns, options
+    with pytest.raises(ValueError, match=r"grads is torch.float32 \[4\]"):
+        native.write_gradient(logits, logits.clone(), labels, *rest)
+    with pytest.raises(ValueError, match="2 options of the loss; expected label_smoothing z_loss"):
+        _gpu.statistics(
+            native.describe(logits, labels, columns),
+            [0.0, 0.0],
+            out=empty.data_ptr(),
+            with_outputs=False,
+            stream=0,
+        )
+    arguments = {"data": 0, "num_tokens": 1, "width": 8, "row_stride": 8, "labels": 0}
+    arguments |= {"vocab_start_index": 0, "vocab_size": 8, "ignore_index": -100}
     with pytest.raises(ValueError, match="dtype is 7; expected 0, 1 or 2"):
         _gpu.Logits(dtype=7, num_columns=8, **arguments)
     with pytest.raises(ValueError, match="1 x 8 with 9 columns"):
@@ -167,7 +186,24 @@ def run_refusals() -> None:
     long = torch.zeros(1, 1 << 20)
     assert not native.fits_one_pass(long, labels[:1])
     with pytest.raises(ValueError, match="1048576 logits does not fit on chip"):
-        native.loss_and_gradient(long, labels[:1], torch.ones(1), 1 << 20, 0.0, 0.0, 0.0)
+        columns = VocabColumns(0, 1 << 20, 1 << 20)
+        native.loss_and_gradient(long, labels[:1], torch.ones(1), columns, options)
+
+
+def run_stale_module() -> None:
+    from sft_fast import _gpu
+    from sft_fast.kernels import masked_cross_entropy_native as native
+
+    stale = mock.patch.object(_gpu, "LOSS_OPTIONS", ("label_smoothing",))
+    with (
+        stale,
+        pytest.raises(ImportError, match=r"\(label_smoothing\), expected .* build it again"),
+    ):
+        importlib.reload(native)
+
+
+def test_module_of_other_options_is_not_used(pool: RankPool) -> None:
+    pool.run(1, run_stale_module)
 
 
 def test_wrapper_refuses_what_the_kernels_cannot_take(pool: RankPool) -> None:

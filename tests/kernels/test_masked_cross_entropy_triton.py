@@ -24,7 +24,13 @@ from offline_compiler import (
 )
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.loss import masked_cross_entropy, masked_linear_cross_entropy
+from sft_fast.kernels.masked_cross_entropy import VocabColumns
+from sft_fast.loss import (
+    HeadSettings,
+    LossOptions,
+    masked_cross_entropy,
+    masked_linear_cross_entropy,
+)
 from sft_fast.reference import cross_entropy as reference
 
 triton = pytest.importorskip("triton")
@@ -67,7 +73,8 @@ def run_masked_rows() -> None:
     from sft_fast.kernels import masked_cross_entropy_triton as kernels
 
     labels = torch.tensor([3, IGNORE_INDEX, 0])
-    statistics = kernels.shard_statistics(torch.zeros(3, 50), labels, 0, 50, 0.0, False, False)
+    columns = VocabColumns(0, 50, 50)
+    statistics = kernels.shard_statistics(torch.zeros(3, 50), labels, columns, LossOptions(), False)
     assert statistics.isnan().all(1)[0].tolist() == [False, True, False]
     torch.testing.assert_close(statistics[0, :, 0], torch.tensor([0.0, 50.0, 0.0]))
 
@@ -78,16 +85,16 @@ def test_masked_rows_are_skipped(pool: RankPool) -> None:
 
 @pytest.mark.parametrize("warp_size", [32, 64])
 @pytest.mark.parametrize("width", [1, 100, 4008, 16032, 128256, 262144])
-@pytest.mark.parametrize("num_rows", [0, 1, 100, 5734, 1 << 20])
-def test_launch_fits_every_gpu(num_rows: int, width: int, warp_size: int) -> None:
+@pytest.mark.parametrize("num_tokens", [0, 1, 100, 5734, 1 << 20])
+def test_launch_fits_every_gpu(num_tokens: int, width: int, warp_size: int) -> None:
     from sft_fast.kernels.masked_cross_entropy_triton import LaunchConfig
 
-    config = LaunchConfig.for_shape(num_rows, width, warp_size)
+    config = LaunchConfig.for_shape(num_tokens, width, warp_size)
     assert 1 <= config.num_warps * warp_size <= 1024
     assert config.block_columns <= 8192 and 1 <= config.num_splits <= 16
     assert (config.num_splits - 1) * config.block_columns < width, "a split has no column"
     assert config == LaunchConfig(
-        **{**LaunchConfig.for_shape(num_rows, width, 32).__dict__, "num_warps": config.num_warps}
+        **{**LaunchConfig.for_shape(num_tokens, width, 32).__dict__, "num_warps": config.num_warps}
     ), "ranks with other GPUs would exchange statistics of another shape"
 
 
@@ -177,8 +184,8 @@ def compile_join(target: tuple[str, str | int, int], num_parts: int, variant: st
     from sft_fast.kernels import masked_cross_entropy_triton as kernels
 
     flags = {name: VARIANTS[variant][name] for name in ("WITH_LOGIT_SUM", "WITH_OUTPUTS")}
-    block_rows = kernels.rows_per_join(num_parts)
-    constants = {**flags, "BLOCK_PARTS": num_parts, "BLOCK_ROWS": block_rows}
+    block_tokens = kernels.tokens_per_join(num_parts)
+    constants = {**flags, "BLOCK_PARTS": num_parts, "BLOCK_TOKENS": block_tokens}
     types = {"statistics_ptr": "*fp32", "labels_ptr": "*i64", "outputs_ptr": "*fp32"}
     types |= {"smoothing": "fp32", "z_loss": "fp32"} | dict.fromkeys(constants, "constexpr")
     kernel = kernels.masked_cross_entropy_loss_kernel
@@ -208,7 +215,7 @@ def test_compiles_where_every_number_is_one(name: str) -> None:
     types |= dict.fromkeys(("statistics_ptr", "grads_ptr", "outputs_ptr"), "*fp32")
     types |= dict.fromkeys(("uniform", "softcap"), "fp32")
     constants: dict[str, Any] = {"BLOCK_COLUMNS": 256, "GROUP_COLUMNS": 8, "NUM_STATISTICS": 6}
-    constants |= {"BLOCK_PARTS": 1, "BLOCK_ROWS": 128, **VARIANTS["full"]}
+    constants |= {"BLOCK_PARTS": 1, "BLOCK_TOKENS": 128, **VARIANTS["full"]}
     numbers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a not in types]
     constants |= {argument: 1 for argument in numbers if argument not in constants}
     types |= dict.fromkeys(constants, "constexpr")
@@ -245,10 +252,8 @@ def test_gpu_is_no_worse_than_eager_and_never_waits(dtype: torch.dtype) -> None:
             hidden,
             weight,
             labels,
+            HeadSettings(vocab_size=32000, backend="triton", accumulate_into_main_grad=True),
             active_tokens=active_tokens,
-            vocab_size=32000,
-            backend="triton",
-            accumulate_into_main_grad=True,
         )
         hidden.grad = None
         loss.backward(upstream)
