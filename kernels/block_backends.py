@@ -27,7 +27,8 @@ class BlockKernels(Protocol):
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual), each [..., h]."""
 
     def rms_norm_add(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /

@@ -323,6 +323,7 @@ class AddRmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
     ) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual), each [..., h]."""
         normed, total, rstd = add_rms_norm_forward(x, residual, weight, eps, is_zero_centered)
         ctx.save_for_backward(total, rstd, weight)
         ctx.is_zero_centered, ctx.needs_weight_grad = is_zero_centered, ctx.needs_input_grad[2]

@@ -244,6 +244,7 @@ def parse_json(text: str, label: str) -> Any:
     """A value out of JSON text inside a row, by the rules of the rows themselves.
 
     Args:
+        text: of one value.
         label: how the message calls the text.
 
     Raises:

@@ -52,6 +52,9 @@ class Evaluator:
         """
         Args:
             store: the evaluation set; None = there is nothing to do.
+            config: of the run.
+            parallel: the layout.
+            metrics: where results go.
             early_stopping: after the evaluations of the checkpoint that the run resumes from.
             phases: told what this rank is doing.
 

@@ -19,7 +19,8 @@ from sft_fast.megatron.parallel import Parallel
 class ForwardStep(Protocol):
     """megatron's contract; see forward_step.forward_step."""
 
-    def __call__(self, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]: ...
+    def __call__(self, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+        """Runs one micro-batch; returns its output and the loss_func for it."""
 
 
 def run_schedule(

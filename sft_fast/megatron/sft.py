@@ -418,6 +418,7 @@ def load_best(
 def save_run(
     checkpoints: CheckpointWriter, state: TrainState, run: Run, is_last: bool, phases: Phases
 ) -> None:
+    """Saves all that a resume needs."""
     with phases.paused("save"):
         parts = sharded_state(run.model, run.optimizer, run.schedule)
         checkpoints.save(state, parts, is_last)

@@ -17,9 +17,11 @@ from sft_fast.redact import redact_values
 class Tracker(Protocol):
     """Where numbers go."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Takes one point of each curve."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the run there."""
 
 
 def check_trackers(config: Config) -> None:

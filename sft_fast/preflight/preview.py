@@ -134,6 +134,7 @@ def make_preview(
 
 
 def sample_maker(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> SampleMaker:
+    """Makes the samples of a source exactly as a run would."""
     build = build_options(config)
     return SampleMaker(
         tokenizer,

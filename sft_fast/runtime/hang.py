@@ -87,6 +87,7 @@ class HangDetector:
         return f"no step ended for {silent_s:.0f} s"
 
     def find_standstill(self) -> str | None:
+        """Why weights that are read or written count as hanging; None if they do not."""
         silent_s = time.monotonic() - self.last_tensor_at
         if silent_s < LOADING_FACTOR * self.hang_timeout_s:
             return None

@@ -226,6 +226,7 @@ class Watchdog:
             self.leave("failed", HANG, text)
 
     def request_stop(self, reason: str, within_s: float = LEAVE_WITHIN_S) -> None:
+        """Asks the main thread to save and leave within a time, in seconds."""
         if not self.phases.stop_requested:
             self.stop_reason = reason
             self.phases.stop_requested = True
