@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
+    from sft_fast.config.sections import ModelConfig, TokenizerConfig
 
 Commands = argparse._SubParsersAction
 
@@ -60,7 +61,7 @@ def read_config(parsed: argparse.Namespace) -> Config:
     return load_config(config_path(parsed), parsed.overrides)
 
 
-def config_tokenizer(config: Config) -> Any:
+def config_tokenizer(model: ModelConfig, tokenizer: TokenizerConfig) -> Any:
     """The tokenizer that a run would use.
 
     Raises:
@@ -69,12 +70,12 @@ def config_tokenizer(config: Config) -> Any:
     from sft_fast.data.tokenizer import load_tokenizer
     from sft_fast.models.hub import local_folder
 
-    path, tokens = config.tokenizer.path, config.tokenizer.add_tokens
+    path, tokens = tokenizer.path, tokenizer.add_tokens
     if path == "demo":
-        return load_tokenizer("demo", config.tokenizer.chat_template, add_tokens=tokens)
+        return load_tokenizer("demo", tokenizer.chat_template, add_tokens=tokens)
     if path is None:
-        assert config.model.path is not None, "the configuration demands one of the two"
-        folder = local_folder(config.model.path, config.model.revision, "model.path")
+        assert model.path is not None, "the configuration demands one of the two"
+        folder = local_folder(model.path, model.revision, "model.path")
     else:
         folder = local_folder(path, None, "tokenizer.path")
-    return load_tokenizer(str(folder), config.tokenizer.chat_template, add_tokens=tokens)
+    return load_tokenizer(str(folder), tokenizer.chat_template, add_tokens=tokens)

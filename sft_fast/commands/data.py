@@ -67,10 +67,10 @@ def run_report(parsed: argparse.Namespace) -> None:
     from sft_fast.data.statistics import store_statistics
 
     config = read_config(parsed)
-    tokenizer = config_tokenizer(config)
+    tokenizer = config_tokenizer(config.model, config.tokenizer)
     stores, found = {}, {}
     for part in ("train", "eval"):
-        sources = find_sources(config, part)
+        sources = find_sources(config.data, part)
         if sources is None:
             continue
         # How long the samples are is what is asked: those that are too long are in the report.
@@ -84,7 +84,7 @@ def run_report(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps(found, ensure_ascii=False))
     for store in stores.values():
-        check_store(store, build_options(config))
+        check_store(store, build_options(config.model, config.data, config.packing))
     if "eval" in stores and config.data.eval_overlap == "error":
         check_eval_is_not_train(stores["train"], stores["eval"])
 

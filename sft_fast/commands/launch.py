@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sft_fast.commands.arguments import Commands, add_config, config_path, not_negative, positive
 
 if TYPE_CHECKING:
-    from sft_fast.config.schema import Config
+    from sft_fast.config.sections import ParallelConfig
 
 TRAIN_SCRIPT = Path(__file__).parents[1] / "train.py"
 # Handed to torchrun as they are.
@@ -63,7 +63,7 @@ def run(parsed: argparse.Namespace) -> None:
         # Before torch is imported, which takes seconds.
         require_data(config)
         check_resume(config.checkpoint.resume, Path(config.output_dir))
-    processes = parsed.nproc_per_node or default_processes(config)
+    processes = parsed.nproc_per_node or default_processes(config.parallel)
     given = {flag: getattr(parsed, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
     nodes = given["--nnodes"] or "1"
     # A range such as 1:4 is elastic: the ranks check the layout themselves.
@@ -94,10 +94,8 @@ def run(parsed: argparse.Namespace) -> None:
     os.execv(sys.executable, command)
 
 
-def default_processes(config: Config) -> int:
+def default_processes(parallel: ParallelConfig) -> int:
     """GPUs of this machine; without any, the ranks of one copy of the model."""
     import torch
 
-    from sft_fast.config.schema import model_parallel_size
-
-    return torch.cuda.device_count() or model_parallel_size(config)
+    return torch.cuda.device_count() or parallel.model_parallel_size

@@ -17,6 +17,7 @@ from sft_fast.commands.arguments import (
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
+    from sft_fast.config.sections import ModelConfig, TrainConfig
     from sft_fast.models.architecture import Architecture
     from sft_fast.models.flops import Workload
     from sft_fast.models.hardware import Gpu
@@ -42,7 +43,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Prints memory, time and suggestions for a configuration and a GPU."""
     import json
 
-    from sft_fast.config.schema import check_world_size, model_parallel_size
+    from sft_fast.config.schema import check_world_size
     from sft_fast.errors import nearest
     from sft_fast.models.hardware import GPUS
 
@@ -54,12 +55,12 @@ def run(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--gpu {parsed.gpu}; expected one of {', '.join(GPUS)}{hint}")
     if not 0 < parsed.mfu <= 1:
         raise ValueError(f"--mfu {parsed.mfu}; expected a share above 0, at most 1")
-    ranks = parsed.ranks or model_parallel_size(config)
+    ranks = parsed.ranks or config.parallel.model_parallel_size
     check_world_size(config, ranks)
     tokenizer = None
     if config.model.path is None or not parsed.no_data:
-        tokenizer = config_tokenizer(config)
-    architecture = config_architecture(config, tokenizer)
+        tokenizer = config_tokenizer(config.model, config.tokenizer)
+    architecture = config_architecture(config.model, tokenizer)
     plan = None if parsed.no_data else packing_plan(config, tokenizer, architecture)
     found = figures(config, architecture, plan, gpu, ranks, parsed.mfu)
     if parsed.plot is not None:
@@ -71,7 +72,7 @@ def run(parsed: argparse.Namespace) -> None:
     print(json.dumps(found) if parsed.json else as_text(found))
 
 
-def config_architecture(config: Config, tokenizer: Any) -> Architecture:
+def config_architecture(model: ModelConfig, tokenizer: Any) -> Architecture:
     """The architecture that a configuration names, or describes by its shape."""
     from sft_fast.models.architecture import (
         architecture_from_hf,
@@ -80,10 +81,10 @@ def config_architecture(config: Config, tokenizer: Any) -> Architecture:
     )
     from sft_fast.models.hub import local_folder
 
-    if config.model.path is None:
-        assert config.model.shape is not None, "the configuration demands one of the two"
-        return architecture_from_shape(config.model.shape, len(tokenizer))
-    folder = local_folder(config.model.path, config.model.revision, "model.path")
+    if model.path is None:
+        assert model.shape is not None, "the configuration demands one of the two"
+        return architecture_from_shape(model.shape, len(tokenizer))
+    folder = local_folder(model.path, model.revision, "model.path")
     return architecture_from_hf(read_hf_config(folder))
 
 
@@ -92,7 +93,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
     from sft_fast.data.from_config import find_sources, open_configured_store
     from sft_fast.packing.from_config import make_plan
 
-    sources = find_sources(config, "train")
+    sources = find_sources(config.data, "train")
     assert sources is not None, "data.train is required"
     store = open_configured_store(
         config,
@@ -103,13 +104,13 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
     return make_plan(store, config, architecture)
 
 
-def run_work(config: Config, plan: StepPlan) -> tuple[int, Workload]:
+def run_work(train: TrainConfig, plan: StepPlan) -> tuple[int, Workload]:
     """Optimizer steps, and what they compute on; epochs are alike but for their order."""
     import numpy as np
 
     from sft_fast.models.flops import Workload
 
-    steps = config.train.steps or (config.train.epochs or 0) * plan.num_steps_per_epoch
+    steps = train.steps or (train.epochs or 0) * plan.num_steps_per_epoch
     epochs = steps / plan.num_steps_per_epoch
     lengths = plan.lengths.astype(np.int64)
     supervised = int(plan.supervised.sum(dtype=np.int64))
@@ -140,12 +141,22 @@ def figures(
         "memory_limit": gpu.memory_gb * 1e9,
     }
     if plan is not None:
-        steps, workload = run_work(config, plan)
+        steps, workload = run_work(config.train, plan)
         from sft_fast.packing.report import packing_report
 
         report = packing_report(plan, 1, config.train.micro_batch_size)
         share = report.supervised_share
-        seconds = estimate_seconds(architecture, config, workload, ranks, gpu.bf16_tflops, mfu)
+        seconds = estimate_seconds(
+            architecture,
+            config.model,
+            config.train,
+            config.parallel,
+            config.lora,
+            workload,
+            ranks,
+            gpu.bf16_tflops,
+            mfu,
+        )
         found |= {
             "steps": steps,
             "tokens": workload.tokens,
@@ -154,7 +165,7 @@ def figures(
             "packing_efficiency": report.efficiency,
             "padding": report.padding_share,
             "packing": report.strategy,
-            "warning": warm_up_warning(config, steps),
+            "warning": warm_up_warning(config.optim, steps),
             "flops": training_flops(architecture, workload, lora=config.lora.rank > 0),
             "hours": seconds / 3600,
             "mfu": mfu,

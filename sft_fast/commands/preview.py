@@ -61,7 +61,9 @@ def run(parsed: argparse.Namespace) -> int:
     from sft_fast.preflight.preview import make_preview
 
     config = read_config(parsed)
-    preview = make_preview(config, config_tokenizer(config), parsed.rows, parsed.part)
+    preview = make_preview(
+        config, config_tokenizer(config.model, config.tokenizer), parsed.rows, parsed.part
+    )
     if parsed.html is not None:
         from sft_fast.preflight.preview_html import preview_html
 

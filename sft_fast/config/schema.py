@@ -140,12 +140,6 @@ def save_config(config: Config, path: Path) -> None:
         file.write(dump_yaml(redact_values(config.model_dump())))
 
 
-def model_parallel_size(config: Config) -> int:
-    """Returns the ranks that share one copy of the model."""
-    parallel = config.parallel
-    return parallel.tensor * parallel.pipeline * parallel.context
-
-
 def check_world_size(config: Config, world_size: int) -> int:
     """Returns the data-parallel size of a run on `world_size` ranks.
 
@@ -153,7 +147,7 @@ def check_world_size(config: Config, world_size: int) -> int:
         ConfigError: The ranks or the batch cannot be split as configured.
     """
     parallel, train = config.parallel, config.train
-    model_ranks = model_parallel_size(config)
+    model_ranks = config.parallel.model_parallel_size
     keys: tuple[str, ...] = ("parallel.tensor", "parallel.pipeline")
     sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
     if parallel.context > 1:

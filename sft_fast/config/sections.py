@@ -285,6 +285,11 @@ class ParallelConfig(Section):
     times as many for the first step, and for a tensor where weights are read or written; never less
     than ten of the slowest step so far."""
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
 
 class LoraConfig(Section):
     """Low-rank adapters beside frozen weights."""

@@ -19,46 +19,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft_fast.config.schema import Config
-    from sft_fast.config.sections import DataSource
+    from sft_fast.config.sections import DataConfig, DataSource, ModelConfig, PackingConfig
     from sft_fast.models.architecture import Architecture
 
 Part = Literal["train", "eval"]
 
 
-def find_sources(config: Config, part: Part) -> list[Source] | None:
+def find_sources(data: DataConfig, part: Part) -> list[Source] | None:
     """The sources of `data.train` or `data.eval`; None for an evaluation that is not configured.
 
     Raises:
         ValueError: a source or its split does not exist; the message starts with the key.
     """
-    data = config.data
     if part == "train":
-        sources = _load(config, "train", "data.train")
+        sources = _load(data, "train", "data.train")
         if data.eval_fraction is None:
             return sources
         return [_with_records(source, 0, data.eval_fraction) for source in sources]
     if data.eval is not None:
-        return _load(config, "eval", "data.eval")
+        return _load(data, "eval", "data.eval")
     if data.eval_fraction is not None:
-        sources = _load(config, "train", "data.train")
+        sources = _load(data, "train", "data.train")
         return [_with_records(source, 1, data.eval_fraction) for source in sources]
     return None
 
 
-def build_options(config: Config, architecture: Architecture | None = None) -> BuildOptions:
+def build_options(
+    model: ModelConfig,
+    data: DataConfig,
+    packing: PackingConfig,
+    architecture: Architecture | None = None,
+) -> BuildOptions:
     """What decides the content of the stores.
 
     Args:
-        config: the configuration.
+        model: of the configuration, for the architecture.
+        data: what is read and trained.
+        packing: its capacity.
         architecture: of the model; None: what `known_architecture` says, dense if it says nothing.
     """
-    data = config.data
     trim_tail = data.trim_tail
     if trim_tail is None:
-        architecture = architecture or known_architecture(config)
+        architecture = architecture or known_architecture(model)
         trim_tail = getattr(architecture, "num_experts", 0) == 0
     return BuildOptions(
-        capacity=config.packing.capacity,
+        capacity=packing.capacity,
         over_length=data.over_length,
         on_bad_row=data.on_bad_row,
         max_rejected=data.max_rejected,
@@ -73,7 +78,7 @@ def build_options(config: Config, architecture: Architecture | None = None) -> B
     )
 
 
-def known_architecture(config: Config) -> Architecture | None:
+def known_architecture(model: ModelConfig) -> Architecture | None:
     """The architecture of the configured model; None where it would have to be downloaded first."""
     from sft_fast.models.architecture import (
         architecture_from_hf,
@@ -81,7 +86,6 @@ def known_architecture(config: Config) -> Architecture | None:
         read_hf_config,
     )
 
-    model = config.model
     if model.path is None:
         assert model.shape is not None, "the configuration demands one of the two"
         return architecture_from_shape(model.shape, vocab_size=1)
@@ -121,7 +125,7 @@ def open_configured_store(
     Raises:
         ValueError: as `prepare_mixture`.
     """
-    options = build_options(config, architecture)
+    options = build_options(config.model, config.data, config.packing, architecture)
     if any_length and options.over_length == "error":
         options = replace(options, capacity=sys.maxsize)
     return prepare_mixture(
@@ -134,8 +138,7 @@ def open_configured_store(
     )
 
 
-def _load(config: Config, part: Part, key: str) -> list[Source]:
-    data = config.data
+def _load(data: DataConfig, part: Part, key: str) -> list[Source]:
     chosen = data.train if part == "train" else data.eval
     split = data.train_split if part == "train" else data.eval_split
     assert chosen is not None, "the caller has looked"

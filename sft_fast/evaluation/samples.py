@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_fast.config.schema import Config, load_config
+from sft_fast.config.schema import load_config
+from sft_fast.config.sections import DataConfig
 from sft_fast.files import write_json
 from sft_fast.metrics.report import SAMPLES_FILE
 from sft_fast.runtime.run_files import model_folder
@@ -26,7 +27,7 @@ def write_samples(run_dir: Path, count: int, max_new_tokens: int) -> None:
     logging.disable_progress_bar()
     folder = model_folder(run_dir)
     config = load_config(run_dir / "config.yaml", [])
-    questions = held_out(config, count)
+    questions = held_out(config.data, count)
     after = answers(AutoModelForCausalLM.from_pretrained(folder), folder, questions, max_new_tokens)
     if config.model.path is None or config.model.random_init:
         name = "random weights"
@@ -47,12 +48,12 @@ def write_samples(run_dir: Path, count: int, max_new_tokens: int) -> None:
     write_json(run_dir / SAMPLES_FILE, {"before": name, "samples": samples})
 
 
-def held_out(config: Config, count: int) -> list[Question]:
+def held_out(data: DataConfig, count: int) -> list[Question]:
     """The first questions of the evaluation rows, or of the training rows where there are none."""
     from sft_fast.data.from_config import find_sources
     from sft_fast.data.questions import read_questions
 
-    sources = find_sources(config, "eval") or find_sources(config, "train")
+    sources = find_sources(data, "eval") or find_sources(data, "train")
     assert sources is not None, "data.train is required"
     return read_questions(sources, count)
 

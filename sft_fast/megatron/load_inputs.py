@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import DataConfig, LoraConfig, ModelConfig, TokenizerConfig
 from sft_fast.data.build import Progress
 from sft_fast.data.export_metadata import ExportMetadata, export_metadata
 from sft_fast.data.from_config import find_sources, open_configured_store
@@ -76,7 +77,7 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
         ValueError: a file, a row, the tokenizer or the model is not what it should be.
     """
     tokenizer, model = read_start(config)
-    rows, eval_rows = find_rows(config)
+    rows, eval_rows = find_rows(config.data)
     store = read_store("data.train", rows, config, tokenizer, model.architecture, log)
     eval_store = None
     if eval_rows is not None:
@@ -118,7 +119,7 @@ def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
     if config.model.path is not None:
         path, revision = config.model.path, config.model.revision
         folder = fetch(path, revision, "model.path", needs_weights)
-    tokenizer = read_tokenizer(config, folder)
+    tokenizer = read_tokenizer(config.tokenizer, folder)
     if folder is not None and not needs_weights:
         random = config.model.model_copy(update={"random_init": True})
         config = config.model_copy(update={"model": random})
@@ -130,15 +131,15 @@ def fetch(path: str, revision: str | None, key: str, with_weights: bool = True) 
     return once_per_node(key, lambda _: local_folder(path, revision, key, with_weights))
 
 
-def read_tokenizer(config: Config, model_folder: Path | None) -> Any:
+def read_tokenizer(tokenizer: TokenizerConfig, model_folder: Path | None) -> Any:
     """The tokenizer of the configuration, with its template and added tokens."""
-    path, template = config.tokenizer.path, config.tokenizer.chat_template
+    path, template = tokenizer.path, tokenizer.chat_template
     if path is None:
         assert model_folder is not None, "the config demands a tokenizer for a model without path"
         path = str(model_folder)
     elif path != "demo":
         path = str(fetch(path, None, "tokenizer.path"))
-    return load_tokenizer(path, template, add_tokens=config.tokenizer.add_tokens)
+    return load_tokenizer(path, template, add_tokens=tokenizer.add_tokens)
 
 
 def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
@@ -156,7 +157,7 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
     architecture = architecture_from_hf(hf_config)
     num_known = architecture.vocab_size
     if num_tokens > num_known:
-        check_growth(num_tokens, num_known, config, folder)
+        check_growth(num_tokens, num_known, config.model, config.lora, folder)
         architecture = replace(architecture, vocab_size=num_tokens)
         hf_config["vocab_size"] = num_tokens
     if config.packing.capacity > architecture.max_position_embeddings:
@@ -172,26 +173,28 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
     return Model(architecture, weights, folder, hf_config)
 
 
-def check_growth(num_tokens: int, num_known: int, config: Config, folder: Path) -> None:
+def check_growth(
+    num_tokens: int, num_known: int, model: ModelConfig, lora: LoraConfig, folder: Path
+) -> None:
     """Raises ValueError unless the config says that the model gets more tokens."""
-    if config.model.new_embeddings == "error":
+    if model.new_embeddings == "error":
         raise ValueError(
             f"tokenizer.path: the tokenizer has {num_tokens} tokens, but vocab_size of "
             f"{folder / 'config.json'} is {num_known}; use the model's own tokenizer, or if it is "
             f"that with {num_tokens - num_known} more tokens, set model.new_embeddings=mean"
         )
-    if config.lora.rank > 0:
+    if lora.rank > 0:
         raise ValueError(
             f"lora.rank: the embeddings of {num_tokens - num_known} new tokens would never be "
             "trained; train all weights (lora.rank=0), or use the model's own tokens"
         )
 
 
-def find_rows(config: Config) -> tuple[list[Source], list[Source] | None]:
+def find_rows(data: DataConfig) -> tuple[list[Source], list[Source] | None]:
     """The sources of the training and of the evaluation data."""
-    rows = find_sources(config, "train")
+    rows = find_sources(data, "train")
     assert rows is not None, "data.train is required"
-    return rows, find_sources(config, "eval")
+    return rows, find_sources(data, "eval")
 
 
 def read_store(

@@ -37,8 +37,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from sft_fast.config.schema import Config
-from sft_fast.config.sections import LoraConfig
+from sft_fast.config.sections import LoraConfig, ModelConfig
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -319,7 +318,12 @@ def target_names(architecture: Architecture, lora: LoraConfig, num_stages: int) 
 
 
 def add_adapters(
-    model: SFTModel, architecture: Architecture, config: Config, parallel: Parallel
+    model: SFTModel,
+    architecture: Architecture,
+    model_config: ModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    parallel: Parallel,
 ) -> None:
     """Freezes the model and gives the projections that `lora.targets` selects their adapters.
 
@@ -331,7 +335,7 @@ def add_adapters(
     """
     model.requires_grad_(False)
     num_stages = parallel.pp_size * parallel.vp_size
-    targets = set(target_names(architecture, config.lora, num_stages))
+    targets = set(target_names(architecture, lora, num_stages))
     for name, rule in list(named_rules(model, architecture)):
         hf_names = [source.removesuffix(".weight") for source in rule.sources]
         if targets.isdisjoint(hf_names):
@@ -339,8 +343,8 @@ def add_adapters(
         linear: Any = model.get_submodule(name.removesuffix(".weight"))
         is_row = isinstance(linear, RowParallelLinear)
         linear.__class__ = LoraRowParallelLinear if is_row else LoraColumnParallelLinear
-        linear.scale, linear.dropout = scale_of(config.lora), config.lora.dropout
-        linear.dora = config.lora.dora
+        linear.scale, linear.dropout = scale_of(lora), lora.dropout
+        linear.dora = lora.dora
         is_qkv = rule.split == "qkv"
         groups = architecture.num_key_value_heads // parallel.tp_size
         linear.num_groups = groups if is_qkv else 1
@@ -353,20 +357,25 @@ def add_adapters(
         lengths = linear.by_projection(linear.row_lengths(linear.weight.float()))
         for projection, length in zip(linear.projections, lengths, strict=True):
             if projection.is_adapted:
-                add_parameters(linear, projection, length, config, parallel)
-    if config.model.recompute != "none" and model.pre_process:
+                add_parameters(linear, projection, length, lora, seed, parallel)
+    if model_config.recompute != "none" and model.pre_process:
         # Recomputed layers get gradients only where their input asks for one.
         model.embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
 
 
 def add_parameters(
-    linear: LoraLinear, projection: Projection, length: Tensor, config: Config, parallel: Parallel
+    linear: LoraLinear,
+    projection: Projection,
+    length: Tensor,
+    lora: LoraConfig,
+    seed: int,
+    parallel: Parallel,
 ) -> None:
     """Adds A, B and with DoRA m, which begins as the `length` of the projection's rows."""
-    rank, num_columns = config.lora.rank, linear.weight.shape[1]
+    rank, num_columns = lora.rank, linear.weight.shape[1]
     is_split = linear.split_dims["a"] is not None
     num_inputs = num_columns * parallel.tp_size if is_split else num_columns
-    a = initial_a(projection.hf_name, rank, num_inputs, config.seed)
+    a = initial_a(projection.hf_name, rank, num_inputs, seed)
     if is_split:
         a = a[:, part(num_inputs, parallel.tp_size, parallel.tp_rank)]
     b = torch.zeros(projection.num_rows, rank)
@@ -390,14 +399,14 @@ def initial_a(hf_name: str, rank: int, num_inputs: int, seed: int) -> Tensor:
     return torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=generator)
 
 
-def seed_dropout(config: Config, step: int, parallel: Parallel) -> None:
+def seed_dropout(lora: LoraConfig, config_seed: int, step: int, parallel: Parallel) -> None:
     """Makes the masks of a step a function of the seed, the step and the rank's place.
 
     A resumed run therefore needs no generator state from its checkpoint.
     """
-    if config.lora.dropout == 0.0:
+    if lora.dropout == 0.0:
         return
-    place = f"{config.seed}/{step}/{parallel.dp_rank}/{parallel.pp_rank}"
+    place = f"{config_seed}/{step}/{parallel.dp_rank}/{parallel.pp_rank}"
     if parallel.cp_size > 1:
         place += f"/{parallel.cp_rank}"
     seed = xxhash.xxh32_intdigest(place.encode())
@@ -405,12 +414,11 @@ def seed_dropout(config: Config, step: int, parallel: Parallel) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def adapter_fingerprint(config: Config, architecture: Architecture, weights: WeightSource) -> str:
+def adapter_fingerprint(lora: LoraConfig, architecture: Architecture, weights: WeightSource) -> str:
     """Says what a checkpoint of adapters fits to: their shape, and a probe of the base weights.
 
     Returns: "" for a run without LoRA, whose checkpoints hold all weights.
     """
-    lora = config.lora
     if lora.rank == 0:
         return ""
     hasher = xxhash.xxh64()

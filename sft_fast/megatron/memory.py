@@ -7,7 +7,7 @@ refused with the reason where they cannot.
 import importlib.util
 from typing import Any
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import LoraConfig, ModelConfig, OptimConfig
 from sft_fast.megatron.parallel import Parallel
 
 FUSED_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
@@ -19,18 +19,18 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def recompute_options(config: Config) -> dict[str, Any]:
+def recompute_options(model: ModelConfig) -> dict[str, Any]:
     """TransformerConfig arguments for `model.recompute`."""
-    kind = config.model.recompute
+    kind = model.recompute
     if kind == "none":
         return {}
     if kind == "selective":
-        modules = list(config.model.recompute_modules)
+        modules = list(model.recompute_modules)
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     method, layers = "uniform", 1
     if kind == "block":
-        assert config.model.recompute_layers is not None, "the config demands it"
-        method, layers = "block", config.model.recompute_layers
+        assert model.recompute_layers is not None, "the config demands it"
+        method, layers = "block", model.recompute_layers
     return {
         "recompute_granularity": "full",
         "recompute_method": method,
@@ -38,26 +38,26 @@ def recompute_options(config: Config) -> dict[str, Any]:
     }
 
 
-def fusion_obstacle(config: Config, parallel: Parallel) -> str:
+def fusion_obstacle(lora: LoraConfig, parallel: Parallel) -> str:
     """Why weight gradients are not added to the fp32 buffers by the GEMM itself; "" = they are."""
     if parallel.device.type != "cuda":
         return "no GPU"
-    if config.lora.rank > 0:
+    if lora.rank > 0:
         return "LoRA freezes the large weights"
     if not is_installed(FUSED_GRADIENT_MODULE):
         return f"Apex's {FUSED_GRADIENT_MODULE} is not installed"
     return ""
 
 
-def memory_options(config: Config, parallel: Parallel) -> dict[str, Any]:
+def memory_options(model: ModelConfig, lora: LoraConfig, parallel: Parallel) -> dict[str, Any]:
     """TransformerConfig arguments.
 
     Raises:
         ValueError: an option that this machine cannot do.
     """
-    options = recompute_options(config)
-    options["gradient_accumulation_fusion"] = not fusion_obstacle(config, parallel)
-    layers = config.model.offload_layers
+    options = recompute_options(model)
+    options["gradient_accumulation_fusion"] = not fusion_obstacle(lora, parallel)
+    layers = model.offload_layers
     if layers > 0:
         require("model.offload_layers", layers, parallel)
         options |= {
@@ -69,13 +69,13 @@ def memory_options(config: Config, parallel: Parallel) -> dict[str, Any]:
     return options
 
 
-def optimizer_offload_options(config: Config, parallel: Parallel) -> dict[str, Any]:
+def optimizer_offload_options(optim: OptimConfig, parallel: Parallel) -> dict[str, Any]:
     """OptimizerConfig arguments.
 
     Raises:
         ValueError: there is no GPU, or no Transformer Engine.
     """
-    share = config.optim.offload_fraction
+    share = optim.offload_fraction
     if share == 0.0:
         return {}
     require("optim.offload_fraction", share, parallel)
@@ -101,8 +101,8 @@ def require(key: str, value: object, parallel: Parallel) -> None:
         )
 
 
-def describe_memory(config: Config, parallel: Parallel) -> str:
+def describe_memory(model: ModelConfig, lora: LoraConfig, parallel: Parallel) -> str:
     """One line for the log."""
-    obstacle = fusion_obstacle(config, parallel)
+    obstacle = fusion_obstacle(lora, parallel)
     fusion = f"off ({obstacle})" if obstacle else "on"
-    return f"recompute {config.model.recompute}, gradient accumulation fusion {fusion}"
+    return f"recompute {model.recompute}, gradient accumulation fusion {fusion}"

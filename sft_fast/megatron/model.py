@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft_fast.config.schema import Config
-from sft_fast.config.sections import LossConfig
+from sft_fast.config.sections import LoraConfig, LossConfig, ModelConfig, ParallelConfig
 from sft_fast.errors import ConfigError
 from sft_fast.kernels.loss_options import OPTION_NAMES
 from sft_fast.loss import (
@@ -279,10 +279,14 @@ def block_spec(
 
 
 def transformer_config(
-    architecture: Architecture, config: Config, parallel: Parallel
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel_config: ParallelConfig,
+    lora: LoraConfig,
+    parallel: Parallel,
 ) -> TransformerConfig:
     """megatron's own config for this architecture and run."""
-    dtype = DTYPES[config.model.dtype]
+    dtype = DTYPES[model.dtype]
     on_gpu = parallel.device.type == "cuda"
     made = TransformerConfig(
         num_layers=architecture.num_layers,
@@ -308,19 +312,19 @@ def transformer_config(
         # Interleaved stages of two ranks have the same neighbour on both sides.
         overlap_p2p_comm=parallel.vp_size > 1,
         batch_p2p_comm=parallel.vp_size == 1,
-        sequence_parallel=config.parallel.sequence,
+        sequence_parallel=parallel_config.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=config.model.dtype == "bf16",
-        fp16=config.model.dtype == "fp16",
+        bf16=model.dtype == "bf16",
+        fp16=model.dtype == "fp16",
         calculate_per_token_loss=True,
         # gloo still sends an interleaved stage's output when megatron would free it.
         deallocate_pipeline_outputs=on_gpu or parallel.vp_size == 1,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu and architecture.activation == "silu",
-        **memory_options(config, parallel),
-        **transformer_engine_options(config, parallel),
+        **memory_options(model, lora, parallel),
+        **transformer_engine_options(model, parallel),
         **experts_config(architecture, parallel),
     )
     if (concentration := concentration_option(architecture)) is not None:
@@ -356,7 +360,9 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
         ConfigError: the layout does not fit the architecture (see layout.py).
     """
     check_layout(architecture, config)
-    megatron_config = transformer_config(architecture, config, parallel)
+    megatron_config = transformer_config(
+        architecture, config.model, config.parallel, config.lora, parallel
+    )
     shape = AttentionShape(
         parallel.device,
         megatron_config.params_dtype,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import ModuleList
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import TrainConfig
 from sft_fast.megatron.attention.packed_samples import PackedSamples
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.parallel import Parallel
@@ -96,13 +96,17 @@ def mixed(values: Tensor) -> Tensor:
 
 
 def add_noise(
-    model: ModuleList, config: Config, lengths: NDArray[np.integer], parallel: Parallel
+    model: ModuleList,
+    train: TrainConfig,
+    seed: int,
+    lengths: NDArray[np.integer],
+    parallel: Parallel,
 ) -> None:
     """Turns the noise on where the config asks for it; `lengths` are those of the training set."""
-    alpha = config.train.neftune_alpha
+    alpha = train.neftune_alpha
     if alpha > 0:
         for chunk in model:
-            unwrap(chunk).noise = EmbeddingNoise(alpha, config.seed, lengths, parallel)
+            unwrap(chunk).noise = EmbeddingNoise(alpha, seed, lengths, parallel)
 
 
 def begin_step(model: ModuleList, step: int) -> None:

@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch.nn import ModuleList
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ModelConfig, OptimConfig, ParallelConfig
 from sft_fast.megatron.memory import optimizer_offload_options
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
@@ -26,25 +26,28 @@ from sft_fast.megatron.parallel import Parallel
 INITIAL_LOSS_SCALE = 2.0**16
 
 
-def wrap_model(modules: Sequence[SFTModel], config: Config) -> ModuleList:
+def wrap_model(
+    modules: Sequence[SFTModel], model: ModelConfig, parallel: ParallelConfig
+) -> ModuleList:
     """Adds mixed precision and data parallelism; gradients accumulate and reduce in fp32.
 
     Args:
         modules: the parts of the model that this rank holds, first layers first.
-        config: of the run.
+        model: section of the run, for the number format.
+        parallel: section of the run.
 
     Returns: a DistributedDataParallel for each.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         average_in_collective=False,
     )
     chunks = ModuleList()
     for module in modules:
-        typed = module if config.model.dtype == "fp32" else Float16Module(module.config, module)
+        typed = module if model.dtype == "fp32" else Float16Module(module.config, module)
         # The gradients of later chunks come first, so that only the first chunk's are in buckets.
         ddp = DistributedDataParallel(
             module.config, ddp_config, typed, disable_bucketing=len(chunks) > 0
@@ -53,9 +56,15 @@ def wrap_model(modules: Sequence[SFTModel], config: Config) -> ModuleList:
     return chunks
 
 
-def build_optimizer(model: ModuleList, config: Config, parallel: Parallel) -> MegatronOptimizer:
+def build_optimizer(
+    model: ModuleList,
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+    optim: OptimConfig,
+    parallel: Parallel,
+) -> MegatronOptimizer:
     """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on."""
-    optim, dtype = config.optim, DTYPES[config.model.dtype]
+    optim, dtype = optim, DTYPES[model_config.dtype]
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -69,8 +78,8 @@ def build_optimizer(model: ModuleList, config: Config, parallel: Parallel) -> Me
         fp16=dtype is torch.float16,
         params_dtype=dtype,
         initial_loss_scale=INITIAL_LOSS_SCALE,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        **optimizer_offload_options(config, parallel),
+        use_distributed_optimizer=parallel_config.distributed_optimizer,
+        **optimizer_offload_options(optim, parallel),
     )
     optimizer = get_megatron_optimizer(optimizer_config, list(model), use_gloo_process_groups=False)
     fuse_update(optimizer)
@@ -168,10 +177,9 @@ def allocate_moments(adam: torch.optim.Optimizer) -> None:
 
 
 def build_lr_schedule(
-    optimizer: MegatronOptimizer, config: Config, num_steps: int
+    optimizer: MegatronOptimizer, optim: OptimConfig, num_steps: int
 ) -> OptimizerParamScheduler:
     """Linear warm-up, then cosine, linear or constant; counted in optimizer steps."""
-    optim = config.optim
     decay_steps = max(optim.decay_steps or num_steps, optim.warmup_steps + 1)
     return OptimizerParamScheduler(
         optimizer,

@@ -155,7 +155,14 @@ class Providers:
         for module in modules:
             load_hf_weights(module, self.inputs.model.weights, architecture, self.parallel)
             if self.config.lora.rank > 0:
-                add_adapters(module, architecture, self.config, self.parallel)
+                add_adapters(
+                    module,
+                    architecture,
+                    self.config.model,
+                    self.config.lora,
+                    self.config.seed,
+                    self.parallel,
+                )
         return modules
 
     def datasets(

@@ -144,11 +144,11 @@ def build_run(
     for module in modules:
         load_hf_weights(module, weights, architecture, parallel, tensor_done)
         if config.lora.rank > 0:
-            add_adapters(module, architecture, config, parallel)
-    model = wrap_model(modules, config)
-    optimizer = build_optimizer(model, config, parallel)
+            add_adapters(module, architecture, config.model, config.lora, config.seed, parallel)
+    model = wrap_model(modules, config.model, config.parallel)
+    optimizer = build_optimizer(model, config.model, config.parallel, config.optim, parallel)
     connect_schedule(model, optimizer)
-    return Run(model, optimizer, build_lr_schedule(optimizer, config, num_steps))
+    return Run(model, optimizer, build_lr_schedule(optimizer, config.optim, num_steps))
 
 
 def find_checkpoint(config: Config, parallel: Parallel, log: Callable[[str], None]) -> Path | None:
@@ -226,7 +226,7 @@ def train(config: Config, phases: Phases) -> int:
     phases.enter("join", can_leave=True)
     parallel = init_parallel(config)
     output = Path(config.output_dir)
-    check_trackers(config)
+    check_trackers(config.metrics)
     metrics = MetricsWriter(output, parallel.is_main)
     metrics.log(describe(parallel))
     if warning := public_address_warning():
@@ -237,9 +237,15 @@ def train(config: Config, phases: Phases) -> int:
     plan = make_plan(inputs.store, config, inputs.model.architecture)
     packing = packing_report(plan, parallel.dp_size, config.train.micro_batch_size)
     metrics.log(f"packing: {packing.brief()}")
-    adapters = adapter_fingerprint(config, inputs.model.architecture, inputs.model.weights)
+    adapters = adapter_fingerprint(config.lora, inputs.model.architecture, inputs.model.weights)
     fields = run_fields(
-        config, inputs.store, inputs.tokenizer, plan, inputs.model.architecture, adapters
+        config.model,
+        config.seed,
+        inputs.store,
+        inputs.tokenizer,
+        plan,
+        inputs.model.architecture,
+        adapters,
     )
     origin = inputs.origin
     state = TrainState(0, fields, data=asdict(origin.data))
@@ -260,7 +266,7 @@ def train(config: Config, phases: Phases) -> int:
     metrics.write("data", **asdict(inputs.store.report))
     metrics.write("lengths", **length_histogram(inputs.store.lengths))
     metrics.write("packing", **packing.record())
-    if warning := warm_up_warning(config, num_steps):
+    if warning := warm_up_warning(config.optim, num_steps):
         metrics.log(warning)
     early_stopping = EarlyStopping(**state.early_stopping)
     if early_stopping.should_stop(config.evaluation.patience):
@@ -277,8 +283,9 @@ def train(config: Config, phases: Phases) -> int:
         parallel,
         phases.tensor_done,
     )
-    metrics.log(f"attention: {unwrap(run.model[0]).attention}; {describe_memory(config, parallel)}")
-    add_noise(run.model, config, inputs.store.lengths, parallel)
+    memory = describe_memory(config.model, config.lora, parallel)
+    metrics.log(f"attention: {unwrap(run.model[0]).attention}; {memory}")
+    add_noise(run.model, config.train, config.seed, inputs.store.lengths, parallel)
     if checkpoint is not None:
         load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule, phases.tensor_done)
         metrics.log(f"resumed from {checkpoint} at step {start} of {num_steps}")
@@ -306,7 +313,7 @@ def train(config: Config, phases: Phases) -> int:
             profiler.before(step + 1)
             began = time.perf_counter()
             counts = plan.counts(step - first)
-            seed_dropout(config, step, parallel)
+            seed_dropout(config.lora, config.seed, step, parallel)
             begin_step(run.model, step)
             outcome = train_step(run, batches, counts, config, parallel, guard, phases)
             done = step + 1
@@ -352,9 +359,20 @@ def train(config: Config, phases: Phases) -> int:
     if config.export.enabled:
         gather_parameters(run.model)
         models = [unwrap(chunk) for chunk in run.model]
-        export_model(models, output / "export", origin, config, parallel, phases)
+        export_model(
+            models,
+            output / "export",
+            origin,
+            config.model,
+            config.export,
+            config.output_dir,
+            parallel,
+            phases,
+        )
         if config.lora.rank > 0:
-            export_adapter(run.model, output / "adapter", config, parallel)
+            export_adapter(
+                run.model, output / "adapter", config.model, config.lora, config.export, parallel
+            )
         metrics.log(f"exported to {output / 'export'}")
         del run, models  # their memory is wanted for the models that answer
         free_memory()

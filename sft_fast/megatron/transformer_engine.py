@@ -16,18 +16,17 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ModelConfig
 from sft_fast.megatron.memory import require
 from sft_fast.megatron.parallel import Parallel
 
 
-def transformer_engine_options(config: Config, parallel: Parallel) -> dict[str, Any]:
+def transformer_engine_options(model: ModelConfig, parallel: Parallel) -> dict[str, Any]:
     """TransformerConfig arguments for `model.transformer_impl` and `model.fp8`.
 
     Raises:
         ValueError: there is no GPU, or no Transformer Engine.
     """
-    model = config.model
     if not model.uses_transformer_engine:
         return {"transformer_impl": "local"}
     key = "fp8" if model.transformer_impl == "auto" else "transformer_impl"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import DataConfig
 from sft_fast.config.yaml_source import dump_yaml
 from sft_fast.metrics.trackers import run_name
 from sft_fast.models.hub import HUB_ID
@@ -28,7 +29,7 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
         world_size: ranks.
     """
     base = config.model.path
-    title = run_name(config)
+    title = run_name(config.metrics, config.output_dir)
     start = f"`{base}`" if base is not None else "random weights"
     head: dict[str, Any] = {
         "library_name": "transformers",
@@ -37,14 +38,14 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
     }
     if base is not None and is_hub_id(base):
         head["base_model"] = base
-    datasets = [name for name in source_names(config) if is_hub_id(name)]
+    datasets = [name for name in source_names(config.data) if is_hub_id(name)]
     if datasets:
         head["datasets"] = datasets
     return redact(
         f"---\n{dump_yaml(head)}---\n\n# {title}\n\n"
         f"Fine-tuned from {start} with sft_fast: supervised fine-tuning, loss on the answers "
         f"only{', LoRA adapters merged' if config.lora.rank > 0 else ''}.\n\n"
-        f"{facts(config, found, data_fingerprint)}\n\n"
+        f"{facts(config.data, config.seed, found, data_fingerprint)}\n\n"
         f"![training curves]({CURVES_FILE})\n\n"
         "## Use\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -63,9 +64,9 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
     )
 
 
-def facts(config: Config, found: RunFiles, data_fingerprint: str) -> str:
+def facts(data_config: DataConfig, seed: int, found: RunFiles, data_fingerprint: str) -> str:
     """A table of figures."""
-    rows = [("data", ", ".join(f"`{name}`" for name in source_names(config)))]
+    rows = [("data", ", ".join(f"`{name}`" for name in source_names(data_config)))]
     rows.append(("data fingerprint (xxh3_128)", f"`{data_fingerprint}`"))
     data, step, evaluation = (found.last(kind) for kind in ("data", "step", "eval"))
     if data is not None:
@@ -77,15 +78,15 @@ def facts(config: Config, found: RunFiles, data_fingerprint: str) -> str:
         rows.append(("training loss", f"{step['loss']:.4f}" if step["loss"] is not None else "NaN"))
     if evaluation is not None and evaluation.get("loss") is not None:
         rows.append(("evaluation loss", f"{evaluation['loss']:.4f}"))
-    rows.append(("seed", str(config.seed)))
+    rows.append(("seed", str(seed)))
     rows += [(name, version) for name in VERSIONS if (version := version_of(name))]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines)
 
 
-def source_names(config: Config) -> list[str]:
+def source_names(data: DataConfig) -> list[str]:
     """The sources of the training data, as the configuration names them."""
-    train = config.data.train
+    train = data.train
     return [train] if isinstance(train, str) else [entry.path for entry in train]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import MetricsConfig
 from sft_fast.redact import redact_values
 
 
@@ -24,9 +25,9 @@ class Tracker(Protocol):
         """Ends the run there."""
 
 
-def check_trackers(config: Config) -> None:
+def check_trackers(metrics: MetricsConfig) -> None:
     """Raises ValueError where a tracker's library is missing; every rank finds out by itself."""
-    for name in config.metrics.trackers:
+    for name in metrics.trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"metrics.trackers: {name} is not installed: pip install 'sft-fast[{name}]'"
@@ -64,7 +65,7 @@ class Wandb:
 
         self._run = wandb.init(
             project=config.metrics.project,
-            name=run_name(config),
+            name=run_name(config.metrics, config.output_dir),
             dir=config.output_dir,
             config=dict(flat(redact_values(config.model_dump()))),
         )
@@ -86,7 +87,11 @@ class Trackio:
 
         self._trackio = trackio
         settings = dict(flat(redact_values(config.model_dump())))
-        trackio.init(project=config.metrics.project, name=run_name(config), config=settings)
+        trackio.init(
+            project=config.metrics.project,
+            name=run_name(config.metrics, config.output_dir),
+            config=settings,
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes one point of each curve."""
@@ -105,7 +110,7 @@ class Mlflow:
 
         self._mlflow = mlflow
         mlflow.set_experiment(config.metrics.project)
-        mlflow.start_run(run_name=run_name(config))
+        mlflow.start_run(run_name=run_name(config.metrics, config.output_dir))
         mlflow.log_params(dict(flat(redact_values(config.model_dump()))))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -125,9 +130,9 @@ TRACKERS: dict[str, Callable[[Config], Tracker]] = {
 }
 
 
-def run_name(config: Config) -> str:
+def run_name(metrics: MetricsConfig, output_dir: str) -> str:
     """The run's name in trackers."""
-    return config.metrics.run_name or Path(config.output_dir).name
+    return metrics.run_name or Path(output_dir).name
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sft_fast.config.schema import model_parallel_size
 from sft_fast.constants import DTYPE_BYTES
 from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.models.architecture import Architecture, padded_vocab_size
@@ -29,6 +28,13 @@ from sft_fast.models.flops import (
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
+    from sft_fast.config.sections import (
+        LoraConfig,
+        LossConfig,
+        ModelConfig,
+        ParallelConfig,
+        TrainConfig,
+    )
 
 RUNTIME_BYTES = 3 * 10**9
 """Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
@@ -72,15 +78,17 @@ class Memory:
         return self.activations + max(self.logits, self.workspace)
 
 
-def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, int]:
+def stage_parameters(
+    architecture: Architecture, parallel: ParallelConfig, lora: LoraConfig
+) -> tuple[int, int]:
     """Parameters of the fullest rank: (frozen or trained base weights, trained ones).
 
     Matrices are split over t, experts over expert and expert_tensor, layers over p; the first stage
     has the embedding and the last one the head and the final norm; with tied weights each has the
     matrix. The vocabulary is padded to a multiple of 128 t.
     """
-    a, tensor, pipeline = architecture, config.parallel.tensor, config.parallel.pipeline
-    vocab = shard_columns(a, config)
+    a, tensor, pipeline = architecture, parallel.tensor, parallel.pipeline
+    vocab = shard_columns(a, parallel)
     layers = a.num_layers // pipeline
     experts = a.num_experts * mlp_parameters(a)
     per_layer = (layer_matrix_parameters(a) - experts) // tensor + layer_vector_parameters(a)
@@ -89,23 +97,30 @@ def stage_parameters(architecture: Architecture, config: Config) -> tuple[int, i
         ends = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size
     else:
         ends = embedding + a.hidden_size
-    base = layers * per_layer + ends + stage_expert_parameters(a, config)
-    if config.lora.rank == 0:
+    base = layers * per_layer + ends + stage_expert_parameters(a, parallel)
+    if lora.rank == 0:
         return base, base
-    adapters = adapter_parameters(a, config.lora.rank, config.lora.targets)
+    adapters = adapter_parameters(a, lora.rank, lora.targets)
     return base, adapters // (pipeline * tensor)
 
 
-def shard_columns(architecture: Architecture, config: Config) -> int:
+def shard_columns(architecture: Architecture, parallel: ParallelConfig) -> int:
     """Columns of the padded vocabulary on a tensor-parallel rank."""
-    tensor = config.parallel.tensor
+    tensor = parallel.tensor
     return padded_vocab_size(architecture.vocab_size, tensor) // tensor
 
 
-def logits_bytes(architecture: Architecture, config: Config, active_tokens: int) -> int:
+def logits_bytes(
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    loss: LossConfig,
+    active_tokens: int,
+) -> int:
     """What the loss of that many trained tokens holds, by the rule that the loss itself follows."""
-    loss, size = config.loss, DTYPE_BYTES[config.model.dtype]
-    columns, is_trained = shard_columns(architecture, config), config.lora.rank == 0
+    size = DTYPE_BYTES[model.dtype]
+    columns, is_trained = shard_columns(architecture, parallel), lora.rank == 0
     sums = 4 * columns * architecture.hidden_size if is_trained else 0
     plan = MemoryPlan.choose(
         loss.policy,
@@ -120,15 +135,15 @@ def logits_bytes(architecture: Architecture, config: Config, active_tokens: int)
     return held + (sums if plan.policy == "gradient_in_forward" else 0)
 
 
-def stage_expert_parameters(architecture: Architecture, config: Config) -> int:
+def stage_expert_parameters(architecture: Architecture, parallel: ParallelConfig) -> int:
     """Those of them that belong to experts."""
-    a, parallel = architecture, config.parallel
+    a = architecture
     experts = a.num_experts * mlp_parameters(a) // (parallel.expert * parallel.expert_tensor)
     return a.num_layers // parallel.pipeline * experts
 
 
 def layer_bytes_per_token(
-    architecture: Architecture, config: Config, is_fused: bool = True
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, is_fused: bool = True
 ) -> float:
     """What a layer keeps of a token: b * (4 h / s + (3 q + 2 k + 3 f) / t).
 
@@ -138,28 +153,28 @@ def layer_bytes_per_token(
     norms' unscaled outputs; with 16-bit parameters these are there in fp32 as well, 6 h / s.
     With n experts a token: n (3 f + h) / t in place of 3 f / t, evenly spread.
     """
-    a, tensor = architecture, config.parallel.tensor
-    sequence = tensor if config.parallel.sequence else 1
+    a, tensor = architecture, parallel.tensor
+    sequence = tensor if parallel.sequence else 1
     # A token is copied to each of its experts.
     copies = max(a.experts_per_token, 1)
     dispatched = copies * a.hidden_size if a.num_experts else 0
     query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     norms, silu = 0, 0
     if not is_fused:
-        norms, silu = (2 if config.model.dtype == "fp32" else 6), 2
+        norms, silu = (2 if model.dtype == "fp32" else 6), 2
     hidden = (4 + norms) * a.hidden_size / sequence
     mlp = (3 + silu) * copies * a.ffn_hidden_size + dispatched
     split = (3 * query + 2 * key + mlp) / tensor
-    return DTYPE_BYTES[config.model.dtype] * (hidden + split)
+    return DTYPE_BYTES[model.dtype] * (hidden + split)
 
 
-def in_flight(config: Config, num_microbatches: int) -> float:
+def in_flight(parallel: ParallelConfig, num_microbatches: int) -> float:
     """Micro-batches whose activations the first stage holds at once, in whole stages.
 
     1F1B: p; interleaved over v parts: p (1 + (p - 1) / (p v)). Source: Narayanan et al. 2021,
     arXiv 2104.04473, and Korthikanti et al. 2022, arXiv 2205.05198.
     """
-    pipeline, parts = config.parallel.pipeline, config.parallel.virtual_pipeline
+    pipeline, parts = parallel.pipeline, parallel.virtual_pipeline
     held = float(min(pipeline, num_microbatches))
     return held if parts == 1 else held * (1 + (pipeline - 1) / (pipeline * parts))
 
@@ -181,14 +196,14 @@ def estimate_memory(
         is_gpu: False: a CPU, which has no fused norms and no runtime to count.
     """
     a, parallel, train = architecture, config.parallel, config.train
-    data_parallel = max(num_ranks // model_parallel_size(config), 1)
+    data_parallel = max(num_ranks // parallel.model_parallel_size, 1)
     size = DTYPE_BYTES[config.model.dtype]
-    base, trained = stage_parameters(a, config)
+    base, trained = stage_parameters(a, config.parallel, config.lora)
     state = (8 if config.model.dtype == "fp32" else 12) * trained
     if parallel.distributed_optimizer:
         # Context-parallel ranks hold the same weights, so they share the state as well. Experts
         # are held by fewer ranks than the rest is, or by more.
-        experts = stage_expert_parameters(a, config) if config.lora.rank == 0 else 0
+        experts = stage_expert_parameters(a, config.parallel) if config.lora.rank == 0 else 0
         expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
         part = experts / trained / max(num_ranks // expert_ranks, 1)
         part += (1 - experts / trained) / (data_parallel * parallel.context)
@@ -196,57 +211,69 @@ def estimate_memory(
     tokens = config.packing.capacity * train.micro_batch_size / parallel.context
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
     layers = a.num_layers // parallel.pipeline
-    one_layer = layer_bytes_per_token(a, config, is_gpu) * tokens
+    one_layer = layer_bytes_per_token(a, config.model, config.parallel, is_gpu) * tokens
     sequence = parallel.tensor if parallel.sequence else 1
     # The gradients of gate, up and their product, and of two residual streams.
     workspace = size * tokens * (3 * a.ffn_hidden_size / parallel.tensor + 2 * a.hidden_size)
     layer_input = size * a.hidden_size / sequence * tokens
-    again = recomputed_layers(config, layers)
+    again = recomputed_layers(config.model, layers)
     if again:
         workspace += one_layer
-    kept = again * layer_input + (layers - again) * (one_layer - recomputed_part(a, config, tokens))
+    kept = again * layer_input + (layers - again) * (
+        one_layer - recomputed_part(a, config.model, config.parallel, tokens)
+    )
     kept *= 1 - min(config.model.offload_layers, layers) / layers
-    activations = kept * in_flight(config, micro_batches)
+    activations = kept * in_flight(config.parallel, micro_batches)
     return Memory(
         weights=size * base,
         gradients=4 * trained,
         optimizer=state,
         activations=round(activations),
-        logits=logits_bytes(a, config, round(tokens * supervised_share)),
+        logits=logits_bytes(
+            a,
+            config.model,
+            config.parallel,
+            config.lora,
+            config.loss,
+            round(tokens * supervised_share),
+        ),
         workspace=round(workspace),
         runtime=RUNTIME_BYTES if is_gpu else 0,
     )
 
 
-def recomputed_layers(config: Config, layers: int) -> int:
+def recomputed_layers(model: ModelConfig, layers: int) -> int:
     """Layers of a stage that keep their input only."""
-    if config.model.recompute == "full":
+    if model.recompute == "full":
         return layers
-    if config.model.recompute == "block":
-        return min(config.model.recompute_layers or 0, layers)
+    if model.recompute == "block":
+        return min(model.recompute_layers or 0, layers)
     return 0
 
 
-def recomputed_part(architecture: Architecture, config: Config, tokens: float) -> float:
+def recomputed_part(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, tokens: float
+) -> float:
     """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts."""
-    model = config.model
     if model.recompute != "selective" or "mlp" not in model.recompute_modules:
         return 0.0
-    width = 3 * architecture.ffn_hidden_size / config.parallel.tensor
+    width = 3 * architecture.ffn_hidden_size / parallel.tensor
     return DTYPE_BYTES[model.dtype] * tokens * width
 
 
-def bubble(config: Config, num_ranks: int) -> float:
+def bubble(train: TrainConfig, parallel: ParallelConfig, num_ranks: int) -> float:
     """Share of useful time that pipeline stages wait: (p - 1) / (m v), Narayanan et al. 2021."""
-    parallel, train = config.parallel, config.train
-    data_parallel = max(num_ranks // model_parallel_size(config), 1)
+    data_parallel = max(num_ranks // parallel.model_parallel_size, 1)
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
     return (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
 
 
 def estimate_seconds(
     architecture: Architecture,
-    config: Config,
+    model: ModelConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
     workload: Workload,
     num_ranks: int,
     tflops: float,
@@ -257,13 +284,13 @@ def estimate_seconds(
     FLOPs / (ranks * rate * mfu), times 1 + r / 3 where the share r of the layers is run forward
     again, times 1 + bubble. Evaluation, checkpoints and start-up are not counted.
     """
-    flops = training_flops(architecture, workload, lora=config.lora.rank > 0)
+    flops = training_flops(architecture, workload, lora=lora.rank > 0)
     seconds = flops / (num_ranks * tflops * 1e12 * mfu)
-    layers = architecture.num_layers // config.parallel.pipeline
-    again = recomputed_layers(config, layers) / layers
-    if recomputed_part(architecture, config, 1) > 0:
+    layers = architecture.num_layers // parallel.pipeline
+    again = recomputed_layers(model, layers) / layers
+    if recomputed_part(architecture, model, parallel, 1) > 0:
         again += mlp_parameters(architecture) / active_matrix_parameters(architecture)
-    return seconds * (1 + again / 3) * (1 + bubble(config, num_ranks))
+    return seconds * (1 + again / 3) * (1 + bubble(train, parallel, num_ranks))
 
 
 @dataclass(frozen=True)
@@ -332,7 +359,17 @@ def best_suggestions(
 
     def cost(changed: Config) -> tuple[int, float]:
         memory = estimate_memory(architecture, changed, num_ranks, supervised_share)
-        seconds = estimate_seconds(architecture, changed, workload, num_ranks, tflops, mfu)
+        seconds = estimate_seconds(
+            architecture,
+            changed.model,
+            changed.train,
+            changed.parallel,
+            changed.lora,
+            workload,
+            num_ranks,
+            tflops,
+            mfu,
+        )
         return memory.total, seconds
 
     total, seconds = cost(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import OptimConfig
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
 from sft_fast.packing.bins import PackingOptions
 from sft_fast.packing.steps import StepPlan
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
     from sft_fast.models.architecture import Architecture
 
 
-def warm_up_warning(config: Config, num_steps: int) -> str:
+def warm_up_warning(optim: OptimConfig, num_steps: int) -> str:
     """What to say of a run that ends before its warm-up does; empty: nothing.
 
     Where train.epochs decides, the number of steps is known only with the data.
     """
-    steps = config.optim.warmup_steps
+    steps = optim.warmup_steps
     if steps < num_steps:
         return ""
     return (

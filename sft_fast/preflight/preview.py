@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import DataConfig, ModelConfig, PackingConfig
 from sft_fast.data.from_config import Part, build_options, find_sources
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.sample_maker import MakerOptions, SampleMaker
@@ -106,7 +107,7 @@ def make_preview(
     Raises:
         ValueError: a source does not exist, or the configuration has no such part.
     """
-    sources = find_sources(config, part)
+    sources = find_sources(config.data, part)
     if sources is None:
         raise ValueError("the configuration has no data.eval and no data.eval_fraction to preview")
     samples: list[Shown] = []
@@ -115,13 +116,13 @@ def make_preview(
     special = special_ids(tokenizer)
     texts: dict[tuple[int, ...], str] = {}
     for source in sources:
-        maker = sample_maker(config, source, tokenizer)
+        maker = sample_maker(config.model, config.data, config.packing, source, tokenizer)
         template = maker.template_source
         for row in islice(source.records.scan(), num_rows):
             if isinstance(row, BadRecord):
                 rejected.append(row.message)
                 continue
-            made, messages = samples_of(maker, row, config)
+            made, messages = samples_of(maker, row, config.data, config.packing)
             rejected += messages
             samples += [show(sample, row.origin, tokenizer, special, texts) for sample in made]
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int32)
@@ -133,9 +134,15 @@ def make_preview(
     return Preview(tuple(samples), tuple(rejected), bins, packing.capacity, template)
 
 
-def sample_maker(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> SampleMaker:
+def sample_maker(
+    model: ModelConfig,
+    data: DataConfig,
+    packing: PackingConfig,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+) -> SampleMaker:
     """Makes the samples of a source exactly as a run would."""
-    build = build_options(config)
+    build = build_options(model, data, packing)
     return SampleMaker(
         tokenizer,
         MakerOptions(
@@ -150,7 +157,7 @@ def sample_maker(config: Config, source: Source, tokenizer: PreTrainedTokenizerB
 
 
 def samples_of(
-    maker: SampleMaker, row: SourceRecord, config: Config
+    maker: SampleMaker, row: SourceRecord, data: DataConfig, packing: PackingConfig
 ) -> tuple[list[Sample], list[str]]:
     """The samples of a row, and what there is to say of it."""
     try:
@@ -163,12 +170,12 @@ def samples_of(
         return [], [f"{outcome.rejected[1]} ({outcome.rejected[0]})"]
     fitting = []
     for sample in outcome.samples:
-        if len(sample.input_ids) <= config.packing.capacity:
+        if len(sample.input_ids) <= packing.capacity:
             fitting.append(sample)
         else:
             messages.append(
                 f"{row.origin}: {len(sample.input_ids)} tokens, more than packing.capacity "
-                f"{config.packing.capacity}; data.over_length is {config.data.over_length}"
+                f"{packing.capacity}; data.over_length is {data.over_length}"
             )
     return fitting, messages
 

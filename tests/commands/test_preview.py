@@ -46,7 +46,7 @@ def write_chats(tmp_path: Path, *turns: tuple[str, str]) -> Path:
 def test_the_preview_shows_the_tokens_and_the_mask_of_the_store(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     tokenizer = demo_tokenizer()
-    sources = find_sources(config, "train")
+    sources = find_sources(config.data, "train")
     assert sources is not None
     store = open_configured_store(config, sources, tokenizer)
     preview = make_preview(config, tokenizer, 40)

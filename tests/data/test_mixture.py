@@ -126,7 +126,7 @@ def test_list_of_sources_in_the_config(write_rows: Callable[..., str], tmp_path:
     write_rows(plain, "plain.jsonl")
     write_rows(named, "named.jsonl")
     config = load(tmp_path, CONFIG.format(folder=tmp_path))
-    train, evaluation = find_sources(config, "train"), find_sources(config, "eval")
+    train, evaluation = find_sources(config.data, "train"), find_sources(config.data, "eval")
     assert train is not None and evaluation is not None
     tokenizer = demo_tokenizer()
     store = open_configured_store(config, train, tokenizer)
@@ -146,7 +146,10 @@ def test_the_tail_is_kept_where_experts_are_balanced(
 ) -> None:
     config = load(tmp_path, CONFIG.format(folder=tmp_path) + f"  trim_tail: {chosen}\n")
     architecture: Any = SimpleNamespace(num_experts=num_experts)
-    assert build_options(config, architecture).mask.trim_tail is trims
+    assert (
+        build_options(config.model, config.data, config.packing, architecture).mask.trim_tail
+        is trims
+    )
 
 
 @pytest.mark.parametrize(("num_experts", "trims"), [(0, True), (4, False)])
@@ -168,7 +171,9 @@ def test_experts_are_known_from_the_config_of_the_model(
     (folder / "config.json").write_text(json.dumps(config_json))
     assert architecture_from_hf(config_json).num_experts == num_experts
     text = f"model: {{path: {folder}}}\ndata: {{train: a.jsonl}}\ntrain: {{steps: 1}}\n"
-    assert build_options(load(tmp_path, text)).mask.trim_tail is trims
+    config = load(tmp_path, text)
+    options = build_options(config.model, config.data, config.packing)
+    assert options.mask.trim_tail is trims
 
 
 @pytest.mark.parametrize(
@@ -193,4 +198,4 @@ def test_missing_source_of_a_list_is_named_with_its_number(tmp_path: Path) -> No
     (tmp_path / "plain.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     config = load(tmp_path, CONFIG.format(folder=tmp_path))
     with pytest.raises(ValueError, match=r"data\.train\[1\]: .*named\.jsonl does not exist"):
-        find_sources(config, "train")
+        find_sources(config.data, "train")

@@ -540,7 +540,7 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
             "train": {"epochs": 1},
         }
     )
-    sources = find_sources(config, "train")
+    sources = find_sources(config.data, "train")
     assert sources is not None
     store = open_configured_store(config, sources, demo_tokenizer(), lambda text: None)
     assert "question_answer (columns question, answer; not read: id, source)" in store.summary()

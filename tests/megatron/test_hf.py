@@ -168,8 +168,10 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
     architecture = architecture_from_hf(read_hf_config(folder))
     (model,) = build_model(architecture, config, parallel)
     load_hf_weights(model, SafetensorsSource(folder, architecture), architecture, parallel)
-    chunks = wrap_model([model], config)
-    connect_schedule(chunks, build_optimizer(chunks, config, parallel))
+    chunks = wrap_model([model], config.model, config.parallel)
+    connect_schedule(
+        chunks, build_optimizer(chunks, config.model, config.parallel, config.optim, parallel)
+    )
     batch = make_batch()
     run = partial(
         get_forward_backward_func(),

@@ -85,7 +85,7 @@ def take_steps(config: Any, count: int, run: Any, plan: Any, store: Any, paralle
     results = []
     with sft.open_batches(store, plan, [0] * count, config, parallel) as batches:
         for step in range(count):
-            seed_dropout(config, step, parallel)
+            seed_dropout(config.lora, config.seed, step, parallel)
             result = sft.train_step(run, batches, plan.counts(0), config, parallel)
             results.append((result.loss, result.grad_norm))
     return results
@@ -172,7 +172,9 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
             assert dim is not None or all(torch.equal(shard, whole) for shard in shards)
             name = f"base_model.model.{projection.hf_name}.{PEFT_NAMES[letter]}"
             found[name] = whole.clone().numpy()
-    export_adapter(run.model, Path(output) / "adapter", config, parallel)
+    export_adapter(
+        run.model, Path(output) / "adapter", config.model, config.lora, config.export, parallel
+    )
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     merged = Path(output) / "merged"

@@ -96,7 +96,7 @@ def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[
         config, architecture, SafetensorsSource(Path(folder), architecture), 2, parallel
     )
     store = make_store(random_samples(12, seed=3))
-    add_noise(run.model, config, store.lengths, parallel)
+    add_noise(run.model, config.train, config.seed, store.lengths, parallel)
     plan = sft.make_plan(store, config)
     evaluated, _ = evaluate(run.model, store, config, parallel, [], Phases.unwatched())
     results: list[tuple[float, ...]] = [(evaluated["loss"],)]

@@ -80,17 +80,17 @@ def test_without_the_engine_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     for key, value in (("transformer_impl", "te"), ("fp8", "hybrid")):
         config = make_config(model={key: value, "dtype": "bf16"})
         with pytest.raises(ValueError, match=f"model.{key} is {value}.*not installed"):
-            transformer_engine.transformer_engine_options(config, GPU)
+            transformer_engine.transformer_engine_options(config.model, GPU)
     monkeypatch.setattr(memory, "is_installed", lambda module: True)
     config = make_config(model={"fp8": "hybrid", "fp8_recipe": "mxfp8", "dtype": "bf16"})
-    options = transformer_engine.transformer_engine_options(config, GPU)
+    options = transformer_engine.transformer_engine_options(config.model, GPU)
     assert options == {
         "transformer_impl": "transformer_engine",
         "fp8": "hybrid",
         "fp8_recipe": "mxfp8",
     }
     assert set(options) <= {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert transformer_engine.transformer_engine_options(make_config(), GPU) == {
+    assert transformer_engine.transformer_engine_options(make_config().model, GPU) == {
         "transformer_impl": "local"
     }
 

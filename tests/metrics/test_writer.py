@@ -175,8 +175,8 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path: Path) -> None:
     config = make_config(
         str(tmp_path), train={"steps": None, "epochs": 1}, optim={"warmup_steps": 20}
     )
-    assert "optim.warmup_steps=2" in warm_up_warning(config, 20)
-    assert warm_up_warning(config, 21) == ""
+    assert "optim.warmup_steps=2" in warm_up_warning(config.optim, 20)
+    assert warm_up_warning(config.optim, 21) == ""
 
 
 def test_waiting_for_data_is_measured_once() -> None:
@@ -226,7 +226,7 @@ def test_a_tracker_gets_the_figures_and_the_configuration(
     monkeypatch.setitem(sys.modules, name, fake)
     metrics = {"trackers": [name], "project": "p", "run_name": "r"}
     config = make_config(tmp_path, metrics=metrics)
-    check_trackers(config)
+    check_trackers(config.metrics)
     writer = MetricsWriter(tmp_path, True, open_trackers(config))
     writer.write("eval", step=7, loss=2.0, perplexity=math.nan, name="text")
     writer.write("packing", capacity=3)
@@ -262,7 +262,7 @@ def test_a_missing_tracker_is_an_error_before_training(
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = make_config(tmp_path, metrics={"trackers": ["trackio"]})
     with pytest.raises(ValueError, match=r"pip install 'sft-fast\[trackio\]'"):
-        check_trackers(config)
+        check_trackers(config.metrics)
 
 
 def test_the_profile_holds_its_steps_only(tmp_path: Path) -> None:

@@ -191,14 +191,14 @@ def test_logits_are_counted_as_the_loss_chooses() -> None:
 def test_pipeline_stages_hold_as_many_micro_batches_as_there_are_stages() -> None:
     parallel = {"pipeline": 4}
     config = llama3_config(parallel=parallel)
-    assert in_flight(config, 64) == 4 and in_flight(config, 2) == 2
+    assert in_flight(config.parallel, 64) == 4 and in_flight(config.parallel, 2) == 2
     one = estimate_memory(LLAMA3_8B, llama3_config(), 1)
     four = estimate_memory(LLAMA3_8B, config, 4)
     assert four.activations == one.activations
     interleaved = llama3_config(parallel={"pipeline": 4, "virtual_pipeline": 2})
-    assert in_flight(interleaved, 64) == pytest.approx(4 * (1 + 3 / 8))
-    assert bubble(config, 4) == pytest.approx(3 / 64)
-    assert bubble(interleaved, 4) == pytest.approx(3 / 128)
+    assert in_flight(interleaved.parallel, 64) == pytest.approx(4 * (1 + 3 / 8))
+    assert bubble(config.train, config.parallel, 4) == pytest.approx(3 / 64)
+    assert bubble(interleaved.train, interleaved.parallel, 4) == pytest.approx(3 / 128)
 
 
 def test_adapters_have_gradients_and_moments_of_their_own_only() -> None:
@@ -209,11 +209,16 @@ def test_adapters_have_gradients_and_moments_of_their_own_only() -> None:
 
 def test_time_is_flops_over_rate() -> None:
     workload = Workload(10**9, 0, 10**9)
-    seconds = estimate_seconds(LLAMA3_8B, llama3_config(), workload, 8, 1000, mfu=0.5)
+    c = llama3_config()
+    seconds = estimate_seconds(
+        LLAMA3_8B, c.model, c.train, c.parallel, c.lora, workload, 8, 1000, mfu=0.5
+    )
     matrices = num_parameters(LLAMA3_8B) - 128256 * 4096
     assert seconds == pytest.approx(6 * matrices * 1e9 / (8 * 1e15 * 0.5), rel=1e-3)
     again = llama3_config(model={"recompute": "full"})
-    slower = estimate_seconds(LLAMA3_8B, again, workload, 8, 1000, mfu=0.5)
+    slower = estimate_seconds(
+        LLAMA3_8B, again.model, again.train, again.parallel, again.lora, workload, 8, 1000, mfu=0.5
+    )
     assert slower == pytest.approx(seconds * 4 / 3)
 
 
@@ -313,7 +318,16 @@ def test_plan_refuses_what_it_cannot_mean(
 def test_recomputation_of_parts_lies_between_none_and_all() -> None:
     def total(**model: Any) -> tuple[int, float]:
         config = llama3_config(model=model)
-        seconds = estimate_seconds(LLAMA3_8B, config, Workload(10**9, 0, 1), 1, 1000)
+        seconds = estimate_seconds(
+            LLAMA3_8B,
+            config.model,
+            config.train,
+            config.parallel,
+            config.lora,
+            Workload(10**9, 0, 1),
+            1,
+            1000,
+        )
         return estimate_memory(LLAMA3_8B, config, 1).activations, seconds
 
     nothing, everything = total(), total(recompute="full")

@@ -339,7 +339,7 @@ def test_a_checkpoint_of_other_planners_is_refused(monkeypatch: pytest.MonkeyPat
             seed=0, model=SimpleNamespace(dtype="bf16"), parts={}, chat_template=None
         )
         architecture: Any = PackingOptions()
-        return run_fields(run, run, run, make_step_plan(), architecture, "")
+        return run_fields(run.model, run.seed, run, run, make_step_plan(), architecture, "")
 
     assert changed_fields(fields(1), fields(1), (), Path("saved")) == set()
     problem = "packing: was .* version=1, is .* version=2\n.*--allow-change packing"

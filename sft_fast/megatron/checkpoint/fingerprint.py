@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ModelConfig
 from sft_fast.data.store import TokenStore
 from sft_fast.data.tokenizer import tokenizer_digest
 from sft_fast.models.architecture import Architecture
@@ -21,7 +21,8 @@ FIELDS_LISTED_APART = ("tokenizer", "template")
 
 
 def run_fields(
-    config: Config,
+    model: ModelConfig,
+    seed: int,
     store: TokenStore,
     tokenizer: Any,
     plan: StepPlan,
@@ -32,21 +33,21 @@ def run_fields(
     data = {name: part for name, part in store.parts.items() if name not in FIELDS_LISTED_APART}
     return {
         "data": digest(data),
-        "seed": str(config.seed),
+        "seed": str(seed),
         "packing": f"{plan.strategy}, capacity {plan.capacity}, {plan.options} version={VERSION}",
         "batch": f"{plan.global_batch_size} rows per step",
-        **model_fields(config, tokenizer, architecture, adapter),
+        **model_fields(model, tokenizer, architecture, adapter),
     }
 
 
 def model_fields(
-    config: Config, tokenizer: Any, architecture: Architecture, adapter: str
+    model: ModelConfig, tokenizer: Any, architecture: Architecture, adapter: str
 ) -> dict[str, str]:
     """Those of `run_fields` that an export depends on as well."""
     return {
         "tokenizer": tokenizer_digest(tokenizer),
         "template": digest(tokenizer.chat_template),
-        "model": f"{config.model.dtype} {digest(own_values(architecture))}",
+        "model": f"{model.dtype} {digest(own_values(architecture))}",
         "adapter": adapter or "none",
     }
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import ModuleList
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ExportConfig, LoraConfig, ModelConfig
 from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.model import EXPORT_TIMEOUT_S
@@ -21,18 +21,28 @@ from sft_fast.runtime.manifest import staged_directory
 PEFT_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
-def export_adapter(model: ModuleList, folder: Path, config: Config, parallel: Parallel) -> None:
+def export_adapter(
+    model: ModuleList,
+    folder: Path,
+    model_config: ModelConfig,
+    lora: LoraConfig,
+    export: ExportConfig,
+    parallel: Parallel,
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; every rank calls it.
 
     `folder` is replaced when it exists, after everything is written; see manifest.py.
     """
-    dtype = DTYPES[config.export.dtype or config.model.dtype]
+    dtype = DTYPES[export.dtype or model_config.dtype]
     with staged_directory(folder, StoreExchange("export/adapter", EXPORT_TIMEOUT_S)) as stage:
         if parallel.is_first_replica:
             tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
             if parallel.is_main:
                 save_tensors(tensors, stage.path / "adapter_model.safetensors")
-                write_json(stage.path / "adapter_config.json", peft_config(list(tensors), config))
+                write_json(
+                    stage.path / "adapter_config.json",
+                    peft_config(list(tensors), model_config, lora),
+                )
 
 
 def whole_adapters(model: ModuleList, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:
@@ -59,15 +69,14 @@ def gather_stages(tensors: dict[str, Tensor], parallel: Parallel) -> dict[str, T
     return dict(sorted(merged.items()))
 
 
-def peft_config(names: list[str], config: Config) -> dict[str, Any]:
+def peft_config(names: list[str], model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """adapter_config.json; it names every adapted projection in full, so no other can match."""
     modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
-    lora = config.lora
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model.path,
-        "revision": config.model.revision,
+        "base_model_name_or_path": model.path,
+        "revision": model.revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

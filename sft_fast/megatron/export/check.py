@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ExportConfig, ModelConfig
 from sft_fast.constants import ceil_div, round_up
 from sft_fast.megatron.forward_step import packed_samples
 from sft_fast.megatron.hf import gather_shards, hf_shapes
@@ -53,20 +53,21 @@ def probe(origin: ExportSource) -> ProbeStore:
     return ProbeStore(np.array(ids[:MOST_PROBE_TOKENS], dtype=np.uint32))
 
 
-def is_checked(origin: ExportSource, config: Config, parallel: Parallel) -> bool:
+def is_checked(origin: ExportSource, export: ExportConfig, parallel: Parallel) -> bool:
     """True where `export.verify` asks for it, and the ranks do not share rows of tokens."""
-    if parallel.cp_size > 1 or config.export.verify == "never":
+    if parallel.cp_size > 1 or export.verify == "never":
         return False
     shapes = hf_shapes(origin.model.architecture).values()
     is_small = sum(int(np.prod(shape)) for shape in shapes) <= MOST_PARAMETERS
-    return is_small or config.export.verify == "always"
+    return is_small or export.verify == "always"
 
 
 def check_export(
     models: Sequence[SFTModel],
     folder: Path,
     origin: ExportSource,
-    config: Config,
+    model: ModelConfig,
+    export: ExportConfig,
     parallel: Parallel,
 ) -> None:
     """Compares the logits of a sentence; every rank calls it, the main one loads the export.
@@ -81,8 +82,8 @@ def check_export(
         return
     from transformers import AutoModelForCausalLM
 
-    names = {config.model.dtype, config.export.dtype or config.model.dtype}
-    dtype = DTYPES[config.export.dtype or config.model.dtype]
+    names = {model.dtype, export.dtype or model.dtype}
+    dtype = DTYPES[export.dtype or model.dtype]
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokens = torch.from_numpy(store.tokens.astype(np.int64))
     with torch.no_grad():

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sft_fast.config.schema import Config, load_config
+from sft_fast.config.schema import load_config
+from sft_fast.config.sections import ExportConfig, ModelConfig
 from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.check import check_export, is_checked
@@ -29,7 +30,9 @@ def export_model(
     models: Sequence[SFTModel],
     folder: Path,
     origin: ExportSource,
-    config: Config,
+    model: ModelConfig,
+    export: ExportConfig,
+    output_dir: str,
     parallel: Parallel,
     phases: Phases,
 ) -> None:
@@ -37,7 +40,7 @@ def export_model(
 
     `folder` is replaced when it exists, after everything is written; see manifest.py.
     """
-    dtype = config.export.dtype or config.model.dtype
+    dtype = export.dtype or model.dtype
     exchange = StoreExchange(f"export/{folder.name}", EXPORT_TIMEOUT_S)
     with staged_directory(folder, exchange) as stage:
         with phases.paused("write weights", can_leave=True, is_loading=True):
@@ -53,10 +56,10 @@ def export_model(
             origin.tokenizer.save_pretrained(stage.path)
             write_json(stage.path / "config.json", hf_config(origin, dtype))
             write_json(stage.path / "generation_config.json", generation_config(origin))
-            write_card(stage.path, origin.data.fingerprint, Path(config.output_dir))
-        if is_checked(origin, config, parallel):
+            write_card(stage.path, origin.data.fingerprint, Path(output_dir))
+        if is_checked(origin, export, parallel):
             dist.barrier()  # the weights are there
-            check_export(models, stage.path, origin, config, parallel)
+            check_export(models, stage.path, origin, model, export, parallel)
 
 
 def write_card(folder: Path, data_fingerprint: str, output: Path) -> None:

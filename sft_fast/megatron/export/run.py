@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import CheckpointConfig, LoraConfig, ModelConfig
 from sft_fast.errors import DamageError
 from sft_fast.megatron.checkpoint.fingerprint import changed_fields, model_fields
 from sft_fast.megatron.checkpoint.load import damage_of
@@ -48,24 +49,38 @@ def export(config: Config, phases: Phases) -> int:
         )
     state = read_train_state(checkpoint)
     origin = read_export_source(config, state.data)
-    check_origin(origin, state.fields, checkpoint, config)
+    check_origin(origin, state.fields, checkpoint, config.model, config.lora, config.checkpoint)
     architecture, is_lora = origin.model.architecture, config.lora.rank > 0
     phases.enter("model", can_leave=True, is_loading=True)
     models = build_model(architecture, config, parallel)
     for number, model in enumerate(models):
         if is_lora:
             load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)
-            add_adapters(model, architecture, config, parallel)
+            add_adapters(model, architecture, config.model, config.lora, config.seed, parallel)
         load_trained(model, number, checkpoint, is_lora, phases.tensor_done)
     phases.enter("export", can_leave=True)
-    export_model(models, Path(config.output_dir) / "export", origin, config, parallel, phases)
+    export_model(
+        models,
+        Path(config.output_dir) / "export",
+        origin,
+        config.model,
+        config.export,
+        config.output_dir,
+        parallel,
+        phases,
+    )
     dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
 def check_origin(
-    origin: ExportSource, saved: Mapping[str, str], checkpoint: Path, config: Config
+    origin: ExportSource,
+    saved: Mapping[str, str],
+    checkpoint: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    checkpoint_config: CheckpointConfig,
 ) -> None:
     """Compares model and tokenizer, which may lie elsewhere by now, with the run's.
 
@@ -73,16 +88,18 @@ def check_origin(
         origin: the model and tokenizer at hand.
         saved: the fields of the checkpoint; see fingerprint.run_fields.
         checkpoint: named in the message.
-        config: of the export.
+        model: section of the export.
+        lora: section of the export.
+        checkpoint_config: section of the export.
 
     Raises:
         ValueError: one is another than in training, and `checkpoint.allow_change` does not name it.
     """
     architecture = origin.model.architecture
-    adapter = adapter_fingerprint(config, architecture, origin.model.weights)
-    present = model_fields(config, origin.tokenizer, architecture, adapter)
+    adapter = adapter_fingerprint(lora, architecture, origin.model.weights)
+    present = model_fields(model, origin.tokenizer, architecture, adapter)
     fix = "say where it is (model.path, tokenizer.path), or checkpoint.allow_change=[{}]"
-    changed_fields(saved, present, config.checkpoint.allow_change, checkpoint, fix)
+    changed_fields(saved, present, checkpoint_config.allow_change, checkpoint, fix)
 
 
 def load_trained(
