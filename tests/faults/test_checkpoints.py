@@ -281,7 +281,7 @@ def test_a_last_save_that_fails_fails_the_run(
     options = ("checkpoint.asynchronous=true", "checkpoint.max_failures=9")
     job = launcher.start(f"broken-{numbers}", *options, hook=f"broken_writer:{numbers}")
     assert job.wait(30) == [2]
-    newest = "there is no checkpoint yet" if left is None else f"goes on from step_0000000{left}"
+    newest = "there is no checkpoint yet" if left is None else f"to resume from step_0000000{left}"
     cause = job.json("error.json")["cause"]
     assert "step_00000006 could not be saved" in cause and newest in cause
     assert "RuntimeError: the writer broke" in cause
