@@ -61,7 +61,7 @@ def run(parsed: argparse.Namespace) -> None:
     config = load_config(path, parsed.overrides)
     if not parsed.dry_run:
         # Before torch is imported, which takes seconds.
-        require_data(config)
+        require_data(config.data)
         check_resume(config.checkpoint.resume, Path(config.output_dir))
     processes = parsed.nproc_per_node or default_processes(config.parallel)
     given = {flag: getattr(parsed, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}

@@ -359,7 +359,7 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     Raises:
         ConfigError: the layout does not fit the architecture (see layout.py).
     """
-    check_layout(architecture, config)
+    check_layout(architecture, config.model, config.parallel, config.lora)
     megatron_config = transformer_config(
         architecture, config.model, config.parallel, config.lora, parallel
     )
@@ -429,9 +429,11 @@ def mark_sharded_weights(model: SFTModel) -> None:
                 weight.allreduce = False
 
 
-def check_layout(architecture: Architecture, config: Config) -> None:
+def check_layout(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig
+) -> None:
     """Raises ValueError unless the parallel sizes fit the model."""
-    problems = list(layout_problems(architecture, config))
+    problems = list(layout_problems(architecture, model, parallel, lora))
     if problems:
         raise ConfigError(problems, "the layout of this model")
 

@@ -384,7 +384,7 @@ def best_suggestions(
             check_world_size(changed, num_ranks)
         except ValueError:
             continue
-        if any(layout_problems(architecture, changed)):
+        if any(layout_problems(architecture, changed.model, changed.parallel, changed.lora)):
             continue
         overrides = " ".join(
             f"{section}.{key}={str(value).lower()}"

@@ -9,13 +9,15 @@ from sft_fast.errors import Problem
 from sft_fast.models.families import FAMILIES
 
 if TYPE_CHECKING:
-    from sft_fast.config.schema import Config
+    from sft_fast.config.sections import LoraConfig, ModelConfig, ParallelConfig
     from sft_fast.models.architecture import Architecture
 
 
-def layout_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
-    """Yields everything that keeps the model from being split as `config.parallel` says."""
-    parallel, is_moe = config.parallel, architecture.num_experts > 0
+def layout_problems(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig
+) -> Iterator[Problem]:
+    """Yields everything that keeps the model from being split as `parallel` says."""
+    is_moe = architecture.num_experts > 0
     stages: tuple[str, ...] = ("parallel.pipeline",)
     if parallel.virtual_pipeline > 1:
         stages += ("parallel.virtual_pipeline",)
@@ -48,20 +50,22 @@ def layout_problems(architecture: Architecture, config: Config) -> Iterator[Prob
             "parallel.sequence true, because each rank routes its own tokens",
             "parallel.sequence=true",
         )
-    yield from transformer_engine_problems(architecture, config)
-    if config.lora.rank > 0 and FAMILIES[architecture.family].is_fused:
+    yield from transformer_engine_problems(architecture, model, parallel)
+    if lora.rank > 0 and FAMILIES[architecture.family].is_fused:
         yield Problem(
             ("lora.rank", "model.path"),
-            f"{config.lora.rank} for {architecture.family}, which keeps queries, keys and values "
+            f"{lora.rank} for {architecture.family}, which keeps queries, keys and values "
             "in one matrix",
             "a model with a matrix for each, or all weights trained",
             "lora.rank=0, or another model.path",
         )
 
 
-def transformer_engine_problems(architecture: Architecture, config: Config) -> Iterator[Problem]:
+def transformer_engine_problems(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig
+) -> Iterator[Problem]:
     """Yields everything that Transformer Engine's linear layers cannot do for this model."""
-    model, tensor = config.model, config.parallel.tensor
+    tensor = parallel.tensor
     if not model.uses_transformer_engine:
         return
     if architecture.num_experts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,16 @@ from sft_fast.models.layout import layout_problems, transformer_engine_problems
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
+    from sft_fast.config.sections import (
+        CheckpointConfig,
+        DataConfig,
+        ExportConfig,
+        LoraConfig,
+        ModelConfig,
+        PackingConfig,
+        ParallelConfig,
+        TokenizerConfig,
+    )
     from sft_fast.data.source import Source
     from sft_fast.models.architecture import Architecture
 
@@ -45,38 +55,47 @@ class Findings:
 def check_machine(config: Config) -> Findings:
     """Looks at everything that `config` names."""
     findings = Findings([], [])
-    for check in (
-        _check_plugins,
-        _check_model,
-        _check_engine,
-        _check_tokenizer,
-        _check_data,
-        _check_resume,
-        _check_disk,
-    ):
-        findings.problems += check(config, findings)
+    problems = findings.problems
+    problems += _check_plugins(config.plugins)
+    problems += _check_model(config.model, config.packing, config.parallel, config.lora, findings)
+    _note_transformer_engine(config.model, findings)
+    problems += _check_tokenizer(config.model, config.tokenizer, findings)
+    problems += _check_data(config.data, findings)
+    problems += _check_resume(config.checkpoint.resume, Path(config.output_dir))
+    unwritable = _check_output_dir(Path(config.output_dir))
+    problems += unwritable
+    if findings.architecture is not None and not unwritable:
+        needed = _bytes_to_write(
+            findings.architecture, config.model, config.lora, config.checkpoint, config.export
+        )
+        problems += _check_disk(Path(config.output_dir), needed, config.checkpoint, findings)
     return findings
 
 
-def _check_plugins(config: Config, findings: Findings) -> Iterator[Problem]:
-    for number, path in enumerate(config.plugins):
+def _check_plugins(plugins: Sequence[str]) -> Iterator[Problem]:
+    for number, path in enumerate(plugins):
         if not Path(path).is_file():
             yield Problem((f"plugins[{number}]",), f"{path} does not exist", "a Python file")
 
 
-def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
+def _check_model(
+    model: ModelConfig,
+    packing: PackingConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    findings: Findings,
+) -> Iterator[Problem]:
     from sft_fast.models.architecture import (
         architecture_from_hf,
         architecture_from_shape,
         read_hf_config,
     )
 
-    path = config.model.path
+    path = model.path
     if path is None:
-        assert config.model.shape is not None, "the configuration has a path or a shape"
-        yield from transformer_engine_problems(
-            architecture_from_shape(config.model.shape, 1), config
-        )
+        assert model.shape is not None, "the configuration has a path or a shape"
+        alone = architecture_from_shape(model.shape, 1)
+        yield from transformer_engine_problems(alone, model, parallel)
         return
     folder = Path(path)
     if not folder.is_dir():
@@ -89,27 +108,26 @@ def _check_model(config: Config, findings: Findings) -> Iterator[Problem]:
         return
     findings.architecture = architecture
     findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
-    yield from _check_weights(folder, config)
-    yield from _check_layout(architecture, config, folder)
+    if not model.random_init:
+        yield from _check_weights(folder)
+    yield from layout_problems(architecture, model, parallel, lora)
+    yield from _check_positions(architecture, packing.capacity, folder)
 
 
-def _check_engine(config: Config, findings: Findings) -> list[Problem]:
+def _note_transformer_engine(model: ModelConfig, findings: Findings) -> None:
     """The run may be on another machine, so this is a note."""
     from importlib.util import find_spec
 
-    if config.model.uses_transformer_engine and find_spec("transformer_engine") is None:
+    if model.uses_transformer_engine and find_spec("transformer_engine") is None:
         findings.notes.append(
             "model.transformer_impl, model.fp8: need Transformer Engine, which is not installed "
             "on this machine"
         )
-    return []
 
 
-def _check_weights(folder: Path, config: Config) -> Iterator[Problem]:
+def _check_weights(folder: Path) -> Iterator[Problem]:
     import json
 
-    if config.model.random_init:
-        return
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.is_file():
@@ -122,9 +140,8 @@ def _check_weights(folder: Path, config: Config) -> Iterator[Problem]:
         yield Problem(("model.path",), found, "the weights as *.safetensors")
 
 
-def _check_layout(architecture: Architecture, config: Config, folder: Path) -> Iterator[Problem]:
-    yield from layout_problems(architecture, config)
-    positions, capacity = architecture.max_position_embeddings, config.packing.capacity
+def _check_positions(architecture: Architecture, capacity: int, folder: Path) -> Iterator[Problem]:
+    positions = architecture.max_position_embeddings
     if capacity > positions:
         yield Problem(
             ("packing.capacity",),
@@ -133,12 +150,14 @@ def _check_layout(architecture: Architecture, config: Config, folder: Path) -> I
         )
 
 
-def _check_tokenizer(config: Config, findings: Findings) -> Iterator[Problem]:
+def _check_tokenizer(
+    model: ModelConfig, tokenizer: TokenizerConfig, findings: Findings
+) -> Iterator[Problem]:
     from sft_fast.data.templates import TEMPLATES
 
-    path, template = config.tokenizer.path, config.tokenizer.chat_template
+    path, template = tokenizer.path, tokenizer.chat_template
     key = "model.path" if path is None else "tokenizer.path"
-    folder = Path(path or config.model.path or "demo")
+    folder = Path(path or model.path or "demo")
     if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         yield Problem(
             (key,),
@@ -160,7 +179,7 @@ def _check_tokenizer(config: Config, findings: Findings) -> Iterator[Problem]:
         )
 
 
-def require_data(config: Config) -> None:
+def require_data(data: DataConfig) -> None:
     """Looks for the files of the data, so that a run without them does not start first.
 
     Raises:
@@ -168,7 +187,7 @@ def require_data(config: Config) -> None:
     """
     from sft_fast.data.source import load_records, looks_local
 
-    for key, name, _, _ in _data_entries(config):
+    for key, name, _, _ in _data_entries(data):
         path = os.path.expanduser(name)
         if looks_local(path) and not os.path.exists(path):
             try:
@@ -177,15 +196,15 @@ def require_data(config: Config) -> None:
                 raise ValueError(f"{key}: {error}") from None
 
 
-def _check_data(config: Config, findings: Findings) -> Iterator[Problem]:
-    for entry in _data_entries(config):
+def _check_data(data: DataConfig, findings: Findings) -> Iterator[Problem]:
+    for entry in _data_entries(data):
         yield from _check_source(*entry, findings)
 
 
-def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str | None]]]:
+def _data_entries(data: DataConfig) -> Iterator[tuple[str, str, str, dict[str, str | None]]]:
     """Key, path, format and fields of every source."""
     for part in ("train", "eval"):
-        chosen = getattr(config.data, part)
+        chosen = getattr(data, part)
         if chosen is None:
             continue
         entries = [chosen] if isinstance(chosen, str) else chosen
@@ -194,8 +213,8 @@ def _data_entries(config: Config) -> Iterator[tuple[str, str, str, dict[str, str
             key = f"data.{part}" if isinstance(chosen, str) else f"data.{part}[{number}]"
             own_format = None if isinstance(entry, str) else entry.format
             own_fields = None if isinstance(entry, str) else entry.fields
-            fields = config.data.fields if own_fields is None else own_fields
-            yield key, name, own_format or config.data.format, fields
+            fields = data.fields if own_fields is None else own_fields
+            yield key, name, own_format or data.format, fields
 
 
 def _check_source(
@@ -250,41 +269,53 @@ def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
     yield from messages
 
 
-def _check_resume(config: Config, findings: Findings) -> Iterator[Problem]:
+def _check_resume(resume: str, output_dir: Path) -> Iterator[Problem]:
     from sft_fast.runtime.run_files import check_resume
 
     try:
-        check_resume(config.checkpoint.resume, Path(config.output_dir))
+        check_resume(resume, output_dir)
     except ValueError as error:
         found, _, expected = str(error).removeprefix("checkpoint.resume: ").partition("; expected ")
         yield Problem(("checkpoint.resume",), found, expected)
 
 
-def _check_disk(config: Config, findings: Findings) -> Iterator[Problem]:
-    from sft_fast.models.flops import num_parameters
+def _check_output_dir(folder: Path) -> list[Problem]:
     from sft_fast.runtime.run_lock import check_output_dir
 
     try:
-        check_output_dir(Path(config.output_dir))
+        check_output_dir(folder)
     except ValueError as error:
         found = str(error).removeprefix("output_dir: ")
-        yield Problem(("output_dir",), found, "a directory that can be written")
-        return
-    if findings.architecture is None:
-        return
-    weights = num_parameters(findings.architecture)
+        return [Problem(("output_dir",), found, "a directory that can be written")]
+    return []
+
+
+def _bytes_to_write(
+    architecture: Architecture,
+    model: ModelConfig,
+    lora: LoraConfig,
+    checkpoint: CheckpointConfig,
+    export: ExportConfig,
+) -> int:
+    """Of checkpoints and export, at the most at one time."""
+    from sft_fast.models.flops import num_parameters
+
     # fp32 copies and two moments beside the weights; with LoRA only the adapters are written.
-    state = DTYPE_BYTES[config.model.dtype] + 12 if config.lora.rank == 0 else 0
-    export = DTYPE_BYTES[config.export.dtype or config.model.dtype] if config.export.enabled else 0
+    state = DTYPE_BYTES[model.dtype] + 12 if lora.rank == 0 else 0
+    exported = DTYPE_BYTES[export.dtype or model.dtype] if export.enabled else 0
     # One more checkpoint than is kept lies there while it is written.
-    needed = weights * (state * (config.checkpoint.keep_last + 1) + export)
-    folder = Path(config.output_dir)
+    return num_parameters(architecture) * (state * (checkpoint.keep_last + 1) + exported)
+
+
+def _check_disk(
+    folder: Path, needed: int, checkpoint: CheckpointConfig, findings: Findings
+) -> Iterator[Problem]:
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         yield Problem(
             ("output_dir", "checkpoint.keep_last"),
             f"{free / 2**30:.1f} GiB free at {_existing(folder)}",
-            f"{needed / 2**30:.1f} GiB for {config.checkpoint.keep_last} checkpoints, the one "
+            f"{needed / 2**30:.1f} GiB for {checkpoint.keep_last} checkpoints, the one "
             "being written, and the export",
             "another output_dir, or a smaller checkpoint.keep_last",
         )

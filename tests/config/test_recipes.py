@@ -42,7 +42,7 @@ def test_every_variant_of_a_recipe_loads_and_fits_its_node(recipe: str) -> None:
         given = [*overrides(recipe, node), *overrides(recipe, kind)]
         config = load_config(CONFIGS / f"{recipe}.yaml", given)
         assert check_world_size(config, 8) * config.parallel.tensor == 8
-        assert not list(layout_problems(model, config))
+        assert not list(layout_problems(model, config.model, config.parallel, config.lora))
         if not model.num_experts:  # the estimate knows dense models only
             memory = estimate_memory(model, config, 8)
             assert 0.02 * NODES[node] < memory.total < 0.85 * NODES[node], (node, memory)

@@ -543,9 +543,11 @@ def test_adapters_of_fused_matrices_are_refused_before_the_start() -> None:
     from sft_fast.models.layout import layout_problems
 
     phi = Architecture(99, 32, 4, 4, 2, 48, 8, 128, family="Phi3ForCausalLM")
-    (problem,) = layout_problems(phi, make_config(lora={"rank": 2}))
+    config = make_config(lora={"rank": 2})
+    (problem,) = layout_problems(phi, config.model, config.parallel, config.lora)
     assert problem.keys == ("lora.rank", "model.path") and "one matrix" in str(problem)
-    assert not list(layout_problems(phi, make_config()))
+    config = make_config()
+    assert not list(layout_problems(phi, config.model, config.parallel, config.lora))
 
 
 def test_a_stage_without_adapters_is_refused() -> None:

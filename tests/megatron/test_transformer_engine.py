@@ -145,10 +145,11 @@ def test_models_that_do_not_fit_are_refused() -> None:
 
     config = make_config(model={"fp8": "hybrid", "fp8_recipe": "blockwise", "dtype": "bf16"})
     smollm = Architecture(49152, 576, 30, 9, 3, 1536, 64, 8192)
-    found = [str(problem) for problem in layout_problems(smollm, config)]
+    sections = config.model, config.parallel, config.lora
+    found = [str(problem) for problem in layout_problems(smollm, *sections)]
     assert len(found) == 3 and "blockwise with 576 columns" in found[0], found
     moe = dataclasses.replace(smollm, num_experts=4, hidden_size=512, head_dim=128)
-    (problem,) = layout_problems(dataclasses.replace(moe, num_attention_heads=4), config)
+    (problem,) = layout_problems(dataclasses.replace(moe, num_attention_heads=4), *sections)
     assert "experts" in str(problem)
 
 
