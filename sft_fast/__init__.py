@@ -3,8 +3,10 @@
 From the ground up, in the order in which data flows. What has no line of its own belongs to its
 folder's; a line imports only what stands above it, and tests/test_imports.py holds that.
 
+    models/choices.py data/choices.py packing/choices.py  what a key of the
+    metrics/choices.py evaluation/choices.py  YAML may say, beside the code that does it
     exit_codes.py constants.py redact.py errors.py files.py  codes, secrets, messages, JSON
-    packing/choices.py kernels/loss_options.py  what a key of the YAML may say, beside its code
+    kernels/loss_options.py  likewise, of the loss
     recipes/     configurations to start from
     config/      the YAML: sections, checks, where each value comes from, Primus files
     runtime/     what keeps a run alive: watchdog, hangs, locks, manifests, launcher

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sft_fast.models.choices import Dtype
+
 Count = TypeVar("Count", int, "NDArray[Any]")
 
 IGNORE_INDEX = -100
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPE_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Name of a dtype in the configuration -> size of one value."""
 
 

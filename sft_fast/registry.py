@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sft_fast.errors import nearest
+from sft_fast.evaluation.choices import BUILT_IN_METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,9 +230,6 @@ def get_loss(name: str) -> CustomLoss:
 
 
 # --- evaluation metrics
-
-BUILT_IN_METRICS = {"loss": False, "perplexity": False, "accuracy": True}
-"""Name -> whether a greater value is better."""
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,21 @@ import os
 import platform
 import sys
 from importlib import metadata, util
+from typing import get_args
 
 from sft_fast.commands.arguments import Commands
+from sft_fast.metrics.choices import TrackerName
+from sft_fast.models.choices import AttentionBackend
 
 PACKAGES = (
     *("sft-fast", "torch", "megatron-core", "transformers", "datasets", "tokenizers"),
-    *("safetensors", "numpy", "pydantic", "triton", "transformer-engine", "flash-attn", "aiter"),
-    *("matplotlib", "tensorboard", "wandb", "trackio", "mlflow"),
+    *("safetensors", "numpy", "pydantic", "triton", "matplotlib"),
+    # Attention kernels and trackers have the names of their packages; those of torch have none.
+    *(name.replace("_", "-") for name in (*get_args(AttentionBackend), *get_args(TrackerName))),
 )
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
-    *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "SFT_FAST_BACKEND", "TRITON_CACHE_DIR", "HF_HUB_OFFLINE"),
+    *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "HF_HUB_OFFLINE"),
 )
 
 

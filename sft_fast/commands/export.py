@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from sft_fast.commands.arguments import Commands, add_run, positive
 from sft_fast.commands.launch import TRAIN_SCRIPT
 from sft_fast.exit_codes import FAILED
+from sft_fast.models.choices import Dtype
 
 if TYPE_CHECKING:
     from sft_fast.runtime.run_files import RunFiles
@@ -48,7 +49,7 @@ def add(commands: Commands) -> None:
     add_run(export)
     export.add_argument("--step", type=positive, help="of the checkpoint; default: the newest")
     export.add_argument("--to", type=Path, metavar="DIR", help="default: OUT/export_STEP")
-    export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: as trained")
+    export.add_argument("--dtype", choices=get_args(Dtype), help="default: as trained")
     export.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change")
     export.set_defaults(run=run)
 

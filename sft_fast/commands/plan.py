@@ -14,6 +14,7 @@ from sft_fast.commands.arguments import (
     positive,
     read_config,
 )
+from sft_fast.models.hardware import GPUS
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
@@ -28,7 +29,7 @@ def add(commands: Commands) -> None:
     """Describes `plan` to argparse."""
     plan = commands.add_parser("plan", help="say what fits, how long it takes, and what would help")
     add_config(plan)
-    plan.add_argument("--gpu", default="MI300X", help="MI300X, MI325X, MI355X, H100, H200 or B200")
+    plan.add_argument("--gpu", default="MI300X", help=f"one of {', '.join(GPUS)}")
     plan.add_argument(
         "--ranks", type=positive, metavar="N", help="GPUs; default: the smallest layout"
     )
@@ -45,7 +46,6 @@ def run(parsed: argparse.Namespace) -> None:
 
     from sft_fast.config.schema import check_world_size
     from sft_fast.errors import nearest
-    from sft_fast.models.hardware import GPUS
 
     config = read_config(parsed)
     gpu = GPUS.get(parsed.gpu.upper())

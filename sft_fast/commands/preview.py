@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from sft_fast.commands.arguments import (
     Commands,
@@ -14,6 +14,7 @@ from sft_fast.commands.arguments import (
     positive,
     read_config,
 )
+from sft_fast.data.choices import Part
 from sft_fast.exit_codes import FAILED
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def add(commands: Commands) -> None:
     preview.add_argument(
         "--rows", type=positive, default=100, help="rows of each source to read (100)"
     )
-    preview.add_argument("--part", choices=("train", "eval"), default="train")
+    preview.add_argument("--part", choices=get_args(Part), default="train")
     preview.add_argument("--html", type=Path, metavar="FILE", help="write all samples to a file")
     preview.add_argument("--bins", type=not_negative, default=3, help="packed rows to show (3)")
     preview.set_defaults(run=run, hides_torch=True)

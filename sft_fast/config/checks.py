@@ -18,6 +18,7 @@ from sft_fast.config.sections import (
 )
 from sft_fast.constants import round_up
 from sft_fast.errors import Problem
+from sft_fast.evaluation.choices import BUILT_IN_METRICS
 
 
 def model_problems(model: ModelConfig, tokenizer: TokenizerConfig) -> Iterator[Problem]:
@@ -313,7 +314,14 @@ def evaluation_problems(
                 "evaluation.every_steps",
                 "evaluation.every_steps=100",
             )
-    names = ("loss", "perplexity", "accuracy", *evaluation.metrics)
+    for name in BUILT_IN_METRICS.keys() & evaluation.metrics:
+        yield Problem(
+            ("evaluation.metrics",),
+            f"{name}, which is always there",
+            "names of metrics of your own",
+            f"leave {name} out",
+        )
+    names = (*BUILT_IN_METRICS, *evaluation.metrics)
     if evaluation.best_by not in names:
         yield Problem(
             ("evaluation.best_by", "evaluation.metrics"),

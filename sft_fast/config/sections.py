@@ -17,20 +17,25 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sft_fast.data.choices import ChangingHistory, OnBadRecord, OverLength, TrainOn
 from sft_fast.kernels.loss_options import LossBackend, LossOptions, Policy
-from sft_fast.packing.choices import STRATEGY_HELP, Strategy
+from sft_fast.metrics.choices import TrackerName
+from sft_fast.models.choices import FP8_MULTIPLES, AttentionBackend, Dtype, Fp8Recipe
+from sft_fast.packing.choices import (
+    MAX_CAPACITY,
+    MAX_POOL_SIZE,
+    MAX_SAMPLES_PER_BIN,
+    STRATEGY_HELP,
+    Strategy,
+)
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
-Dtype = Literal["bf16", "fp16", "fp32"]
 ChangeableField = Literal[
     "data", "tokenizer", "template", "seed", "packing", "batch", "model", "adapter"
 ]
-
-FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""Recipe -> what divides the sizes of an 8-bit product."""
 
 
 class Section(BaseModel):
@@ -86,15 +91,13 @@ class ModelConfig(Section):
     """Architecture when `path` is null."""
     new_embeddings: Literal["error", "mean"] = "error"
     """Rows of tokens that the model's vocabulary does not have yet: mean = the mean of its rows."""
-    attention: Literal[
-        "auto", "transformer_engine", "flash_attn", "aiter", "torch_varlen", "flex", "sdpa"
-    ] = "auto"
+    attention: AttentionBackend = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
     transformer_impl: Literal["auto", "te", "local"] = "auto"
     """Linear layers: of Transformer Engine or of megatron-core; auto = te where fp8 needs it."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """8-bit products in the layers, by Transformer Engine: hybrid has gradients in e5m2."""
-    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    fp8_recipe: Fp8Recipe = "tensorwise"
     """What shares a scale: a tensor; a block of 128 (Hopper and newer); 32 values (Blackwell,
     MI355X). All of them scale by the tensor at hand, so a resumed run needs no history."""
     recompute: Literal["none", "selective", "block", "full"] = "none"
@@ -198,22 +201,20 @@ class DataConfig(Section):
     null: it is left unread on purpose."""
     row_functions: list[Text] = []
     """Registered functions, or files with them, that change what is read and not what is learnt."""
-    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    train_on: TrainOn = "all_turns"
     """Assistant turns with a loss."""
     train_tool_calls: bool = True
     """Whether assistant turns with tool calls have a loss."""
     train_reasoning: bool = True
     """Whether the reasoning in front of an answer has a loss."""
-    changing_history: Literal["error", "expand"] = "error"
+    changing_history: ChangingHistory = "error"
     """A template that rewrites earlier answers: expand = one sample per answer."""
     trim_tail: bool | None = None
     """Cut off what follows the last supervised token; null = unless the model has experts, whose
     balance loss counts every token."""
-    over_length: Literal["error", "drop", "truncate_right", "truncate_left", "split_turns"] = (
-        "error"
-    )
+    over_length: OverLength = "error"
     """What happens to a sample longer than packing.capacity."""
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: OnBadRecord = "error"
     """A row that cannot be used stops the run, or is left out, counted and listed."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest share of rows that may be left out because they cannot be used."""
@@ -227,13 +228,13 @@ class PackingConfig(Section):
     """How samples share a row of tokens."""
 
     strategy: Annotated[Strategy, Field(description=STRATEGY_HELP)] = "auto"
-    capacity: Annotated[int, Field(ge=2, le=2**24)] = 2048
+    capacity: Annotated[int, Field(ge=2, le=MAX_CAPACITY)] = 2048
     """Length of a row, in tokens."""
     alignment: Positive = 1
     """A sample takes up a multiple of this many tokens of its row; divides capacity."""
-    max_samples_per_bin: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_samples_per_bin: Annotated[int, Field(ge=1, le=MAX_SAMPLES_PER_BIN)] | None = None
     """Most samples that share a row; null = no limit."""
-    pool_size: Annotated[int, Field(ge=1, le=2**22)] = 1000
+    pool_size: Annotated[int, Field(ge=1, le=MAX_POOL_SIZE)] = 1000
     """Samples that window chooses from, at least; more where they are less than 8 rows' worth."""
 
 
@@ -437,7 +438,7 @@ class MetricsConfig(Section):
 
     log_every_steps: Positive = 1
     """Steps between log lines."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    trackers: list[TrackerName] = []
     """Where the figures also go; each needs its package."""
     project: Text = "sft_fast"
     """Project of the trackers."""

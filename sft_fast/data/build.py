@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import xxhash
 
+from sft_fast.data.choices import OnBadRecord, OverLength
 from sft_fast.data.format_registry import (
     can_be_loaded_elsewhere,
     code_digest,
@@ -27,7 +28,6 @@ from sft_fast.data.sample_maker import (
     Batch,
     MakerOptions,
     Outcome,
-    OverLength,
     SampleMaker,
     make_all,
 )
@@ -43,7 +43,6 @@ CODE_VERSION = 4
 BATCH_RECORDS = 512
 SHOWN_RECORDS = 5
 PROGRESS_SECONDS = 1.0
-OnBadRecord = Literal["error", "skip"]
 Progress = Callable[[str], None]
 # Reasons in the list of rejected records that are no rejections, or follow from a chosen policy.
 _NOTES = ("truncated", "split")
@@ -329,11 +328,12 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
     if options.over_length == "error" and report.longest > options.capacity:
         too_long = np.flatnonzero(store.lengths > options.capacity)
         shown = [f"{store.origin(i)}: {store.lengths[i]} tokens" for i in too_long[:SHOWN_RECORDS]]
+        *others, last = [name for name in get_args(OverLength) if name != "error"]
         raise ValueError(
             f"{len(too_long)} of {report.samples} samples of {report.source} are longer than "
             f"packing.capacity = {options.capacity} tokens, the longest has {report.longest}. Set "
-            f"packing.capacity to {report.longest} or more, or data.over_length to drop, "
-            f"truncate_right, truncate_left or split_turns:\n{_first(shown, len(too_long))}"
+            f"packing.capacity to {report.longest} or more, or data.over_length to "
+            f"{', '.join(others)} or {last}:\n{_first(shown, len(too_long))}"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sft_fast.data.build import BuildOptions, Progress
+from sft_fast.data.choices import Part
 from sft_fast.data.mixture import prepare_mixture
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Source, load_records
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from sft_fast.config.schema import Config
     from sft_fast.config.sections import DataConfig, DataSource, ModelConfig, PackingConfig
     from sft_fast.models.architecture import Architecture
-
-Part = Literal["train", "eval"]
 
 
 def find_sources(data: DataConfig, part: Part) -> list[Source] | None:

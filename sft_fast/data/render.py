@@ -24,10 +24,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from sft_fast.data.choices import ChangingHistory, TrainOn
 from sft_fast.data.conversation import Conversation, GivenTokens, Message, Segment
 from sft_fast.data.template_limits import TemplateLimits, check_length
 from sft_fast.data.templates import fitted_template, freeze_clock
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatRenderer", "MaskOptions", "RenderedChat", "Sample", "Span"]
 
-TrainOn = Literal["all_turns", "last_turn"]
-ChangingHistory = Literal["error", "expand"]
 REASONING_ENDS = ("</think>", "[/THINK]", "</reasoning>")
 OWN_VARIABLES = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")

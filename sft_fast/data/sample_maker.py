@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from sft_fast.data.choices import OverLength
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.format_registry import apply_row_function
 from sft_fast.data.formats import ConversationReader, FileFormat
@@ -26,7 +27,6 @@ from sft_fast.runtime.processes import die_with_parent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OverLength = Literal["error", "drop", "truncate_right", "truncate_left", "split_turns"]
 BATCHES_PER_PROCESS = 3
 """Batches that wait for each process: enough to keep it busy, few enough for little memory."""
 SERIAL_BATCHES = 64

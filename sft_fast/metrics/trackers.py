@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import MetricsConfig
+from sft_fast.metrics.choices import TrackerName
 from sft_fast.redact import redact_values
 
 
@@ -122,7 +123,7 @@ class Mlflow:
         self._mlflow.end_run()
 
 
-TRACKERS: dict[str, Callable[[Config], Tracker]] = {
+TRACKERS: dict[TrackerName, Callable[[Config], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "trackio": Trackio,

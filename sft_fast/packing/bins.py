@@ -8,16 +8,10 @@ from numpy.typing import NDArray
 
 from sft_fast import _C
 from sft_fast.constants import ceil_div
-from sft_fast.packing.choices import Strategy
+from sft_fast.packing.choices import MAX_CAPACITY, MAX_POOL_SIZE, MAX_SAMPLES_PER_BIN, Strategy
 
 Bin = NDArray[np.int64]
 """The ids of the samples that share one packed row; empty for a row of padding."""
-
-
-MAX_CAPACITY = 2**24
-
-
-MAX_POOL_SIZE = 2**22
 
 
 # Enough for the share of unfilled bins to be known to better than the limit below.
@@ -46,7 +40,7 @@ class PackingOptions:
 
     def __post_init__(self) -> None:
         limits = {"alignment": MAX_CAPACITY, "pool_size": MAX_POOL_SIZE}
-        limits["max_samples_per_bin"] = 2**31 - 1
+        limits["max_samples_per_bin"] = MAX_SAMPLES_PER_BIN
         for name, limit in limits.items():
             value = getattr(self, name)
             if value is None and name == "max_samples_per_bin":

@@ -1,6 +1,13 @@
-"""Choices of the section `packing` of a configuration; imports nothing, for config imports it."""
+"""Choices of the config section `packing`; imports nothing, because config imports it."""
 
 from typing import Literal
+
+MAX_CAPACITY = 2**24
+"""Limit of `packing.capacity`, in tokens."""
+MAX_POOL_SIZE = 2**22
+"""Limit of `packing.pool_size`, in samples."""
+MAX_SAMPLES_PER_BIN = 2**31 - 1
+"""Limit of `packing.max_samples_per_bin`."""
 
 Strategy = Literal["auto", "bfd", "window", "sequential", "none"]
 """Value of `packing.strategy`: a planner of sft_fast._C, or the choice between two of them."""

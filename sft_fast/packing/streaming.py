@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from sft_fast import _C
 from sft_fast.data.targets import count_targets
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
-from sft_fast.packing.bins import DEFAULT_OPTIONS, MAX_CAPACITY, VERSION, Bin, PackingOptions
+from sft_fast.packing.bins import DEFAULT_OPTIONS, VERSION, Bin, PackingOptions
+from sft_fast.packing.choices import MAX_CAPACITY
 from sft_fast.packing.steps import Step
 
 

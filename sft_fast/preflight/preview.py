@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import DataConfig, ModelConfig, PackingConfig
-from sft_fast.data.from_config import Part, build_options, find_sources
+from sft_fast.data.choices import Part
+from sft_fast.data.from_config import build_options, find_sources
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.sample_maker import MakerOptions, SampleMaker
 from sft_fast.data.source import Source

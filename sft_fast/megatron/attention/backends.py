@@ -25,6 +25,7 @@ from sft_fast.megatron.attention.library_errors import (
 )
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.attention.self_test import AttentionShape, WrongResult, check_attention
+from sft_fast.models.choices import AttentionBackend
 
 
 class CannotUse(Exception):
@@ -141,7 +142,7 @@ def load_transformer_engine() -> AttentionFn:
     return attend
 
 
-BACKENDS: dict[str, Callable[[], AttentionFn]] = {
+BACKENDS: dict[AttentionBackend, Callable[[], AttentionFn]] = {
     "flash_attn": lambda: load_flash_attn("flash_attn", "softcap"),
     "aiter": lambda: load_flash_attn("aiter", "logits_soft_cap"),
     "torch_varlen": load_torch_varlen,
@@ -172,7 +173,7 @@ def on_cpu_only(device: torch.device) -> bool:
 
 
 def choose_attention(
-    name: str,
+    name: AttentionBackend,
     shape: AttentionShape,
     scorings: Collection[ScoreOptions],
     further_test: Callable[[ScoreOptions, AttentionFn], None] | None = None,
@@ -207,7 +208,7 @@ def choose_attention(
 
 
 def load_and_test(
-    name: str,
+    name: AttentionBackend,
     shape: AttentionShape,
     scorings: Collection[ScoreOptions],
     further_test: Callable[[ScoreOptions, AttentionFn], None] | None,
