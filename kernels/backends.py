@@ -32,6 +32,27 @@ OPERATIONS = {
             "torch": "sft_fast.kernels.masked_cross_entropy_torch",
         },
     ),
+    "block": Operation(
+        key="model.kernels",
+        modules={
+            "triton": "sft_fast.kernels.block_triton",
+            "torch": "sft_fast.kernels.block_torch",
+        },
+    ),
+    "expert_copies": Operation(
+        key="model.kernels",
+        modules={
+            "triton": "sft_fast.kernels.expert_copies_triton",
+            "torch": "sft_fast.kernels.expert_copies_torch",
+        },
+    ),
+    "grouped_matmul": Operation(
+        key="model.kernels",
+        modules={
+            "triton": "sft_fast.kernels.grouped_matmul_triton",
+            "torch": "sft_fast.kernels.grouped_matmul_torch",
+        },
+    ),
 }
 
 

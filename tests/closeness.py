@@ -1,12 +1,16 @@
 """The one comparison of a kernel with the truth: no worse than eager PyTorch in the same dtype."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 SLACK = 4 * torch.finfo(torch.float32).eps
 
 
-def assert_no_worse(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
+def assert_no_worse(
+    actual: Tensor, eager: Tensor, truth: Tensor, orders: Sequence[float] = (torch.inf, 2)
+) -> None:
     """Fails if `actual` is farther from `truth` than `eager` is.
 
     Both the largest error and the Frobenius norm of the error are compared, each relative to the
@@ -17,11 +21,12 @@ def assert_no_worse(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
         actual: the result under test, finite.
         eager: the same computation by plain PyTorch operations in the same dtype.
         truth: the same computation in fp64, from the same (already rounded) inputs.
+        orders: the norms. After several roundings on the way the largest error is chance.
     """
     assert truth.dtype == torch.float64
     assert actual.shape == eager.shape == truth.shape
     assert actual.isfinite().all(), "the result holds NaN or Inf"
-    for order in (torch.inf, 2):
+    for order in orders:
         scale = torch.linalg.vector_norm(truth, order)
         error, eager_error = (
             torch.linalg.vector_norm(result.double() - truth, order) for result in (actual, eager)

@@ -30,6 +30,7 @@ def compile_for(
     constants: dict[str, Any],
     divisible: tuple[str, ...],
     num_warps: int,
+    **options: int,
 ) -> Any:
     """Compiles with arguments whose names end so divisible by 16; those without a type are i32."""
     import triton
@@ -37,14 +38,15 @@ def compile_for(
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    aligned = [argument for argument in names if argument.endswith(divisible)]
+    variables = (argument for argument in names if argument not in constants)
+    aligned = [argument for argument in variables if argument.endswith(divisible)]
     source = ASTSource(
         kernel,
         {argument: types.get(argument, "i32") for argument in names},
         {argument: value for argument, value in constants.items() if argument in names},
         {(names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
     )
-    options = {"num_warps": num_warps}
+    options |= {"num_warps": num_warps}
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
