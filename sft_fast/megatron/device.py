@@ -173,22 +173,6 @@ def patch_rng_tracker() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
-def prepare_for_experts() -> None:
-    """Lets megatron's experts run without Transformer Engine, and without a GPU."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    # megatron 0.16 asks for this name, which it does not define without Transformer Engine.
-    vars(moe_utils).setdefault("te_general_gemm", None)
-    if torch.cuda.is_available():
-        return
-
-    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """megatron's own returns CPU tensors as they are, also where it wants an array."""
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
-
-
 def uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
     """gloo cannot gather tensors of different lengths, as experts split over ranks do."""
 

@@ -212,7 +212,8 @@ class GrownSource:
 
 
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
-    """Yields (name, rule with full Hugging Face names) for each base parameter of this rank."""
+    """Yields (name, rule with full Hugging Face names) for each base parameter of this rank, or
+    for each of its matrices where it is of experts."""
     table = FAMILIES[architecture.family].layer
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2].startswith(ADAPTER_PREFIX):
@@ -223,15 +224,20 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
             continue
         _, _, local_index, rest = name.split(".", 3)
         layer: Any = model.decoder.layers[int(local_index)]
-        expert = ""
-        if rest.startswith("mlp.experts."):
-            *head, local_expert, linear, kind = rest.split(".")
-            rest = ".".join((*head, "*", linear, kind))
-            expert = str(layer.mlp.local_expert_indices[int(local_expert)])
         rule = table[rest]
         prefix = f"model.layers.{layer.layer_number - 1}."
-        sources = {prefix + key.replace("*", expert): dims for key, dims in rule.sources.items()}
-        yield name, Rule(rule.split, sources, rule.is_expert)
+        sources = {prefix + key: dims for key, dims in rule.sources.items()}
+        if not rule.is_expert:
+            yield name, Rule(rule.split, sources)
+            continue
+        for matrix, expert in enumerate(layer.mlp.local_expert_indices):
+            own = {key.replace("*", str(expert)): dims for key, dims in sources.items()}
+            yield name, Rule(rule.split, own, is_expert=True, matrix=matrix)
+
+
+def matrix_of(rule: Rule, parameter: Tensor) -> Tensor:
+    """What the rule is about of its parameter, or of a tensor of the same shape."""
+    return parameter if rule.matrix is None else parameter[rule.matrix]
 
 
 @torch.no_grad()
@@ -253,7 +259,7 @@ def load_hf_weights(
     """
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
-        parameter = parameters[name]
+        parameter = matrix_of(rule, parameters[name])
         if rule.split == "vocab":
             parameter.zero_()  # the rows that pad the vocabulary
         for piece in shard_slices(rule, parameter, architecture, *shard_of(rule, parallel)):
@@ -374,7 +380,8 @@ def export_weights(
     for model, name, rule in owned:
         if not (parallel.edp_rank == 0 if rule.is_expert else parallel.is_first_replica):
             continue
-        shards = gather_shards(merged_parameter(model, name), parallel, rule.is_expert)
+        own = matrix_of(rule, merged_parameter(model, name))
+        shards = gather_shards(own, parallel, rule.is_expert)
         is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
         tensor_done()
         if shard_of(rule, parallel)[1] != 0 or is_tied_copy:

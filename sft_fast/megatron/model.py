@@ -40,7 +40,7 @@ from sft_fast.megatron.attention.context_parallel import ContextGroup, check_con
 from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.attention.self_test import AttentionShape
-from sft_fast.megatron.device import prepare_for_experts
+from sft_fast.megatron.experts import connect_dispatchers, use_grouped_experts
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
@@ -258,6 +258,8 @@ def block_spec(
     layer = spec.submodules
     if config.transformer_impl == "transformer_engine":
         use_transformer_engine(layer)
+    if architecture.num_experts:
+        use_grouped_experts(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if architecture.is_gemma:
         params = {
@@ -336,15 +338,12 @@ def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, 
     """What TransformerConfig has to know of experts: none is dropped, no auxiliary loss."""
     if not architecture.num_experts:
         return {}
-    prepare_for_experts()
     return {
         "num_moe_experts": architecture.num_experts,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
         "moe_router_topk": architecture.experts_per_token,
         "moe_router_pre_softmax": not architecture.renormalise_experts,
         "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",
-        # Ranks have rows of different length, which an all-gather of tokens could not handle.
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": parallel.ep_size,
         "expert_tensor_parallel_size": parallel.etp_size,
@@ -408,6 +407,7 @@ def build_chunk(
         vp_stage=vp_stage,
     )
     model.attention = attention
+    connect_dispatchers(model)
     mark_sharded_weights(model)
     return model.to(parallel.device)
 

@@ -151,21 +151,40 @@ def layer_bytes_per_token(
     the padding. k: rotated keys, values. f: gate and up (2 f) and their product. Without fused
     norms and SwiGLU (a CPU) also 2 f / t, SiLU's output and a copy of its input, and 2 h / s, the
     norms' unscaled outputs; with 16-bit parameters these are there in fp32 as well, 6 h / s.
-    With n experts a token: n (3 f + h) / t in place of 3 f / t, evenly spread.
+    Experts have `expert_widths` in place of 3 f.
     """
     a, tensor = architecture, parallel.tensor
     sequence = tensor if parallel.sequence else 1
-    # A token is copied to each of its experts.
-    copies = max(a.experts_per_token, 1)
-    dispatched = copies * a.hidden_size if a.num_experts else 0
     query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     norms, silu = 0, 0
     if not is_fused:
         norms, silu = (2 if model.dtype == "fp32" else 6), 2
     hidden = (4 + norms) * a.hidden_size / sequence
-    mlp = (3 + silu) * copies * a.ffn_hidden_size + dispatched
+    mlp = (3 + silu) * a.ffn_hidden_size
+    if a.num_experts:
+        mlp = expert_widths(a, parallel)[0]
     split = (3 * query + 2 * key + mlp) / tensor
     return DTYPE_BYTES[model.dtype] * (hidden + split)
+
+
+def expert_widths(
+    architecture: Architecture, parallel: ParallelConfig, is_fused: bool = True
+) -> tuple[int, int]:
+    """Numbers a token has in a layer of experts, evenly spread: kept, and in its backward pass.
+
+    Kept with n experts a token are gate and up, 2 n f, and what comes from other ranks: n copies of
+    h from expert-parallel ones, each from all ranks that share an expert. The backward pass makes
+    n copies of the gradient and the gradients of gate, up and their product, and the product again;
+    without fused kernels also SiLU's output and the product without the router's factor.
+    """
+    a, sharing = architecture, parallel.expert_tensor
+    copies, arriving = a.experts_per_token * a.hidden_size, 0
+    if parallel.expert > 1:
+        arriving = sharing * copies
+    elif sharing > 1:
+        arriving = sharing * a.hidden_size
+    width = a.experts_per_token * a.ffn_hidden_size
+    return 2 * width + arriving, (4 if is_fused else 6) * width + sharing * copies
 
 
 def in_flight(parallel: ParallelConfig, num_microbatches: int) -> float:
@@ -214,7 +233,10 @@ def estimate_memory(
     one_layer = layer_bytes_per_token(a, config.model, config.parallel, is_gpu) * tokens
     sequence = parallel.tensor if parallel.sequence else 1
     # The gradients of gate, up and their product, and of two residual streams.
-    workspace = size * tokens * (3 * a.ffn_hidden_size / parallel.tensor + 2 * a.hidden_size)
+    inside = 3 * a.ffn_hidden_size
+    if a.num_experts:
+        inside = expert_widths(a, parallel, is_gpu)[1]
+    workspace = size * tokens * (inside / parallel.tensor + 2 * a.hidden_size)
     layer_input = size * a.hidden_size / sequence * tokens
     again = recomputed_layers(config.model, layers)
     if again:
@@ -254,11 +276,14 @@ def recomputed_layers(model: ModelConfig, layers: int) -> int:
 def recomputed_part(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, tokens: float
 ) -> float:
-    """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts."""
-    if model.recompute != "selective" or "mlp" not in model.recompute_modules:
+    """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts, what
+    experts keep with moe."""
+    width, name = 3 * architecture.ffn_hidden_size, "mlp"
+    if architecture.num_experts:
+        width, name = expert_widths(architecture, parallel)[0], "moe"
+    if model.recompute != "selective" or name not in model.recompute_modules:
         return 0.0
-    width = 3 * architecture.ffn_hidden_size / parallel.tensor
-    return DTYPE_BYTES[model.dtype] * tokens * width
+    return DTYPE_BYTES[model.dtype] * tokens * width / parallel.tensor
 
 
 def bubble(train: TrainConfig, parallel: ParallelConfig, num_ranks: int) -> float:
@@ -313,7 +338,8 @@ def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, obje
     parallel, train = config.parallel, config.train
     if config.model.recompute == "none":
         yield {"model": {"recompute": "full"}}
-        yield {"model": {"recompute": "selective", "recompute_modules": ["mlp"]}}
+        for part in ("mlp", "moe"):
+            yield {"model": {"recompute": "selective", "recompute_modules": [part]}}
     else:
         yield {"model": {"recompute": "none"}}
     if parallel.context == 1 and config.packing.capacity % 4 == 0:

@@ -19,12 +19,14 @@ class Rule:
 
     A source has the sizes of its dimensions by name. Rows such as "ffn+ffn" are blocks one after
     the other, which the parameter holds as if they were tensors of their own. `*` stands for the
-    number of an expert.
+    number of an expert: the parameter has a matrix for each of a rank's experts.
     """
 
     split: Split
     sources: Mapping[str, tuple[str, ...]]
     is_expert: bool = False
+    matrix: int | None = None
+    """Of an expert's rule: which of the parameter's matrices is meant."""
 
 
 def replicated(name: str, *shape: str) -> Rule:
@@ -91,15 +93,12 @@ POST_NORMS = {
 def experts(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
     """A router and experts in place of the MLP."""
     names = {key: f"{block}.experts.*.{key}.weight" for key in (gate, up, down)}
-    megatron = "mlp.experts.local_experts.*"
     return {
         "mlp.router.weight": replicated(f"{block}.gate.weight", "experts", "hidden"),
-        f"{megatron}.linear_fc1.weight": Rule(
+        "mlp.experts.gate_up": Rule(
             "rows", {names[gate]: ("ffn", "hidden"), names[up]: ("ffn", "hidden")}, is_expert=True
         ),
-        f"{megatron}.linear_fc2.weight": Rule(
-            "columns", {names[down]: ("hidden", "ffn")}, is_expert=True
-        ),
+        "mlp.experts.down": Rule("columns", {names[down]: ("hidden", "ffn")}, is_expert=True),
     }
 
 

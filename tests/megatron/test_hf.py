@@ -158,6 +158,7 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
         export_weights,
         gather_shards,
         load_hf_weights,
+        matrix_of,
         merge_shards,
         named_rules,
     )
@@ -200,7 +201,8 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
     gradients = {}
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
-        shards = gather_shards(parameters[name].main_grad, parallel, rule.is_expert)
+        own = matrix_of(rule, parameters[name].main_grad)
+        shards = gather_shards(own, parallel, rule.is_expert)
         merged = merge_shards(rule, shards, architecture)
         for source, tensor in zip(rule.sources, merged, strict=True):
             gradients[source] = tensor.numpy() / parallel.dp_size  # they had the same batch

@@ -77,6 +77,8 @@ SLOW_EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "cp2-ep2": (2, BFD | {"alignment": 4}, 1, {"context": 2, "expert": 2}, {}),
     "ep2-plain-optimizer": (2, BFD, 1, {"expert": 2, "distributed_optimizer": False}, {}),
     "tp2": (2, BFD, 1, {"tensor": 2, "sequence": True}, {}),
+    "etp2": (2, BFD, 1, {"expert_tensor": 2}, {}),
+    "recompute-moe": (1, BFD, 2, {}, {"recompute": "selective", "recompute_modules": ["moe"]}),
     "pp2-ep2": (4, BFD, 1, {"pipeline": 2, "expert": 2}, {}),
     "ep4": (4, BFD, 1, {"expert": 4}, {}),
     "tp2-ep2-etp2": (

@@ -36,7 +36,23 @@ SHAPE = {
 LLAMA3_8B = Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192)
 
 
-def measure(folder: str, sections: dict[str, Any], samples: int, length: int, queue: Any) -> None:
+def tiny_architecture(config: Config, num_experts: int) -> Architecture:
+    assert config.model.shape is not None
+    architecture = architecture_from_shape(config.model.shape, VOCAB)
+    if num_experts == 0:
+        return architecture
+    experts = {"num_experts": num_experts, "experts_per_token": 3, "ffn_hidden_size": 192}
+    return replace(architecture, family="MixtralForCausalLM", **experts)
+
+
+def measure(
+    folder: str,
+    sections: dict[str, Any],
+    samples: int,
+    length: int,
+    num_experts: int,
+    queue: Any,
+) -> None:
     """Trains a step; puts [weights, gradients, optimizer, the rest at its peak] in bytes."""
     import numpy as np
     import torch
@@ -52,7 +68,7 @@ def measure(folder: str, sections: dict[str, Any], samples: int, length: int, qu
 
     config = make_config(folder, **sections)
     parallel = init_parallel(config)
-    architecture = architecture_from_shape(config.model.shape, VOCAB)
+    architecture = tiny_architecture(config, num_experts)
     run = sft.build_run(config, architecture, RandomSource(architecture, 0), 1, parallel)
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, VOCAB, length).tolist() for _ in range(samples)]
@@ -78,10 +94,12 @@ def measure(folder: str, sections: dict[str, Any], samples: int, length: int, qu
     torch.distributed.destroy_process_group()
 
 
-def measured(tmp_path: Path, sections: dict[str, Any], samples: int, length: int) -> list[int]:
+def measured(
+    tmp_path: Path, sections: dict[str, Any], samples: int, length: int, num_experts: int
+) -> list[int]:
     context = warm_start.context()
     queue = context.Queue()
-    arguments = (str(tmp_path), sections, samples, length, queue)
+    arguments = (str(tmp_path), sections, samples, length, num_experts, queue)
     process = context.Process(target=measure, args=arguments)
     process.start()
     sizes: list[int] = queue.get(timeout=300)
@@ -94,10 +112,12 @@ CASES = {
     "long row of one micro-batch": {"train": {"micro_batch_size": 2, "global_batch_size": 2}},
     "recompute": {"model": {"recompute": "full"}},
     "bf16": {"model": {"dtype": "bf16"}},
+    "experts": {},
+    "experts, recompute": {"model": {"recompute": "full"}},
 }
 
 
-SLOW = ("long row of one micro-batch", "bf16")
+SLOW = ("long row of one micro-batch", "bf16", "experts, recompute")
 
 
 @pytest.mark.parametrize(
@@ -110,9 +130,10 @@ def test_the_estimate_is_what_a_step_holds(name: str, tmp_path: Path) -> None:
         "train": {"steps": 2, "global_batch_size": 1, **CASES[name].get("train", {})},
     }
     rows = sections["train"]["global_batch_size"]
-    sizes = measured(tmp_path, sections, samples=8 * rows, length=256)
+    num_experts = 6 if "experts" in name else 0
+    sizes = measured(tmp_path, sections, 8 * rows, length=256, num_experts=num_experts)
     config = make_config(tmp_path, **sections)
-    architecture = architecture_from_shape(config.model.shape, VOCAB)
+    architecture = tiny_architecture(config, num_experts)
     memory = estimate_memory(architecture, config, 1, supervised_share=0.5, is_gpu=False)
     master = 0 if config.model.dtype == "fp32" else num_parameters(architecture) * 4
     assert memory.weights == sizes[0]
