@@ -194,7 +194,7 @@ TEMPLATES = {
 def test_s7_a_template_is_bounded(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sft_fast.data import template_limits
     from sft_fast.data.conversation import Message
-    from sft_fast.data.render import ChatRenderer
+    from sft_fast.data.render import ChatRenderer, TemplateContext
     from sft_fast.data.tokenizer import load_tokenizer
 
     # The one without end need not take two seconds; the others have to get to their own limit.
@@ -203,7 +203,7 @@ def test_s7_a_template_is_bounded(template: str, monkeypatch: pytest.MonkeyPatch
     tokenizer.chat_template = template
     renderer = ChatRenderer(tokenizer)
     with pytest.raises(ValueError, match=TEMPLATES[template]):
-        renderer._apply([Message("user", "hello"), Message("assistant", "you")], ())
+        renderer._apply([Message("user", "hello"), Message("assistant", "you")], TemplateContext())
 
 
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"

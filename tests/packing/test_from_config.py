@@ -109,7 +109,7 @@ def test_pool_size(store: ListStore) -> None:
         ("alignment=-8", "greater than or equal to 1"),
         ("alignment=48", "packing.alignment divides packing.capacity"),
         ("max_samples_per_bin=0", "greater than or equal to 1"),
-        ("max_samples_per_bin=2147483648", "less than 2147483648"),
+        ("max_samples_per_bin=2147483648", "less than or equal to 2147483647"),
         ("pool_size=0", "greater than or equal to 1"),
         ("pool_size=4194305", "less than or equal to 4194304"),
         ("pool_sise=3", "did you mean packing.pool_size?"),
