@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from sft_fast.errors import first_line
 from sft_fast.kernels import block_torch
+from sft_fast.kernels.backends import OPERATIONS
 
-BACKENDS = {"triton": "sft_fast.kernels.block_triton", "torch": "sft_fast.kernels.block_torch"}
-"""In the order in which `auto` tries them on a GPU."""
+BACKENDS = OPERATIONS["block"].modules
 NUM_TEST_TOKENS = 37
 
 
@@ -127,11 +128,6 @@ def load_and_check(
     except (RuntimeError, ValueError, TypeError, AssertionError, *module.ERRORS) as error:
         return None, first_line(error)
     return kernels, ""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class SelfTest(NamedTuple):

@@ -64,6 +64,11 @@ def exit_code(error: Exception) -> int:
     return DAMAGED if isinstance(error, DamageError) else USER_ERROR
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _place(problem: Problem) -> tuple[bool, int]:
     """Lines of the file from its top; what has no line in it comes behind them."""
     found = re.match(r"[^;]*:(\d+)(?:;|\Z)", problem.where)

@@ -9,6 +9,8 @@ from typing import Any
 from sft_fast.data.json_records import type_name
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+LOSS_WEIGHTS = "0, or a number from 0.0001 to 100"
+"""What `is_loss_weight` accepts."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -132,6 +134,12 @@ class Conversation:
             raise ValueError("the conversation has no assistant turn, so nothing to learn from")
         if not any(message.supervised for message in self.messages):
             raise ValueError("every assistant turn has weight 0, so there is nothing to learn from")
+
+
+def is_loss_weight(value: Any) -> bool:
+    """Whether a turn's loss can be multiplied by `value`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (value == 0 or 1e-4 <= value <= 100)
 
 
 def checked_text(value: Any, label: str) -> str:

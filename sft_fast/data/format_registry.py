@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from sft_fast.data.conversation import Conversation, checked_text
+from sft_fast.data.conversation import LOSS_WEIGHTS, Conversation, checked_text, is_loss_weight
 from sft_fast.data.json_records import parse_json, type_name
 from sft_fast.registry import PLUGIN_MODULE, Registry, load_file
 
@@ -198,11 +198,10 @@ def _with_options(
     taken = {*record.columns.values(), *record.left_out}
     weight = None if "weight" in taken else values.get("weight")
     if weight is not None:
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not (weight == 0 or 1e-4 <= weight <= 100):
+        if not is_loss_weight(weight):
             raise ValueError(
-                f"'weight' is {weight!r}; expected 0, or a number from 0.0001 to 100. If it is no "
-                "factor of the loss: data.fields: {weight: null}"
+                f"'weight' is {weight!r}; expected {LOSS_WEIGHTS}. If it is no factor of the loss: "
+                "data.fields: {weight: null}"
             )
         if not conversation.messages:
             raise ValueError("'weight' is for turns; leave it out with data.fields: {weight: null}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft_fast.errors import DamageError
+from sft_fast.errors import DamageError, first_line
 
 
 class Chat:
@@ -103,7 +103,7 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"device: {name} cannot be used here ({reason}); expected cpu, or cuda with a GPU"
         ) from None

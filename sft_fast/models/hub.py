@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from sft_fast.errors import first_line
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # No pickled weights and no Python: only what we read.
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -35,7 +37,7 @@ def local_folder(path: str, revision: str | None, key: str, with_weights: bool =
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{key}: {path} is neither a local directory nor available from the hub: {reason}"
         ) from None

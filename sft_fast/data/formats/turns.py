@@ -7,11 +7,19 @@ template reads. A key that says what is trained works or is refused, it is never
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft_fast.data.conversation import REASONING_FIELDS, ROLES, Message, checked_text
+from sft_fast.data.conversation import (
+    LOSS_WEIGHTS,
+    REASONING_FIELDS,
+    ROLES,
+    Message,
+    checked_text,
+    is_loss_weight,
+)
 from sft_fast.data.json_records import parse_json, type_name
 
 ROLE_OF = {
@@ -40,7 +48,7 @@ TURN_ROLES = ("user", "assistant", "tool")
 TURN_NAMES = ("role", "content", *TURN_ROLES)
 """What `data.fields` may rename inside of turns."""
 LOSS_KEYS = ("train", "loss", "weight", "loss_scale", "loss_weight")
-"""Keys of a turn that say whether it is trained, and how much; one of them at most."""
+"""Keys of a turn that say whether it is trained, and how much; all that are there count."""
 REFUSED_KEYS = {
     "train_detail": "parts of an answer are trained with the format 'segments'",
     "rejected_content": "pairs of answers are for preference training",
@@ -100,7 +108,7 @@ def read_turns(turns: Sequence[Any], keys: TurnKeys, first: int = 1) -> list[Mes
     messages: list[Message] = []
     was_call = False
     for number, turn in enumerate(turns, start=first):
-        is_call = isinstance(turn, dict) and _role_text(turn, keys, number) in CALLER_ROLES
+        is_call = _role(turn, keys, number)[1].strip().lower() in CALLER_ROLES
         new = list(_messages(turn, keys, number))
         if is_call and was_call:
             last = messages[-1]
@@ -145,9 +153,11 @@ def role_of(name: str) -> str:
     return lower if lower in ROLES else name
 
 
-def _role_text(turn: Mapping[str, Any], keys: TurnKeys, number: int) -> str:
-    name = next((key for key in keys.role if key in turn), keys.role[0])
-    return checked_text(_key(turn, name, number), f"{name!r} of turn {number}").strip().lower()
+def _role(turn: Any, keys: TurnKeys, number: int) -> tuple[str, str]:
+    """(key of the role, what the turn says there)."""
+    held = [key for key in keys.role if key in turn] if isinstance(turn, dict) else []
+    key = held[0] if held else keys.role[0]
+    return key, checked_text(_key(turn, key, number), f"{key!r} of turn {number}")
 
 
 def _key(turn: Any, key: str, number: int) -> Any:
@@ -160,10 +170,7 @@ def _key(turn: Any, key: str, number: int) -> Any:
 
 def _messages(turn: Any, keys: TurnKeys, number: int) -> Iterator[Message]:
     """The messages of one turn: results of tools first, for they answer the turn before."""
-    role_key = next(
-        (key for key in keys.role if isinstance(turn, dict) and key in turn), keys.role[0]
-    )
-    role = checked_text(_key(turn, role_key, number), f"{role_key!r} of turn {number}")
+    role_key, role = _role(turn, keys, number)
     left = {key: value for key, value in turn.items() if key != role_key}
     content_key = next((key for key in keys.content if key in left), keys.content[0])
     raw = left.pop(content_key, None)
@@ -232,15 +239,10 @@ def _loss(left: dict[str, Any], role: str, number: int) -> tuple[bool, float]:
     for key, value in given.items():
         if isinstance(value, bool) and key in ("train", "loss"):
             train = train and value
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "train":
-            if not (value == 0 or 1e-4 <= value <= 100):
-                raise ValueError(
-                    f"{key!r} of turn {number} is {value!r}; expected 0, or a number from 0.0001 "
-                    "to 100"
-                )
+        elif key != "train" and is_loss_weight(value):
             train, weight = train and value != 0, weight * float(value)
         else:
-            expected = "true or false" if key == "train" else "0, or a number from 0.0001 to 100"
+            expected = "true or false" if key == "train" else LOSS_WEIGHTS
             raise ValueError(f"{key!r} of turn {number} is {value!r}; expected {expected}")
     if role != "assistant" and given and train:
         key, value = next(iter(given.items()))
@@ -326,8 +328,6 @@ def _read_part(part: Mapping[str, Any], number: int, found: _Content) -> None:
 
 def _result_text(content: Any, number: int) -> str:
     """The text of a tool's result: as it is, or as JSON where it is an object."""
-    import json
-
     if content is None:
         return ""
     if isinstance(content, str):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sft_fast.errors import first_line
 from sft_fast.megatron.attention.dense import attend_sdpa
 from sft_fast.megatron.attention.flex import load_flex
 from sft_fast.megatron.attention.library_errors import (
@@ -236,8 +237,3 @@ def load_and_test(
             raise
         raise CannotUse(first_line(error)) from error
     return attend
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first; its type where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

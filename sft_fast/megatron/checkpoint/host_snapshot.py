@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sft_fast.constants import round_up
+from sft_fast.errors import first_line
 
 ALIGNMENT = 64  # bytes between the first elements of two tensors is a multiple of this
 
@@ -169,7 +170,7 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     try:
         return [tensor.detach().clone() for tensor in tensors]
     except RuntimeError as error:  # what torch's CPU allocator raises
-        raise MemoryError(str(error).splitlines()[0]) from None
+        raise MemoryError(first_line(error)) from None
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
