@@ -292,6 +292,18 @@ def test_calls_results_and_reasoning_of_every_provider(row: dict[str, Any]) -> N
     assert conversation.tools == (TOOL,)
 
 
+@pytest.mark.parametrize("text, at", [([], 1), ([{"type": "text", "text": "and?"}], 2)])
+def test_keys_beside_results_reach_the_template(text: list[dict[str, str]], at: int) -> None:
+    results = [{"type": "tool_result", "tool_use_id": "t1", "content": "2"}]
+    asked = {"role": "user", "content": "q"}
+    called = {"role": "assistant", "tool_calls": [{"id": "t1", **CALL}]}
+    turn = {"role": "user", "name": "me", "channel": "web", "content": results + text}
+    row = {"messages": [asked, called, turn, {"role": "assistant", "content": "2 mm"}]}
+    messages = [message.as_dict() for message in read(row).messages]
+    assert messages[2]["tool_call_id"] == "t1"
+    assert (messages[1 + at]["name"], messages[1 + at]["channel"]) == ("me", "web")
+
+
 def test_neighbouring_turns_of_one_call_each_are_one_turn() -> None:
     call = json.dumps({"name": "rain", "arguments": {"city": "Ulm"}})
     rows = [

@@ -196,21 +196,26 @@ def _messages(turn: Any, keys: TurnKeys, number: int) -> Iterator[Message]:
         raise ValueError(f"turn {number} ({role}) has no {content_key} and no tool_calls")
     train, weight = _loss(left, role, number)
     name = left.pop("name", None)
+    if name is not None:
+        checked_text(name, f"'name' of turn {number}")
     extra = {key: value for key, value in left.items() if value is not None}
     if content.reasoning:
         if any(field in extra for field in REASONING_FIELDS):
             raise ValueError(f"turn {number} has reasoning in its content and in a key of its own")
         extra["reasoning_content"] = "\n".join(content.reasoning)
+    has_results_only = content.results and not content.texts and not content.calls
+    beside = extra if name is None else {**extra, "name": name}
     for result_keys, text in content.results:
-        yield Message("tool", text, extra=result_keys)
-    if content.results and not content.texts and not content.calls:
+        keys_of_turn = beside if has_results_only else {}
+        yield Message("tool", text, extra={**keys_of_turn, **result_keys})
+    if has_results_only:
         return
     yield Message(
         role,
         "".join(content.texts),
         train=train,
         weight=weight,
-        name=None if name is None else checked_text(name, f"'name' of turn {number}"),
+        name=name,
         tool_calls=tuple(content.calls),
         extra=extra,
     )
