@@ -26,7 +26,7 @@ bench() {
 
 stage() {
   case "$1" in
-    tests) check tests/kernels tests/test_loss.py tests/test_loss_policies.py \
+    tests) check tests/kernels tests/test_loss.py \
       tests/packing/test_prefetch.py tests/megatron/test_device.py -m "not slow" -k "not compiles" ;;
     marked) check -m gpu tests/megatron tests/test_train.py tests/packing/test_prefetch.py ;;
     sanitizer) check tests/csrc/test_gpu_sanitizer.py ;;

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from closeness import assert_bit_zero, assert_no_worse
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.loss import HeadSettings, masked_cross_entropy, masked_linear_cross_entropy
+from sft_fast.loss import (
+    HeadSettings,
+    custom_losses,
+    masked_cross_entropy,
+    masked_linear_cross_entropy,
+)
 from sft_fast.reference import cross_entropy as reference
+from sft_fast.registry import get_loss, register_loss
 
 BATCH, SEQUENCE, HIDDEN, VOCAB = 2, 16, 6, 48
 
@@ -411,6 +418,51 @@ def test_bad_input_says_what_was_expected(name: str) -> None:
 def test_bad_logits_shape_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"labels have shape \[4\], expected .* \[5\]"):
         masked_cross_entropy(torch.zeros(5, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_custom_loss_is_registered_and_differentiated() -> None:
+    @register_loss("test_focal")
+    def focal(logprobs: Tensor, labels: Tensor) -> Tensor:
+        return -((1 - logprobs.exp()) ** 2) * logprobs + 1
+
+    hidden, weight, _ = make_inputs()
+    labels = make_labels("uneven")
+    plain = masked_linear_cross_entropy(hidden, weight, labels)
+    loss = custom_losses("test_focal", plain, labels)
+    truth = -reference.linear_cross_entropy(hidden, weight, labels)
+    truth = focal(truth, labels).masked_fill(labels == IGNORE_INDEX, 0)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-6)
+    for grad, true_grad in zip(
+        torch.autograd.grad(loss.sum(), (hidden, weight)),
+        torch.autograd.grad(truth.sum(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, true_grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'test_focal' is taken"):
+        register_loss("test_focal")(lambda logprobs, labels: logprobs)
+    register_loss("test_scalar")(lambda logprobs, labels: logprobs.sum())
+    with pytest.raises(ValueError, match=r"'test_scalar' returned shape \[\], expected"):
+        custom_losses("test_scalar", plain, labels)
+    with pytest.raises(ValueError, match="loss.custom: no loss 'no_such'; there are: .*focal"):
+        get_loss("no_such")
+
+
+def test_custom_loss_comes_from_a_plugin(tmp_path: Path) -> None:
+    from sft_fast.config.schema import load_config
+    from sft_fast.registry import load_plugins
+
+    plugin = tmp_path / "my_loss.py"
+    plugin.write_text(
+        "from sft_fast.registry import register_loss\n"
+        "@register_loss('test_plugin')\n"
+        "def mine(logprobs, labels):\n"
+        "    return -2 * logprobs\n"
+    )
+    config = load_config(None, [f"plugins=[{plugin}]", "loss.custom=test_plugin"])
+    load_plugins(config.plugins)
+    assert config.loss.custom is not None
+    loss = custom_losses(config.loss.custom, torch.tensor([[1.5, 0.0]]), torch.tensor([[3, -100]]))
+    assert loss.tolist() == [[3.0, 0.0]]
 
 
 def test_import_leaves_triton_and_megatron_alone() -> None:

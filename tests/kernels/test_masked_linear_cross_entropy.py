@@ -1,6 +1,8 @@
-"""Memory policies, options, weights and custom losses of the LM head, against the oracle."""
+"""Memory policies, options and token weights of the LM head's loss, against the oracle.
 
-from pathlib import Path
+tests/test_loss.py has what does not depend on the policy.
+"""
+
 from typing import Any
 from unittest import mock
 
@@ -14,16 +16,13 @@ from closeness import assert_bit_zero
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels import memory_plan
-from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.loss import (
     HeadSettings,
     LossOptions,
-    custom_losses,
     masked_linear_cross_entropy,
     masked_linear_outputs,
 )
 from sft_fast.reference import cross_entropy as reference
-from sft_fast.registry import get_loss, register_loss
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 20, 2, 6, 48
 POLICIES = ("stored", "gradient_in_forward", "recompute")
@@ -181,125 +180,3 @@ def test_no_active_token_under_every_policy() -> None:
         )
         for grad in (loss, *torch.autograd.grad(loss.sum(), (hidden, weight))):
             assert_bit_zero(grad.detach())
-
-
-GIB = 1 << 30
-HEAD_70B = (128256 * 2, 128256 * 8192 * 4)
-"""bytes of a token's 16-bit logits, and of the weight's gradient in fp32"""
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "budget", "head", "summed", "main_grad", "policy", "num_chunks"),
-    [
-        (1000, 1, (512, 1), True, True, "stored", 1),  # fewer tokens than the smallest chunk
-        (10000, 10000 * 512, (512, 1), True, True, "stored", 1),
-        (10000, 5000 * 512, (512, 1), True, True, "gradient_in_forward", 2),
-        (10000, 5000 * 512, (512, 1 << 40), True, True, "recompute", 2),
-        (10000, 5000 * 512, (512, 1), False, True, "recompute", 2),
-        (12288, 1, (512, 1), False, True, "recompute", 3),  # 4096 tokens, whatever the budget
-        (12289, 1, (512, 1), False, True, "recompute", 4),
-        (0, 1, (512, 1), False, True, "stored", 1),
-        # Without main_grad recompute needs the buffer too, and stored takes less than either.
-        (16384, 2 * GIB, HEAD_70B, True, False, "stored", 1),
-        (16384, 2 * GIB, HEAD_70B, False, False, "stored", 1),
-        (16384, 2 * GIB, HEAD_70B, True, True, "recompute", 2),
-        (65536, 2 * GIB, HEAD_70B, True, False, "gradient_in_forward", 8),
-        (65536, 2 * GIB, HEAD_70B, False, False, "recompute", 8),
-        (16384, 2 * GIB, (128256 * 2, 0), True, True, "gradient_in_forward", 2),  # frozen head
-    ],
-)
-def test_policy_follows_the_budget(
-    num_tokens: int,
-    budget: int,
-    head: tuple[int, int],
-    summed: bool,
-    main_grad: bool,
-    policy: str,
-    num_chunks: int,
-) -> None:
-    plan = MemoryPlan.choose("auto", budget, num_tokens, *head, main_grad, summed)
-    assert plan.policy == policy
-    chunks = plan.chunks(num_tokens)
-    assert len(chunks) == num_chunks
-    covered = [token for chunk in chunks for token in range(num_tokens)[chunk]]
-    assert covered == list(range(num_tokens))
-    sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert max(sizes) - min(sizes) < num_chunks, (
-        "a chunk of a few tokens costs as much as a full one"
-    )
-    assert max(sizes) <= 4096 or num_chunks == 1 or max(sizes) * head[0] <= budget
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"label_smoothing": 1.0}, "label_smoothing\n.* less than 1 .*input_value=1.0"),
-        ({"z_loss": -1.0}, "z_loss\n.* greater than or equal to 0 .*input_value=-1.0"),
-        ({"logit_softcap": float("inf")}, "logit_softcap\n.* a finite number .*input_value=inf"),
-        ({"z_los": 0.1}, "z_los\n.* not permitted"),
-    ],
-)
-def test_bad_options(options: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LossOptions(**options)
-
-
-def test_custom_loss_is_registered_and_differentiated() -> None:
-    @register_loss("test_focal")
-    def focal(logprobs: Tensor, labels: Tensor) -> Tensor:
-        return -((1 - logprobs.exp()) ** 2) * logprobs + 1
-
-    hidden, weight, labels, _ = make_inputs()
-    plain = masked_linear_cross_entropy(hidden, weight, labels)
-    loss = custom_losses("test_focal", plain, labels)
-    truth = -reference.linear_cross_entropy(hidden, weight, labels)
-    truth = focal(truth, labels).masked_fill(labels == IGNORE_INDEX, 0)
-    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-6)
-    for grad, true_grad in zip(
-        torch.autograd.grad(loss.sum(), (hidden, weight)),
-        torch.autograd.grad(truth.sum(), (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, true_grad, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="'test_focal' is taken"):
-        register_loss("test_focal")(lambda logprobs, labels: logprobs)
-    register_loss("test_scalar")(lambda logprobs, labels: logprobs.sum())
-    with pytest.raises(ValueError, match=r"'test_scalar' returned shape \[\], expected"):
-        custom_losses("test_scalar", plain, labels)
-    with pytest.raises(ValueError, match="loss.custom: no loss 'no_such'; there are: .*focal"):
-        get_loss("no_such")
-
-
-def test_custom_loss_comes_from_a_plugin(tmp_path: Path) -> None:
-    from sft_fast.config.schema import load_config
-    from sft_fast.registry import load_plugins
-
-    plugin = tmp_path / "my_loss.py"
-    plugin.write_text(
-        "from sft_fast.registry import register_loss\n"
-        "@register_loss('test_plugin')\n"
-        "def mine(logprobs, labels):\n"
-        "    return -2 * logprobs\n"
-    )
-    config = load_config(None, [f"plugins=[{plugin}]", "loss.custom=test_plugin"])
-    load_plugins(config.plugins)
-    assert config.loss.custom is not None
-    loss = custom_losses(config.loss.custom, torch.tensor([[1.5, 0.0]]), torch.tensor([[3, -100]]))
-    assert loss.tolist() == [[3.0, 0.0]]
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["loss.custom=a", "loss.z_loss=0.1"],
-        ["loss.custom=a", "loss.policy=gradient_in_forward"],
-        ["loss.label_smoothing=1.0"],
-        ["loss.memory_budget_gib=0.0"],
-    ],
-)
-def test_contradictions_in_the_config(overrides: list[str]) -> None:
-    from sft_fast.config.schema import load_config
-    from sft_fast.errors import ConfigError
-
-    with pytest.raises(ConfigError, match="loss"):
-        load_config(None, overrides)
