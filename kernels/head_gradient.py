@@ -51,6 +51,7 @@ class GradientSums:
         """Adds the products of a chunk's grad_logits [C, V/tp]."""
         if self.hidden_grad is not None:
             torch.mm(grad_logits, self.weight, out=self.hidden_grad[chunk])  # [C, h]
+            # All chunks at once: their tokens are spread over the same ranks.
             if is_last:
                 self.hidden_grad, self.reduction = start_reduction(
                     self.hidden_grad, self.active, self.shard
@@ -89,6 +90,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     elif right.device.type == "cpu":
+        # In blocks, so that the copies of the factors stay small.
         right = right.to(total.dtype)
         for total_rows, left_rows in zip(total.split(8192), left.split(8192), strict=True):
             total_rows.addmm_(left_rows.to(total.dtype), right)

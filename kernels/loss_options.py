@@ -23,6 +23,9 @@ class LossOptions(BaseModel):
 
     Raises:
         ValueError: an option outside its range.
+
+    Source: label smoothing, Szegedy et al. 2015 (arXiv 1512.00567); z-loss, Chowdhery et al. 2022
+        (arXiv 2204.02311); softcap, Gemma 2 (arXiv 2408.00118).
     """
 
     model_config = ConfigDict(

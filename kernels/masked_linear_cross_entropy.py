@@ -9,6 +9,9 @@ The logits are kept for the backward pass if they fit a budget. If not, the toke
 chunks, and the gradients are either computed in the forward pass, or from logits that the backward
 pass computes again.
 
+Source: a vocabulary in shards, Shoeybi et al. 2019 (arXiv 1909.08053); gradients in the forward
+pass, chunk by chunk, Hsu et al. 2024 (arXiv 2410.10989).
+
 Shapes: s sequence, b batch, n = s b tokens, A of them active, C a chunk of those, h hidden size.
 """
 
@@ -105,6 +108,7 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
             kept.append(statistics)
             parts.append(chunk_results)
         outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]  # [A] each
+        # No saved tensor: autograd would refuse what the backward pass overwrites.
         ctx.logits = buffer[: len(active_labels)] if plan.policy == "stored" else None
         saved = (active_hidden, active_labels) if sums is None else sums.finish()
         ctx.save_for_backward(weight, weights, *saved, *kept)
@@ -137,6 +141,7 @@ def backward_from_logits(
 
     Upstream gradients [n] -> gradients of hidden and of weight, in their shapes.
     """
+    # [V/tp, h], [A], [A, h], [A], and of each chunk [num_parts, S, C]
     weight, weights, active_hidden, labels, *kept = ctx.saved_tensors
     head: HeadLossArgs = ctx.head
     active, shard = head.active, head.shard
@@ -149,17 +154,18 @@ def backward_from_logits(
     chunks = head.plan.chunks(len(labels))
     total = None
     if head.accumulate_into_main_grad and ctx.needs_input_grad[1]:
-        total = weight.main_grad
+        total = weight.main_grad  # [V/tp, h]
     elif len(chunks) > 1:
         total = wide_zeros(weight, ctx)
     sums = GradientSums(active_hidden, weight, active, shard, ctx.needs_input_grad, total)
     buffer = logits_buffer(active_hidden, weight, head.plan) if stored is None else stored
     for chunk, statistics in zip(chunks, kept, strict=True):
+        # [C, V/tp]; stored logits are one chunk.
         logits = project(active_hidden[chunk], weight, buffer) if stored is None else stored
         arguments = logits, logits, labels[chunk], statistics, grads[:, chunk]
         head.backend.write_gradient(*arguments, shard.columns, head.options)
         sums.add(chunk, logits, is_last=chunk is chunks[-1])
-    own_grad, weight_total = sums.finish()
+    own_grad, weight_total = sums.finish()  # [own count, h], [V/tp, h]
     grad_weight = None
     if weight_total is not None:
         grad_weight = weight_gradient(weight, weight_total, head.accumulate_into_main_grad)
@@ -173,7 +179,9 @@ def backward_from_saved_gradients(
 
     Upstream gradient [n] -> gradients of hidden and of weight, in their shapes.
     """
-    weight, _, own_grad, weight_total = ctx.saved_tensors
+    weight, _, own_grad, weight_total = (
+        ctx.saved_tensors
+    )  # [V/tp, h], [A], [own count, h], [V/tp, h]
     head: HeadLossArgs = ctx.head
     scale = common_value(grad_loss.index_select(0, head.active.indices))  # 0-d
     if own_grad is not None:
@@ -225,7 +233,7 @@ def loss_and_gradient(
     """Loss [C] of logits [C, V/tp], which become the gradient of its sum, weighted by [C]."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if weights is None:
-        weights = logits.new_ones(len(logits), dtype=dtype)
+        weights = logits.new_ones(len(logits), dtype=dtype)  # [C]
     columns, options, backend = head.shard.columns, head.options, head.backend
     is_whole = head.shard.tp_size == 1
     if is_whole and isinstance(backend, OnePassKernels) and backend.fits_one_pass(logits, labels):
@@ -262,7 +270,7 @@ def scatter_hidden(own_grad: Tensor | None, ctx: Any) -> Tensor | None:
     """[own count, h] -> the shape of hidden, zeros at masked tokens."""
     if own_grad is None:
         return None
-    grad_hidden = own_grad.new_zeros(ctx.hidden_shape)
+    grad_hidden = own_grad.new_zeros(ctx.hidden_shape)  # [s, b, h] or [s/tp, b, h]
     own_indices = ctx.head.active.own_indices
     grad_hidden.view(-1, ctx.hidden_shape[-1]).index_copy_(0, own_indices, own_grad)
     return grad_hidden

@@ -132,6 +132,7 @@ def masked_cross_entropy(
     kernels = load_backend(OPERATION, backend, vocab_parallel_logits.device.type)
     logits = vocab_parallel_logits.reshape(-1, width)  # [N, V_padded/tp]
     if logits.stride(1) != 1:
+        # The kernels load neighbouring columns at once.
         logits = logits.contiguous()
     loss = MaskedCrossEntropy.apply(logits, labels.flatten().long(), shard, options, kernels)  # [N]
     return loss.view(labels.shape)
@@ -235,6 +236,7 @@ def run_head(
             "accumulate_into_main_grad: the LM head weight has no main_grad, expected the one "
             "that Megatron's DistributedDataParallel gives it; wrap the model, or turn it off"
         )
+    # Transposed, because hidden is [s, b, h]: token t * b + i is sample i at place t.
     flat_labels, flat_weights = labels.t().flatten().long(), None  # [n]
     if token_weights is not None:
         flat_weights = token_weights.detach().t().flatten()  # [n]
@@ -262,6 +264,7 @@ def run_head(
         accumulate_into_main_grad=main_grad,
         with_outputs=with_outputs,
     )
+    # [n] each
     outputs = MaskedLinearCrossEntropy.apply(hidden, weight, flat_labels, flat_weights, head)
     return tuple(output.view(labels.shape[::-1]).t().contiguous() for output in outputs)
 
