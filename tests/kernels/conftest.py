@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from kernel_pool import KernelPool
+from kernel_pool import KernelPool, build_native
 from rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")
-def kernel_rank() -> Iterator[RankPool]:
-    """A process in which Triton's kernels run; see kernel_pool.py."""
-    ranks = KernelPool()
+def kernel_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Processes in which the kernels of every backend run; see kernel_pool.py."""
+    ranks = KernelPool(build_native(tmp_path_factory.mktemp("emulated")))
     yield ranks
     ranks.close()
 

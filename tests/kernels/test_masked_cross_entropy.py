@@ -5,7 +5,6 @@ kernel_pool.py says where the kernels run.
 
 import functools
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_bit_zero, assert_no_worse
-from kernel_pool import ON_GPU, KernelPool, build_native, missing_native, seeded
+from kernel_pool import ON_GPU, missing_native, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels.backends import load_backend
@@ -30,13 +29,6 @@ from sft_fast.loss import (
 from sft_fast.reference import cross_entropy as reference
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    ranks = KernelPool(build_native(tmp_path_factory.mktemp("emulated")))
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(params=["torch", "triton", "native"])
@@ -119,8 +111,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"N{s[0]}-W{s[1]}-V{s[2]}-{s[3]}")
-def test_logits_no_worse_than_eager(pool: RankPool, backend: str, shape: tuple[Any, ...]) -> None:
-    pool.run(1, run_logits, backend, *shape)
+def test_logits_no_worse_than_eager(
+    kernel_rank: RankPool, backend: str, shape: tuple[Any, ...]
+) -> None:
+    kernel_rank.run(1, run_logits, backend, *shape)
 
 
 def run_infinities(backend: str) -> None:
@@ -150,8 +144,8 @@ def run_infinities(backend: str) -> None:
     )
 
 
-def test_infinities_and_nan_as_in_torch(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_infinities, backend)
+def test_infinities_and_nan_as_in_torch(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_infinities, backend)
 
 
 def run_sure_tokens(backend: str) -> None:
@@ -172,8 +166,8 @@ def run_sure_tokens(backend: str) -> None:
     assert errors.abs().max() < torch.finfo(torch.bfloat16).eps
 
 
-def test_sure_tokens_keep_their_gradient(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_sure_tokens, backend)
+def test_sure_tokens_keep_their_gradient(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_sure_tokens, backend)
 
 
 def run_empty_blocks(backend: str) -> None:
@@ -204,8 +198,8 @@ def run_empty_blocks(backend: str) -> None:
     assert_bit_zero(gradient(loss, torch.ones(5), inputs)[0])
 
 
-def test_empty_blocks(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_empty_blocks, backend)
+def test_empty_blocks(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_empty_blocks, backend)
 
 
 def run_shards(backend: str) -> None:
@@ -250,8 +244,8 @@ def run_shards(backend: str) -> None:
     assert (grad[unknown] >= 0).all()
 
 
-def test_logits_in_shards(pool: RankPool, backend: str) -> None:
-    pool.run(2, run_shards, backend)
+def test_logits_in_shards(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(2, run_shards, backend)
 
 
 def run_strides(backend: str) -> None:
@@ -275,8 +269,8 @@ def run_strides(backend: str) -> None:
     assert gradient(loss, torch.zeros(0), empty)[0].shape == (0, 40)
 
 
-def test_any_stride(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_strides, backend)
+def test_any_stride(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_strides, backend)
 
 
 def run_far_rows(backend: str) -> None:
@@ -300,8 +294,8 @@ def run_far_rows(backend: str) -> None:
     assert all(torch.equal(far, close) for far, close in zip(*results, strict=True))
 
 
-def test_row_offsets_beyond_32_bits(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_far_rows, backend)
+def test_row_offsets_beyond_32_bits(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_far_rows, backend)
 
 
 def run_many_elements(backend: str, num_tokens: int, width: int) -> None:
@@ -330,8 +324,10 @@ def run_many_elements(backend: str, num_tokens: int, width: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("shape", [(16385, 131072), (32771, 131072)])
-def test_more_than_2_31_elements(pool: RankPool, backend: str, shape: tuple[int, int]) -> None:
-    pool.run(1, run_many_elements, backend, *shape)
+def test_more_than_2_31_elements(
+    kernel_rank: RankPool, backend: str, shape: tuple[int, int]
+) -> None:
+    kernel_rank.run(1, run_many_elements, backend, *shape)
 
 
 def run_linear(backend: str, sequence_parallel: bool) -> None:
@@ -368,9 +364,9 @@ def run_linear(backend: str, sequence_parallel: bool) -> None:
 
 @pytest.mark.parametrize("size, sequence_parallel", [(1, False), (2, False), (2, True)])
 def test_linear_equals_torch_backend(
-    pool: RankPool, backend: str, size: int, sequence_parallel: bool
+    kernel_rank: RankPool, backend: str, size: int, sequence_parallel: bool
 ) -> None:
-    pool.run(size, run_linear, backend, sequence_parallel)
+    kernel_rank.run(size, run_linear, backend, sequence_parallel)
 
 
 OPTIONS = {
@@ -410,9 +406,9 @@ def run_options(backend: str, name: str, dtype: torch.dtype, width: int) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_no_worse_than_eager(
-    pool: RankPool, backend: str, name: str, dtype: torch.dtype
+    kernel_rank: RankPool, backend: str, name: str, dtype: torch.dtype
 ) -> None:
-    pool.run(1, run_options, backend, name, dtype, 9000 if name == "all" else 208)
+    kernel_rank.run(1, run_options, backend, name, dtype, 9000 if name == "all" else 208)
 
 
 def run_outputs(backend: str, sequence_parallel: bool) -> None:
@@ -468,9 +464,9 @@ def run_outputs(backend: str, sequence_parallel: bool) -> None:
 
 @pytest.mark.parametrize("size, sequence_parallel", [(1, False), (2, True)])
 def test_outputs_equal_oracle(
-    pool: RankPool, backend: str, size: int, sequence_parallel: bool
+    kernel_rank: RankPool, backend: str, size: int, sequence_parallel: bool
 ) -> None:
-    pool.run(size, run_outputs, backend, sequence_parallel)
+    kernel_rank.run(size, run_outputs, backend, sequence_parallel)
 
 
 def run_infinite_outputs(backend: str) -> None:
@@ -488,8 +484,8 @@ def run_infinite_outputs(backend: str) -> None:
     torch.testing.assert_close(outputs.entropy[0, 0], truth)
 
 
-def test_outputs_with_minus_infinity(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_infinite_outputs, backend)
+def test_outputs_with_minus_infinity(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_infinite_outputs, backend)
 
 
 def run_joins(backend: str, num_parts: int, num_tokens: int) -> None:
@@ -543,9 +539,9 @@ def run_joins(backend: str, num_parts: int, num_tokens: int) -> None:
 @pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
 @pytest.mark.parametrize(("num_parts", "num_tokens"), [(1, 129), (3, 128), (16, 70), (2048, 20)])
 def test_parts_are_joined_as_in_torch(
-    pool: RankPool, backend: str, num_parts: int, num_tokens: int
+    kernel_rank: RankPool, backend: str, num_parts: int, num_tokens: int
 ) -> None:
-    pool.run(1, run_joins, backend, num_parts, num_tokens)
+    kernel_rank.run(1, run_joins, backend, num_parts, num_tokens)
 
 
 def run_repeats(backend: str) -> None:
@@ -559,8 +555,8 @@ def run_repeats(backend: str) -> None:
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_repeats_bit_for_bit(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_repeats, backend)
+def test_repeats_bit_for_bit(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_repeats, backend)
 
 
 def run_double(backend: str) -> None:
@@ -571,8 +567,8 @@ def run_double(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
-def test_double_is_refused(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_double, backend)
+def test_double_is_refused(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_double, backend)
 
 
 def run_operators(backend: str) -> None:
@@ -609,5 +605,5 @@ def run_operators(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
-def test_operators_work_under_torch_compile(pool: RankPool, backend: str) -> None:
-    pool.run(1, run_operators, backend)
+def test_operators_work_under_torch_compile(kernel_rank: RankPool, backend: str) -> None:
+    kernel_rank.run(1, run_operators, backend)

@@ -7,7 +7,6 @@ import importlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import emulated_gpu
 from closeness import assert_bit_zero, assert_no_worse
-from kernel_pool import ON_GPU, KernelPool, build_native, missing_native, seeded
+from kernel_pool import ON_GPU, missing_native, seeded
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.kernels.masked_cross_entropy import VocabColumns
@@ -33,13 +32,12 @@ NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+@pytest.fixture
+def pool(kernel_rank: RankPool) -> RankPool:
+    """Ranks that have the native kernels."""
     if missing_native() is not None:
         pytest.skip(f"native kernels need {missing_native()}")
-    ranks = KernelPool(build_native(tmp_path_factory.mktemp("emulated")))
-    yield ranks
-    ranks.close()
+    return kernel_rank
 
 
 def run_one_pass(width: int, dtype: torch.dtype, options: LossOptions) -> None:

@@ -3,7 +3,6 @@
 tests/kernels/test_masked_cross_entropy.py compares their results with the oracle.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_bit_zero, assert_no_worse
-from kernel_pool import KernelPool, seeded
+from kernel_pool import seeded
 from offline_compiler import (
     TARGETS,
     compile_for,
@@ -34,13 +33,6 @@ from sft_fast.loss import (
 from sft_fast.reference import cross_entropy as reference
 
 triton = pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    ranks = KernelPool()
-    yield ranks
-    ranks.close()
 
 
 def run_every_split() -> None:
@@ -64,8 +56,8 @@ def run_every_split() -> None:
             torch.testing.assert_close(ours, first, rtol=1e-6, atol=1e-9)
 
 
-def test_splits_do_not_change_the_result(pool: RankPool) -> None:
-    pool.run(1, run_every_split)
+def test_splits_do_not_change_the_result(kernel_rank: RankPool) -> None:
+    kernel_rank.run(1, run_every_split)
 
 
 def run_masked_rows() -> None:
@@ -79,8 +71,8 @@ def run_masked_rows() -> None:
     torch.testing.assert_close(statistics[0, :, 0], torch.tensor([0.0, 50.0, 0.0]))
 
 
-def test_masked_rows_are_skipped(pool: RankPool) -> None:
-    pool.run(1, run_masked_rows)
+def test_masked_rows_are_skipped(kernel_rank: RankPool) -> None:
+    kernel_rank.run(1, run_masked_rows)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])
