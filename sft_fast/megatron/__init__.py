@@ -1,10 +1,8 @@
-"""Everything that touches megatron-core; importing it makes megatron run without a GPU."""
+"""Everything that touches megatron-core; README.md here lists where megatron and torch are bent."""
 
 import warnings
 
-from sft_fast.megatron.device import install_cpu_shim
-
-# megatron warns of optional packages that nobody asked for, and torch of calls that megatron makes.
+# megatron warns of optional packages that nobody asked for, and torch of calls that megatron makes;
+# both while they are imported, so this comes first.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-install_cpu_shim()

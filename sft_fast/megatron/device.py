@@ -1,8 +1,8 @@
-"""The device of this process, and the one shim that lets megatron-core run without a GPU.
+"""The device of this process, and the shim that lets megatron-core run without a GPU.
 
 megatron-core names CUDA directly: `torch.cuda.current_device()`, `device="cuda"`, `tensor.type()`
-compared with "torch.cuda.FloatTensor". The shim answers those calls with the CPU. It is installed
-only when no GPU is visible, so the CUDA and ROCm path is untouched.
+compared with "torch.cuda.FloatTensor". The shim answers those calls with the CPU. `init_device`
+installs it, only where no GPU is visible, so the CUDA and ROCm path is untouched.
 """
 
 import contextlib
@@ -36,8 +36,12 @@ FACTORIES = (
 
 
 def init_device() -> torch.device:
-    """Returns the device this rank computes on, and makes it current: its GPU, or the CPU."""
+    """Returns the device this rank computes on, and makes it current: its GPU, or the CPU.
+
+    Without a GPU it installs the CPU shim, so it comes before any call of megatron.
+    """
     if not torch.cuda.is_available():
+        install_cpu_shim()
         return CPU
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

@@ -28,7 +28,7 @@ from megatron.core.enums import ModelType
 from sft_fast.config.schema import Config, load_config
 from sft_fast.data.store import TokenStore
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.device import init_device
+from sft_fast.megatron.device import init_device, install_cpu_shim
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import load_hf_weights
 from sft_fast.megatron.load_inputs import Inputs, read_inputs
@@ -244,6 +244,8 @@ def start(training: Any, step: Callable[..., Any]) -> None:
 
 def main() -> int:
     """Runs Megatron-LM's `pretrain()`; returns 0, or 2 where the input is wrong."""
+    # Megatron-LM asks for a GPU before it calls us for the first time.
+    install_cpu_shim()
     try:
         start(import_megatron_training(), forward_step)
     except ValueError as error:

@@ -8,9 +8,11 @@ import torch
 
 PROBE = """
 import torch
-import sft_fast.megatron
-from sft_fast.megatron.device import FACTORIES
+import sft_fast.megatron.sft
+from sft_fast.megatron.device import FACTORIES, install_cpu_shim
 assert not torch.cuda.is_available()
+assert torch.ones(2).type() == "torch.FloatTensor", "an import has changed torch"
+install_cpu_shim()
 arguments = {"arange": (3,), "as_tensor": ([1.0],), "tensor": ([1.0],), "full": ((2,), 1.0),
              "randint": (0, 5, (2,)), "full_like": (torch.ones(2), 1.0)}
 for name in FACTORIES:
@@ -35,7 +37,7 @@ print("fine")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is redirected")
-def test_the_shim_redirects_cuda_and_nothing_else() -> None:
+def test_the_shim_redirects_cuda_when_it_is_called_and_nothing_else() -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr
 
@@ -44,9 +46,10 @@ def test_the_shim_redirects_cuda_and_nothing_else() -> None:
 def test_with_a_gpu_torch_is_left_alone() -> None:
     import torch
 
-    import sft_fast.megatron  # noqa: F401
+    from sft_fast.megatron.device import install_cpu_shim
 
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    install_cpu_shim()
     assert torch.ones(1).type() == "torch.FloatTensor"
     assert isinstance(torch.cuda.current_device(), int)
