@@ -57,12 +57,11 @@ def add(commands: Commands) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Exports a checkpoint in a process of its own; returns its exit code."""
     from sft_fast.config.schema import load_config
-    from sft_fast.runtime.run_files import read_run
+    from sft_fast.runtime.run_files import export_path, read_run
 
     found = read_run(parsed.run_dir)
-    checkpoint = choose(found, parsed.step)
-    step = int(checkpoint.name[5:])
-    target = parsed.to or found.path / f"export_{step}"
+    step, checkpoint = choose(found, parsed.step)
+    target = parsed.to or export_path(found.path, step)
     if target.exists():
         raise ValueError(f"{target} exists; name another directory with --to")
     saved = found.path / "config.yaml"
@@ -107,18 +106,21 @@ def killed(number: int) -> int:
     return FAILED
 
 
-def choose(found: RunFiles, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest.
+def choose(found: RunFiles, step: int | None) -> tuple[int, Path]:
+    """The checkpoint of a step, or the newest, with its step.
 
     Raises:
         ValueError: there is none.
     """
-    steps = {int(path.name[5:]): path for path in found.checkpoints}
+    from sft_fast.runtime.run_files import checkpoint_step
+
+    steps = {checkpoint_step(path) or 0: path for path in found.checkpoints}
     if not steps or (step is not None and step not in steps):
         folder, of = found.path / "checkpoints", "" if step is None else f" of step {step}"
         there = ", ".join(map(str, steps)) or "none"
         raise ValueError(f"{folder} holds no checkpoint{of}; there are: {there}")
-    return steps[max(steps) if step is None else step]
+    chosen = max(steps) if step is None else step
+    return chosen, steps[chosen]
 
 
 def workplace(target: Path) -> tempfile.TemporaryDirectory[str]:

@@ -66,9 +66,9 @@ def is_whole(folder: Path) -> bool:
 
 def tell_resume(checkpoint: Path) -> None:
     """Says where a resumed run begins, and with what it must agree."""
-    from sft_fast.files import read_json
+    from sft_fast.megatron.checkpoint.train_state import read_train_state
 
-    state = read_json(checkpoint / "train_state.json") or {}
-    print(f"a resumed run goes on from {checkpoint.name}, step {state.get('step')}")
-    for name, value in state.get("fields", {}).items():
+    state = read_train_state(checkpoint)
+    print(f"a resumed run starts at {checkpoint.name}, step {state.step}")
+    for name, value in state.fields.items():
         print(f"  {name:<16}{value}")

@@ -22,7 +22,6 @@ from sft_fast.data.store import TokenStore
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.exact_match import chance_accuracy, exact_match
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.checkpoint.train_state import checkpoint_path
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
@@ -32,6 +31,7 @@ from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.registry import Metric, SampleOutputs, get_metric, is_greater_better
 from sft_fast.runtime.phases import Phases
+from sft_fast.runtime.run_files import checkpoint_path
 
 Values = dict[str, float]
 LOSS, NUM_TOKENS, NUM_CORRECT, NUM_BUILT_IN = range(4)

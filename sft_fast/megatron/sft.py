@@ -27,7 +27,7 @@ from sft_fast.megatron.checkpoint.load import (
 )
 from sft_fast.megatron.checkpoint.save import CheckpointWriter, remove_leftovers
 from sft_fast.megatron.checkpoint.state import sharded_state
-from sft_fast.megatron.checkpoint.train_state import TrainState, checkpoint_path, read_train_state
+from sft_fast.megatron.checkpoint.train_state import TrainState, read_train_state
 from sft_fast.megatron.device import free_memory
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
 from sft_fast.megatron.export.adapter import export_adapter
@@ -65,7 +65,7 @@ from sft_fast.packing.steps import StepCounts
 from sft_fast.runtime.manifest import MANIFEST_FILE
 from sft_fast.runtime.phases import Phases, no_report
 from sft_fast.runtime.rendezvous import public_address_warning
-from sft_fast.runtime.run_files import check_resume, list_checkpoints
+from sft_fast.runtime.run_files import check_resume, checkpoint_path, list_checkpoints
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""What a run has left in its directory, read without torch."""
+"""The directory of a run: the names in it, and what a run has left there. Nothing imports torch."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,33 @@ class RunFiles:
         return [path for path in own if path.is_dir()] + later_exports(self.path)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be, in a folder of checkpoints."""
+    return folder / f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step of a checkpoint, by its name; None for a path that is named otherwise."""
+    match = re.fullmatch(r"step_(\d+)", path.name, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or damaged."""
+    return sorted(path for path in folder.glob("step_*") if checkpoint_step(path) is not None)
+
+
+def export_path(run: Path, step: int) -> Path:
+    """Where `sft_fast export` puts the model of a step, in a run directory."""
+    return run / f"export_{step}"
+
+
+def later_exports(run: Path) -> list[Path]:
+    """What `sft_fast export` made in a run directory, by step."""
+    steps = {path: path.name.removeprefix("export_") for path in run.glob("export_*")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
+
+
 def read_run(path: Path) -> RunFiles:
     """Reads a run directory, also of a run that is under way, or what was copied of one.
 
@@ -77,11 +105,6 @@ def read_run(path: Path) -> RunFiles:
     return RunFiles(path, tuple(records), status, error)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first, whole or damaged."""
-    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdecimal())
-
-
 def why_no_checkpoint(path: Path) -> str:
     """What `path` is, where it is no checkpoint; "" where it is one, whole or damaged."""
     if (path / MANIFEST_FILE).is_file():
@@ -92,7 +115,7 @@ def why_no_checkpoint(path: Path) -> str:
         return f"{path} is a file"
     inside = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if inside:
-        return f"{path} is none itself; it holds {', '.join(map(str, inside))}"
+        return f"{path} is not a checkpoint, but contains {', '.join(map(str, inside))}"
     return f"{path} has no {MANIFEST_FILE}; another program, or an earlier version, made it"
 
 
@@ -144,9 +167,3 @@ def model_folder(path: Path) -> Path:
         f"{path} holds no exported model (export/config.json); a run writes it at its end, and "
         f"`sft_fast export {path}` makes one from the newest checkpoint"
     )
-
-
-def later_exports(path: Path) -> list[Path]:
-    """What `sft_fast export` made in a run directory, by step."""
-    found = [folder for folder in path.glob("export_*") if folder.name[7:].isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name[7:]))

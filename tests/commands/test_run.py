@@ -74,7 +74,7 @@ def test_records_of_a_resumed_run_are_told_once_and_a_torn_line_is_skipped(tmp_p
 def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run)]) == 0
     text = capsys.readouterr().out
-    assert text.count(": whole") == 3 and "goes on from step_00000004, step 4" in text
+    assert text.count(": whole") == 3 and "starts at step_00000004, step 4" in text
     weights = run / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
@@ -82,7 +82,7 @@ def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str
     assert main(["verify", str(run)]) == 4
     text = capsys.readouterr().out
     assert "step_00000004: DAMAGED" in text and weights.name in text
-    assert "goes on from step_00000002, step 2" in text
+    assert "starts at step_00000002, step 2" in text
     for name, code in (("checkpoints/step_00000004", 4), ("checkpoints/step_00000002", 0)):
         assert main(["verify", str(run / name)]) == code
     assert main(["verify", str(run / "checkpoints")]) == 2

@@ -405,12 +405,13 @@ def test_what_is_no_checkpoint_is_not_called_damaged(
 
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    first = unbroken / "checkpoints/step_00000001"
     cases = {
         tmp_path / "nowhere": "does not exist; expected",
         tmp_path / "file": "is a file; expected",
         tmp_path / "folder": "has no manifest.json; another program",
-        unbroken: f"is none itself; it holds {unbroken}/checkpoints/step_00000001, ",
-        unbroken / "checkpoints": f"is none itself; it holds {unbroken}/checkpoints/step_00000001",
+        unbroken: f"is not a checkpoint, but contains {first}, ",
+        first.parent: f"is not a checkpoint, but contains {first}",
     }
     config = str(launcher.config("no-checkpoint"))
     for path, words in cases.items():

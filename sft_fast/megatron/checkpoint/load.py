@@ -1,6 +1,6 @@
 """The newest whole checkpoint: how it is found, checked and read back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sft_fast.megatron.checkpoint.optimizer_shards import (
     state_of_parts,
 )
 from sft_fast.megatron.checkpoint.shards import ShardReader, load_state, read_common
-from sft_fast.megatron.checkpoint.state import model_weights
+from sft_fast.megatron.checkpoint.state import model_weights, named_chunks
 from sft_fast.megatron.checkpoint.train_state import read_train_state
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.model import unwrap
@@ -116,9 +116,7 @@ def load_checkpoint(
     weights = model_weights(model)
     common = read_common(checkpoint)
     with ShardReader(checkpoint, tensor_done) as reader:
-        for number, chunk in enumerate(model):
-            others = load_checkpoint_weights(weights[f"chunk{number}"], reader)
-            unwrap(chunk).load_state_dict(others, strict=False)
+        fill_chunks(model, weights, reader)
         if is_distributed(optimizer):
             load_optimizer(optimizer, common["optimizer"], weights, reader)
     if not is_distributed(optimizer):
@@ -129,6 +127,27 @@ def load_checkpoint(
     fuse_update(optimizer)
     separate_step_counts(optimizer)
     schedule.load_state_dict(common["lr_schedule"])
+
+
+def load_trained_weights(
+    checkpoint: Path, model: ModuleList, tensor_done: Callable[[], None] = no_report
+) -> None:
+    """Restores the weights alone; of a run with LoRA those of the adapters."""
+    with ShardReader(checkpoint, tensor_done) as reader:
+        fill_chunks(model, model_weights(model), reader)
+
+
+def fill_chunks(model: ModuleList, weights: Mapping[str, Any], reader: ShardReader) -> None:
+    """Reads the weights of each chunk into it.
+
+    Args:
+        model: the chunks of this rank.
+        weights: of `model_weights`.
+        reader: of the checkpoint.
+    """
+    for name, chunk in named_chunks(model):
+        others = load_checkpoint_weights(weights[name], reader)
+        unwrap(chunk).load_state_dict(others, strict=False)
 
 
 def add_step_zero(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:

@@ -5,13 +5,11 @@ later damages it is found before it is loaded. What is in it: shards.py. A run m
 parallel sizes.
 """
 
-import json
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from sft_fast.megatron.checkpoint.shards import (
     take_snapshot,
     write_snapshot,
 )
-from sft_fast.megatron.checkpoint.train_state import STATE_FILE, TrainState, checkpoint_path
+from sft_fast.megatron.checkpoint.train_state import STATE_FILE, TrainState, state_text
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.runtime.manifest import (
     REPLACED_PREFIX,
@@ -36,7 +34,7 @@ from sft_fast.runtime.manifest import (
     staged_directory,
 )
 from sft_fast.runtime.phases import Phases
-from sft_fast.runtime.run_files import list_checkpoints
+from sft_fast.runtime.run_files import checkpoint_path, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +142,7 @@ class CheckpointWriter:
         self.copier.wait()
         write_snapshot(snapshot, stage, exchange.rank)
         if exchange.rank == 0:
-            stage.write_text(STATE_FILE, json.dumps(asdict(state)) + "\n")
+            stage.write_text(STATE_FILE, state_text(state))
 
     def poll(self) -> None:
         """Tells of a save in the background as soon as it ended; raises as `save` does."""

@@ -4,21 +4,26 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.nn import ModuleList
+from torch.nn import Module, ModuleList
 
 from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING, state_to_save
 from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
 
 
+def named_chunks(model: ModuleList) -> list[tuple[str, Module]]:
+    """The chunks of a rank's model, as a checkpoint calls them."""
+    return [(f"chunk{number}", chunk) for number, chunk in enumerate(model)]
+
+
 def model_weights(model: ModuleList) -> dict[str, Any]:
     """The weights of each chunk in dist_checkpointing's sharded form; with LoRA, the adapters."""
     weights = {}
-    for number, chunk in enumerate(model):
+    for chunk_name, chunk in named_chunks(model):
         tensors = unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING))
         if has_adapters(model):
             tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
-        weights[f"chunk{number}"] = tensors
+        weights[chunk_name] = tensors
     return weights
 
 

@@ -1,11 +1,14 @@
-"""Where a run stands, as a file of each checkpoint."""
+"""Where a run stands, as a file of each checkpoint. Nothing here imports torch."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 STATE_FILE = "train_state.json"
+FORMAT_VERSION = 1
+"""Of a whole checkpoint: this file, and what shards.py writes beside it. Another number for a
+checkpoint that this code could not load, or not as it was meant."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,26 @@ class TrainState:
     resumed_from: str = ""
     """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What an export says of the data; see data.export_metadata. {} in checkpoints of before."""
+    """What an export says of the data; see data.export_metadata. {} = the export reads the data."""
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return folder / f"step_{step:08d}"
+def state_text(state: TrainState) -> str:
+    """The content of the file."""
+    return json.dumps({"version": FORMAT_VERSION, **asdict(state)}) + "\n"
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
-    """Raises ValueError when `checkpoint` is not a checkpoint of this version."""
-    path = checkpoint / STATE_FILE
+    """Raises ValueError where `checkpoint` is none, or of another format version."""
     try:
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        fields = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        # The first version did not write its number.
+        version = fields.pop("version", 1)
+        if version == FORMAT_VERSION:
+            return TrainState(**fields)
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint: {error}") from None
+    raise ValueError(
+        f"checkpoint.resume: {checkpoint} has format version {version}, this sft_fast reads "
+        f"{FORMAT_VERSION}; resume with the sft_fast that wrote it, or export there and start from "
+        "the exported model (model.path)"
+    )

@@ -3,25 +3,24 @@
 Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.nn import ModuleList
 from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import CheckpointConfig, LoraConfig, ModelConfig
 from sft_fast.errors import DamageError
 from sft_fast.megatron.checkpoint.fingerprint import changed_fields, model_fields
-from sft_fast.megatron.checkpoint.load import damage_of
-from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING
-from sft_fast.megatron.checkpoint.shards import load_state
+from sft_fast.megatron.checkpoint.load import damage_of, load_trained_weights
 from sft_fast.megatron.checkpoint.train_state import read_train_state
 from sft_fast.megatron.export.model import export_model
 from sft_fast.megatron.hf import load_hf_weights
 from sft_fast.megatron.load_inputs import ExportSource, read_export_source
-from sft_fast.megatron.lora import adapter_fingerprint, add_adapters, is_adapter
-from sft_fast.megatron.model import SFTModel, build_model
+from sft_fast.megatron.lora import adapter_fingerprint, add_adapters
+from sft_fast.megatron.model import build_model
 from sft_fast.megatron.parallel import init_parallel
 from sft_fast.runtime.phases import Phases
 
@@ -50,14 +49,13 @@ def export(config: Config, phases: Phases) -> int:
     state = read_train_state(checkpoint)
     origin = read_export_source(config, state.data)
     check_origin(origin, state.fields, checkpoint, config.model, config.lora, config.checkpoint)
-    architecture, is_lora = origin.model.architecture, config.lora.rank > 0
+    architecture = origin.model.architecture
     phases.enter("model", can_leave=True, is_loading=True)
     models = build_model(architecture, config, parallel)
-    for number, model in enumerate(models):
-        if is_lora:
-            load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)
-            add_adapters(model, architecture, config.model, config.lora, config.seed, parallel)
-        load_trained(model, number, checkpoint, is_lora, phases.tensor_done)
+    for model in models if config.lora.rank > 0 else ():
+        load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)
+        add_adapters(model, architecture, config.model, config.lora, config.seed, parallel)
+    load_trained_weights(checkpoint, ModuleList(models), phases.tensor_done)
     phases.enter("export", can_leave=True)
     export_model(
         models,
@@ -100,19 +98,3 @@ def check_origin(
     present = model_fields(model, origin.tokenizer, architecture, adapter)
     fix = "say where it is (model.path, tokenizer.path), or checkpoint.allow_change=[{}]"
     changed_fields(saved, present, checkpoint_config.allow_change, checkpoint, fix)
-
-
-def load_trained(
-    model: SFTModel,
-    number: int,
-    checkpoint: Path,
-    is_lora: bool,
-    tensor_done: Callable[[], None],
-) -> None:
-    """Fills chunk `number` from a checkpoint; of a run with LoRA it holds the adapters only."""
-    tensors = model.sharded_state_dict(metadata=dict(SHARDING))
-    if is_lora:
-        tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
-    chunk = f"chunk{number}"
-    loaded = load_state(checkpoint, {"model": {chunk: tensors}}, tensor_done)["model"][chunk]
-    model.load_state_dict(loaded, strict=not is_lora)

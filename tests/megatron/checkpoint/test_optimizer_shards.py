@@ -161,7 +161,7 @@ def read_tensors(folder: str) -> dict[str, Any]:
     import torch
 
     from sft_fast.megatron.checkpoint.shards import ShardReader
-    from sft_fast.megatron.checkpoint.train_state import checkpoint_path
+    from sft_fast.runtime.run_files import checkpoint_path
 
     tensors = {}
     with ShardReader(checkpoint_path(Path(folder), 0)) as reader:

@@ -23,7 +23,7 @@ def said() -> list[str]:
 def writer(tmp_path: Path, said: list[str]) -> Any:
     from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
     from sft_fast.megatron.checkpoint.save import CheckpointWriter
-    from sft_fast.megatron.checkpoint.train_state import checkpoint_path
+    from sft_fast.runtime.run_files import checkpoint_path
 
     for step in range(1, 6):
         with staged_directory(checkpoint_path(tmp_path, step), LoneRank()) as stage:
