@@ -22,8 +22,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from lone_rank import LoneRank
 from sft_fast.runtime import manifest
-from sft_fast.runtime.manifest import LoneRank, find_damage, staged_directory
+from sft_fast.runtime.manifest import find_damage, staged_directory
 
 ROUNDS = 9
 GIB = 2**30

@@ -1,8 +1,8 @@
-"""How a rank notices that nothing moves any more. Nothing here imports torch.
+"""Detection of hangs: no step ends, or no tensor is loaded. Nothing here imports torch.
 
 A training step must end in a time limit. Where weights are read or written the limit is longer,
 and counts from the last tensor that any rank has done: a slow file system is no hang while it gives
-one tensor after the other. Other phases have no limit here.
+one tensor after the other. Other phases have no limit.
 """
 
 import contextlib
@@ -71,8 +71,8 @@ class HangDetector:
         self.files.progress["tensors"] = self.files.progress.get("tensors", 0) + 1
         self.last_tensor_at = time.monotonic()
 
-    def find(self) -> str | None:
-        """Says for how long nothing moved; None: not long enough for a hang."""
+    def find_hang(self) -> str | None:
+        """Why this rank counts as hanging; None = it does not."""
         if self.is_loading:
             return self.find_standstill()
         last_beat = self.last_beat  # the main thread may begin a phase meanwhile
@@ -87,7 +87,7 @@ class HangDetector:
         return f"no step ended for {silent_s:.0f} s"
 
     def find_standstill(self) -> str | None:
-        """Why weights that are read or written count as hanging; None if they do not."""
+        """`find_hang` in a phase of loading."""
         silent_s = time.monotonic() - self.last_tensor_at
         if silent_s < LOADING_FACTOR * self.hang_timeout_s:
             return None
@@ -99,7 +99,7 @@ class HangDetector:
         return f"no tensor was read or written for {silent_s:.0f} s"
 
     def suspects(self) -> str:
-        """Says which ranks give no sign of life, or are behind."""
+        """The ranks that are stopped, silent or behind, as text."""
         figure = "tensors" if self.is_loading else "step"
         now, peers = time.time(), self.files.peers()
         limit_s = 3 * self.files.publish_every_s
@@ -119,7 +119,7 @@ class HangDetector:
         return f"all ranks wait after {figure} {last}"
 
     def dump_stacks(self) -> None:
-        """Writes them once: what a rank does that follows another one hides where it hung."""
+        """Writes the stacks of all threads to a file, once: later they show how the rank left."""
         if self.has_dumped:
             return
         self.has_dumped = True
@@ -132,7 +132,7 @@ class HangDetector:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
     def guard_against_stuck_interpreter(self) -> None:
-        """A C thread that ends the process when this thread no longer gets to run."""
+        """Renews a timer, in C, that ends the process when this thread no longer gets to run."""
         if self.stuck is None:
             try:
                 self.stuck = (self.files.folder / f"stuck_{self.files.rank:05d}.txt").open("w")
@@ -146,7 +146,7 @@ class HangDetector:
         faulthandler.dump_traceback_later(limit_s, file=self.stuck, exit=True)
 
     def close(self) -> None:
-        """Stops watching the interpreter."""
+        """Stops the timer."""
         faulthandler.cancel_dump_traceback_later()
         if self.stuck is not None:
             self.stuck.close()

@@ -1,5 +1,7 @@
-"""A cache of compiled kernels that nobody else can write to: who writes it runs code as its reader.
-Nothing here imports torch or triton."""
+"""The cache of compiled kernels, private to the user. Nothing here imports torch or triton.
+
+Whoever can write to it can run code as the user who reads it.
+"""
 
 import os
 import socket
@@ -12,7 +14,7 @@ VARIABLES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"
 
 
 def use_private_cache() -> None:
-    """Points Triton and Inductor to a directory of this user and machine, unless they are told.
+    """Sets the cache of Triton and Inductor to a directory of this user and machine, unless set.
 
     Raises:
         ValueError: a cache belongs to another user, or others may write to it.
@@ -24,8 +26,10 @@ def use_private_cache() -> None:
 
 
 def default_folder(name: str) -> Path:
-    """A directory in the user's cache; where that cannot be written, with a warning one in the
-    directory for temporary files."""
+    """A directory in the user's cache.
+
+    Where that cannot be written, one in the directory for temporary files, with a warning.
+    """
     leaf = f"{name}-{os.getuid()}-{socket.gethostname()}"
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -43,7 +47,7 @@ def default_folder(name: str) -> Path:
 
 
 def check_private(folder: Path, variable: str) -> None:
-    """Makes `folder` for this user alone, or raises ValueError when it is someone else's too."""
+    """Makes `folder` with mode 700; raises ValueError where another user can write to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -51,10 +55,10 @@ def check_private(folder: Path, variable: str) -> None:
             f"{variable}: {folder} cannot be made: {error.strerror}; set {variable} to a directory "
             "of your own"
         ) from None
-    found = folder.stat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+    status = folder.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
         raise ValueError(
-            f"{variable}: {folder} belongs to user {found.st_uid} with mode "
-            f"{stat.S_IMODE(found.st_mode):o}; kernels in it run as you, so it must be yours and "
+            f"{variable}: {folder} belongs to user {status.st_uid} with mode "
+            f"{stat.S_IMODE(status.st_mode):o}; kernels in it run as you, so it must be yours and "
             "not writable by others: chmod go-w, or another directory"
         )

@@ -1,4 +1,4 @@
-"""What the ranks of a launch write for each other, and for the user. Nothing here imports torch.
+"""Files through which the ranks of a launch, and the user, see each other. No import of torch.
 
 <output_dir>/.launch/<id>/  of one start of all ranks: what each does, which failed first
 <output_dir>/status.json    where the run stands, renewed by rank 0
@@ -28,7 +28,7 @@ ANNOUNCEMENTS = ("failed", "left")
 
 
 class LaunchFiles:
-    """One rank's view of them.
+    """One rank's view of the files of its launch.
 
     Attributes:
         phase: what this process does; named in every report.
@@ -84,7 +84,7 @@ class LaunchFiles:
     # --- this rank
 
     def record(self) -> dict[str, Any]:
-        """What this rank says of itself."""
+        """This rank's state, for files and reports."""
         return {
             "rank": self.rank,
             "host": socket.gethostname(),
@@ -97,12 +97,12 @@ class LaunchFiles:
         }
 
     def publish(self, state: str) -> None:
-        """Writes what this rank does, for the other ranks."""
+        """Writes `record` for the other ranks."""
         with contextlib.suppress(OSError):
             write_json(self.path_of(self.rank), self.record() | {"state": state})
 
     def write_status(self, state: str, **more: Any) -> None:
-        """Readable at any time; `heartbeat` is renewed every two seconds while the run lives."""
+        """Writes status.json; its `heartbeat` is renewed every two seconds while the run lives."""
         done = {"job": self.job, "started": self.started, "heartbeat": time.time()}
         with contextlib.suppress(OSError):
             write_json(
@@ -110,7 +110,7 @@ class LaunchFiles:
             )
 
     def announce(self, name: str, record: dict[str, Any]) -> bool:
-        """Makes the file `name` unless another rank was first."""
+        """Makes the file `name`; False where another rank was first."""
         path, temporary = self.folder / name, self.folder / f".{name}_{self.rank}"
         try:
             if self.stale.get(name) is not None and read_json(path) == self.stale[name]:
@@ -126,11 +126,11 @@ class LaunchFiles:
     # --- the others
 
     def path_of(self, rank: int) -> Path:
-        """The file in which a rank says what it does."""
+        """The file of a rank's `record`."""
         return self.folder / f"rank_{rank:05d}.json"
 
     def announced(self, name: str) -> dict[str, Any] | None:
-        """What another rank of this launch announced."""
+        """The announcement of another rank of this launch; None = there is none."""
         record = read_json(self.folder / name)
         if record is None or record == self.stale.get(name):
             return None
@@ -138,13 +138,13 @@ class LaunchFiles:
         return record if record.get("reported_by", record["rank"]) != self.rank else None
 
     def peers(self) -> list[tuple[int, dict[str, Any]]]:
-        """All other ranks, as they last showed themselves."""
+        """The newest records of all other ranks."""
         paths = sorted(self.folder.glob("rank_*.json"))
-        found = [(int(path.stem[5:]), read_json(path)) for path in paths]
-        return [(rank, peer) for rank, peer in found if peer is not None and rank != self.rank]
+        records = [(int(path.stem.removeprefix("rank_")), read_json(path)) for path in paths]
+        return [(rank, peer) for rank, peer in records if peer is not None and rank != self.rank]
 
     def meet(self) -> None:
-        """Takes notice of the ranks on this machine, of the same parent."""
+        """Remembers the ranks on this machine that have the same parent process."""
         for rank in sorted(self.unmet):
             peer = read_json(self.path_of(rank))
             # A file of an earlier start has another parent.
@@ -153,7 +153,7 @@ class LaunchFiles:
                 self.unmet.remove(rank)
 
     def dead_peers(self) -> list[tuple[int, dict[str, Any]]]:
-        """Those of them that ended without saying so."""
+        """The ranks on this machine that ended without a record of it."""
         dead = []
         for rank, peer in self.met.items():
             if not is_alive(peer["pid"]):

@@ -1,7 +1,7 @@
 """torchrun without its traceback: `python -m sft_fast.runtime.launcher RUN_DIR TORCHRUN_ARGUMENTS`.
 
-A rank that fails says why. Below that torchrun prints its own call stack and a table, which may
-name another rank; here follows one line, and none for a mistake of the user's, which has its own.
+A rank that fails prints why. Below that torchrun prints its own call stack and a table, which may
+name another rank; here follows one line, and none for a user error, which has its own message.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(run_dir: Path, arguments: list[str]) -> int:
 
 
 def recorded_failure(run_dir: Path, began: float) -> str:
-    """What the ranks say failed first since `began`, seconds since 1970; empty: nothing."""
+    """The first failure in error.json since `began`, seconds since 1970; "" = there is none."""
     path = run_dir / "error.json"
     record = read_json(path)
     if record is None or path.stat().st_mtime < began:

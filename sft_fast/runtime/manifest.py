@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and that say what they must hold.
+"""Directories that appear whole or not at all, with a manifest of their files' hashes.
 
 A directory is written under a temporary name: every file is hashed and synced, manifest.json lists
 them, and the last act is a rename. So a directory of the final name was complete once, and
@@ -37,17 +37,7 @@ class Exchange(Protocol):
     rank: int
 
     def all_gather(self, name: str, value: Any) -> list[Any]:
-        """Every rank's `value` (JSON), by rank; raises TimeoutError naming ranks that are late."""
-
-
-class LoneRank:
-    """The exchange of a single process."""
-
-    rank = 0
-
-    def all_gather(self, name: str, value: Any) -> list[Any]:
-        """The value alone."""
-        return [value]
+        """Every rank's `value` (JSON), by rank; raises TimeoutError naming a rank that is late."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ class HashedFile:
 
 
 def hash_file(path: Path, name: str) -> FileRecord:
-    """Reads a file once."""
+    """The size and hash of a file, which is read once."""
     hasher, num_bytes = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -108,7 +98,7 @@ def hash_file(path: Path, name: str) -> FileRecord:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a directory's entries, survive a power cut."""
+    """Writes a file's content, or a directory's entries, through to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,7 +181,7 @@ def on_main(exchange: Exchange, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def agree(exchange: Exchange, name: str, work: Callable[[], Value]) -> list[Value]:
-    """Every rank's result of `work`; whatever breaks in it on one rank is an OSError on all."""
+    """Every rank's result of `work`; an error of any kind on one rank is an OSError on all."""
     value, cause, problem, number = None, None, None, 0
     try:
         value = work()
@@ -256,7 +246,7 @@ def complete(
 
 
 def set_aside(folder: Path) -> Path:
-    """Takes a directory's name away, so that nobody takes what is left of it for a whole one."""
+    """Renames a directory, so that what a deletion leaves of it does not look whole; returns it."""
     aside = folder.with_name(REPLACED_PREFIX + folder.name)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
@@ -264,7 +254,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def remove_directory(folder: Path) -> None:
-    """Deletes a directory; when that is cut short, what is left has no name that counts."""
+    """Deletes a directory; what an interruption leaves of it does not have its name."""
     shutil.rmtree(set_aside(folder), ignore_errors=True)
 
 
@@ -328,15 +318,15 @@ def find_damage(
             if path.is_symlink() or not path.is_file():
                 damages.append(Damage(path, expected, "no regular file"))
                 continue
-            found = FileRecord(name, path.stat().st_size, record.xxh3_128)
+            present = FileRecord(name, path.stat().st_size, record.xxh3_128)
             if hash_content:
-                found = hash_file(path, name)
+                present = hash_file(path, name)
         except OSError as error:
             damages.append(Damage(path, expected, explain(error)))
             continue
-        if found != record:
-            text = f"{found.num_bytes} bytes"
+        if present != record:
+            text = f"{present.num_bytes} bytes"
             if hash_content:
-                text += f", xxh3_128 {found.xxh3_128}"
+                text += f", xxh3_128 {present.xxh3_128}"
             damages.append(Damage(path, expected, text))
     return damages

@@ -1,4 +1,4 @@
-"""What a process may ask and do about others. Nothing here imports torch."""
+"""Other processes: when they started, whether they live, how they end. Nothing imports torch."""
 
 import contextlib
 import ctypes
@@ -12,8 +12,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def start_of(pid: int) -> float:
-    """When a process started: on Linux in clock ticks since boot, which setting the clock does not
-    change as it changes psutil's create_time.
+    """When a process started.
+
+    On Linux in clock ticks since boot: setting the clock changes psutil's create_time, not these.
 
     Raises:
         psutil.NoSuchProcess: there is none.
@@ -29,7 +30,7 @@ def start_of(pid: int) -> float:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits for its parent does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -37,7 +38,7 @@ def is_alive(pid: int) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """True where a signal stopped it, as Ctrl-Z does."""
+    """Whether a signal stopped the process, as Ctrl-Z does."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
@@ -45,13 +46,13 @@ def is_stopped(pid: int) -> bool:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Asks Linux for a signal when the parent ends; elsewhere does nothing."""
+    """Makes Linux send this process a signal when its parent ends; elsewhere does nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def end_children() -> None:
-    """Kills all processes that this one has started, and theirs."""
+    """Kills the children of this process, and theirs."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()

@@ -1,4 +1,4 @@
-"""Says when the ranks' meeting point is open to the internet: it knows no passwords."""
+"""A warning when MASTER_ADDR is a public address: torch's rendezvous has no authentication."""
 
 import ipaddress
 import os
@@ -6,7 +6,7 @@ import socket
 
 
 def public_address_warning() -> str:
-    """A warning when MASTER_ADDR is a public address; "" otherwise."""
+    """The warning; "" where the address is private, or not known here."""
     name = os.environ.get("MASTER_ADDR", "")
     try:
         address = ipaddress.ip_address(socket.gethostbyname(name)) if name else None

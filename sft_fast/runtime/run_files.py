@@ -31,13 +31,13 @@ class RunFiles:
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """Records of a kind, the later one of two for the same step (a resumed run)."""
-        found = {}
+        latest = {}
         for number, record in enumerate(self.records):
             if record["kind"] == kind:
-                found[record.get("step", -1 - number)] = record
-        return (
-            [found[key] for key in sorted(found)] if kind in ("step", "eval") else [*found.values()]
-        )
+                latest[record.get("step", -1 - number)] = record
+        if kind in ("step", "eval"):
+            return [latest[key] for key in sorted(latest)]
+        return [*latest.values()]
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest record of a kind."""

@@ -1,4 +1,4 @@
-"""One job per run directory, and a directory that can be written. Nothing here imports torch.
+"""The lock of a run directory: one job at a time. Nothing here imports torch.
 
 The lock is a file whose modification time is a heartbeat: that works on network file systems, where
 flock often does not. No clock of a machine is trusted: heartbeats are compared with the time of the
@@ -55,7 +55,7 @@ class RunLock:
                     "another output_dir"
                 )
             if holder is not None:
-                self.take_away(holder)
+                self.remove_abandoned(holder)
 
     def create(self) -> bool:
         """Writes the lock; False where there is one."""
@@ -70,7 +70,7 @@ class RunLock:
         return True
 
     def holder(self) -> dict[str, Any] | None:
-        """Who holds the lock now; None when it has just been given back."""
+        """The content of the lock; None when it has just been released."""
         try:
             holder = json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -79,8 +79,8 @@ class RunLock:
             return {}
         return holder if isinstance(holder, dict) else {}
 
-    def take_away(self, holder: dict[str, Any]) -> None:
-        """Removes an abandoned lock; of several jobs that try, one moves the file."""
+    def remove_abandoned(self, holder: dict[str, Any]) -> None:
+        """Removes an abandoned lock; of several jobs that try, one succeeds."""
         grave = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, grave)
@@ -112,7 +112,7 @@ class RunLock:
 
 
 def is_abandoned(path: Path, holder: dict[str, Any], job: str) -> bool:
-    """True when the holder is dead or has been silent, or belongs to this very job."""
+    """Whether the holder is dead, has renewed no heartbeat for STALE_S, or belongs to this job."""
     if holder.get("job") == job:
         return True
     if holder.get("host") == socket.gethostname():
@@ -127,13 +127,13 @@ def is_abandoned(path: Path, holder: dict[str, Any], job: str) -> bool:
 
 
 def file_system_time(folder: Path) -> float:
-    """What the file system of `folder`, perhaps another machine's, takes the time to be."""
+    """The clock of the file system of `folder`, which may be another machine's; seconds."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
 
 
 def check_output_dir(folder: Path) -> None:
-    """Raises ValueError unless files can be made in `folder`, or in the first parent there is."""
+    """Raises ValueError unless `folder`, or its first parent that exists, can be written."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

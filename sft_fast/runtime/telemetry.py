@@ -1,4 +1,4 @@
-"""Turns third-party telemetry off, by environment variables; imports none of the libraries."""
+"""Telemetry of third-party libraries, turned off by environment variables; imports none of them."""
 
 import os
 
@@ -12,6 +12,6 @@ VARIABLES = {
 
 
 def switch_off() -> None:
-    """Sets their variables, where the user has not; to be called before they are imported."""
+    """Sets the variables that the user has not set; called before the libraries are imported."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""How messages look on a terminal: broken at words, with colours that dark and light ones show."""
+"""Error messages on a terminal: wrapped at words, in colours for dark and light backgrounds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BOLD, RED, GREEN, RESET = "\x1b[1m", "\x1b[31m", "\x1b[32m", "\x1b[0m"
 
 
 def has_colours(stream: TextIO) -> bool:
-    """False for a file or a pipe, and where the user wants none (https://no-color.org)."""
+    """Whether `stream` shows colours: not a file or pipe, nor against NO_COLOR (no-color.org)."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def as_seen(text: str, stream: TextIO) -> str:
-    """Returns the text of an error as `stream` shows it best; a file gets it as it is."""
+    """The text of an error, wrapped and coloured for a terminal; unchanged for a file."""
     if not stream.isatty():
         return text
     width = max(shutil.get_terminal_size().columns, 40)
@@ -43,7 +43,7 @@ def as_seen(text: str, stream: TextIO) -> str:
 
 
 def coloured(shown: str, name: str, is_title: bool) -> str:
-    """Colours a line: `name` is the beginning of a problem's part, or empty."""
+    """A line in colour: `name` is the beginning of a problem's part, or empty."""
     if name:
         colour = {"found": RED, "fix": GREEN}.get(name.strip(" :"), "")
         return f"{colour}{shown}{RESET}" if colour else shown

@@ -153,7 +153,7 @@ class Watchdog:
     # --- the thread
 
     def run(self) -> None:
-        """The thread: publishes, renews the lock, answers signals, looks for hangs."""
+        """The thread's loop: publishes, renews the lock, answers signals, looks for hangs."""
         next_publish = next_lock = next_look = 0.0
         while not self.is_closed.is_set():
             now = time.monotonic()
@@ -179,7 +179,7 @@ class Watchdog:
             self.look_for_hang()
 
     def follow_others(self, patient: bool = True) -> None:
-        """Leaves when another rank failed, left, or died without a word.
+        """Ends this process when another rank failed, left, or died without a record.
 
         Args:
             patient: the main thread may hear of it by itself, and gets the time to.
@@ -234,17 +234,17 @@ class Watchdog:
         self.leave_at = min(self.leave_at, time.monotonic() + within_s)
 
     def look_for_triggers(self) -> None:
-        """Does what the files STOP and SAVE ask for."""
+        """Handles the files STOP and SAVE, and removes them."""
         if self.rank != 0:
             return
-        if take(self.output / "STOP"):
+        if remove_trigger(self.output / "STOP"):
             self.request_stop("file STOP", math.inf)
-        if take(self.output / "SAVE"):
+        if remove_trigger(self.output / "SAVE"):
             self.phases.save_requested = True
 
     def look_for_hang(self) -> None:
         """Ends the run where it hangs, with the stacks of all ranks."""
-        silence = self.hang.find()
+        silence = self.hang.find_hang()
         if silence is None:
             return
         self.hang.dump_stacks()
@@ -269,7 +269,7 @@ class Watchdog:
         os._exit(code)
 
 
-def take(path: Path) -> bool:
+def remove_trigger(path: Path) -> bool:
     """Removes a trigger file; True when it was there."""
     try:
         path.unlink()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from faults.launcher import Launcher, same_weights, step_losses
+from lone_rank import LoneRank
 from sft_fast.runtime.manifest import (
-    LoneRank,
     agree,
     find_damage,
     hash_file,

@@ -203,19 +203,19 @@ def test_a_rank_that_waits_for_one_that_still_loads_is_not_hung(
         clock[0] += 80
         other.tensor_done()
         files[1].publish("running")
-        assert mine.find() is None
+        assert mine.find_hang() is None
     files[0].publish("running")
-    assert other.find() is None
+    assert other.find_hang() is None
     found = []
     for _ in range(9):
         clock[0] += 80
-        found.append((mine.find(), other.find()))
+        found.append((mine.find_hang(), other.find_hang()))
     for detector, texts in zip((mine, other), zip(*found, strict=True), strict=True):
         assert "no tensor was read or written for" in next(text for text in texts if text)
         assert detector.suspects() == "ranks that are behind: [0]"
     mine.begin_phase()
     clock[0] += 1e6
-    assert mine.find() is None, "other phases have no limit"
+    assert mine.find_hang() is None, "other phases have no limit"
 
 
 def restart(launcher: Launcher, name: str, times: int) -> None:

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faults.launcher import Launcher
+from lone_rank import LoneRank
 from sft_fast.runtime.kernel_cache import check_private, use_private_cache
 from sft_fast.runtime.manifest import (
-    LoneRank,
     complete,
     find_damage,
     read_manifest,

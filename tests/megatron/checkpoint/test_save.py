@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from lone_rank import LoneRank
 from rank_pool import RankPool
 from sft_fast.config.sections import CheckpointConfig
-from sft_fast.runtime.manifest import LoneRank, agree, find_damage, staged_directory
+from sft_fast.runtime.manifest import agree, find_damage, staged_directory
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import list_checkpoints
 
