@@ -1,13 +1,13 @@
-"""Weights between Hugging Face safetensors and this rank's part of a megatron model.
+"""Hugging Face tensors and this rank's part of a megatron model: how they correspond, and import.
 
 sft_fast.models.families has the tables: which Hugging Face tensors make up each megatron parameter,
 and how it is split over tensor-parallel ranks. Import reads only this rank's slices, one at a time,
-into the parameters; each pipeline stage and expert-parallel rank exports its own files.
+into the parameters; export/weights.py goes the other way.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sft_fast.errors import DamageError
@@ -27,7 +26,6 @@ from sft_fast.models.families import FAMILIES, MODEL, Rule
 from sft_fast.runtime.phases import no_report
 
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
 ALL = slice(None)
 ROWS_AT_A_TIME = 4096
@@ -37,7 +35,7 @@ class WeightSource(Protocol):
     """Somewhere Hugging Face tensors come from, read in slices."""
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """Returns rows and columns of tensor `name`; 1-D tensors have only rows."""
+        """The rows and columns of a matrix [rows, columns], or the rows of a vector [rows]."""
 
 
 def sizes(architecture: Architecture) -> dict[str, int]:
@@ -93,8 +91,8 @@ class SafetensorsSource:
         expected = hf_shapes(architecture)
         # A tied checkpoint may still carry lm_head; old ones carry rotary buffers.
         optional = {"lm_head.weight"} if architecture.tie_word_embeddings else set()
-        found = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
-        missing, unexpected = expected.keys() - found, found - expected.keys() - optional
+        present = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
+        missing, unexpected = expected.keys() - present, present - expected.keys() - optional
         if missing or unexpected:
             raise ValueError(
                 f"{folder}: the weights do not match config.json: missing "
@@ -262,10 +260,10 @@ def load_hf_weights(
         parameter = matrix_of(rule, parameters[name])
         if rule.split == "vocab":
             parameter.zero_()  # the rows that pad the vocabulary
-        for piece in shard_slices(rule, parameter, architecture, *shard_of(rule, parallel)):
-            shape = piece.view.shape
+        for shard in shard_slices(rule, parameter, architecture, *shard_of(rule, parallel)):
+            shape = shard.view.shape
             # Not kept in a variable, or it would still be there while the next one is read.
-            piece.view.copy_(source.read(piece.source, piece.rows, piece.columns).reshape(shape))
+            shard.view.copy_(source.read(shard.source, shard.rows, shard.columns).reshape(shape))
             tensor_done()
 
 
@@ -284,20 +282,25 @@ def shard_of(rule: Rule, parallel: Parallel) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """Part of a Hugging Face tensor, and the part of a parameter that holds the same numbers."""
+    """Part of a Hugging Face tensor, and the part of a parameter that holds the same numbers.
+
+    Attributes:
+        source: name of the Hugging Face tensor.
+        rows: of the tensor.
+        columns: of the tensor; a vector has none.
+        view: part of the parameter, with as many numbers in the same order.
+    """
 
     source: str
     rows: slice
     columns: slice
-    """Nothing is cut from a tensor of one dimension."""
     view: Tensor
-    """As many numbers in the same order, with other dimensions."""
 
 
 def shard_slices(
     rule: Rule, parameter: Tensor, architecture: Architecture, size: int, rank: int
 ) -> Iterator[ShardSlice]:
-    """Takes the parameter of rank `rank` of `size` apart; the rows of padding are left out."""
+    """What the parameter [rows, ...] of rank `rank` of `size` is made of, padding left out."""
     source = next(iter(rule.sources))
     if rule.split == "replicated":
         yield ShardSlice(source, ALL, ALL, parameter)
@@ -332,16 +335,16 @@ def blocks(rule: Rule, architecture: Architecture) -> Iterator[tuple[str, int, i
 
 
 def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
-    """All shards of a parameter -> the rule's Hugging Face tensors; the inverse of loading."""
+    """Shards [rows, ...] of all ranks -> the rule's Hugging Face tensors; inverse of loading."""
     merged = {
         name: shards[0].new_empty(shape_of(dims, architecture))
         for name, dims in rule.sources.items()
     }
     for rank, shard in enumerate(shards):
-        for piece in shard_slices(rule, shard, architecture, len(shards), rank):
-            rows = merged[piece.source][piece.rows]
-            target = rows if rows.dim() == 1 else rows[:, piece.columns]
-            target.copy_(piece.view.reshape(target.shape))
+        for block in shard_slices(rule, shard, architecture, len(shards), rank):
+            rows = merged[block.source][block.rows]
+            target = rows if rows.dim() == 1 else rows[:, block.columns]
+            target.copy_(block.view.reshape(target.shape))
         if rule.split == "replicated":
             break
     return list(merged.values())
@@ -353,116 +356,12 @@ def qkv_widths(architecture: Architecture) -> tuple[int, int, int]:
     return queries * architecture.head_dim, architecture.head_dim, architecture.head_dim
 
 
-def export_weights(
-    models: Sequence[SFTModel],
-    folder: Path,
-    architecture: Architecture,
-    parallel: Parallel,
-    dtype: torch.dtype,
-    tensor_done: Callable[[], None] = no_report,
-) -> None:
-    """Writes *.safetensors and their index to `folder`; every rank must call it.
-
-    The first rank of each pipeline stage writes that stage's files, and one rank for each part of
-    the experts, so `folder` must be on a file system that they share.
-
-    Args:
-        models: what `build_model` returned.
-        folder: exists.
-        architecture: of the models.
-        parallel: this rank's place.
-        dtype: of the files.
-        tensor_done: called after each tensor and each file, see runtime.phases.
-    """
-    prefix = f"stage{parallel.pp_rank + 1:02d}-part{parallel.ep_rank + 1:02d}"
-    writer = ShardWriter(folder, prefix, tensor_done)
-    owned = [(model, *named) for model in models for named in named_rules(model, architecture)]
-    for model, name, rule in owned:
-        if not (parallel.edp_rank == 0 if rule.is_expert else parallel.is_first_replica):
-            continue
-        own = matrix_of(rule, merged_parameter(model, name))
-        shards = gather_shards(own, parallel, rule.is_expert)
-        is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
-        tensor_done()
-        if shard_of(rule, parallel)[1] != 0 or is_tied_copy:
-            continue
-        tensors = merge_shards(rule, shards, architecture)
-        for source, tensor in zip(rule.sources, tensors, strict=True):
-            writer.add(source, tensor.to("cpu", dtype))
-    writer.flush()
-    write_index(writer, folder, parallel)
-
-
-def merged_parameter(model: SFTModel, name: str) -> Tensor:
-    """The parameter; the weight of a matrix with LoRA adapters has them added, in fp32."""
-    module_name, _, attribute = name.rpartition(".")
-    module: Any = model.get_submodule(module_name)
-    if attribute == "weight" and hasattr(module, "merged_weight"):
-        return module.merged_weight()
-    return model.get_parameter(name).detach()
-
-
 def gather_shards(shard: Tensor, parallel: Parallel, is_expert: bool = False) -> list[Tensor]:
-    """The shards of all tensor-parallel ranks, each like `shard`."""
+    """The shards of all tensor-parallel ranks, each of the shape of `shard`."""
     group = parallel.etp_group if is_expert else parallel.tp_group
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(shards, shard.contiguous(), group=group)
     return shards
-
-
-class ShardWriter:
-    """Collects tensors and writes a safetensors file whenever SHARD_BYTES are full."""
-
-    def __init__(self, folder: Path, prefix: str, tensor_done: Callable[[], None]):
-        self.folder, self.prefix, self.tensor_done = folder, prefix, tensor_done
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = 0
-        self.file_of: dict[str, str] = {}
-        self.total_bytes = 0
-        self.num_files = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor of any shape; writes a file when enough are there."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self.pending_bytes + num_bytes > SHARD_BYTES:
-            self.flush()
-        self.pending[name] = tensor.contiguous()
-        self.pending_bytes += num_bytes
-        self.total_bytes += num_bytes
-
-    def flush(self) -> None:
-        """Writes the tensors that wait."""
-        if not self.pending:
-            return
-        self.num_files += 1
-        file = f"model-{self.prefix}-{self.num_files:05d}.safetensors"
-        save_tensors(self.pending, self.folder / file)
-        self.tensor_done()
-        self.file_of.update(dict.fromkeys(self.pending, file))
-        self.pending, self.pending_bytes = {}, 0
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises OSError where the file cannot be written."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-
-
-def write_index(writer: ShardWriter, folder: Path, parallel: Parallel) -> None:
-    """The main rank collects what each rank wrote; a lone file needs no index."""
-    parts: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(parts, (writer.file_of, writer.total_bytes))
-    if not parallel.is_main:
-        return
-    weight_map = {name: file for file_of, _ in parts for name, file in file_of.items()}
-    if len(set(weight_map.values())) == 1:
-        (folder / next(iter(weight_map.values()))).rename(folder / "model.safetensors")
-        return
-    total_bytes = sum(num_bytes for _, num_bytes in parts)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def open_safetensors(path: Path) -> Any:

@@ -24,6 +24,7 @@ from sft_fast.data import (
 )
 from sft_fast.megatron import evaluation, hf
 from sft_fast.megatron.checkpoint import host_snapshot, save
+from sft_fast.megatron.export import weights
 from sft_fast.runtime import hang, launch_files, manifest, watchdog
 
 # megatron collects garbage in every save: not what was imported, over and over.
@@ -113,7 +114,7 @@ def hang_while(doing: str) -> None:
     """In the second tensor; from then on there is no time to wait for one."""
     module, name = {
         "loading": (hf.RandomSource, "read"),
-        "exporting": (hf, "merge_shards"),
+        "exporting": (weights, "merge_shards"),
     }[doing]
 
     def hang_at_once() -> None:
@@ -125,13 +126,13 @@ def hang_while(doing: str) -> None:
 
 def wrong_export(factor: str) -> None:
     """What is exported of the first tensor is not what was trained."""
-    original, calls = hf.merge_shards, [0]
+    original, calls = weights.merge_shards, [0]
 
     def merge(*args: Any) -> Any:
         calls[0] += 1
         return [t * float(factor) if calls[0] == 1 else t for t in original(*args)]
 
-    hf.merge_shards = merge
+    weights.merge_shards = merge
 
 
 def stop_in_step(number: str) -> None:

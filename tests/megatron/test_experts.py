@@ -123,19 +123,19 @@ def test_the_export_is_the_trained_model(rank_pool: RankPool, config: Path, run:
 
 def broken_export(arguments: list[str]) -> tuple[int, str]:
     """A run whose export loses the order of query heads."""
-    from sft_fast.megatron import hf
+    from sft_fast.megatron.export import weights
 
-    original = hf.merge_shards
+    original = weights.merge_shards
 
     def merge(rule: object, *rest: object) -> list:
         tensors = original(rule, *rest)
         return [tensor.flip(0) if rule.split == "qkv" else tensor for tensor in tensors]
 
-    hf.merge_shards = merge
+    weights.merge_shards = merge
     try:
         return call_main(arguments)
     finally:
-        hf.merge_shards = original
+        weights.merge_shards = original
 
 
 def test_an_export_that_computes_something_else_is_refused(

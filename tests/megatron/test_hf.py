@@ -152,10 +152,10 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
     """Returns (logits, loss, gradients)."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from sft_fast.megatron.export.weights import export_weights
     from sft_fast.megatron.forward_step import forward_step, packed_samples
     from sft_fast.megatron.hf import (
         SafetensorsSource,
-        export_weights,
         gather_shards,
         load_hf_weights,
         matrix_of,
@@ -390,7 +390,7 @@ def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_written_are_an_os_error(tmp_path: Path) -> None:
-    from sft_fast.megatron.hf import save_tensors
+    from sft_fast.megatron.export.weights import save_tensors
 
     with pytest.raises(OSError, match=r"nowhere/w could not be written: .*No such file"):
         save_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere/w")

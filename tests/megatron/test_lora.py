@@ -153,7 +153,8 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
 
     from sft_fast.megatron import sft
     from sft_fast.megatron.export.adapter import PEFT_NAMES, export_adapter
-    from sft_fast.megatron.hf import export_weights, gather_shards
+    from sft_fast.megatron.export.weights import export_weights
+    from sft_fast.megatron.hf import gather_shards
     from sft_fast.megatron.model import unwrap
     from sft_fast.megatron.optim import normalise_by
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config

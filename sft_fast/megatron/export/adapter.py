@@ -12,7 +12,8 @@ from sft_fast.config.sections import ExportConfig, LoraConfig, ModelConfig
 from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.model import EXPORT_TIMEOUT_S
-from sft_fast.megatron.hf import gather_shards, save_tensors
+from sft_fast.megatron.export.weights import save_tensors
+from sft_fast.megatron.hf import gather_shards
 from sft_fast.megatron.lora import LoraLinear
 from sft_fast.megatron.model import DTYPES
 from sft_fast.megatron.parallel import Parallel
@@ -46,7 +47,7 @@ def export_adapter(
 
 
 def whole_adapters(model: ModuleList, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:
-    """PEFT's name -> tensor on the CPU, of this pipeline stage."""
+    """PEFT's name -> [rank, in], [out, rank] or [out], on the CPU, of this pipeline stage."""
     tensors = {}
     for module in model.modules():
         if not isinstance(module, LoraLinear):
@@ -62,7 +63,7 @@ def whole_adapters(model: ModuleList, dtype: torch.dtype, parallel: Parallel) ->
 
 
 def gather_stages(tensors: dict[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
-    """The tensors of all pipeline stages, sorted by name."""
+    """The tensors, of any shape, of all pipeline stages, sorted by name."""
     stages: list[Any] = [None] * parallel.pp_size
     dist.all_gather_object(stages, tensors, group=parallel.pp_group)
     merged = {name: tensor for stage in stages for name, tensor in stage.items()}

@@ -12,7 +12,7 @@ from sft_fast.config.sections import ExportConfig, ModelConfig
 from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.check import check_export, is_checked
-from sft_fast.megatron.hf import export_weights
+from sft_fast.megatron.export.weights import export_weights
 from sft_fast.megatron.load_inputs import ExportSource
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
@@ -72,12 +72,12 @@ def write_card(folder: Path, data_fingerprint: str, output: Path) -> None:
     """
     if not all((output / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         return
-    found = read_run(output)
-    world_size = (found.last("launch") or {}).get("world_size", 1)
+    run = read_run(output)
+    world_size = (run.last("launch") or {}).get("world_size", 1)
     config = load_config(output / "config.yaml", [])
-    card = model_card(config, found, data_fingerprint, world_size)
+    card = model_card(config, run, data_fingerprint, world_size)
     try:
-        (folder / CURVES_FILE).write_bytes(png(draw_curves(found)))
+        (folder / CURVES_FILE).write_bytes(png(draw_curves(run)))
     except ValueError:
         # Nothing was trained, or matplotlib is missing: a card without a picture.
         card = card.replace(f"![training curves]({CURVES_FILE})\n\n", "")
