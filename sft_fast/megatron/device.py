@@ -45,7 +45,7 @@ def init_device() -> torch.device:
         return CPU
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    # It prepares every new shape for a long time, and packed rows bring new shapes all the time.
+    # It prepares every new shape for a long time, and packing brings new shapes all the time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -154,11 +154,13 @@ def patch_tensor_methods() -> None:
     original_type, original_to = tensor.type, tensor.to
 
     def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Tensor.type, naming a CUDA type; of a tensor of any shape."""
         if dtype is not None:
             return original_type(self, dtype, *args, **kwargs)
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Tensor.to, of a tensor of any shape, with the CPU for a CUDA device."""
         if is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return original_to(self, *(CPU if is_cuda(arg) else arg for arg in args), **kwargs)
@@ -178,11 +180,15 @@ def patch_rng_tracker() -> None:
 
 
 def uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
-    """gloo cannot gather tensors of different lengths, as experts split over ranks do."""
+    """An all_gather that takes tensors of different lengths, as ranks with experts have them.
+
+    gloo's own does not.
+    """
 
     def all_gather(
         outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        """Fills `outputs`, each [its rank's length, ...], with the ranks' tensors."""
         lengths = [len(output) if output.dim() else 1 for output in outputs]
         if len(set(lengths)) == 1:
             return original(outputs, tensor, *args, **kwargs)

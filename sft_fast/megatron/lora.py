@@ -91,12 +91,12 @@ class LoraLinear(torch.nn.Module):
     """Dimension over which tensor-parallel ranks split a, b and m; None = each has all of it."""
 
     def pair(self, projection: Projection) -> tuple[Tensor, Tensor]:
-        """(A, B) of a projection, this rank's parts."""
+        """(A [rank, in], B [num_rows, rank]) of a projection, this rank's parts."""
         parameters = self.parameters_of(projection)
         return parameters["a"], parameters["b"]
 
     def parameters_of(self, projection: Projection) -> dict[str, Tensor]:
-        """a, b and with DoRA m of a projection, this rank's parts."""
+        """a [rank, in], b [num_rows, rank] and with DoRA m [num_rows], this rank's parts."""
         letters = "abm" if self.dora else "ab"
         return {letter: getattr(self, parameter_name(letter, projection)) for letter in letters}
 
@@ -125,12 +125,15 @@ class LoraLinear(torch.nn.Module):
         return self.in_megatron_order(blocks)
 
     def in_megatron_order(self, blocks: list[Tensor]) -> Tensor:
-        """Puts rows together that are given by projection: per query group its q, k and v."""
+        """Blocks [num_rows, ...] of each projection -> [out, ...], in megatron's order of rows.
+
+        Per query group its q, k and v.
+        """
         grouped = [block.view(self.num_groups, -1, *block.shape[1:]) for block in blocks]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def by_projection(self, rows: Tensor) -> list[Tensor]:
-        """The inverse, for one number per row: [out] -> one [num_rows] for each projection."""
+        """The inverse for one number per row: [out] -> [num_rows] of each projection."""
         widths = [projection.num_rows // self.num_groups for projection in self.projections]
         return [part.flatten() for part in rows.view(self.num_groups, -1).split(widths, dim=1)]
 
@@ -163,7 +166,7 @@ class LoraLinear(torch.nn.Module):
 
     @torch.no_grad()
     def summed_weight(self) -> Tensor:
-        """This rank's weight + scale * B A, a new fp32 tensor; a constant to DoRA's gradient."""
+        """This rank's weight + scale * B A, fp32 [out, in]; a constant to DoRA's gradient."""
         delta = self.block_b().float() @ self.stacked_a().float()
         return torch.add(self.weight.float(), delta, alpha=self.scale)
 
@@ -179,7 +182,7 @@ class LoraLinear(torch.nn.Module):
         return self.in_megatron_order(factors)
 
     def row_lengths(self, weight: Tensor) -> Tensor:
-        """[out]: Euclidean length of each row, over all tensor-parallel ranks, of `weight`."""
+        """[out]: Euclidean length of each row of `weight` [out, in], over all columns' ranks."""
         squares = weight.square().sum(dim=1)
         if self.split_dims["a"] == 1:
             dist.all_reduce(squares, group=self.tp_group)
@@ -187,7 +190,7 @@ class LoraLinear(torch.nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """This rank's weight with the adapters merged, fp32; the weight itself does not change."""
+        """This rank's weight with the adapters merged, a new fp32 tensor [out, in]."""
         weight = self.summed_weight()
         return weight * self.row_factors(weight)[:, None] if self.dora else weight
 
@@ -371,7 +374,7 @@ def add_parameters(
     seed: int,
     parallel: Parallel,
 ) -> None:
-    """Adds A, B and with DoRA m, which begins as the `length` of the projection's rows."""
+    """Adds A, B and with DoRA m, which begins as the `length` [num_rows] of the rows."""
     rank, num_columns = lora.rank, linear.weight.shape[1]
     is_split = linear.split_dims["a"] is not None
     num_inputs = num_columns * parallel.tp_size if is_split else num_columns
@@ -386,7 +389,7 @@ def add_parameters(
         if dim is not None:
             set_tensor_model_parallel_attributes(parameter, True, dim, stride=1)
         else:
-            # Each rank sees its part of the sequence, so megatron must add up the gradients.
+            # Each rank sees its part of the sequence: megatron adds up gradients with this mark.
             parameter.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
         linear.register_parameter(parameter_name(letter, projection), parameter)
 

@@ -65,7 +65,7 @@ ACTIVATIONS = {
 
 
 class LossOutputLayer(ColumnParallelLinear):
-    """The LM head. With labels it returns the loss; logits of masked rows are never computed.
+    """The LM head. With labels it returns the loss; logits of other tokens are never computed.
 
     The loss runs inside this module's forward so that DDP's parameter-gather hooks fire. An
     existing output layer becomes one by assigning `__class__`: same parameters and checkpoint keys.
@@ -172,6 +172,7 @@ class SFTModel(GPTModel):
         **kwargs: Any,
     ) -> Any:
         """As megatron's, with the rotary angles of `position_ids` [b, s]: fp32 [s, b, 1, n]."""
+        # decoder_input [s, b, h]; None on later pipeline stages.
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.embedding_scale is not None and decoder_input is not None:
             decoder_input = decoder_input * self.embedding_scale.to(decoder_input)
@@ -179,7 +180,7 @@ class SFTModel(GPTModel):
         if self.noise is not None and self.training and decoder_input is not None and samples:
             decoder_input = self.noise.add(decoder_input, position_ids, samples)
         self.rotary_frequencies = self.rotary_frequencies.to(position_ids.device)
-        frequencies = self.rotary_frequencies
+        frequencies = self.rotary_frequencies  # [kinds, n]
         if self.longest_short_sample is not None:
             frequencies = frequencies_by_length(
                 frequencies,
@@ -358,7 +359,8 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     Raises:
         ConfigError: the layout does not fit the architecture (see layout.py).
     """
-    check_layout(architecture, config.model, config.parallel, config.lora)
+    if problems := list(layout_problems(architecture, config.model, config.parallel, config.lora)):
+        raise ConfigError(problems, "the layout of this model")
     megatron_config = transformer_config(
         architecture, config.model, config.parallel, config.lora, parallel
     )
@@ -376,14 +378,14 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
         config.model.attention, shape, scorings(architecture), further_test
     )
     return [
-        build_chunk(architecture, config, parallel, megatron_config, attention, vp_stage)
+        build_chunk(architecture, config.loss, parallel, megatron_config, attention, vp_stage)
         for vp_stage in range(parallel.vp_size)
     ]
 
 
 def build_chunk(
     architecture: Architecture,
-    config: Config,
+    loss: LossConfig,
     parallel: Parallel,
     megatron_config: TransformerConfig,
     attention: AttentionChoice,
@@ -403,7 +405,7 @@ def build_chunk(
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="none",
         architecture=architecture,
-        loss_config=config.loss,
+        loss_config=loss,
         vp_stage=vp_stage,
     )
     model.attention = attention
@@ -427,15 +429,6 @@ def mark_sharded_weights(model: SFTModel) -> None:
                 set_tensor_model_parallel_attributes(weight, True, dim, stride=1)
             if weight is not None and getattr(module, "is_expert", False):
                 weight.allreduce = False
-
-
-def check_layout(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig
-) -> None:
-    """Raises ValueError unless the parallel sizes fit the model."""
-    problems = list(layout_problems(architecture, model, parallel, lora))
-    if problems:
-        raise ConfigError(problems, "the layout of this model")
 
 
 def unwrap(model: torch.nn.Module) -> SFTModel:

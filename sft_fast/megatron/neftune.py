@@ -41,42 +41,51 @@ class EmbeddingNoise:
         Args:
             embeddings: [T or T / tp, 1, hidden_size].
             position_ids: int64 [1, T].
-            samples: of the row.
+            samples: of the sequence.
         """
-        rows, hidden_size = position_ids.shape[1], embeddings.shape[2]
-        keys, limits = self.keys_and_limits(position_ids[0], samples, hidden_size)
-        if len(embeddings) < rows:  # sequence parallel
+        num_tokens, hidden_size = position_ids.shape[1], embeddings.shape[2]
+        keys, limits = self.keys_and_limits(position_ids[0], samples, hidden_size)  # [T] each
+        if len(embeddings) < num_tokens:  # sequence parallel
             begin = self.parallel.tp_rank * len(embeddings)
             part = slice(begin, begin + len(embeddings))
             keys, limits = keys[part], limits[part]
         channels = mixed(torch.arange(hidden_size, dtype=torch.int32, device=keys.device))
-        noise = mixed(keys[:, None] ^ channels).to(limits.dtype).mul_(2.0**-31)
+        # An int32 over 2**31: uniform in [-1, 1).
+        noise = mixed(keys[:, None] ^ channels).to(limits.dtype).mul_(2.0**-31)  # [T, hidden_size]
         return embeddings + noise.mul_(limits[:, None])[:, None].to(embeddings.dtype)
 
     def keys_and_limits(
         self, positions: Tensor, samples: PackedSamples, hidden_size: int
     ) -> tuple[Tensor, Tensor]:
-        """int32 [T], the randomness of each row, and fp32 [T], the largest noise."""
+        """int32 [T], the random key of each token, and fp32 [T], its largest noise.
+
+        Args:
+            positions: int64 [T], of each token in its sample.
+            samples: of the sequence.
+            hidden_size: channels of an embedding.
+        """
         ids = samples.sample_ids
         assert ids is not None, "the micro-batch says which samples it holds"
-        slots = np.array(samples.seqlens)[: len(ids)] // self.parallel.cp_size
+        # Padded samples, as this context-parallel rank has them.
+        padded_lengths = np.array(samples.seqlens)[: len(ids)] // self.parallel.cp_size
         lengths = self.lengths[ids].astype(np.int64)
         seeds = np.array([hash_of(self.seed, self.step, int(number)) for number in ids], np.int64)
         limits = (self.alpha / np.sqrt(np.maximum(lengths, 1) * hidden_size)).astype(np.float32)
 
-        def by_row(values: NDArray[Any]) -> Tensor:
-            padded = np.zeros(len(positions), values.dtype)
-            padded[: slots.sum()] = np.repeat(values, slots)
-            return torch.from_numpy(padded).to(positions.device, non_blocking=True)
+        def by_token(values: NDArray[Any]) -> Tensor:
+            """[samples] -> [T]."""
+            repeated = np.zeros(len(positions), values.dtype)
+            repeated[: padded_lengths.sum()] = np.repeat(values, padded_lengths)
+            return torch.from_numpy(repeated).to(positions.device, non_blocking=True)
 
-        is_token = positions < by_row(lengths)
-        keys = by_row(seeds) + positions * 0x9E3779B97F4A7C
+        is_token = positions < by_token(lengths)
+        keys = by_token(seeds) + positions * 0x9E3779B97F4A7C
         keys = mixed((keys ^ (keys >> 32)).to(torch.int32))
-        return keys, torch.where(is_token, by_row(limits), 0.0)
+        return keys, torch.where(is_token, by_token(limits), 0.0)
 
 
 def hash_of(*numbers: int) -> int:
-    """63 bits that change all when one number does (splitmix64)."""
+    """A hash of some numbers, 63 bits (splitmix64)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64
@@ -87,7 +96,7 @@ def hash_of(*numbers: int) -> int:
 
 
 def mixed(values: Tensor) -> Tensor:
-    """int32 -> int32, every bit of which depends on every bit (lowbias32); integers wrap around."""
+    """A hash of each value, int32 of the same shape (lowbias32); integers wrap around."""
     values = values ^ (values >> 16 & 0xFFFF)
     values = values.mul_(0x7FEB352D)
     values = values.bitwise_xor_(values >> 15 & 0x1FFFF)
@@ -102,7 +111,7 @@ def add_noise(
     lengths: NDArray[np.integer],
     parallel: Parallel,
 ) -> None:
-    """Turns the noise on where the config asks for it; `lengths` are those of the training set."""
+    """Turns the noise on where the config asks for it; `lengths` [N] are the training samples'."""
     alpha = train.neftune_alpha
     if alpha > 0:
         for chunk in model:

@@ -30,7 +30,7 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
                 "rotary frequencies"
             )
         return plain / factors
-    frequencies = [scaled(plain, architecture)]
+    frequencies = [scaled_frequencies(plain, architecture)]
     if architecture.local_rope_theta is not None:
         frequencies.append(plain_frequencies(architecture, architecture.local_rope_theta))
     return torch.stack(frequencies)
@@ -47,8 +47,8 @@ def rotated_channels(architecture: Architecture) -> int:
     return int(architecture.head_dim * architecture.rotary_fraction)
 
 
-def scaled(frequencies: Tensor, architecture: Architecture) -> Tensor:
-    """Lowers the frequencies for samples longer than those of the first training."""
+def scaled_frequencies(frequencies: Tensor, architecture: Architecture) -> Tensor:
+    """Frequencies [n], lowered for samples longer than those of the pretraining."""
     scaling = architecture.rope_scaling
     if scaling is None:
         return frequencies
@@ -71,14 +71,14 @@ def scaled(frequencies: Tensor, architecture: Architecture) -> Tensor:
 
 
 def channel_of(turns: float, architecture: Architecture, scaling: RopeScaling) -> float:
-    """Number of the frequency that turns so often within the original positions."""
+    """Channel of the frequency that makes so many turns within the original positions."""
     positions = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
     channels = rotated_channels(architecture)
     return channels * math.log(positions) / (2 * math.log(architecture.rope_theta))
 
 
 def longest_short_sample(architecture: Architecture) -> int | None:
-    """Tokens up to which a sample of a longrope model is a short one; None = length is nothing."""
+    """Tokens of the longest sample that a longrope model calls short; None for other models."""
     scaling = architecture.rope_scaling
     if scaling is None or scaling.kind != "longrope":
         return None
@@ -86,31 +86,38 @@ def longest_short_sample(architecture: Architecture) -> int | None:
 
 
 def frequencies_by_length(
-    frequencies: Tensor, longest_short: int, cu_seqlens: Tensor | None, num_rows: int, cp_size: int
+    frequencies: Tensor,
+    longest_short: int,
+    cu_seqlens: Tensor | None,
+    num_tokens: int,
+    cp_size: int,
 ) -> Tensor:
-    """Chooses between the two kinds of a longrope model for each row.
+    """Frequencies of a longrope model for each token: of short samples, or of long ones.
 
     Args:
         frequencies: [2, n], of short and of long samples.
         longest_short: tokens of the longest sample that is short.
-        cu_seqlens: int32 [samples + 1], of the whole row; None: one sample of num_rows rows.
-        num_rows: of this context-parallel rank.
+        cu_seqlens: int32 [samples + 1], of the whole sequence; None: it is one sample.
+        num_tokens: of this context-parallel rank.
         cp_size: context-parallel ranks.
 
-    Returns: [num_rows, 1, n].
+    Returns: [num_tokens, 1, n].
     """
     if cu_seqlens is None:
-        return frequencies[int(num_rows * cp_size > longest_short)].expand(num_rows, 1, -1)
-    rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int32)
-    ends = cu_seqlens[1:] // cp_size
-    sample = torch.searchsorted(ends, rows, right=True).clamp_(max=len(ends) - 1)
+        return frequencies[int(num_tokens * cp_size > longest_short)].expand(num_tokens, 1, -1)
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
+    ends = cu_seqlens[1:] // cp_size  # of each sample on this rank
+    # Padding at the end of the sequence counts to the last sample.
+    sample = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
     is_long = (cu_seqlens.diff() > longest_short)[sample]
     return frequencies[is_long.long()].unsqueeze(1)
 
 
 def concentration_option(architecture: Architecture) -> float | None:
-    """What makes megatron multiply cosine and sine by the scaling's attention_factor: it takes
-    0.1 * log(option) + 1."""
+    """The `yarn_rotary_scaling_factor` with which megatron scales cosine and sine as asked for.
+
+    It multiplies them by 0.1 * log(option) + 1, and has no option for the factor itself.
+    """
     scaling = architecture.rope_scaling
     if scaling is None or scaling.attention_factor == 1.0:
         return None
@@ -120,7 +127,7 @@ def concentration_option(architecture: Architecture) -> float | None:
 def rotary_angles(position_ids: Tensor, frequencies: Tensor) -> Tensor:
     """position_ids [b, s], frequencies [kinds, n] -> fp32 [s, b, 1, kinds * 2n], radians.
 
-    Frequencies may also be of the rows: [s, 1, n], one kind.
+    Frequencies may also be those of each token: [s, 1, n], one kind.
     """
     if frequencies.dim() == 3:
         frequencies = frequencies.unsqueeze(1)
@@ -145,7 +152,7 @@ class PerLayerRotaryAttention(SelfAttention):
         self.num_kinds = 1 if architecture.local_rope_theta is None else 2
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
-        """As megatron's, with the angles of this layer's kind."""
+        """As megatron's, with this layer's kind of `rotary_pos_emb` [s, b, 1, kinds * 2n]."""
         angles = None
         if self.rotary_kind is not None:
             angles = rotary_pos_emb.chunk(self.num_kinds, dim=-1)[self.rotary_kind]

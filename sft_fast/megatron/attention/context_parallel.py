@@ -1,11 +1,11 @@
 """Context-parallel attention over packed samples, without Transformer Engine.
 
-Each slot of a row is cut into 2 * cp_size chunks, and rank r has chunks r and 2 * cp_size - 1 - r
-of every slot (batch.RowLayout): causal attention then costs every rank the same. Keys and values
-are gathered from all ranks; the queries of a chunk see the keys of their slot up to their own
-chunk's end. So each chunk is a segment of its own whose keys end where its queries end, which
+Each padded sample is cut into 2 * cp_size chunks, and rank r has chunks r and 2 * cp_size - 1 - r
+of every one (micro_batch.py): causal attention then costs every rank the same. Keys and values are
+gathered from all ranks; the queries of a chunk see the keys of their sample up to their own chunk's
+end. So each chunk is a segment of its own whose keys end where its queries end, which
 varlen kernels know as causal attention aligned at the bottom right. The backward pass adds up the
-ranks' gradients of keys and values, and gives each rank its own rows' (reduce-scatter).
+ranks' gradients of keys and values, and gives each rank those of its own tokens (reduce-scatter).
 
 Source: Llama 3 herd of models, 2024 (arXiv 2407.21783), section 3.3.2; the cutting into 2 * cp_size
 chunks is megatron-core's (get_batch_on_this_cp_rank).
@@ -37,7 +37,7 @@ from sft_fast.megatron.parallel import Parallel
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """The ranks that share a row."""
+    """The ranks that share a sequence."""
 
     size: int
     rank: int
@@ -48,7 +48,7 @@ SELF_TEST_CHUNK = 17
 
 
 def context_group(parallel: Parallel) -> ContextGroup | None:
-    """None where no row is shared."""
+    """The ranks that share this rank's sequences; None where it has them alone."""
     if parallel.cp_size == 1:
         return None
     return ContextGroup(parallel.cp_size, parallel.cp_rank, parallel.cp_group)
@@ -56,48 +56,49 @@ def context_group(parallel: Parallel) -> ContextGroup | None:
 
 @dataclass(frozen=True)
 class ContextShare:
-    """This rank's part of the attention over one row."""
+    """This rank's part of the attention over one sequence."""
 
     segments: PackedSamples
     """Chunks of queries, each with the keys that it sees."""
-    rows: Tensor
-    """int64 [keys of all segments]: their rows in the gathered keys of all ranks."""
+    places: Tensor
+    """int64 [keys of all segments]: where they are among the gathered keys of all ranks."""
     first: Tensor
-    """int64: which of them belong to the first chunk of a slot; their rows are different ones."""
+    """int64: which of them belong to the first chunk of a sample; no place is there twice."""
     second: Tensor
     """int64: which of them belong to the second chunk; likewise."""
 
 
-def share_row(
-    seqlens: tuple[int, ...], num_rows: int, context: ContextGroup, device: torch.device
+def share_sequence(
+    seqlens: tuple[int, ...], num_tokens: int, context: ContextGroup, device: torch.device
 ) -> ContextShare:
     """What rank `context.rank` computes.
 
     Args:
-        seqlens: slots of the whole row, multiples of 2 * cp_size.
-        num_rows: rows of each rank's tensors, padding included.
+        seqlens: padded samples of the whole sequence, multiples of 2 * cp_size.
+        num_tokens: of each rank's tensors, padding included.
         context: the ranks that share.
         device: of the result.
     """
     size, rank = context.size, context.rank
-    slots = np.array(seqlens, dtype=np.int64)
-    assert (slots % (2 * size) == 0).all(), (seqlens, size)
-    chunks = slots // (2 * size)
+    lengths = np.array(seqlens, dtype=np.int64)
+    assert (lengths % (2 * size) == 0).all(), (seqlens, size)
+    chunks = lengths // (2 * size)  # tokens of a chunk of each sample
     query_lengths = np.repeat(chunks, 2)
-    # A slot's first and second segment see the chunks up to r and up to 2 * size - 1 - r.
+    # A sample's first and second segment see the chunks up to r and up to 2 * size - 1 - r.
     key_lengths = np.outer(chunks, [rank + 1, 2 * size - rank]).ravel()
     segment = np.repeat(np.arange(len(key_lengths)), key_lengths)
+    # Of each key of the segments: position in its sample, the sample, its chunk, the chunk's rank.
     position = np.arange(len(segment)) - (np.cumsum(key_lengths) - key_lengths)[segment]
-    slot = segment // 2
-    chunk, within = np.divmod(position, chunks[slot])
+    sample = segment // 2
+    chunk, within = np.divmod(position, chunks[sample])
     owner = np.minimum(chunk, 2 * size - 1 - chunk)
-    start = (np.cumsum(slots) - slots)[slot] // size
-    start += np.where(chunk < size, 0, chunks[slot])
-    rows = owner * num_rows + start + within
+    start = (np.cumsum(lengths) - lengths)[sample] // size
+    start += np.where(chunk < size, 0, chunks[sample])
+    places = owner * num_tokens + start + within
     is_first = segment % 2 == 0
     return ContextShare(
         segments(query_lengths, key_lengths, device),
-        torch.from_numpy(rows).to(device, non_blocking=True),
+        torch.from_numpy(places).to(device, non_blocking=True),
         torch.from_numpy(np.flatnonzero(is_first)).to(device, non_blocking=True),
         torch.from_numpy(np.flatnonzero(~is_first)).to(device, non_blocking=True),
     )
@@ -132,13 +133,12 @@ class GatherKeys(torch.autograd.Function):
         """Keys and values [tokens, kv_heads, head_dim] of all ranks, in the order of this rank's
         share.
         """
-        own = torch.stack([key, value], dim=1)
+        own = torch.stack([key, value], dim=1)  # [T / cp_size, 2, kv_heads, head_dim]
         gathered = own.new_empty(context.size * len(own), *own.shape[1:])
         dist.all_gather_into_tensor(gathered, own, group=context.group)
         ctx.share, ctx.context, ctx.own_shape = share, context, own.shape
-        return gathered[:, 0].index_select(0, share.rows), gathered[:, 1].index_select(
-            0, share.rows
-        )
+        keys, values = (gathered[:, part].index_select(0, share.places) for part in (0, 1))
+        return keys, values
 
     @staticmethod
     @once_differentiable
@@ -147,9 +147,9 @@ class GatherKeys(torch.autograd.Function):
         share, context, shape = ctx.share, ctx.context, ctx.own_shape
         total = grad_key.new_zeros(context.size * shape[0], *shape[1:])
         for place, grad in enumerate((grad_key, grad_value)):
-            # Within one of the two parts no row is named twice: no sum depends on an order.
+            # Within one of the two parts no place is there twice: no sum depends on an order.
             for part in (share.second, share.first):
-                total[:, place].index_add_(0, share.rows[part], grad[part])
+                total[:, place].index_add_(0, share.places[part], grad[part])
         own = total.new_empty(shape)
         dist.reduce_scatter_tensor(own, total, group=context.group)
         return own[:, 0], own[:, 1], None, None
@@ -171,6 +171,7 @@ def check_context(
     pack = partial(pack_samples, (length,), edges)
 
     def shared(query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, _: Any) -> Tensor:
+        """[tokens of this rank, heads, head_dim], by all ranks together."""
         return attend_in_context(attend, query, key, value, samples, scoring, context)
 
     whole = list(run_with_gradients(attend, inputs, pack(), scoring))
@@ -198,21 +199,21 @@ def attend_in_context(
     scoring: ScoreOptions,
     context: ContextGroup,
 ) -> Tensor:
-    """Attention of this rank's rows.
+    """Attention of this rank's tokens.
 
     Args:
         attend: the backend.
         query: [T / cp_size, heads, head_dim].
         key: [T / cp_size, kv_heads, head_dim].
         value: like key.
-        samples: the slots of the whole row.
+        samples: of the whole sequence.
         scoring: what the layer does with its scores.
         context: the ranks that share.
 
-    Returns: [rows of this rank's slots, heads, head_dim], without the row's padding.
+    Returns: [tokens of this rank, heads, head_dim], without the padding at the end.
     """
     if samples.share is None:  # the same for all layers
-        samples.share = share_row(samples.seqlens, len(query), context, query.device)
+        samples.share = share_sequence(samples.seqlens, len(query), context, query.device)
     share: ContextShare = samples.share
     keys, values = GatherKeys.apply(key, value, share, context)
     query = query[: sum(share.segments.seqlens)]

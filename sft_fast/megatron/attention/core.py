@@ -1,7 +1,7 @@
 """Attention over packed samples as a `core_attention` module for megatron-core layer specs.
 
 Samples in a pack never see each other. The cost is the sum of the squared sample lengths, not the
-square of the row: padding rows are not attended at all.
+square of the sequence's: padding is not attended at all.
 """
 
 from collections.abc import Sequence
@@ -63,14 +63,14 @@ class PackedAttention(MegatronModule):
             packed_seq_params: a `PackedSamples` (then b is 1), or None: each of the b columns is
                 one sample of length s.
 
-        Returns: [s, b, heads * head_dim / tp]; zero on rows past the last sample.
+        Returns: [s, b, heads * head_dim / tp]; zero past the last sample.
         """
         assert attention_mask is None and attention_bias is None, "only causal masks are known"
         if packed_seq_params is None:
             return dense_attention(query, key, value, self.scoring).flatten(2)
         assert isinstance(packed_seq_params, PackedSamples) and query.shape[1] == 1
         context_size = 1 if self.context is None else self.context.size
-        num_tokens = sum(packed_seq_params.seqlens) // context_size
+        num_tokens = sum(packed_seq_params.seqlens) // context_size  # of this rank
         padding = query.shape[0] - num_tokens
         assert padding >= 0, (query.shape, packed_seq_params.seqlens)
         if self.context is None:
@@ -80,4 +80,5 @@ class PackedAttention(MegatronModule):
             query, key, value = (tensor[:, 0] for tensor in (query, key, value))
             arguments = query, key, value, packed_seq_params, self.scoring, self.context
             output = attend_in_context(self.attend, *arguments)
+        # [tokens, heads, head_dim] -> [s, 1, heads * head_dim]
         return functional.pad(output.flatten(1), (0, 0, 0, padding)).unsqueeze(1)

@@ -33,7 +33,7 @@ def load_flex() -> AttentionFn:
     from torch._dynamo import config as compiler
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Beyond it the plain version would run, which holds the scores of all pairs of rows.
+    # Beyond it the plain version would run, which holds the scores of all pairs of tokens.
     compiler.recompile_limit = max(compiler.recompile_limit, MOST_KERNELS)
     plain = from_library(create_block_mask), from_library(flex_attention)
     compiled = (
@@ -74,7 +74,14 @@ def pad_tokens(tensor: Tensor) -> Tensor:
 def visibility(
     samples: PackedSamples, window: int | None, num_queries: int, num_keys: int
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's mask_mod: whether a query sees a key; padding is a sample too."""
+    """FlexAttention's mask_mod, of 0-d indices: whether a query sees a key; padding is a sample.
+
+    Args:
+        samples: queries and keys of the samples, as cumulative lengths.
+        window: keys that a query sees, the last of them its own; None = all before it.
+        num_queries: tokens of the padded queries.
+        num_keys: tokens of the padded keys.
+    """
     query_ends, key_ends = samples.cu_seqlens_q[1:], samples.cu_seqlens_kv[1:]  # int32 [samples]
     queries = torch.arange(num_queries, device=query_ends.device, dtype=torch.int32)
     keys = torch.arange(num_keys, device=query_ends.device, dtype=torch.int32)
@@ -96,7 +103,10 @@ def visibility(
 
 @cache
 def capped(softcap: float) -> Callable[..., Tensor]:
-    """FlexAttention's score_mod of a soft cap; one function for each, or all would be compiled."""
+    """FlexAttention's score_mod of a soft cap, for 0-d scores.
+
+    One function for each soft cap: every new function object would be compiled anew.
+    """
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """The capped score, 0-d; so are the arguments."""

@@ -1,4 +1,4 @@
-"""What attention is told of a packed row: the samples, the score options, the signature."""
+"""The contract of attention: the samples of a sequence, the score options, the signature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,40 +14,40 @@ from sft_fast.constants import round_up
 
 @dataclass
 class PackedSamples(PackedSeqParams):
-    """What every layer must know of a micro-batch; travels in megatron's `packed_seq_params` slot.
+    """What every layer must know of a micro-batch; passed as megatron's `packed_seq_params`.
 
-    `qkv_format` stays "sbhd": the row is dense to megatron, only our attention sees the samples.
+    `qkv_format` stays "sbhd": the sequence is dense to megatron, only our attention sees samples.
     """
 
     seqlens: tuple[int, ...] = ()
-    """Tokens of each sample, in row order; their sum may be shorter than the row."""
+    """Tokens of each padded sample, in order; the sequence may be longer than their sum."""
     active_tokens: Tensor | None = None
-    """int64 [num_supervised]: rows that have a label."""
+    """int64 [num_supervised]: tokens that have a label."""
     key_lengths: tuple[int, ...] | None = None
     """Keys of each sample where they are more than its queries; the last query sees the last key.
     None = as many as queries."""
     share: Any = None
-    """Under context parallelism what this rank computes; see context.ContextShare."""
+    """Under context parallelism what this rank computes; see context_parallel.ContextShare."""
     sample_ids: Any = None
     """int64 [samples]: their numbers in the token store."""
     wants_outputs: bool = False
     """The model returns log probabilities, entropies and correctness in place of losses."""
     token_weights: Tensor | None = None
-    """float32 [1, T]: factor of each row's loss; None = 1."""
+    """fp32 [1, T]: factor of each token's loss; None = 1."""
     flex_masks: dict[int | None, Any] = field(default_factory=dict)
     """FlexAttention's masks by window; see flex.py."""
 
     @cached_property
     def groups(self) -> tuple[list[Tensor], Tensor]:
-        """How attention takes the row apart and puts it together again, on the CPU.
+        """How dense attention takes the sequence apart and puts it together again, on the CPU.
 
         Returns:
-            Groups of samples of similar length: row numbers int64 [samples, longest]. A shorter
-            sample repeats its first row at the end; those copies come after its own rows, so that
-            no row of the sample attends to them.
-            The place of each row in the concatenated groups: int64 [sum of seqlens].
+            Groups of samples of similar length: token numbers int64 [samples, longest]. A shorter
+            sample repeats its first token at the end; those copies come after its own tokens, so
+            that none of these attends to them.
+            The place of each token in the concatenated groups: int64 [sum of seqlens].
         """
-        lengths = torch.tensor(self.seqlens)
+        lengths = torch.tensor(self.seqlens)  # [samples]
         starts = lengths.cumsum(0) - lengths
         classes = torch.tensor([size_class(length) for length in self.seqlens])
         groups, order, num_places = [], torch.empty(int(lengths.sum()), dtype=torch.int64), 0
@@ -55,11 +55,11 @@ class PackedSamples(PackedSeqParams):
             members = classes == size
             steps = torch.arange(int(lengths[members].max()))
             is_own = steps < lengths[members, None]
-            rows = starts[members, None] + torch.where(is_own, steps, 0)
-            places = num_places + torch.arange(rows.numel()).view_as(rows)
-            order[rows[is_own]] = places[is_own]
-            groups.append(rows)
-            num_places += rows.numel()
+            tokens = starts[members, None] + torch.where(is_own, steps, 0)  # [samples, longest]
+            places = num_places + torch.arange(tokens.numel()).view_as(tokens)
+            order[tokens[is_own]] = places[is_own]
+            groups.append(tokens)
+            num_places += tokens.numel()
         return groups, order
 
 
@@ -70,11 +70,11 @@ def pack_samples(
     token_weights: Tensor | None = None,
     cp_size: int = 1,
 ) -> PackedSamples:
-    """Describes the samples of a row.
+    """The samples of a sequence.
 
-    A row of padding alone is one sample of one token, or of the fewest that all ranks can share: it
-    has to attend to something, because every weight must get its (zero) gradient, or DDP would wait
-    for it.
+    A sequence of padding alone is one sample of one token, or of the fewest that all ranks can
+    share: it has to attend to something, because every weight must get its (zero) gradient, or DDP
+    would wait for it.
 
     Args:
         seqlens: length of each padded sample, known to the host.

@@ -30,6 +30,7 @@ def run_fields(
     adapter: str,
 ) -> dict[str, str]:
     """Field -> readable value or digest; names are those of `checkpoint.allow_change`."""
+    # The texts are compared with those of a checkpoint: another wording would refuse its resume.
     data = {name: part for name, part in store.parts.items() if name not in FIELDS_LISTED_APART}
     return {
         "data": digest(data),
@@ -87,7 +88,7 @@ def changed_fields(
     if refused:
         lines = [f"  {name}: was {saved.get(name)}, is {present[name]}" for name in refused]
         raise ValueError(
-            f"checkpoint.resume: {checkpoint} was made with something else:\n"
+            f"checkpoint.resume: {checkpoint} was saved with different settings:\n"
             + "\n".join(lines)
             + f"\nrestore it, {fix.format(','.join(refused))}"
         )

@@ -1,6 +1,7 @@
 """A flat range of a rank's tensor as blocks of the global tensor.
 
-It is a few rectangles: its head row, its full rows, its tail row, and so on inwards.
+It is a few rectangles: the rest of its first row, its full rows, the start of its last row, and so
+on inwards.
 """
 
 import math
@@ -50,13 +51,13 @@ def flat_blocks(sharded: Sharded) -> Iterator[tuple[int, ShardedTensor]]:
         return
     local = torch.empty(sharded.data.shape, dtype=sharded.data.dtype, device="meta")
     build = (sharded.key, local, sharded.replica_id, sharded.flattened_range)
-    found = 0
+    num_elements = 0
     for block in nested_values({"built": sharded.build_fn(*build)}):
         data = block.data
         assert data.is_contiguous(), f"{sharded.key}: a part of it is not consecutive in memory"
-        found += data.numel()
+        num_elements += data.numel()
         yield data.storage_offset(), block
-    assert found == local.numel(), f"{sharded.key}: its parts are not the whole"
+    assert num_elements == local.numel(), f"{sharded.key}: its parts are not the whole"
 
 
 def as_rectangles(
@@ -69,7 +70,7 @@ def as_rectangles(
         begin: first element.
         end: last element + 1.
         prefix: added to the tensor's key.
-        values: flat, those elements; None for a request.
+        values: [end - begin], those elements; None for a request.
         dtype: of the elements.
 
     Returns: for each block its first and last + 1 element, counted from `begin`.
@@ -84,7 +85,7 @@ def as_rectangles(
             at = start + first - begin
             after = at + math.prod(shape)
             first += math.prod(shape)
-            piece = ShardedTensor(
+            rectangle = ShardedTensor(
                 key=f"{prefix}{block.key}",
                 data=None if values is None else values[at:after].view((*lead, *shape)),
                 dtype=dtype,
@@ -94,4 +95,4 @@ def as_rectangles(
                 axis_fragmentations=None,
                 allow_shape_mismatch=block.allow_shape_mismatch,
             )
-            yield at, after, piece
+            yield at, after, rectangle

@@ -75,7 +75,7 @@ class HostCopier:
         self.copied: torch.cuda.Event | None = None
 
     def prepare(self, tensors: Sequence[Tensor]) -> None:
-        """Reserves memory for such tensors in a thread: locking it takes a second for 5 GB."""
+        """Reserves memory for tensors of these shapes in a thread: locking 5 GB takes a second."""
         if not any(tensor.is_cuda for tensor in tensors):
             return
         _, num_bytes = places(tensors)
@@ -98,7 +98,7 @@ class HostCopier:
             self.reserving = None
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Starts copies of contiguous tensors and returns them; `wait` says when they are there.
+        """Starts copies of contiguous tensors of any shape; `wait` waits until they are there.
 
         Without a GPU's tensors they are made at once.
 
@@ -129,9 +129,7 @@ class HostCopier:
         ]
 
     def reserve(self, num_bytes: int) -> Tensor:
-        """A host buffer, uint8, of at least `num_bytes`; the one that is there if it is large
-        enough.
-        """
+        """A host buffer, uint8 [at least num_bytes]; the present one if it is large enough."""
         if self.buffer is None or self.buffer.bytes.numel() < num_bytes:
             self.free_buffer()
             self.buffer = HostBuffer(num_bytes)
@@ -174,7 +172,7 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each tensor begins in a buffer, and its size; bytes."""
+    """Where each tensor, of any shape, begins in a buffer, and the size of the buffer; bytes."""
     begins, end = [], 0
     for tensor in tensors:
         begins.append(end)

@@ -1,4 +1,4 @@
-"""The newest whole checkpoint: how it is found, checked and read back."""
+"""Loading of checkpoints: which one a run resumes from, whether it is whole, its state."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,8 +58,8 @@ def newest_whole_checkpoint(
 def damage_of(checkpoint: Path, timeout_s: float) -> list[str]:
     """What is wrong with its files, as texts; every rank calls it, and reads a part."""
     exchange = StoreExchange(f"verify/{checkpoint}", timeout_s)
-    found = find_damage(checkpoint, exchange.rank, exchange.world_size)
-    shares = exchange.all_gather("damage", [str(damage) for damage in found])
+    damages = find_damage(checkpoint, exchange.rank, exchange.world_size)
+    shares = exchange.all_gather("damage", [str(damage) for damage in damages])
     return sorted({text for share in shares for text in share})
 
 

@@ -53,17 +53,16 @@ def state_prefixes(optimizer: MegatronOptimizer) -> list[tuple[Any, str]]:
 
 
 def owned_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
-    """The parameters of which this rank has optimizer state, with their first and last + 1
-    element."""
-    for ranges in part.gbuf_ranges:
-        for buckets in ranges.values():
+    """Parameters, of any shape, with the first and last + 1 element whose state this rank has."""
+    for by_dtype in part.gbuf_ranges:
+        for buckets in by_dtype.values():
             for bucket in buckets:
-                for parameter, found in bucket["param_map"].items():
-                    yield parameter, found["param"].start, found["param"].end
+                for parameter, ranges in bucket["param_map"].items():
+                    yield parameter, ranges["param"].start, ranges["param"].end
 
 
 def by_parameter(weights: Mapping[str, Any]) -> dict[Tensor, Sharded]:
-    """Parameter -> where it lies in its global tensor."""
+    """Parameter, of any shape, -> where it lies in its global tensor."""
     tensors, _ = extract_sharded_tensors_and_factories(dict(weights))
     return {sharded.data: sharded for sharded in nested_values(tensors)}
 
@@ -82,11 +81,11 @@ def own_tensors(
 
     Only the owner's weights are sure to be up to date: the others' come with the next gather.
     """
-    found = by_parameter(weights)
+    shards = by_parameter(weights)
     for part, prefix in state_prefixes(optimizer):
         allocate_state(part)
         for parameter, begin, end in owned_ranges(part):
-            sharded = found[parameter]
+            sharded = shards[parameter]
             assert sharded.replica_id[-1] == part.data_parallel_group.rank(), sharded.key
             if not is_written_here(sharded):
                 continue
@@ -199,8 +198,8 @@ def read_range(
 ) -> Tensor:
     """[end - begin]: elements of a local tensor, wherever the checkpoint has them."""
     values = torch.empty(end - begin, dtype=dtype)
-    for first, last, piece in as_rectangles(sharded, begin, end, prefix, None, dtype):
-        values[first:last] = reader.read(piece).reshape(-1)
+    for first, last, block in as_rectangles(sharded, begin, end, prefix, None, dtype):
+        values[first:last] = reader.read(block).reshape(-1)
     return values
 
 
@@ -219,10 +218,10 @@ def load_optimizer(
             part.load_state_dict(fields)
     if len(parts) > 1:
         optimizer._synchronize_steps()
-    found = by_parameter(weights)
+    shards = by_parameter(weights)
     for part, prefix in state_prefixes(optimizer):
         for parameter, begin, end in owned_ranges(part):
-            sharded = found[parameter]
+            sharded = shards[parameter]
             states_read = {
                 name: read_range(
                     sharded, begin, end, f"{prefix}optimizer.state.{name}.", reader, torch.float32
@@ -235,7 +234,7 @@ def load_optimizer(
 
 
 def set_states(part: Any, parameter: Tensor, states: dict[str, Tensor]) -> None:
-    """Puts loaded states, like `parameter`, into the optimizer."""
+    """Puts loaded states, flat [elements of this rank], into the optimizer."""
     # torch's AdamW has a step count per parameter, which megatron has restored but asks for again.
     group, order = part.model_param_group_index_map[parameter]
     state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]

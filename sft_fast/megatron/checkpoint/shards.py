@@ -174,7 +174,8 @@ class ShardReader:
             ValueError: the manifest is damaged, or a file is no safetensors file of ours.
         """
         self.folder, self.tensor_done, self.stack = folder, tensor_done, ExitStack()
-        self.pieces: dict[str, list[tuple[Shard, Any]]] = {}
+        self.shards: dict[str, list[tuple[Shard, Any]]] = {}
+        """Key -> the shards in all files, with their file."""
         self.objects: dict[str, Any] = {}
         for name in read_manifest(folder):
             if not name.endswith(".safetensors"):
@@ -203,7 +204,7 @@ class ShardReader:
             if not len(shard.offset) == len(shape) == len(shard.global_shape):
                 raise ValueError(f"{name} has {len(shape)} dimensions")
             names.remove(name)
-            self.pieces.setdefault(key, []).append((shard, file))
+            self.shards.setdefault(key, []).append((shard, file))
         if names:
             raise ValueError(f"nothing says what {sorted(names)[0]} is")
 
@@ -224,22 +225,22 @@ class ShardReader:
                 raise ValueError(f"{self.folder}: there is no {wanted.unique_key}")
             return self.objects[wanted.unique_key]
         shard = Shard.of(wanted)
-        pieces = self.pieces.get(shard.key, [])
-        if not pieces:
+        saved = self.shards.get(shard.key, [])
+        if not saved:
             raise ValueError(f"{self.folder}: there is no tensor {shard.key}")
-        saved = pieces[0][0].global_shape
-        if saved != shard.global_shape and not wanted.allow_shape_mismatch:
+        shape = saved[0][0].global_shape
+        if shape != shard.global_shape and not wanted.allow_shape_mismatch:
             raise ValueError(
-                f"{self.folder}: {shard.key} has shape {list(saved)}, this run's model needs "
+                f"{self.folder}: {shard.key} has shape {list(shape)}, this run's model needs "
                 f"{list(shard.global_shape)}"
             )
         # Only padding of the vocabulary may differ in shape; new padding is zero.
         result = torch.zeros(shard.shape, dtype=wanted.dtype)
-        whole = Shard(shard.key, (0,) * len(saved), saved, saved)
-        for first, last, piece, file in self.parts(shard, pieces):
-            data = file.get_slice(piece.name) if piece.shape else file.get_tensor(piece.name)
-            result[shard.slices(first, last)] = data[piece.slices(first, last)]
-        covered = sum(volume(first, last) for first, last, *_ in self.parts(shard, pieces))
+        whole = Shard(shard.key, (0,) * len(shape), shape, shape)
+        for first, last, other, file in overlaps(shard, saved):
+            data = file.get_slice(other.name) if other.shape else file.get_tensor(other.name)
+            result[shard.slices(first, last)] = data[other.slices(first, last)]
+        covered = sum(volume(first, last) for first, last, *_ in overlaps(shard, saved))
         inside = shard.overlap(whole)
         if covered != (volume(*inside) if inside is not None else 0):
             raise ValueError(
@@ -248,15 +249,15 @@ class ShardReader:
         self.tensor_done()
         return result.reshape(wanted.local_shape)
 
-    @staticmethod
-    def parts(
-        shard: Shard, pieces: list[tuple[Shard, Any]]
-    ) -> Iterator[tuple[Sizes, Sizes, Shard, Any]]:
-        """What of a shard each saved part holds: offsets, sizes, part and file."""
-        for piece, file in pieces:
-            block = shard.overlap(piece)
-            if block is not None:
-                yield *block, piece, file
+
+def overlaps(
+    shard: Shard, saved: list[tuple[Shard, Any]]
+) -> Iterator[tuple[Sizes, Sizes, Shard, Any]]:
+    """(first, last + 1 global index of what both hold, saved shard, its file) for each overlap."""
+    for other, file in saved:
+        block = shard.overlap(other)
+        if block is not None:
+            yield *block, other, file
 
 
 def check_complete(folder: Path) -> None:
@@ -266,9 +267,9 @@ def check_complete(folder: Path) -> None:
     except ValueError as error:
         raise OSError(errno.EIO, str(error), str(folder)) from None
     with reader:
-        for key, pieces in reader.pieces.items():
-            shapes = {piece.global_shape for piece, _ in pieces}
-            held = sum(math.prod(piece.shape) for piece, _ in pieces)
+        for key, shards in reader.shards.items():
+            shapes = {shard.global_shape for shard, _ in shards}
+            held = sum(math.prod(shard.shape) for shard, _ in shards)
             if len(shapes) != 1 or held != math.prod(next(iter(shapes))):
                 text = f"{held} values of tensor {key} were written, its shapes are {shapes}"
                 raise OSError(errno.EIO, text, str(folder))

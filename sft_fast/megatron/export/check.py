@@ -54,7 +54,7 @@ def probe(origin: ExportSource) -> ProbeStore:
 
 
 def is_checked(origin: ExportSource, export: ExportConfig, parallel: Parallel) -> bool:
-    """True where `export.verify` asks for it, and the ranks do not share rows of tokens."""
+    """Whether `export.verify` asks for it; never where ranks share a sequence."""
     if parallel.cp_size > 1 or export.verify == "never":
         return False
     shapes = hf_shapes(origin.model.architecture).values()
@@ -87,8 +87,8 @@ def check_export(
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokens = torch.from_numpy(store.tokens.astype(np.int64))
     with torch.no_grad():
-        found = exported(tokens[None]).logits[0].float()
-    error = float((found - logits).square().mean().sqrt() / logits.square().mean().sqrt())
+        exported_logits = exported(tokens[None]).logits[0].float()  # [tokens, vocabulary]
+    error = float((exported_logits - logits).square().mean().sqrt() / logits.square().mean().sqrt())
     tolerance = max(TOLERANCE[name] for name in names)
     if not error <= tolerance:
         raise ValueError(
@@ -103,10 +103,12 @@ def trained_logits(
 ) -> Tensor:
     """fp32 [tokens, vocabulary] of one sample, on the CPU of every rank."""
     num_tokens = len(store.tokens)
-    num_rows = round_up(num_tokens, parallel.tp_size)
-    batch = fill_micro_batch(store, [0], num_rows).to(parallel.device)
+    # Sequence parallelism splits the sequence evenly.
+    seq_length = round_up(num_tokens, parallel.tp_size)
+    batch = fill_micro_batch(store, [0], seq_length).to(parallel.device)
 
     def step(data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+        """megatron's forward step: on the last stage logits [1, seq_length, vocabulary / tp]."""
         batch = next(data_iterator)
         samples = packed_samples(batch)
         output = model(batch.tokens, batch.position_ids, None, packed_seq_params=samples)
@@ -123,13 +125,13 @@ def trained_logits(
         data_iterator=iterators if len(models) > 1 else iterators[0],
         model=list(models),
         num_microbatches=count,
-        seq_length=num_rows,
+        seq_length=seq_length,
         micro_batch_size=1,
         forward_only=True,
     )
     for model in models:
         model.train(was_training)
-    logits = torch.empty(num_rows, vocab_size, device=parallel.device)
+    logits = torch.empty(seq_length, vocab_size, device=parallel.device)
     if parallel.is_last_stage:
         shards = gather_shards(reports[0]["logits"][0].float(), parallel)
         logits = torch.cat(shards, dim=-1)[:, :vocab_size].contiguous()

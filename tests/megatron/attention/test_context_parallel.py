@@ -80,8 +80,8 @@ def test_a_backend_that_fails_in_context_is_passed_over_on_every_rank(rank_pool:
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 0.8), (20, 0.8)])
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: float | None) -> None:
-    """Without communication: the segments' rows of the gathered keys, and the attention."""
-    from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
+    """Without communication: the segments' places among the gathered keys, and the attention."""
+    from sft_fast.megatron.attention.context_parallel import ContextGroup, share_sequence
     from sft_fast.megatron.attention.dense import attend_sdpa
     from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
 
@@ -93,28 +93,30 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
     key, value = (torch.randn(sum(lengths), 2, 8) for _ in range(2))
     whole = attend_sdpa(query, key, value, pack_samples(lengths, edges.int()), scoring)
 
-    def rows_of(rank: int) -> Tensor:
-        """As batch.RowLayout has it."""
+    def tokens_of(rank: int) -> Tensor:
+        """As packing.micro_batch has it."""
         parts = [torch.arange(start, stop).chunk(2 * cp_size) for start, stop in
                  zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]  # fmt: skip
         return torch.cat([torch.cat([part[rank], part[-1 - rank]]) for part in parts])
 
     padding = torch.full((3, 2, 8), torch.nan)
     gathered = [
-        torch.cat([piece for rank in range(cp_size) for piece in (tensor[rows_of(rank)], padding)])
+        torch.cat(
+            [piece for rank in range(cp_size) for piece in (tensor[tokens_of(rank)], padding)]
+        )
         for tensor in (key, value)
     ]
-    num_rows = sum(lengths) // cp_size + len(padding)
+    num_tokens = sum(lengths) // cp_size + len(padding)
     for rank in range(cp_size):
         context: Any = ContextGroup(cp_size, rank, None)
-        share = share_row(lengths, num_rows, context, torch.device("cpu"))
-        keys, values = (tensor[share.rows] for tensor in gathered)
-        own = rows_of(rank)
+        share = share_sequence(lengths, num_tokens, context, torch.device("cpu"))
+        keys, values = (tensor[share.places] for tensor in gathered)
+        own = tokens_of(rank)
         output = attend_sdpa(query[own], keys, values, share.segments, scoring)
         torch.testing.assert_close(output, whole[own])
         for part in (share.first, share.second):
-            assert len(share.rows[part].unique()) == len(part)
-        assert len(share.first) + len(share.second) == len(share.rows)
+            assert len(share.places[part].unique()) == len(part)
+        assert len(share.first) + len(share.second) == len(share.places)
 
 
 @pytest.mark.gpu
@@ -123,7 +125,7 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
 def test_the_share_of_many_samples_on_a_gpu(name: str) -> None:
     """Whether a library aligns queries with the last keys; bf16, output and gradients."""
     from sft_fast.megatron.attention.backends import BACKENDS
-    from sft_fast.megatron.attention.context_parallel import ContextGroup, share_row
+    from sft_fast.megatron.attention.context_parallel import ContextGroup, share_sequence
     from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples
     from sft_fast.megatron.attention.self_test import run_with_gradients
 
@@ -153,8 +155,8 @@ def test_the_share_of_many_samples_on_a_gpu(name: str) -> None:
     gathered = [tensor[torch.cat(owned)] for tensor in (key, value)]
     for rank, own in enumerate(owned):
         context: Any = ContextGroup(cp_size, rank, None)
-        share = share_row(lengths, len(own), context, device)
-        inputs = [query[own], *(tensor[share.rows] for tensor in gathered), grad[own]]
+        share = share_sequence(lengths, len(own), context, device)
+        inputs = [query[own], *(tensor[share.places] for tensor in gathered), grad[own]]
         output, *gradients = run_with_gradients(attend, inputs, share.segments, scoring)
         torch.testing.assert_close(output, whole[own], rtol=2e-2, atol=2e-2)
         assert all(bool(gradient.isfinite().all()) for gradient in gradients)
