@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from rank_pool import RankPool
+
 PROBE = """
 import torch
 import sft_fast.megatron.sft
@@ -53,3 +55,22 @@ def test_with_a_gpu_torch_is_left_alone() -> None:
     install_cpu_shim()
     assert torch.ones(1).type() == "torch.FloatTensor"
     assert isinstance(torch.cuda.current_device(), int)
+
+
+def gathered(lengths: list[int]) -> list[list[float]]:
+    """What a rank gathers when rank r gives lengths[r] numbers r."""
+    import torch.distributed as dist
+
+    from sft_fast.megatron.device import install_cpu_shim
+
+    install_cpu_shim()
+    outputs = [torch.full((length, 1), -1.0) for length in lengths]
+    rank = dist.get_rank()
+    dist.all_gather(outputs, torch.full((lengths[rank], 1), float(rank)))
+    return [output[:, 0].tolist() for output in outputs]
+
+
+@pytest.mark.parametrize("lengths", [[1, 3], [2, 2], [0, 2]])
+def test_tensors_of_different_lengths_are_gathered(rank_pool: RankPool, lengths: list[int]) -> None:
+    expected = [[float(rank)] * length for rank, length in enumerate(lengths)]
+    assert rank_pool.run(2, gathered, lengths) == [expected, expected]
