@@ -38,8 +38,10 @@ from bench_training_step import (
 from rank_pool import RankPool
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.loss import HeadSettings, masked_linear_cross_entropy
-from sft_fast.megatron import optim, sft
+from sft_fast.megatron import optim
+from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.parallel import init_parallel
+from sft_fast.megatron.train_step import build_run, train_step
 from sft_fast.packing import steps
 from sft_fast.packing.balance import imbalance, round_robin
 from sft_fast.packing.from_config import make_plan
@@ -279,7 +281,7 @@ def time_steps(scaling: Scaling, kind: str, size: int, balanced: bool = True) ->
     config = scaled_config(scaling, kind, size)
     parallel = init_parallel(config)
     architecture = scaling.case.architecture
-    run = sft.build_run(config, architecture, DeviceWeights(architecture), scaling.steps, parallel)
+    run = build_run(config, architecture, DeviceWeights(architecture), scaling.steps, parallel)
     rows = config.train.global_batch_size * scaling.steps
     mean, sigma = scaling.samples
     store = make_store(
@@ -408,7 +410,7 @@ def save_in_background(
     parallel = init_parallel(config)
     architecture = case.architecture
     num_steps = config.train.steps
-    run = sft.build_run(config, architecture, DeviceWeights(architecture), num_steps, parallel)
+    run = build_run(config, architecture, DeviceWeights(architecture), num_steps, parallel)
     num_tokens = 2 * num_steps * config.train.global_batch_size * config.packing.capacity
     store = make_store(architecture.vocab_size, num_tokens, config.packing.capacity)
     plan = make_plan(store, config, architecture)
@@ -432,11 +434,11 @@ def save_in_background(
     write = CheckpointWriter.write if folder else wait_for_copy
     with (
         mock.patch.object(CheckpointWriter, "write", write),
-        sft.open_batches(store, plan, range(num_steps), config, parallel) as batches,
+        open_batches(store, plan, range(num_steps), run.shape, parallel) as batches,
     ):
         for step in range(num_steps):
             begin = time.perf_counter()
-            sft.train_step(run, batches, plan.counts(step), config, parallel)
+            train_step(run, batches, plan.counts(step))
             synchronize()
             steps.append(time.perf_counter() - begin)
             if step % 3 != 1 or len(stalls) == rounds:
@@ -444,7 +446,8 @@ def save_in_background(
             checkpoints.finish()
             dist.barrier()
             begin = time.perf_counter()
-            sft.save_run(checkpoints, TrainState(step + 1, {}), run, is_last=False)
+            parts = sharded_state(run.model, run.optimizer, run.schedule)
+            checkpoints.save(TrainState(step + 1, {}), parts)
             stalls.append(time.perf_counter() - begin)
             saves.append(step)
     begin = time.perf_counter()

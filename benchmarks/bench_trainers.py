@@ -100,9 +100,11 @@ def run_trl(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -> 
 
 def run_ours(model: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     from sft_fast.config.schema import Config
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
+    from sft_fast.packing.from_config import make_plan
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -121,17 +123,17 @@ def run_ours(model: str, rows: list[dict[str, Any]]) -> dict[str, float]:
         parallel = init_parallel(config)
         inputs = read_inputs(config)
         architecture = inputs.model.architecture
-        plan = sft.make_plan(inputs.store, config, architecture)
+        plan = make_plan(inputs.store, config, architecture)
         num_steps = plan.num_steps_per_epoch
-        run = sft.build_run(config, architecture, inputs.model.weights, 2 * num_steps, parallel)
+        run = build_run(config, architecture, inputs.model.weights, 2 * num_steps, parallel)
         losses = []
         steps = range(2 * num_steps)
-        with sft.open_batches(inputs.store, plan, steps, config, parallel) as batches:
+        with open_batches(inputs.store, plan, steps, run.shape, parallel) as batches:
             for step in steps:
                 if step == num_steps:
                     began = time.process_time(), time.perf_counter()
                 counts = plan.counts(step)
-                losses.append(sft.train_step(run, batches, counts, config, parallel).loss)
+                losses.append(train_step(run, batches, counts).loss)
         return {
             "cpu_s": time.process_time() - began[0],
             "wall_s": time.perf_counter() - began[1],

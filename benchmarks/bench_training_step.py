@@ -14,8 +14,7 @@ import gc
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -31,12 +30,11 @@ from hf_peer import run_peer
 from kernel_time import profile_step
 from sft_fast.config.schema import Config
 from sft_fast.constants import IGNORE_INDEX
-from sft_fast.megatron import sft
 from sft_fast.megatron.batches import open_batches
 from sft_fast.megatron.hf import hf_shapes
 from sft_fast.megatron.model import SFTModel, unwrap
 from sft_fast.megatron.parallel import Parallel, init_parallel
-from sft_fast.megatron.schedule import run_schedule
+from sft_fast.megatron.train_step import Run, build_run, train_step
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.flops import active_matrix_parameters
 from sft_fast.packing.from_config import make_plan
@@ -231,16 +229,16 @@ def padded_forward_step(batches: Iterator[PaddedBatch], model: torch.nn.Module) 
 
 
 def run_packed(
-    config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: Any
+    config: Config, parallel: Parallel, run: Run, store: ListStore, plan: Any
 ) -> tuple[list[float], list[float], float]:
     """Seconds and loss of each step, and the seconds that the last half of them waited for data."""
     durations, losses, waited = [], [], 0.0
     steps = range(config.train.steps or 0)
-    with open_batches(store, plan, steps, config, parallel) as loader:
+    with open_batches(store, plan, steps, run.shape, parallel) as loader:
         batches = TimedIterator(loader)
         for step in steps:
             begin, before = time.perf_counter(), batches.waited_s
-            result = sft.train_step(run, batches, plan.counts(step), config, parallel)
+            result = train_step(run, batches, plan.counts(step))
             durations.append(time.perf_counter() - begin)
             losses.append(result.loss)
             if step >= len(steps) // 2:
@@ -249,7 +247,7 @@ def run_packed(
 
 
 def run_padded(
-    config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: Any, size: int
+    config: Config, parallel: Parallel, run: Run, store: ListStore, plan: Any, size: int
 ) -> tuple[list[float], list[float]]:
     """The same samples in the same steps, megatron's way."""
     durations, losses = [], []
@@ -259,19 +257,12 @@ def run_padded(
     for step in range(NUM_STEPS):
         bins = plan.micro_batches(step, 0, 1, plan.global_batch_size)[0]
         batches = padded_batches(store, np.concatenate(bins), size)
-        padded = config.model_copy(
-            update={
-                "train": config.train.model_copy(update={"global_batch_size": len(batches)}),
-                # The schedule takes it for the sequence length, which only pipelines use.
-                "packing": config.packing.model_copy(update={"capacity": 1}),
-            }
-        )
-        with (
-            mock.patch.object(SFTModel, "_postprocess", GPTModel._postprocess),
-            mock.patch.object(sft, "run_schedule", partial(run_schedule, step=padded_forward_step)),
-        ):
+        # megatron takes the length for that of the sequence, which only pipelines use.
+        shape = replace(run.shape, num_microbatches=len(batches), capacity=1)
+        padded = replace(run, shape=shape, forward_step=padded_forward_step)
+        with mock.patch.object(SFTModel, "_postprocess", GPTModel._postprocess):
             begin = time.perf_counter()
-            result = sft.train_step(run, iter(batches), plan.counts(step), padded, parallel)
+            result = train_step(padded, iter(batches), plan.counts(step))
             durations.append(time.perf_counter() - begin)
         losses.append(result.loss)
     return durations, losses
@@ -309,14 +300,12 @@ def peak_bytes() -> int:
 
 
 def profile_ours(
-    config: Config, parallel: Parallel, run: sft.Run, store: ListStore, plan: StepPlan
+    config: Config, parallel: Parallel, run: Run, store: ListStore, plan: StepPlan
 ) -> dict[str, object]:
     """Where the device time of one of our steps goes."""
     numbers = iter(range(2))
-    with open_batches(store, plan, range(2), config, parallel) as batches:
-        return profile_step(
-            lambda: sft.train_step(run, batches, plan.counts(next(numbers)), config, parallel)
-        )
+    with open_batches(store, plan, range(2), run.shape, parallel) as batches:
+        return profile_step(lambda: train_step(run, batches, plan.counts(next(numbers))))
 
 
 def run_ours(case: Case, store: ListStore, plan: StepPlan) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -324,7 +313,7 @@ def run_ours(case: Case, store: ListStore, plan: StepPlan) -> tuple[dict[str, An
     config = make_config(case)
     parallel = init_parallel(config)
     weights = DeviceWeights(case.architecture)
-    run = sft.build_run(config, case.architecture, weights, NUM_STEPS, parallel)
+    run = build_run(config, case.architecture, weights, NUM_STEPS, parallel)
     reset_peak()
     durations, losses, waited = run_packed(config, parallel, run, store, plan)
     ours = {

@@ -1,7 +1,7 @@
 """Trains a model: `torchrun --nproc-per-node N sft_fast/train.py --config X.yaml a.b=c`.
 
 Without arguments it runs the embedded demo. The config names a (backend, stage) pair; the trainer
-registered for that pair does the work, for the default pair sft_fast/megatron/sft.py.
+registered for that pair does the work, for the default pair sft_fast/megatron/training.py.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from sft_fast.runtime.terminal import as_seen  # noqa: E402
 from sft_fast.runtime.watchdog import watching  # noqa: E402
 
 # Before plugins, so that none can take these names.
-BUILT_IN = {"sft": "sft_fast.megatron.sft:train", "export": "sft_fast.megatron.export.run:export"}
+BUILT_IN = {
+    "sft": "sft_fast.megatron.training:train",
+    "export": "sft_fast.megatron.export.run:export",
+}
 for _stage, _target in BUILT_IN.items():
     register_trainer(backend="megatron", stage=_stage)(LateTrainer(_target))
 

@@ -1,4 +1,4 @@
-"""Limits on the shape of the code: what takes the whole configuration, and how long functions are."""
+"""Limits on the shape of the code: who takes the whole configuration, how long functions are."""
 
 import ast
 import re

@@ -1,10 +1,11 @@
 """Which samples this rank computes: from the packing plan to micro-batches on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ModelConfig, PackingConfig, TrainConfig
 from sft_fast.constants import round_up
 from sft_fast.data.store import TokenStore
 from sft_fast.megatron.parallel import Parallel
@@ -13,34 +14,72 @@ from sft_fast.packing.prefetch import BatchLoader, Row
 from sft_fast.packing.steps import StepPlan
 
 
-def packed_rows(
-    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
+@dataclass(frozen=True)
+class BatchShape:
+    """How many micro-batches a rank takes per step, and how large they are."""
+
+    num_microbatches: int
+    micro_batch_size: int
+    """Packs of each."""
+    capacity: int
+    """Tokens of a pack."""
+    alignment: int
+    """A sample takes up a multiple of this many tokens."""
+    length_multiple: int
+    """What divides a sequence: the ranks that share it, times the rows of an 8-bit product."""
+    keeps_padding: bool
+    """All sequences have one length: pipeline stages do not tell each other any."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a micro-batch, all its padding included."""
+        return self.capacity * self.micro_batch_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest micro-batch that may be filled."""
+        return round_up(self.seq_length, self.length_multiple)
+
+
+def batch_shape(
+    train: TrainConfig, packing: PackingConfig, model: ModelConfig, parallel: Parallel
+) -> BatchShape:
+    """The shape of this run's micro-batches; the same on every rank."""
+    return BatchShape(
+        train.global_batch_size // (train.micro_batch_size * parallel.dp_size),
+        train.micro_batch_size,
+        packing.capacity,
+        packing.alignment,
+        parallel.tp_size * parallel.cp_size * model.fp8_multiple,
+        keeps_padding=parallel.pp_size > 1,
+    )
+
+
+def fill_orders(
+    store: TokenStore, plan: StepPlan, steps: Iterable[int], shape: BatchShape, parallel: Parallel
 ) -> Iterator[Row]:
-    """Yields (sample ids, rows) of each of this rank's micro-batches, step after step."""
-    size, alignment = config.train.micro_batch_size, config.packing.alignment
-    num_parts = parallel.tp_size * parallel.cp_size * config.model.fp8_multiple
+    """Yields (sample ids, tokens of the sequence) of each of this rank's micro-batches."""
     for step in steps:
-        for bins in plan.micro_batches(step, parallel.dp_rank, parallel.dp_size, size):
-            sample_ids = np.concatenate(bins)
-            num_rows = config.packing.capacity * len(bins)
-            if parallel.pp_size == 1:
-                # Without pipeline stages nothing needs a fixed shape, so the padding is cut off.
-                used = round_up(store.lengths[sample_ids], alignment)
-                num_rows = round_up(max(int(used.sum()), alignment), num_parts)
-            yield sample_ids, num_rows
+        for packs in plan.micro_batches(
+            step, parallel.dp_rank, parallel.dp_size, shape.micro_batch_size
+        ):
+            sample_ids = np.concatenate(packs)
+            seq_length = shape.capacity * len(packs)
+            if not shape.keeps_padding:
+                used = int(round_up(store.lengths[sample_ids], shape.alignment).sum())
+                seq_length = round_up(max(used, shape.alignment), shape.length_multiple)
+            yield sample_ids, seq_length
 
 
 def open_batches(
-    store: TokenStore, plan: StepPlan, steps: range, config: Config, parallel: Parallel
+    store: TokenStore, plan: StepPlan, steps: Iterable[int], shape: BatchShape, parallel: Parallel
 ) -> BatchLoader:
     """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
-    num_parts = parallel.tp_size * parallel.cp_size * config.model.fp8_multiple
-    max_rows = round_up(config.packing.capacity * config.train.micro_batch_size, num_parts)
     return BatchLoader(
         store,
-        packed_rows(store, plan, steps, config, parallel),
+        fill_orders(store, plan, steps, shape, parallel),
         parallel.device,
-        max_rows=max_rows,
-        max_samples=max_rows,
-        layout=RowLayout(config.packing.alignment, parallel.cp_size, parallel.cp_rank),
+        max_rows=shape.longest,
+        max_samples=shape.longest,
+        layout=RowLayout(shape.alignment, parallel.cp_size, parallel.cp_rank),
     )

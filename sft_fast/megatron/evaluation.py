@@ -21,7 +21,7 @@ from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.exact_match import chance_accuracy, exact_match
-from sft_fast.megatron.batches import open_batches
+from sft_fast.megatron.batches import batch_shape, open_batches
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
@@ -160,15 +160,16 @@ def evaluate(
     steps = range(plan.num_steps_per_epoch)
     names, source_of = sources_of(store)
     tally = partial(tally_micro_batch, source_of, len(names), custom, parallel)
-    shape = (len(names), NUM_BUILT_IN + 2 * len(custom))
-    total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
+    size = (len(names), NUM_BUILT_IN + 2 * len(custom))
+    total = torch.zeros(size, dtype=torch.float64, device=parallel.device)
     model.eval()
-    with open_batches(store, plan, steps, config, parallel) as batches:
+    shape = batch_shape(config.train, config.packing, config.model, parallel)
+    with open_batches(store, plan, steps, shape, parallel) as batches:
         for _ in steps:
             reports = run_schedule(
-                model, batches, config, parallel, partial(eval_step, tally), forward_only=True
+                model, batches, shape, partial(eval_step, tally), forward_only=True
             )
-            added, votes = sum_over_ranks(reports, "tally", shape, parallel, phases.votes())
+            added, votes = sum_over_ranks(reports, "tally", size, parallel, phases.votes())
             total += added
             phases.heartbeat()
             phases.apply_votes(*votes.tolist())

@@ -77,6 +77,15 @@ class Parallel:
         """True on the one rank that prints and writes shared files."""
         return self.rank == 0
 
+    def describe(self) -> str:
+        """The layout in words."""
+        kind = "CPU" if self.device.type == "cpu" else "GPU"
+        ranks = f"{self.world_size} {kind} rank{'s' if self.world_size > 1 else ''}"
+        return (
+            f"{ranks}: tensor {self.tp_size} x pipeline {self.pp_size} x "
+            f"context {self.cp_size} x data {self.dp_size}"
+        )
+
 
 def init_distributed(timeout_minutes: float) -> None:
     """Joins the process group that torchrun describes; a single process needs no torchrun.

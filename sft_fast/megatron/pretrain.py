@@ -27,7 +27,7 @@ from megatron.core.enums import ModelType
 
 from sft_fast.config.schema import Config, load_config
 from sft_fast.data.store import TokenStore
-from sft_fast.megatron.batches import open_batches
+from sft_fast.megatron.batches import batch_shape, open_batches
 from sft_fast.megatron.device import init_device, install_cpu_shim
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import load_hf_weights
@@ -202,7 +202,8 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches of some steps."""
     plan = make_plan(store, config)
-    with open_batches(store, plan, steps, config, parallel) as batches:
+    shape = batch_shape(config.train, config.packing, config.model, parallel)
+    with open_batches(store, plan, steps, shape, parallel) as batches:
         yield from batches
 
 

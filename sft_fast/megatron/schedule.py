@@ -10,8 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn import ModuleList
 
-from sft_fast.config.schema import Config
-from sft_fast.megatron.forward_step import forward_step
+from sft_fast.megatron.batches import BatchShape
 from sft_fast.megatron.optim import one_or_all
 from sft_fast.megatron.parallel import Parallel
 
@@ -26,24 +25,22 @@ class ForwardStep(Protocol):
 def run_schedule(
     model: ModuleList,
     batches: Iterator[Any],
-    config: Config,
-    parallel: Parallel,
-    step: ForwardStep = forward_step,
+    shape: BatchShape,
+    step: ForwardStep,
     forward_only: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Runs all of this rank's micro-batches of one global batch.
 
     Returns: the reports of `step`'s loss_func; none but on the last pipeline stage.
     """
-    train = config.train
     return get_forward_backward_func()(
         forward_step_func=step,
         # Every interleaved stage reads the same micro-batches.
         data_iterator=one_or_all(list(tee(batches, len(model)))),
         model=list(model),
-        num_microbatches=train.global_batch_size // (train.micro_batch_size * parallel.dp_size),
-        seq_length=config.packing.capacity * train.micro_batch_size,
-        micro_batch_size=1,  # a micro-batch is one row that holds all its bins
+        num_microbatches=shape.num_microbatches,
+        seq_length=shape.seq_length,
+        micro_batch_size=1,  # to megatron a micro-batch is one sequence that holds all its packs
         forward_only=forward_only,
     )
 

@@ -17,12 +17,11 @@ import torch
 import transformers  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
-import sft_fast.megatron.sft as sft
 from sft_fast.data import (
     build,
     demo,  # noqa: F401
 )
-from sft_fast.megatron import evaluation, hf
+from sft_fast.megatron import evaluation, finish, hf, job, train_step, training
 from sft_fast.megatron.checkpoint import host_snapshot, save
 from sft_fast.megatron.export import weights
 from sft_fast.runtime import hang, launch_files, manifest, watchdog
@@ -81,7 +80,7 @@ def kill_at(point: str) -> None:
     """Dies in the second save, just before it goes on to `point`; or in the third, which is the
     first to delete an older checkpoint, when a file of that is gone."""
     if point == "delete":
-        before(sft.CheckpointWriter, "prune", lambda: setattr(shutil, "rmtree", die_deleting), 3)
+        before(save.CheckpointWriter, "prune", lambda: setattr(shutil, "rmtree", die_deleting), 3)
         return
     module, name, number = {
         "directory": (manifest, "prepare", 1),
@@ -90,24 +89,24 @@ def kill_at(point: str) -> None:
         "manifest": (manifest, "manifest_text", 1),
         "rename": (manifest.os, "rename", 1),
         "sync": (manifest, "sync", 2),
-        "prune": (sft.CheckpointWriter, "prune", 1),
+        "prune": (save.CheckpointWriter, "prune", 1),
     }[point]
-    before(sft.CheckpointWriter, "write", lambda: before(module, name, die, number), 2)
+    before(save.CheckpointWriter, "write", lambda: before(module, name, die, number), 2)
 
 
 def fail_in_step(number: str) -> None:
     def fail() -> None:
         raise RuntimeError("the device gave up")
 
-    before(sft, "train_step", fail, int(number))
+    before(training, "train_step", fail, int(number))
 
 
 def die_in_step(number: str) -> None:
-    before(sft, "train_step", die, int(number))
+    before(training, "train_step", die, int(number))
 
 
 def hang_in_step(number: str) -> None:
-    before(sft, "train_step", lambda: time.sleep(3600), int(number))
+    before(training, "train_step", lambda: time.sleep(3600), int(number))
 
 
 def hang_while(doing: str) -> None:
@@ -136,11 +135,11 @@ def wrong_export(factor: str) -> None:
 
 
 def stop_in_step(number: str) -> None:
-    before(sft, "train_step", lambda: os.kill(os.getpid(), signal.SIGSTOP), int(number))
+    before(training, "train_step", lambda: os.kill(os.getpid(), signal.SIGSTOP), int(number))
 
 
 def say_step(number: str) -> None:
-    before(sft, "train_step", lambda: print("in the step", flush=True), int(number))
+    before(training, "train_step", lambda: print("in the step", flush=True), int(number))
 
 
 def slow(where: str) -> None:
@@ -152,15 +151,15 @@ def slow(where: str) -> None:
             time.sleep(0.01)
 
     module, name, number = {
-        "start": (sft, "init_parallel", 1),
-        "data": (sft, "read_inputs", 1),
+        "start": (job, "init_parallel", 1),
+        "data": (job, "read_inputs", 1),
         "tokenise": (build, "prepare_store", 1),
-        "model": (sft, "build_run", 1),
-        "first step": (sft, "train_step", 1),
-        "step": (sft, "train_step", 3),
+        "model": (training, "build_run", 1),
+        "first step": (training, "train_step", 1),
+        "step": (training, "train_step", 3),
         "evaluate": (evaluation, "values_of", 1),
         "save": (save, "write_snapshot", 2),
-        "export": (sft, "export_model", 1),
+        "export": (finish, "export_model", 1),
     }[where]
     before(module, name, linger, number)
 
@@ -188,7 +187,7 @@ def full_for_json(step: str) -> None:
         watchdog.write_json = launch_files.write_json = write
 
     fail_in_step(step)
-    before(sft, "train_step", fill, int(step))
+    before(training, "train_step", fill, int(step))
 
 
 def broken_writer(numbers: str) -> None:
@@ -211,7 +210,7 @@ def hung_writer(number: str) -> None:
 def spoil(what: str) -> None:
     """Spoils some steps on this rank: "loss nan 3 4", "grad inf 3", "loss 1000 30"."""
     kind, value, *steps = what.split()
-    original, calls = sft.run_schedule, [0]
+    original, calls = train_step.run_schedule, [0]
 
     def run_schedule(model: Any, *args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -225,7 +224,7 @@ def spoil(what: str) -> None:
             buffer.grad_data.mul_(float(value))
         return reports
 
-    sft.run_schedule = run_schedule
+    train_step.run_schedule = run_schedule
 
 
 def record_pickles(path: str) -> None:
@@ -274,7 +273,7 @@ def record_listeners(path: str) -> None:
         listening = [one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN]
         pathlib.Path(path).write_text("\n".join(["looked", *listening]))
 
-    before(sft, "train_step", write, 2)
+    before(training, "train_step", write, 2)
 
 
 def leak(values: str) -> None:
@@ -282,7 +281,7 @@ def leak(values: str) -> None:
     pairs = dict(pair.split("=", 1) for pair in values.split(";"))
     os.environ.update(pairs)
     print_all = " ".join(pairs.values())
-    original = sft.read_inputs
+    original = job.read_inputs
 
     def read_inputs(config: Any, *args: Any) -> Any:
         try:
@@ -290,7 +289,7 @@ def leak(values: str) -> None:
         except (ValueError, OSError) as error:
             raise ValueError(f"{error} {print_all}") from None
 
-    sft.read_inputs = read_inputs
+    job.read_inputs = read_inputs
 
 
 def no_room(numbers: str) -> None:
@@ -309,7 +308,7 @@ def no_room(numbers: str) -> None:
 def save_waits_for_step(number: str) -> None:
     """The second save is not written before a later step begins."""
     reached = threading.Event()
-    before(sft, "train_step", reached.set, int(number))
+    before(training, "train_step", reached.set, int(number))
 
     def wait() -> None:
         if not reached.wait(20):
@@ -322,4 +321,4 @@ def no_memory(number: str) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    before(sft, "train_step", fail, int(number))
+    before(training, "train_step", fail, int(number))

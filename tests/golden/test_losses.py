@@ -39,21 +39,21 @@ def cpu_kind() -> str:
 def first_steps(folder: str) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the demo's first steps."""
     from sft_fast.config.schema import load_config
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
+    from sft_fast.packing.from_config import make_plan
 
     config = load_config(None, [f"output_dir={folder}"])
     parallel = init_parallel(config)
     inputs = read_inputs(config)
     architecture, weights = inputs.model.architecture, inputs.model.weights
-    run = sft.build_run(config, architecture, weights, config.train.steps, parallel)
-    plan = sft.make_plan(inputs.store, config, architecture)
+    run = build_run(config, architecture, weights, config.train.steps, parallel)
+    plan = make_plan(inputs.store, config, architecture)
     steps = range(NUM_STEPS)
-    with sft.open_batches(inputs.store, plan, steps, config, parallel) as batches:
-        results = [
-            sft.train_step(run, batches, plan.counts(step), config, parallel) for step in steps
-        ]
+    with open_batches(inputs.store, plan, steps, run.shape, parallel) as batches:
+        results = [train_step(run, batches, plan.counts(step)) for step in steps]
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 

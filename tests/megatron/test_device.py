@@ -10,7 +10,7 @@ from rank_pool import RankPool
 
 PROBE = """
 import torch
-import sft_fast.megatron.sft
+import sft_fast.megatron.training
 from sft_fast.megatron.device import FACTORIES, install_cpu_shim
 assert not torch.cuda.is_available()
 assert torch.ones(2).type() == "torch.FloatTensor", "an import has changed torch"

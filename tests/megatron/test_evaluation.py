@@ -36,10 +36,10 @@ def make_samples() -> list[tuple[list[int], list[int]]]:
 
 def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> Any:
     """(overall, by source) of a model with a training loss that is not the cross-entropy."""
-    from sft_fast.megatron import sft
     from sft_fast.megatron.evaluation import evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
     from sft_fast.registry import get_metric, load_plugins
 
@@ -55,7 +55,7 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
-    run = sft.build_run(config, architecture, weights, 1, parallel)
+    run = build_run(config, architecture, weights, 1, parallel)
     files = ((0, "a.jsonl"), (2, "empty.jsonl"), (2, "a.jsonl"), (FIRST_OF_B, "b.jsonl"))
     store = replace(make_store(make_samples()), files=files)
     custom = [get_metric(name) for name in METRICS]

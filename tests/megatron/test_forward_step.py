@@ -11,35 +11,38 @@ from tiny import make_config, make_store, random_samples
 
 
 def build(parallel_section: dict[str, Any]) -> Any:
-    from sft_fast.megatron import sft
     from sft_fast.megatron.hf import RandomSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run
     from sft_fast.models.architecture import architecture_from_shape
 
     config = make_config(parallel=parallel_section)
     parallel = init_parallel(config)
     architecture = architecture_from_shape(config.model.shape, vocab_size=131)
     weights = RandomSource(architecture, config.seed)
-    return config, parallel, sft.build_run(config, architecture, weights, 1, parallel)
+    return config, parallel, build_run(config, architecture, weights, 1, parallel)
 
 
 def gradients_with(megatron_normalises: bool) -> list[Any]:
     """The gradients of one global batch, divided by megatron's own code or by ours."""
     from megatron.core.distributed import finalize_model_grads
 
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
+    from sft_fast.megatron.forward_step import forward_step
     from sft_fast.megatron.optim import normalise_by
+    from sft_fast.megatron.schedule import run_schedule
+    from sft_fast.packing.from_config import make_plan
 
     config, parallel, run = build({"pipeline": 2, "distributed_optimizer": False})
     store = make_store(random_samples(7, seed=1))
-    plan = sft.make_plan(store, config)
+    plan = make_plan(store, config)
     run.model[0].zero_grad_buffer()
     if megatron_normalises:
         run.model[0].config.finalize_model_grads_func = finalize_model_grads
     else:
         normalise_by(run.model, plan.counts(0).loss_weight)
-    with sft.open_batches(store, plan, range(1), config, parallel) as batches:
-        sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
+    with open_batches(store, plan, range(1), run.shape, parallel) as batches:
+        run_schedule(run.model, batches, run.shape, forward_step)
     return [parameter.main_grad.numpy().copy() for parameter in run.model.parameters()]
 
 

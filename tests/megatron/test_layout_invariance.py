@@ -105,10 +105,12 @@ def run_steps(
     """
     import numpy as np
 
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.from_config import make_plan
 
     # The samples need fewer rows than the global batch has: the last ones are empty.
     config = make_config(
@@ -129,13 +131,13 @@ def run_steps(
         num_tokens = sum(len(ids) for ids, _ in samples)
         token_weights = np.resize(weights_of_tokens, num_tokens).astype(np.float16)
     store = make_store(samples, token_weights)
-    run = sft.build_run(config, architecture, weights, 2, parallel)
-    plan = sft.make_plan(store, config)
+    run = build_run(config, architecture, weights, 2, parallel)
+    plan = make_plan(store, config)
     assert plan.num_steps_per_epoch == 1
     results = []
-    with sft.open_batches(store, plan, range(2), config, parallel) as batches:
+    with open_batches(store, plan, range(2), run.shape, parallel) as batches:
         for _ in range(2):
-            result = sft.train_step(run, batches, plan.counts(0), config, parallel)
+            result = train_step(run, batches, plan.counts(0))
             results.append((result.loss, result.grad_norm))
     return results
 

@@ -34,19 +34,20 @@ def lora_config(
 
 def build(config: Any) -> tuple[Any, Any, Any, Any]:
     """(run, plan, store, parallel) of a run whose adapters are random, the same at every layout."""
-    from sft_fast.megatron import sft
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.from_config import make_plan
 
     parallel = init_parallel(config)
     folder = Path(config.model.path)
     architecture = architecture_from_hf(read_hf_config(folder))
     weights = SafetensorsSource(folder, architecture)
     store = make_store(random_samples(NUM_SAMPLES, seed=3))
-    run = sft.build_run(config, architecture, weights, 2, parallel)
+    run = build_run(config, architecture, weights, 2, parallel)
     randomise_b(run.model, parallel)
-    return run, sft.make_plan(store, config, architecture), store, parallel
+    return run, make_plan(store, config, architecture), store, parallel
 
 
 def adapters(model: Any) -> Any:
@@ -79,14 +80,15 @@ def randomise_b(model: Any, parallel: Any) -> None:
 
 def take_steps(config: Any, count: int, run: Any, plan: Any, store: Any, parallel: Any) -> Any:
     """(loss, grad_norm) of optimizer steps, each over the same global batch."""
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.lora import seed_dropout
+    from sft_fast.megatron.train_step import train_step
 
     results = []
-    with sft.open_batches(store, plan, [0] * count, config, parallel) as batches:
+    with open_batches(store, plan, [0] * count, run.shape, parallel) as batches:
         for step in range(count):
             seed_dropout(config.lora, config.seed, step, parallel)
-            result = sft.train_step(run, batches, plan.counts(0), config, parallel)
+            result = train_step(run, batches, plan.counts(0))
             results.append((result.loss, result.grad_norm))
     return results
 
@@ -151,19 +153,21 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
     """PEFT name -> gradient of one global batch; also exports adapter and merged model."""
     import torch
 
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.export.adapter import PEFT_NAMES, export_adapter
     from sft_fast.megatron.export.weights import export_weights
+    from sft_fast.megatron.forward_step import forward_step
     from sft_fast.megatron.hf import gather_shards
     from sft_fast.megatron.model import unwrap
     from sft_fast.megatron.optim import normalise_by
+    from sft_fast.megatron.schedule import run_schedule
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     config = lora_config(folder, output, lora, parallel_section)
     run, plan, store, parallel = build(config)
     normalise_by(run.model, plan.counts(0).loss_weight)
-    with sft.open_batches(store, plan, [0], config, parallel) as batches:
-        sft.run_schedule(run.model, batches, config, parallel, forward_only=False)
+    with open_batches(store, plan, [0], run.shape, parallel) as batches:
+        run_schedule(run.model, batches, run.shape, forward_step)
     found = {}
     for linear, projection in adapters(run.model):
         for letter, parameter in linear.parameters_of(projection).items():

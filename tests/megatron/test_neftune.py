@@ -75,12 +75,14 @@ def test_noise_is_not_repeated(other: str) -> None:
 
 def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[tuple[float, ...]]:
     """(loss, gradient norm) of two steps, then the evaluation loss."""
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.evaluation import evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.neftune import add_noise, begin_step
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.from_config import make_plan
 
     config = make_config(
         model={"path": folder, "shape": None},
@@ -92,18 +94,18 @@ def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[
     )
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
-    run = sft.build_run(
+    run = build_run(
         config, architecture, SafetensorsSource(Path(folder), architecture), 2, parallel
     )
     store = make_store(random_samples(12, seed=3))
     add_noise(run.model, config.train, config.seed, store.lengths, parallel)
-    plan = sft.make_plan(store, config)
+    plan = make_plan(store, config)
     evaluated, _ = evaluate(run.model, store, config, parallel, [], Phases.unwatched())
     results: list[tuple[float, ...]] = [(evaluated["loss"],)]
-    with sft.open_batches(store, plan, range(2), config, parallel) as batches:
+    with open_batches(store, plan, range(2), run.shape, parallel) as batches:
         for step in range(2):
             begin_step(run.model, step)
-            result = sft.train_step(run, batches, plan.counts(step), config, parallel)
+            result = train_step(run, batches, plan.counts(step))
             results.append((result.loss, result.grad_norm))
     return results
 

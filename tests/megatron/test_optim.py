@@ -33,11 +33,14 @@ def train(
     is_ours: bool,
 ) -> tuple[int, list[tuple[bool, float]], list[torch.Tensor]]:
     """Chained optimizers; whether each step updated, and its gradient norm; the weights."""
-    from sft_fast.megatron import sft
+    from sft_fast.megatron import train_step as step_module
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.optim import optimizer_parts
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.from_config import make_plan
 
     config = make_config(
         model={"path": folder, "shape": None, "dtype": dtype},
@@ -48,11 +51,11 @@ def train(
     parallel = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
-    run = sft.build_run(config, architecture, weights, NUM_STEPS, parallel)
+    run = build_run(config, architecture, weights, NUM_STEPS, parallel)
     if loss_scale is not None:
         run.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(loss_scale)
     store = make_store(random_samples(8, seed=5))
-    plan = sft.make_plan(store, config)
+    plan = make_plan(store, config)
     steps: list[tuple[bool, float]] = []
 
     def megatrons_step(optimizer: Any, grad_norm: float) -> None:
@@ -60,12 +63,12 @@ def train(
         steps.append((was_updated, float(norm or 0.0)))
 
     theirs = mock.patch.multiple(
-        sft, ready_gradients=lambda optimizer: 0.0, clip_and_update=megatrons_step
+        step_module, ready_gradients=lambda optimizer: 0.0, clip_and_update=megatrons_step
     )
-    with sft.open_batches(store, plan, range(NUM_STEPS), config, parallel) as batches:
+    with open_batches(store, plan, range(NUM_STEPS), run.shape, parallel) as batches:
         for step in range(NUM_STEPS):
             with contextlib.nullcontext() if is_ours else theirs:
-                outcome = sft.train_step(run, batches, plan.counts(step), config, parallel)
+                outcome = train_step(run, batches, plan.counts(step))
             if is_ours:
                 steps.append((outcome.updated, outcome.grad_norm if outcome.updated else 0.0))
     tensors = [parameter.detach().cpu().clone() for parameter in run.model.parameters()]

@@ -23,9 +23,11 @@ def run_steps(
 ) -> tuple[list[tuple[float, float, float]], list[Any]]:
     """(loss, gradient norm, learning rate) of each step, and the sample ids of each step."""
     from sft_fast.config.schema import Config
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
+    from sft_fast.packing.from_config import make_plan
 
     config = Config.model_validate(
         {
@@ -41,12 +43,12 @@ def run_steps(
     parallel = init_parallel(config)
     inputs = read_inputs(config)
     architecture = inputs.model.architecture
-    plan = sft.make_plan(inputs.store, config, architecture)
-    run = sft.build_run(config, architecture, inputs.model.weights, NUM_STEPS, parallel)
+    plan = make_plan(inputs.store, config, architecture)
+    run = build_run(config, architecture, inputs.model.weights, NUM_STEPS, parallel)
     results, ids = [], []
-    with sft.open_batches(inputs.store, plan, range(NUM_STEPS), config, parallel) as batches:
+    with open_batches(inputs.store, plan, range(NUM_STEPS), run.shape, parallel) as batches:
         for step in range(NUM_STEPS):
-            result = sft.train_step(run, batches, plan.counts(step), config, parallel)
+            result = train_step(run, batches, plan.counts(step))
             results.append((result.loss, result.grad_norm, result.lr))
             ids.append(np.concatenate(plan.step_bins(*plan.locate(step))).tolist())
     return results, [str(inputs.store.path), ids]

@@ -18,11 +18,14 @@ def step_with_stand_ins(folder: str, transformer_impl: str) -> tuple[float, floa
     """(loss, gradient norm, kinds of the linear layers) of a step."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from sft_fast.megatron import sft, transformer_engine
+    from sft_fast.megatron import transformer_engine
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.model import unwrap
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.from_config import make_plan
 
     class EngineColumn(ColumnParallelLinear):
         pass
@@ -42,11 +45,11 @@ def step_with_stand_ins(folder: str, transformer_impl: str) -> tuple[float, floa
         parallel = init_parallel(config)
         architecture = architecture_from_hf(read_hf_config(Path(folder)))
         weights = SafetensorsSource(Path(folder), architecture)
-        run = sft.build_run(config, architecture, weights, 1, parallel)
+        run = build_run(config, architecture, weights, 1, parallel)
         store = make_store(random_samples(4, seed=3))
-        plan = sft.make_plan(store, config)
-        with sft.open_batches(store, plan, range(1), config, parallel) as batches:
-            result = sft.train_step(run, batches, plan.counts(0), config, parallel)
+        plan = make_plan(store, config)
+        with open_batches(store, plan, range(1), run.shape, parallel) as batches:
+            result = train_step(run, batches, plan.counts(0))
     finally:
         transformer_engine.linear_classes, transformer_engine.require = original
     kinds = {

@@ -58,18 +58,18 @@ def measure(
     import torch
 
     from allocations import most_bytes_held
-    from sft_fast.megatron import sft
     from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.hf import RandomSource
     from sft_fast.megatron.optim import torch_adam_parts
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
     from sft_fast.packing.from_config import make_plan
     from tiny import make_store
 
     config = make_config(folder, **sections)
     parallel = init_parallel(config)
     architecture = tiny_architecture(config, num_experts)
-    run = sft.build_run(config, architecture, RandomSource(architecture, 0), 1, parallel)
+    run = build_run(config, architecture, RandomSource(architecture, 0), 1, parallel)
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, VOCAB, length).tolist() for _ in range(samples)]
     store = make_store([(row, [0] * (length // 2) + [1] * (length // 2)) for row in ids])
@@ -85,11 +85,9 @@ def measure(
             if state.dim() > 0
         ),
     ]
-    with open_batches(store, plan, range(2), config, parallel) as batches:
-        sft.train_step(run, batches, plan.counts(0), config, parallel)
-        peak = most_bytes_held(
-            lambda: sft.train_step(run, batches, plan.counts(1), config, parallel)
-        )
+    with open_batches(store, plan, range(2), run.shape, parallel) as batches:
+        train_step(run, batches, plan.counts(0))
+        peak = most_bytes_held(lambda: train_step(run, batches, plan.counts(1)))
     queue.put([*sizes, peak])
     torch.distributed.destroy_process_group()
 

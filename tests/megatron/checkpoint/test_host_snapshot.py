@@ -219,15 +219,17 @@ def test_without_a_gpu_copies_are_made_at_once() -> None:
 
 
 def order_of_a_step() -> list[str]:
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.hf import RandomSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run, train_step
     from sft_fast.models.architecture import architecture_from_shape
+    from sft_fast.packing.from_config import make_plan
 
     config = make_config()
     parallel = init_parallel(config)
     architecture = architecture_from_shape(config.model.shape, VOCAB_SIZE)
-    run = sft.build_run(config, architecture, RandomSource(architecture, 1), 9, parallel)
+    run = build_run(config, architecture, RandomSource(architecture, 1), 9, parallel)
     log: list[str] = []
     update = run.optimizer.step_with_ready_grads
 
@@ -238,9 +240,9 @@ def order_of_a_step() -> list[str]:
     run.optimizer.step_with_ready_grads = noted_update
     run.copier.before_update = lambda: log.append("wait")
     store = make_store(random_samples(8, seed=3))
-    plan = sft.make_plan(store, config)
-    with sft.open_batches(store, plan, range(1), config, parallel) as batches:
-        sft.train_step(run, batches, plan.counts(0), config, parallel)
+    plan = make_plan(store, config)
+    with open_batches(store, plan, range(1), run.shape, parallel) as batches:
+        train_step(run, batches, plan.counts(0))
     return log
 
 

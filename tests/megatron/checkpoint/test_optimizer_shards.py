@@ -82,20 +82,22 @@ def work(
         first_step: of the data.
         is_old: save megatron's gathered state, as earlier versions did.
     """
-    from sft_fast.megatron import sft
+    from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.checkpoint.load import load_checkpoint
     from sft_fast.megatron.checkpoint.save import CheckpointWriter
     from sft_fast.megatron.checkpoint.train_state import TrainState
+    from sft_fast.megatron.train_step import train_step
+    from sft_fast.packing.from_config import make_plan
 
     run, config, ranks = begin(model, parallel, dtype)
     if source:
         load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
     store = make_store(random_samples(NUM_SAMPLES, seed=3))
-    plan = sft.make_plan(store, config)
+    plan = make_plan(store, config)
     num_steps = max(targets)
     losses: list[float] = []
-    with sft.open_batches(
-        store, plan, range(first_step, first_step + num_steps), config, ranks
+    with open_batches(
+        store, plan, range(first_step, first_step + num_steps), run.shape, ranks
     ) as batches:
         for step in range(num_steps + 1):
             if step in targets:
@@ -104,16 +106,16 @@ def work(
                 parts = old_state(run) if is_old else state_without_collectives(run)
                 writer.save(TrainState(0, {}), parts, is_last=True)
             if step < num_steps:
-                result = sft.train_step(run, batches, plan.counts(0), config, ranks)
+                result = train_step(run, batches, plan.counts(0))
                 losses.append(result.loss)
     return losses
 
 
 def begin(model: str, parallel: Section, dtype: str = "fp32") -> tuple[Any, Any, Any]:
     """A run at step 0, its config and layout."""
-    from sft_fast.megatron import sft
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.train_step import build_run
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     config = make_config(
@@ -127,7 +129,7 @@ def begin(model: str, parallel: Section, dtype: str = "fp32") -> tuple[Any, Any,
     ranks = init_parallel(config)
     architecture = architecture_from_hf(read_hf_config(Path(model)))
     source = SafetensorsSource(Path(model), architecture)
-    return sft.build_run(config, architecture, source, 9, ranks), config, ranks
+    return build_run(config, architecture, source, 9, ranks), config, ranks
 
 
 def old_state(run: Any) -> dict[str, Any]:

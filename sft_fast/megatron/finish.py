@@ -1,0 +1,82 @@
+"""What follows the last step: the export, the answers of the exported model, the report."""
+
+from transformers.utils.logging import disable_progress_bar
+
+from sft_fast.evaluation.early_stopping import EarlyStopping
+from sft_fast.evaluation.samples import write_samples
+from sft_fast.megatron.checkpoint.load import load_checkpoint
+from sft_fast.megatron.checkpoint.train_state import TrainState
+from sft_fast.megatron.evaluation import Evaluator, report_exact_match
+from sft_fast.megatron.export.adapter import export_adapter
+from sft_fast.megatron.export.model import export_model
+from sft_fast.megatron.job import Job
+from sft_fast.megatron.model import unwrap
+from sft_fast.megatron.optim import gather_parameters
+from sft_fast.megatron.train_step import Run
+from sft_fast.metrics.report import write_report
+from sft_fast.runtime.run_files import checkpoint_path
+
+
+def export(job: Job, run: Run, evaluator: Evaluator, state: TrainState) -> None:
+    """Writes the trained model as a Hugging Face directory, and with LoRA the adapters."""
+    config, phases = job.config, job.phases
+    phases.enter("export", can_leave=True)
+    disable_progress_bar()  # of transformers, for each look at the export
+    evaluator.report_best()
+    if config.export.best:
+        load_best(job, run, state)
+    if config.export.enabled:
+        gather_parameters(run.model)
+        models = [unwrap(chunk) for chunk in run.model]
+        folder = job.output / "export"
+        export_model(
+            models,
+            folder,
+            job.origin,
+            config.model,
+            config.export,
+            config.output_dir,
+            job.parallel,
+            phases,
+        )
+        if config.lora.rank > 0:
+            adapter = job.output / "adapter"
+            export_adapter(
+                run.model, adapter, config.model, config.lora, config.export, job.parallel
+            )
+        job.metrics.log(f"exported to {folder}")
+
+
+def load_best(job: Job, run: Run, state: TrainState) -> None:
+    """Goes back to the checkpoint of the best evaluation."""
+    best = EarlyStopping(**state.early_stopping).best_step
+    if best in (0, state.step):
+        return
+    checkpoint, log = checkpoint_path(job.output / "checkpoints", best), job.metrics.log
+    if not checkpoint.is_dir():
+        log(f"warning: {checkpoint}, the best one, was not saved; the last weights stay")
+        return
+    load_checkpoint(checkpoint, run.model, run.optimizer, run.schedule, job.phases.tensor_done)
+    log(f"loaded the best weights from {checkpoint}")
+
+
+def finish(job: Job) -> None:
+    """Lets the exported model answer, and draws the report."""
+    config, output, is_main = job.config, job.output, job.parallel.is_main
+    if config.export.enabled and is_main and config.evaluation.exact_match_samples > 0:
+        report_exact_match(output / "export", job.inputs, config, job.metrics)
+    if is_main and config.metrics.pictures:
+        draw(job)
+    if config.export.enabled:
+        job.metrics.log(f"talk to it: sft_fast chat {output}")
+
+
+def draw(job: Job) -> None:
+    """Writes the pictures; a run that is done does not fail for want of them."""
+    config, log = job.config, job.metrics.log
+    try:
+        if config.metrics.samples > 0:
+            write_samples(job.output, config.metrics.samples, config.evaluation.max_new_tokens)
+        log(f"pictures: {', '.join(map(str, write_report(job.output)))}")
+    except (ValueError, OSError) as error:
+        log(f"report not written: {error}")

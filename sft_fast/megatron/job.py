@@ -1,0 +1,91 @@
+"""What a run is made of before there is a model: ranks, data, plan, and where it speaks."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sft_fast.config.schema import Config
+from sft_fast.megatron.checkpoint.fingerprint import run_fields
+from sft_fast.megatron.load_inputs import ExportSource, Inputs, read_inputs
+from sft_fast.megatron.lora import adapter_fingerprint
+from sft_fast.megatron.parallel import Parallel, init_parallel
+from sft_fast.metrics.report import length_histogram
+from sft_fast.metrics.trackers import check_trackers
+from sft_fast.metrics.writer import MetricsWriter
+from sft_fast.packing.from_config import make_plan
+from sft_fast.packing.report import PackingReport, packing_report
+from sft_fast.packing.steps import StepPlan
+from sft_fast.runtime.phases import Phases
+from sft_fast.runtime.rendezvous import public_address_warning
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is prepared: everything that does not change while it trains."""
+
+    config: Config
+    phases: Phases
+    """Told what this rank is doing."""
+    parallel: Parallel
+    metrics: MetricsWriter
+    inputs: Inputs
+    plan: StepPlan
+    packing: PackingReport
+    fields: dict[str, str]
+    """What the weights and the order of the data depend on; see fingerprint.run_fields."""
+
+    @property
+    def output(self) -> Path:
+        """The run's directory."""
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def origin(self) -> ExportSource:
+        """What an export of the run comes from."""
+        return self.inputs.origin
+
+    def announce(self) -> None:
+        """Writes what is known of the run to metrics.jsonl.
+
+        Not before the run is known to belong to its directory: a refused one leaves no records.
+        """
+        parallel, store, metrics = self.parallel, self.inputs.store, self.metrics
+        metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
+        metrics.write("data", **asdict(store.report))
+        metrics.write("lengths", **length_histogram(store.lengths))
+        metrics.write("packing", **self.packing.record())
+
+    def close(self) -> None:
+        """Ends the run on all ranks."""
+        self.metrics.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def prepare(config: Config, phases: Phases) -> Job:
+    """Joins the ranks, reads the inputs, and plans which samples make a step.
+
+    Raises:
+        ValueError: the config does not fit the data, the model or the world size.
+    """
+    phases.enter("join", can_leave=True)
+    parallel = init_parallel(config)
+    check_trackers(config.metrics)
+    metrics = MetricsWriter(Path(config.output_dir), parallel.is_main)
+    metrics.log(parallel.describe())
+    if warning := public_address_warning():
+        metrics.log(warning)
+    phases.enter("data", can_leave=True)
+    inputs = read_inputs(config, metrics.log)
+    metrics.log(inputs.store.summary())
+    architecture = inputs.model.architecture
+    plan = make_plan(inputs.store, config, architecture)
+    packing = packing_report(plan, parallel.dp_size, config.train.micro_batch_size)
+    metrics.log(f"packing: {packing.brief()}")
+    adapters = adapter_fingerprint(config.lora, architecture, inputs.model.weights)
+    fields = run_fields(
+        config.model, config.seed, inputs.store, inputs.tokenizer, plan, architecture, adapters
+    )
+    return Job(config, phases, parallel, metrics, inputs, plan, packing, fields)

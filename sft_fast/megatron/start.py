@@ -1,0 +1,130 @@
+"""Where a run starts: at a checkpoint, or at step 0."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sft_fast.config.sections import CheckpointConfig
+from sft_fast.data.export_metadata import ExportMetadata
+from sft_fast.evaluation.early_stopping import EarlyStopping
+from sft_fast.megatron.checkpoint.fingerprint import DATA_ORDER_FIELDS, changed_fields
+from sft_fast.megatron.checkpoint.load import checkpoints_resumed_from, newest_whole_checkpoint
+from sft_fast.megatron.checkpoint.save import remove_leftovers
+from sft_fast.megatron.checkpoint.train_state import TrainState, read_train_state
+from sft_fast.megatron.job import Job
+from sft_fast.runtime.manifest import MANIFEST_FILE
+from sft_fast.runtime.run_files import check_resume, list_checkpoints
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, and where it is to end."""
+
+    checkpoint: Path | None
+    """What is loaded; None = the weights that the config names."""
+    state: TrainState
+    num_steps: int
+    """Optimizer steps at the end of the run, those of the checkpoint included."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def data_steps(self) -> range:
+        """The steps of the present data that are still to be made."""
+        first = self.state.first_data_step
+        return range(self.step - first, self.num_steps - first)
+
+    def is_finished(self, export: Path | None) -> bool:
+        """Whether nothing is left to do: all steps are made, and exported after that.
+
+        Args:
+            export: where the export is; None = none is wanted.
+        """
+        if self.checkpoint is None or self.step < self.num_steps:
+            return False
+        if export is None:
+            return True
+        made, saved = export / MANIFEST_FILE, self.checkpoint / MANIFEST_FILE
+        return made.is_file() and made.stat().st_mtime >= saved.stat().st_mtime
+
+
+def find_start(job: Job) -> Start:
+    """Looks for the checkpoint to resume from; every rank calls it.
+
+    Raises:
+        ValueError: the checkpoint is none, is damaged, belongs to other data, another order of it
+            or another model, or is beyond the end; or the run may not start anew beside others.
+    """
+    options, train, log = job.config.checkpoint, job.config.train, job.metrics.log
+    checkpoint = find_checkpoint(job.output, options, job.parallel.is_main, log)
+    state = TrainState(0, job.fields, data=asdict(job.origin.data))
+    if checkpoint is not None:
+        state = resumed_state(checkpoint, options, job.fields, job.origin.data, log)
+    epochs, first = train.epochs or 0, state.first_data_step
+    num_steps = train.steps or first + epochs * job.plan.num_steps_per_epoch
+    if state.step > num_steps:
+        raise ValueError(
+            f"checkpoint.resume: {checkpoint} has {state.step} steps, more than the {num_steps} of "
+            "train.steps or train.epochs; raise them, or choose another output_dir"
+        )
+    if EarlyStopping(**state.early_stopping).should_stop(job.config.evaluation.patience):
+        num_steps = state.step
+    return Start(checkpoint, state, num_steps)
+
+
+def find_checkpoint(
+    output: Path, options: CheckpointConfig, is_main: bool, log: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint that `checkpoint.resume` names; None = start at step 0.
+
+    Raises:
+        ValueError: it is none, or damaged, or the run may not start anew beside others.
+    """
+    folder = output / "checkpoints"
+    existing = list_checkpoints(folder)
+    if options.resume == "never" and existing:
+        raise ValueError(
+            f"checkpoint.resume is never, but {output} holds {existing[-1].name}; "
+            "choose another output_dir, or checkpoint.resume=auto"
+        )
+    check_resume(options.resume, output)
+    if options.resume not in ("auto", "never"):
+        existing = checkpoints_resumed_from(Path(options.resume), existing)
+    dist.barrier()  # every rank has seen the same folder before the main rank tidies it up
+    if is_main:
+        remove_leftovers(folder)
+    return newest_whole_checkpoint(existing, log, options.timeout_minutes * 60)
+
+
+def resumed_state(
+    checkpoint: Path,
+    options: CheckpointConfig,
+    fields: dict[str, str],
+    metadata: ExportMetadata,
+    log: Callable[[str], None],
+) -> TrainState:
+    """Where `checkpoint` stands, and where the data starts anew if other data is allowed.
+
+    Args:
+        checkpoint: the one to resume from.
+        options: what may have changed.
+        fields: of this run; see fingerprint.run_fields.
+        metadata: of its data.
+        log: told what has changed.
+
+    Raises:
+        ValueError: the checkpoint belongs to other data, another order of it or another model.
+    """
+    state = replace(read_train_state(checkpoint), data=asdict(metadata))
+    if options.resume != "auto":
+        state = replace(state, resumed_from=str(Path(options.resume).resolve()))
+    changed = changed_fields(state.fields, fields, options.allow_change, checkpoint)
+    if not changed & DATA_ORDER_FIELDS:
+        return replace(state, fields=fields)
+    log(f"changed: {', '.join(sorted(changed))}; the data begins anew")
+    return replace(state, fields=fields, first_data_step=state.step)
