@@ -28,7 +28,8 @@ def add(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Prints all problems of a configuration; returns 1 where there are any."""
-    from sft_fast.config.schema import check_world_size, inspect_config
+    from sft_fast.config.layout import rank_problem
+    from sft_fast.config.schema import inspect_config
     from sft_fast.config.validation import located
     from sft_fast.errors import ConfigError
     from sft_fast.preflight.machine_checks import check_machine
@@ -42,11 +43,10 @@ def run(parsed: argparse.Namespace) -> int:
         findings = check_machine(config)
         found, notes = findings.problems, findings.notes
         if parsed.ranks is not None:
-            try:
-                size = check_world_size(config, parsed.ranks)
-                notes.append(f"layout: {parsed.ranks} ranks give data parallel size {size}")
-            except ConfigError as error:
-                found += error.problems
+            problem = rank_problem(config.parallel, config.train, parsed.ranks)
+            found += [] if problem is None else [problem]
+            size = parsed.ranks // config.parallel.model_parallel_size
+            notes.append(f"layout: {parsed.ranks} ranks give data parallel size {size}")
         problems += located(tree, [p for p in found if not failed.intersection(p.keys)])
     if problems:
         print(as_seen(str(ConfigError(problems, str(path))), sys.stderr), file=sys.stderr)

@@ -53,7 +53,8 @@ def add(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Becomes the launcher of the ranks, or prints its command line."""
-    from sft_fast.config.schema import check_world_size, load_config
+    from sft_fast.config.layout import check_world_size
+    from sft_fast.config.schema import load_config
     from sft_fast.preflight.machine_checks import require_data
     from sft_fast.runtime.run_files import check_resume
 
@@ -68,7 +69,7 @@ def run(parsed: argparse.Namespace) -> None:
     nodes = given["--nnodes"] or "1"
     # A range such as 1:4 is elastic: the ranks check the layout themselves.
     if nodes.isdecimal():
-        check_world_size(config, int(nodes) * processes)
+        check_world_size(config.parallel, config.train, int(nodes) * processes)
     # With --debug torchrun itself, which tells more than most want to know.
     launcher = ["torch.distributed.run"] if parsed.debug else ["sft_fast.runtime.launcher"]
     launcher += [] if parsed.debug else [config.output_dir]

@@ -44,7 +44,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Prints memory, time and suggestions for a configuration and a GPU."""
     import json
 
-    from sft_fast.config.schema import check_world_size
+    from sft_fast.config.layout import check_layout, check_world_size
     from sft_fast.errors import nearest
 
     config = read_config(parsed)
@@ -56,11 +56,12 @@ def run(parsed: argparse.Namespace) -> None:
     if not 0 < parsed.mfu <= 1:
         raise ValueError(f"--mfu {parsed.mfu}; expected a share above 0, at most 1")
     ranks = parsed.ranks or config.parallel.model_parallel_size
-    check_world_size(config, ranks)
+    check_world_size(config.parallel, config.train, ranks)
     tokenizer = None
     if config.model.path is None or not parsed.no_data:
         tokenizer = config_tokenizer(config.model, config.tokenizer)
     architecture = config_architecture(config.model, tokenizer)
+    check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
     plan = None if parsed.no_data else packing_plan(config, tokenizer, architecture)
     found = figures(config, architecture, plan, gpu, ranks, parsed.mfu)
     if parsed.plot is not None:

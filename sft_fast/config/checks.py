@@ -13,6 +13,7 @@ from sft_fast.config.sections import (
     OptimConfig,
     PackingConfig,
     ParallelConfig,
+    ShapeConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -125,52 +126,22 @@ def transformer_engine_problems(
         )
 
 
-def shape_problems(
-    model: ModelConfig, packing: PackingConfig, parallel: ParallelConfig
-) -> Iterator[Problem]:
-    """What the layout does not divide of a shape of random weights."""
-    shape = model.shape
-    if shape is None:
-        return
-    values = {f"model.shape.{name}": value for name, value in shape.model_dump().items()}
-    stages = "parallel.pipeline"
-    if parallel.virtual_pipeline > 1:
-        stages = "parallel.pipeline x parallel.virtual_pipeline"
-    values |= {"parallel.tensor": parallel.tensor}
-    values |= {stages: parallel.pipeline * parallel.virtual_pipeline}
+def shape_problems(shape: ShapeConfig) -> Iterator[Problem]:
+    """What contradicts itself in a shape of random weights."""
     heads, groups = "model.shape.num_attention_heads", "model.shape.num_key_value_heads"
-    for divisor, key in (
-        (heads, "model.shape.hidden_size"),
-        (groups, heads),
-        ("parallel.tensor", heads),
-        ("parallel.tensor", groups),
-        ("parallel.tensor", "model.shape.ffn_hidden_size"),
-        (stages, "model.shape.num_layers"),
-    ):
+    values = {f"model.shape.{name}": value for name, value in shape.model_dump().items()}
+    for divisor, key in ((heads, "model.shape.hidden_size"), (groups, heads)):
         if values[key] % values[divisor] != 0:
             yield Problem(
-                (key, *divisor.split(" x ")),
+                (key, divisor),
                 f"{values[key]} is not a multiple of {values[divisor]}",
                 f"{divisor} divides {key}",
             )
-    if parallel.expert > 1 or parallel.expert_tensor > 1:
-        yield Problem(
-            ("parallel.expert", "parallel.expert_tensor", "model.shape"),
-            f"{parallel.expert} and {parallel.expert_tensor} for a model without experts",
-            "1 and 1; model.shape describes a Llama",
-        )
-    head_dim, rest = divmod(shape.hidden_size, shape.num_attention_heads)
-    if rest == 0 and head_dim % 2 != 0:
+    if values["model.shape.hidden_size"] % values[heads] == 0 and shape.head_dim % 2 != 0:
         yield Problem(
             ("model.shape.hidden_size", heads),
-            f"{head_dim} channels per head",
+            f"{shape.head_dim} channels per head",
             "an even number, because the rotary embedding turns pairs of channels",
-        )
-    if packing.capacity > shape.max_position_embeddings:
-        yield Problem(
-            ("packing.capacity", "model.shape.max_position_embeddings"),
-            f"rows of {packing.capacity} tokens, {shape.max_position_embeddings} positions",
-            "packing.capacity <= model.shape.max_position_embeddings",
         )
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationInfo, model_validator
 
 from sft_fast.config import checks, primus
 from sft_fast.config.aliases import OTHER_NAMES
+from sft_fast.config.layout import layout_problems
 from sft_fast.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -29,7 +30,6 @@ from sft_fast.config.sections import (
 )
 from sft_fast.config.validation import FIELDS_ONLY, Tree, apply_overrides, inspect, validate
 from sft_fast.config.yaml_source import dump_yaml, read_yaml
-from sft_fast.constants import round_up
 from sft_fast.errors import ConfigError, Problem
 from sft_fast.files import write_atomically
 from sft_fast.redact import redact_values
@@ -82,7 +82,12 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     yield from checks.transformer_engine_problems(
         config.model, config.packing, config.parallel, config.lora
     )
-    yield from checks.shape_problems(config.model, config.packing, config.parallel)
+    if config.model.shape is not None:
+        of_shape = list(checks.shape_problems(config.model.shape))
+        # The sizes of a shape that contradicts itself say nothing of its layout.
+        yield from of_shape or layout_problems(
+            config.model.shape, config.model, config.packing, config.parallel, config.lora
+        )
     yield from checks.train_problems(config.train)
     yield from checks.packing_problems(config.packing)
     yield from checks.lora_problems(config.lora)
@@ -138,77 +143,3 @@ def save_config(config: Config, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
         file.write(dump_yaml(redact_values(config.model_dump())))
-
-
-def check_world_size(config: Config, world_size: int) -> int:
-    """Returns the data-parallel size of a run on `world_size` ranks.
-
-    Raises:
-        ConfigError: The ranks or the batch cannot be split as configured.
-    """
-    parallel, train = config.parallel, config.train
-    model_ranks = config.parallel.model_parallel_size
-    keys: tuple[str, ...] = ("parallel.tensor", "parallel.pipeline")
-    sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
-    if parallel.context > 1:
-        keys, sizes = (*keys, "parallel.context"), f"{sizes} x context {parallel.context}"
-    if world_size < 1 or world_size % model_ranks != 0:
-        multiples = f"{model_ranks}, {2 * model_ranks}, {4 * model_ranks}, ..."
-        raise ConfigError(
-            [
-                Problem(
-                    keys,
-                    f"{world_size} ranks for {sizes} = {model_ranks} ranks per model",
-                    f"a number of ranks that {model_ranks} divides",
-                    f"start with --nproc-per-node (times nodes) of {multiples}, "
-                    f"or lower {' or '.join(keys)}",
-                )
-            ],
-            f"the layout of {world_size} ranks",
-        )
-    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
-    if world_size % expert_ranks != 0:
-        raise ConfigError(
-            [
-                Problem(
-                    ("parallel.expert", "parallel.expert_tensor"),
-                    f"{world_size} ranks for experts over {parallel.expert} x "
-                    f"{parallel.expert_tensor} ranks of each of {parallel.pipeline} stages",
-                    f"a number of ranks that {expert_ranks} divides",
-                    "lower parallel.expert or parallel.expert_tensor",
-                )
-            ],
-            f"the layout of {world_size} ranks",
-        )
-    data_parallel_size = world_size // model_ranks
-    rows = data_parallel_size * train.micro_batch_size
-    if train.global_batch_size % rows != 0:
-        up = round_up(train.global_batch_size, rows)
-        raise ConfigError(
-            [
-                Problem(
-                    ("train.global_batch_size", "train.micro_batch_size"),
-                    f"global_batch_size {train.global_batch_size} on {data_parallel_size} "
-                    f"data-parallel ranks with micro_batch_size {train.micro_batch_size}",
-                    f"a multiple of {data_parallel_size} x {train.micro_batch_size} = {rows}",
-                    f"train.global_batch_size={up}, or another --nproc-per-node",
-                )
-            ],
-            f"the layout of {world_size} ranks",
-        )
-    num_micro_batches = train.global_batch_size // rows
-    if parallel.virtual_pipeline > 1 and num_micro_batches % parallel.pipeline != 0:
-        raise ConfigError(
-            [
-                Problem(
-                    ("parallel.virtual_pipeline", "train.global_batch_size"),
-                    f"{num_micro_batches} micro-batches per step and data-parallel rank on "
-                    f"{parallel.pipeline} interleaved pipeline ranks",
-                    f"a multiple of {parallel.pipeline}",
-                    f"train.global_batch_size={rows * parallel.pipeline}, or "
-                    "parallel.virtual_pipeline=1",
-                )
-            ],
-            f"the layout of {world_size} ranks",
-        )
-    return data_parallel_size

@@ -38,6 +38,13 @@ ChangeableField = Literal[
 ]
 
 
+LLAMA_PROJECTIONS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+"""Matrices of a layer of a Llama, as Hugging Face names them."""
+
+
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no coercion ("1e-5" is no number), no changes."""
 
@@ -74,6 +81,21 @@ class ShapeConfig(Section):
     """Longest sample the model is meant for, in tokens."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the random weights; a narrow model learns faster with 0.05 to 0.08."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_experts(self) -> int:
+        """A Llama has none."""
+        return 0
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Matrices of a layer that adapters can stand beside."""
+        return LLAMA_PROJECTIONS
 
 
 class ModelConfig(Section):
@@ -306,13 +328,7 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs set to zero in training."""
     targets: Annotated[list[Text], Field(min_length=1)] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+        name.rpartition(".")[2] for name in LLAMA_PROJECTIONS
     ]
     """Projections with adapters; also patterns of full names: model.layers.1?.self_attn.*"""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sft_fast.config.layout import check_layout
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import DataConfig, LoraConfig, ModelConfig, TokenizerConfig
 from sft_fast.data.build import Progress
@@ -160,11 +161,7 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
         check_growth(num_tokens, num_known, config.model, config.lora, folder)
         architecture = replace(architecture, vocab_size=num_tokens)
         hf_config["vocab_size"] = num_tokens
-    if config.packing.capacity > architecture.max_position_embeddings:
-        raise ValueError(
-            f"packing.capacity is {config.packing.capacity}, but max_position_embeddings of "
-            f"{folder / 'config.json'} is {architecture.max_position_embeddings}; lower it"
-        )
+    check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
     if config.model.random_init:
         return Model(architecture, RandomSource(architecture, config.seed), folder, hf_config)
     weights = SafetensorsSource(folder, replace(architecture, vocab_size=num_known))

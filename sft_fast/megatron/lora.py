@@ -16,7 +16,6 @@ et al. 2024 (arXiv 2402.09353).
 import contextlib
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter, functional
 
+from sft_fast.config.layout import adapted_projections
 from sft_fast.config.sections import LoraConfig, ModelConfig
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
@@ -280,46 +280,6 @@ def scale_of(lora: LoraConfig) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
-def matches(hf_name: str, pattern: str) -> bool:
-    """A pattern without a dot is for the last part of the name, any other for all of it."""
-    return fnmatchcase(hf_name if "." in pattern else hf_name.rpartition(".")[2], pattern)
-
-
-def target_names(architecture: Architecture, lora: LoraConfig, num_stages: int) -> list[str]:
-    """The full names of the projections, of all layers, that `lora.targets` selects.
-
-    Raises:
-        ValueError: a pattern selects nothing, or a pipeline stage is left without adapters.
-    """
-    suffix = "_proj.weight"
-    names = [name.removesuffix(".weight") for name in hf_shapes(architecture) if suffix in name]
-    names = [name for name in names if ".experts." not in name]
-    for pattern in lora.targets:
-        if not any(matches(name, pattern) for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names})
-            if architecture.num_experts and "." not in pattern:
-                raise ValueError(
-                    f"lora.targets: {pattern!r} would be in the experts, which get no adapters; "
-                    f"choose among {', '.join(known)}: lora.targets=[{','.join(known)}]"
-                )
-            raise ValueError(
-                f"lora.targets: {pattern!r} selects no projection; expected one of "
-                f"{', '.join(known)}, or a pattern for names such as {names[0]}"
-            )
-    targets = [name for name in names if any(matches(name, item) for item in lora.targets)]
-    layers = {int(name.split(".")[2]) for name in targets}
-    per_stage = architecture.num_layers // num_stages
-    for stage in range(num_stages):
-        stage_layers = range(stage * per_stage, (stage + 1) * per_stage)
-        if layers.isdisjoint(stage_layers):
-            raise ValueError(
-                f"lora.targets selects nothing in layers {stage_layers[0]} to {stage_layers[-1]}, "
-                f"which pipeline stage {stage} holds, so it would have nothing to train; add "
-                "layers, or lower parallel.pipeline"
-            )
-    return targets
-
-
 def add_adapters(
     model: SFTModel,
     architecture: Architecture,
@@ -332,13 +292,9 @@ def add_adapters(
 
     B is zero and A as in PEFT: uniform, from the projection's name and the seed alone, so it does
     not depend on the layout.
-
-    Raises:
-        ValueError: `lora.targets` does not fit the model.
     """
     model.requires_grad_(False)
-    num_stages = parallel.pp_size * parallel.vp_size
-    targets = set(target_names(architecture, lora, num_stages))
+    targets = set(adapted_projections(architecture, lora.targets))
     for name, rule in list(named_rules(model, architecture)):
         hf_names = [source.removesuffix(".weight") for source in rule.sources]
         if targets.isdisjoint(hf_names):

@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import LoraConfig, LossConfig, ModelConfig, ParallelConfig
-from sft_fast.errors import ConfigError
 from sft_fast.kernels.loss_options import OPTION_NAMES
 from sft_fast.loss import (
     HeadSettings,
@@ -55,7 +54,6 @@ from sft_fast.megatron.rotary import (
 )
 from sft_fast.megatron.transformer_engine import transformer_engine_options, use_transformer_engine
 from sft_fast.models.architecture import Architecture, padded_vocab_size
-from sft_fast.models.layout import layout_problems
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = {
@@ -355,12 +353,7 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     """Allocates this rank's part of the model; weights are undefined until they are loaded.
 
     Returns: one module, with interleaved pipeline stages one for each of them, in their order.
-
-    Raises:
-        ConfigError: the layout does not fit the architecture (see layout.py).
     """
-    if problems := list(layout_problems(architecture, config.model, config.parallel, config.lora)):
-        raise ConfigError(problems, "the layout of this model")
     megatron_config = transformer_config(
         architecture, config.model, config.parallel, config.lora, parallel
     )

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from sft_fast.config.schema import Config, check_world_size
+from sft_fast.config.layout import check_world_size
+from sft_fast.config.schema import Config
 from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
 from sft_fast.runtime.processes import start_of
@@ -124,7 +125,7 @@ def init_parallel(config: Config) -> Parallel:
     """
     device = init_device()
     init_distributed(config.parallel.timeout_minutes)
-    check_world_size(config, dist.get_world_size())
+    check_world_size(config.parallel, config.train, dist.get_world_size())
     virtual = config.parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,

@@ -61,6 +61,11 @@ class Architecture:
     family: str = "LlamaForCausalLM"
     """Key of FAMILIES, which has the names of the weights."""
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Matrices of a layer that adapters can stand beside, such as self_attn.q_proj."""
+        return FAMILIES[self.family].projections
+
     def window(self, layer: int) -> int | None:
         """Tokens that a token of `layer` (from 0) attends to; None = its whole sample."""
         return None if layer in self.layers_without_window else self.sliding_window

@@ -7,12 +7,18 @@ parallelism, else 1. The tokens of a micro-batch on a rank are packing.capacity 
 train.micro_batch_size / context-parallel size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from sft_fast.config.layout import check_layout, check_world_size
+from sft_fast.config.schema import Config
+from sft_fast.config.sections import (
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from sft_fast.constants import DTYPE_BYTES
 from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.models.architecture import Architecture, padded_vocab_size
@@ -25,16 +31,6 @@ from sft_fast.models.flops import (
     mlp_parameters,
     training_flops,
 )
-
-if TYPE_CHECKING:
-    from sft_fast.config.schema import Config
-    from sft_fast.config.sections import (
-        LoraConfig,
-        LossConfig,
-        ModelConfig,
-        ParallelConfig,
-        TrainConfig,
-    )
 
 RUNTIME_BYTES = 3 * 10**9
 """Context, collectives' buffers, kernels and allocator waste of a GPU process; an assumption."""
@@ -318,6 +314,11 @@ def estimate_seconds(
     return seconds * (1 + again / 3) * (1 + bubble(train, parallel, num_ranks))
 
 
+def override_value(value: object) -> str:
+    """A value as it is written on the command line."""
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value).lower()
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """A change of the configuration, and what it would do.
@@ -333,7 +334,9 @@ class Suggestion:
     seconds: float
 
 
-def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, object]]]:
+def changes(
+    architecture: Architecture, config: Config, num_ranks: int
+) -> Iterator[dict[str, dict[str, object]]]:
     """Yields sections to update; not all of them are allowed for every model."""
     parallel, train = config.parallel, config.train
     if config.model.recompute == "none":
@@ -359,7 +362,9 @@ def changes(config: Config, num_ranks: int) -> Iterator[dict[str, dict[str, obje
     if train.micro_batch_size > 1:
         yield {"train": {"micro_batch_size": train.micro_batch_size // 2}}
     if config.lora.rank == 0:
-        yield {"lora": {"rank": 16}}
+        # Experts get no adapters, so the default targets would be refused.
+        names = [name.rpartition(".")[2] for name in architecture.projections]
+        yield {"lora": {"rank": 16} | ({"targets": names} if architecture.num_experts else {})}
 
 
 def best_suggestions(
@@ -379,9 +384,6 @@ def best_suggestions(
     that fits: what saves time and still fits. Training adapters instead of all weights is another
     task, so it is offered only where the run does not fit.
     """
-    from sft_fast.config.schema import Config as ConfigModel
-    from sft_fast.config.schema import check_world_size
-    from sft_fast.models.layout import layout_problems
 
     def cost(changed: Config) -> tuple[int, float]:
         memory = estimate_memory(architecture, changed, num_ranks, supervised_share)
@@ -401,19 +403,20 @@ def best_suggestions(
     total, seconds = cost(config)
     fits = total <= memory_bytes
     suggestions = []
-    for sections in changes(config, num_ranks):
+    for sections in changes(architecture, config, num_ranks):
         values = config.model_dump()
         for section, update in sections.items():
             values[section] |= update
         try:
-            changed = ConfigModel.model_validate(values)
-            check_world_size(changed, num_ranks)
+            changed = Config.model_validate(values)
+            check_world_size(changed.parallel, changed.train, num_ranks)
+            check_layout(
+                architecture, changed.model, changed.packing, changed.parallel, changed.lora
+            )
         except ValueError:
             continue
-        if any(layout_problems(architecture, changed.model, changed.parallel, changed.lora)):
-            continue
         overrides = " ".join(
-            f"{section}.{key}={str(value).lower()}"
+            f"{section}.{key}={override_value(value)}"
             for section, update in sections.items()
             for key, value in update.items()
         )

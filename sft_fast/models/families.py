@@ -134,6 +134,13 @@ class Family:
         return len(self.layer["self_attention.linear_qkv.weight"].sources) == 1
 
     @property
+    def projections(self) -> tuple[str, ...]:
+        """Matrices of a layer that adapters can stand beside, but for those of experts."""
+        rules = [] if self.is_fused else [r for r in self.layer.values() if not r.is_expert]
+        names = [name.removesuffix(".weight") for rule in rules for name in rule.sources]
+        return tuple(name for name in names if name.endswith("_proj"))
+
+    @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised."""
         return "self_attention.q_layernorm.weight" in self.layer

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
+from sft_fast.config.layout import batch_problem
 from sft_fast.constants import ceil_div, round_up
+from sft_fast.errors import ConfigError
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance
 from sft_fast.packing.bins import (
     DEFAULT_OPTIONS,
@@ -258,9 +260,6 @@ def check_batch_split(
             f"train.micro_batch_size is {micro_batch_size}, data-parallel rank {dp_rank} of "
             f"{dp_size}; expected at least 1, and a rank in [0, size)"
         )
-    if global_batch_size % (dp_size * micro_batch_size) != 0:
-        raise ValueError(
-            f"train.global_batch_size is {global_batch_size}; expected a multiple of "
-            f"train.micro_batch_size ({micro_batch_size}) x data-parallel size ({dp_size}) = "
-            f"{dp_size * micro_batch_size}"
-        )
+    problem = batch_problem(global_batch_size, micro_batch_size, dp_size)
+    if problem is not None:
+        raise ConfigError([problem], "the layout of a step")

@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_fast.config.layout import layout_problems
 from sft_fast.constants import DTYPE_BYTES
 from sft_fast.errors import Problem
-from sft_fast.models.layout import layout_problems, transformer_engine_problems
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
@@ -87,15 +87,12 @@ def _check_model(
 ) -> Iterator[Problem]:
     from sft_fast.models.architecture import (
         architecture_from_hf,
-        architecture_from_shape,
         read_hf_config,
     )
 
     path = model.path
     if path is None:
         assert model.shape is not None, "the configuration has a path or a shape"
-        alone = architecture_from_shape(model.shape, 1)
-        yield from transformer_engine_problems(alone, model, parallel)
         return
     folder = Path(path)
     if not folder.is_dir():
@@ -110,8 +107,7 @@ def _check_model(
     findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
     if not model.random_init:
         yield from _check_weights(folder)
-    yield from layout_problems(architecture, model, parallel, lora)
-    yield from _check_positions(architecture, packing.capacity, folder)
+    yield from layout_problems(architecture, model, packing, parallel, lora)
 
 
 def _note_transformer_engine(model: ModelConfig, findings: Findings) -> None:
@@ -138,16 +134,6 @@ def _check_weights(folder: Path) -> Iterator[Problem]:
     if missing:
         found = f"{folder} lacks {', '.join(missing[:3])}"
         yield Problem(("model.path",), found, "the weights as *.safetensors")
-
-
-def _check_positions(architecture: Architecture, capacity: int, folder: Path) -> Iterator[Problem]:
-    positions = architecture.max_position_embeddings
-    if capacity > positions:
-        yield Problem(
-            ("packing.capacity",),
-            f"{capacity}, but max_position_embeddings of {folder / 'config.json'} is {positions}",
-            f"packing.capacity <= {positions}",
-        )
 
 
 def _check_tokenizer(

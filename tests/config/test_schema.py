@@ -1,6 +1,5 @@
 import functools
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from config_cases import BASE, line_of, load_text, only_problem, problems_of
 from sft_fast.config.schema import (
     DEFAULT_CONFIG,
     Config,
-    check_world_size,
     load_config,
     save_config,
 )
@@ -227,50 +225,6 @@ def test_config_cannot_be_changed():
     config = load_config(None, [])
     with pytest.raises(ValueError, match="frozen"):
         config.optim.lr = 1.0
-
-
-@pytest.mark.parametrize(
-    "world_size, overrides, expected",
-    [
-        (1, [], 1),
-        (8, [], 8),
-        (8, ["parallel.tensor=3", "parallel.pipeline=2"], None),
-        (12, ["parallel.tensor=3", "parallel.pipeline=2"], 2),
-        (3, ["parallel.tensor=3", "parallel.pipeline=2"], None),
-        (0, [], None),
-        (3, [], None),
-        (4, ["train.micro_batch_size=4"], None),
-        (4, ["train.micro_batch_size=2"], 4),
-    ],
-)
-def test_world_size(load, world_size, overrides, expected):
-    config = load(SHAPE, *overrides)
-    if expected is not None:
-        assert check_world_size(config, world_size) == expected
-        return
-    problem = only_problem(check_world_size, config, world_size)
-    assert "--nproc-per-node" in problem.fix
-    is_layout = problem.keys == ("parallel.tensor", "parallel.pipeline")
-    assert is_layout or problem.keys == ("train.global_batch_size", "train.micro_batch_size")
-
-
-def test_batch_size_that_the_message_names_works(load):
-    config = load(SHAPE, "train.global_batch_size=10")
-    fix = only_problem(check_world_size, config, 4).fix
-    better = re.search(r"train\.global_batch_size=\d+", fix).group()
-    assert check_world_size(load(SHAPE, better), 4) == 4
-
-
-@pytest.mark.parametrize("batch, fits", [(8, True), (12, False), (4, False)])
-def test_interleaved_stages_need_a_multiple_of_micro_batches(load, batch, fits):
-    layout = ("parallel.pipeline=4", "parallel.virtual_pipeline=2", "train.micro_batch_size=2")
-    config = load(BASE, *layout, f"train.global_batch_size={batch}")
-    if fits:
-        assert check_world_size(config, 4) == 1
-        return
-    fix = only_problem(check_world_size, config, 4).fix
-    better = re.search(r"train\.global_batch_size=\d+", fix).group()
-    assert check_world_size(load(BASE, *layout, better), 4) == 1
 
 
 TOKEN = "hf_" + "aB3dE5gH7jK9" * 3

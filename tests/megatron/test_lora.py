@@ -541,31 +541,3 @@ def test_adapters_are_refused_on_another_base(
 def test_dora_with_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lora\.dora"):
         make_config(lora={"rank": 2, "dora": True, "dropout": 0.1})
-
-
-def test_adapters_of_fused_matrices_are_refused_before_the_start() -> None:
-    from sft_fast.models.architecture import Architecture
-    from sft_fast.models.layout import layout_problems
-
-    phi = Architecture(99, 32, 4, 4, 2, 48, 8, 128, family="Phi3ForCausalLM")
-    config = make_config(lora={"rank": 2})
-    (problem,) = layout_problems(phi, config.model, config.parallel, config.lora)
-    assert problem.keys == ("lora.rank", "model.path") and "one matrix" in str(problem)
-    config = make_config()
-    assert not list(layout_problems(phi, config.model, config.parallel, config.lora))
-
-
-def test_a_stage_without_adapters_is_refused() -> None:
-    from sft_fast.config.sections import LoraConfig
-    from sft_fast.megatron.lora import target_names
-    from sft_fast.models.architecture import architecture_from_hf
-
-    shape = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 8}
-    architecture = architecture_from_hf(
-        {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, **shape}
-    )
-    lora = LoraConfig(rank=2, targets=["model.layers.[01].*.q_proj"])
-    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
-    assert target_names(architecture, lora, 1) == names
-    with pytest.raises(ValueError, match="layers 2 to 3.*pipeline stage 1"):
-        target_names(architecture, lora, 2)

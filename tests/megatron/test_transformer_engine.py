@@ -142,20 +142,6 @@ def test_what_does_not_fit_together_is_refused(sections: Any, message: str) -> N
         make_config(**sections | {"model": model, "packing": {"capacity": 56}})
 
 
-def test_models_that_do_not_fit_are_refused() -> None:
-    from sft_fast.models.architecture import Architecture
-    from sft_fast.models.layout import layout_problems
-
-    config = make_config(model={"fp8": "hybrid", "fp8_recipe": "blockwise", "dtype": "bf16"})
-    smollm = Architecture(49152, 576, 30, 9, 3, 1536, 64, 8192)
-    sections = config.model, config.parallel, config.lora
-    found = [str(problem) for problem in layout_problems(smollm, *sections)]
-    assert len(found) == 3 and "blockwise with 576 columns" in found[0], found
-    moe = dataclasses.replace(smollm, num_experts=4, hidden_size=512, head_dim=128)
-    (problem,) = layout_problems(dataclasses.replace(moe, num_attention_heads=4), *sections)
-    assert "experts" in str(problem)
-
-
 def test_rows_are_padded_to_what_fp8_needs() -> None:
     from sft_fast.megatron.batches import packed_rows
 

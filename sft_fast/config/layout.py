@@ -1,0 +1,306 @@
+"""Whether a model, a batch and a number of ranks fit together as the configuration says.
+
+The schema asks of `model.shape`; check, plan and the trainer ask of the model's architecture, and
+of the number of ranks once they know it.
+"""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from sft_fast.config.sections import (
+    LoraConfig,
+    ModelConfig,
+    PackingConfig,
+    ParallelConfig,
+    ShapeConfig,
+    TrainConfig,
+)
+from sft_fast.constants import round_up
+from sft_fast.errors import ConfigError, Problem
+
+
+class ModelSizes(Protocol):
+    """What decides how a model can be split: an Architecture or a ShapeConfig has it."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key and value heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Width of the MLP, or of one expert."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer; 0 = a dense MLP."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sample, in tokens."""
+
+    @property
+    def projections(self) -> Sequence[str]:
+        """Matrices of a layer that adapters can stand beside, such as self_attn.q_proj."""
+
+
+def check_layout(
+    sizes: ModelSizes,
+    model: ModelConfig,
+    packing: PackingConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+) -> None:
+    """Raises ConfigError with everything that `layout_problems` yields."""
+    problems = list(layout_problems(sizes, model, packing, parallel, lora))
+    if problems:
+        raise ConfigError(problems, "the layout of this model")
+
+
+def layout_problems(
+    sizes: ModelSizes,
+    model: ModelConfig,
+    packing: PackingConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+) -> Iterator[Problem]:
+    """Yields everything that keeps a model from being split and trained as the sections say."""
+    yield from _split_problems(sizes, parallel)
+    yield from _expert_problems(sizes, parallel)
+    yield from _transformer_engine_problems(sizes, model, parallel)
+    if lora.rank > 0:
+        yield from _adapter_problems(sizes, parallel, lora)
+    if packing.capacity > sizes.max_position_embeddings:
+        keys, name = _place(sizes, "max_position_embeddings")
+        yield Problem(
+            ("packing.capacity", *keys),
+            f"packs of {packing.capacity} tokens, and {name} is {sizes.max_position_embeddings}",
+            f"packing.capacity <= {sizes.max_position_embeddings}",
+        )
+
+
+def check_world_size(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> int:
+    """The data-parallel size of a run on `world_size` ranks.
+
+    Raises:
+        ConfigError: The ranks or the batch cannot be split as configured.
+    """
+    problem = rank_problem(parallel, train, world_size)
+    if problem is not None:
+        raise ConfigError([problem], f"the layout of {world_size} ranks")
+    return world_size // parallel.model_parallel_size
+
+
+def rank_problem(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> Problem | None:
+    """The first thing that keeps a run from being spread over `world_size` ranks."""
+    model_ranks = parallel.model_parallel_size
+    keys: tuple[str, ...] = ("parallel.tensor", "parallel.pipeline")
+    sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    if parallel.context > 1:
+        keys, sizes = (*keys, "parallel.context"), f"{sizes} x context {parallel.context}"
+    if world_size < 1 or world_size % model_ranks != 0:
+        multiples = f"{model_ranks}, {2 * model_ranks}, {4 * model_ranks}, ..."
+        return Problem(
+            keys,
+            f"{world_size} ranks for {sizes} = {model_ranks} ranks per model",
+            f"a number of ranks that {model_ranks} divides",
+            f"start with --nproc-per-node (times nodes) of {multiples}, "
+            f"or lower {' or '.join(keys)}",
+        )
+    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if world_size % expert_ranks != 0:
+        return Problem(
+            ("parallel.expert", "parallel.expert_tensor"),
+            f"{world_size} ranks for experts over {parallel.expert} x "
+            f"{parallel.expert_tensor} ranks of each of {parallel.pipeline} stages",
+            f"a number of ranks that {expert_ranks} divides",
+            "lower parallel.expert or parallel.expert_tensor",
+        )
+    dp_size = world_size // model_ranks
+    batch = train.global_batch_size
+    problem = batch_problem(batch, train.micro_batch_size, dp_size)
+    if problem is not None:
+        return problem
+    num_micro_batches = batch // (dp_size * train.micro_batch_size)
+    if parallel.virtual_pipeline > 1 and num_micro_batches % parallel.pipeline != 0:
+        enough = dp_size * train.micro_batch_size * parallel.pipeline
+        return Problem(
+            ("parallel.virtual_pipeline", "train.global_batch_size"),
+            f"{num_micro_batches} micro-batches per step and data-parallel rank on "
+            f"{parallel.pipeline} interleaved pipeline ranks",
+            f"a multiple of {parallel.pipeline}",
+            f"train.global_batch_size={round_up(batch, enough)}, or parallel.virtual_pipeline=1",
+        )
+    return None
+
+
+def batch_problem(global_batch_size: int, micro_batch_size: int, dp_size: int) -> Problem | None:
+    """What keeps a step's packs from being split evenly over data-parallel ranks."""
+    packs = dp_size * micro_batch_size
+    if global_batch_size % packs == 0:
+        return None
+    return Problem(
+        ("train.global_batch_size", "train.micro_batch_size"),
+        f"global_batch_size {global_batch_size} on {dp_size} data-parallel ranks with "
+        f"micro_batch_size {micro_batch_size}",
+        f"a multiple of {dp_size} x {micro_batch_size} = {packs}",
+        f"train.global_batch_size={round_up(global_batch_size, packs)}, or another "
+        "--nproc-per-node",
+    )
+
+
+def adapted_projections(sizes: ModelSizes, targets: Sequence[str]) -> list[str]:
+    """Full names, model.layers.0.self_attn.q_proj and so on, that `lora.targets` selects."""
+    names = _projection_names(sizes)
+    return [name for name in names if any(_matches(name, pattern) for pattern in targets)]
+
+
+def _projection_names(sizes: ModelSizes) -> list[str]:
+    layers = range(sizes.num_layers)
+    return [f"model.layers.{layer}.{name}" for layer in layers for name in sizes.projections]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A pattern without a dot is for the last part of the name, any other for all of it."""
+    return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
+
+
+def _place(sizes: ModelSizes, field: str) -> tuple[tuple[str, ...], str]:
+    """(keys of the configuration that hold a size, its name in a message)."""
+    if isinstance(sizes, ShapeConfig):
+        return (f"model.shape.{field}",), f"model.shape.{field}"
+    return (), f"{field} of the model"
+
+
+def _split_problems(sizes: ModelSizes, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Sizes that the ranks which share them do not divide."""
+    stages: tuple[str, ...] = ("parallel.pipeline",)
+    if parallel.virtual_pipeline > 1:
+        stages += ("parallel.virtual_pipeline",)
+    splits = [
+        (("parallel.tensor",), parallel.tensor, "num_attention_heads"),
+        (("parallel.tensor",), parallel.tensor, "num_key_value_heads"),
+        (stages, parallel.pipeline * parallel.virtual_pipeline, "num_layers"),
+    ]
+    if sizes.num_experts > 0:
+        splits.append((("parallel.expert",), parallel.expert, "num_experts"))
+        splits.append((("parallel.expert_tensor",), parallel.expert_tensor, "ffn_hidden_size"))
+    else:
+        splits.append((("parallel.tensor",), parallel.tensor, "ffn_hidden_size"))
+    for keys, size, field in splits:
+        count = getattr(sizes, field)
+        if count % size == 0:
+            continue
+        own_keys, name = _place(sizes, field)
+        divisors = ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
+        yield Problem(
+            (*own_keys, *keys),
+            f"{' x '.join(keys)} is {size}, and {name} is {count}",
+            f"a divisor of {count}",
+            f"one of {divisors}",
+        )
+
+
+def _expert_problems(sizes: ModelSizes, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Sizes of expert parallelism without experts, and experts without sequence parallel."""
+    if sizes.num_experts == 0 and (parallel.expert > 1 or parallel.expert_tensor > 1):
+        yield Problem(
+            ("parallel.expert", "parallel.expert_tensor"),
+            f"{parallel.expert} and {parallel.expert_tensor} for a model without experts",
+            "1 and 1",
+        )
+    if sizes.num_experts > 0 and parallel.tensor > 1 and not parallel.sequence:
+        yield Problem(
+            ("parallel.sequence", "parallel.tensor"),
+            "tensor parallel without sequence parallel, for a model with experts",
+            "parallel.sequence true, because each rank routes its own tokens",
+            "parallel.sequence=true",
+        )
+
+
+def _transformer_engine_problems(
+    sizes: ModelSizes, model: ModelConfig, parallel: ParallelConfig
+) -> Iterator[Problem]:
+    """Yields everything that Transformer Engine's linear layers cannot do for this model."""
+    if not model.uses_transformer_engine:
+        return
+    if sizes.num_experts > 0:
+        yield Problem(
+            ("model.transformer_impl", "model.fp8"),
+            f"{model.transformer_impl} and {model.fp8} for a model with experts",
+            "local and none: Transformer Engine keeps experts in matrices of another form",
+            "model.transformer_impl=local model.fp8=none",
+        )
+    widths = {
+        "hidden_size": sizes.hidden_size,
+        "num_attention_heads x head_dim": sizes.num_attention_heads * sizes.head_dim,
+        "num_key_value_heads x head_dim": sizes.num_key_value_heads * sizes.head_dim,
+        "ffn_hidden_size": sizes.ffn_hidden_size,
+    }
+    for name, width in widths.items():
+        count = width if name == "hidden_size" else width // parallel.tensor
+        if count % model.fp8_multiple != 0:
+            yield Problem(
+                ("model.fp8_recipe", "parallel.tensor"),
+                f"{model.fp8_recipe} with {count} columns on a rank ({name} of the model)",
+                f"a multiple of {model.fp8_multiple}",
+                "a smaller parallel.tensor, model.fp8_recipe=tensorwise, or model.fp8=none",
+            )
+
+
+def _adapter_problems(
+    sizes: ModelSizes, parallel: ParallelConfig, lora: LoraConfig
+) -> Iterator[Problem]:
+    """Targets without a projection, and pipeline stages without a target."""
+    if not sizes.projections:
+        yield Problem(
+            ("lora.rank", "model.path"),
+            f"{lora.rank} for a model that keeps queries, keys and values in one matrix",
+            "a model with a matrix for each, or all weights trained",
+            "lora.rank=0, or another model.path",
+        )
+        return
+    names = _projection_names(sizes)
+    missing = [
+        pattern for pattern in lora.targets if not any(_matches(name, pattern) for name in names)
+    ]
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in sizes.projections))
+    if missing:
+        in_experts = sizes.num_experts > 0 and not any("." in pattern for pattern in missing)
+        reason = "would be in the experts, which get no adapters"
+        yield Problem(
+            ("lora.targets",),
+            f"{', '.join(missing)}: {reason if in_experts else 'selects no projection'}",
+            f"among {', '.join(known)}, or a pattern for names such as {names[0]}",
+            f"lora.targets=[{','.join(known)}]",
+        )
+        return
+    adapted = {int(name.split(".")[2]) for name in adapted_projections(sizes, lora.targets)}
+    num_stages = parallel.pipeline * parallel.virtual_pipeline
+    per_stage = sizes.num_layers // num_stages
+    for stage in range(num_stages if per_stage else 0):
+        layers = range(stage * per_stage, (stage + 1) * per_stage)
+        if adapted.isdisjoint(layers):
+            yield Problem(
+                ("lora.targets", "parallel.pipeline"),
+                f"nothing selected in layers {layers[0]} to {layers[-1]}, which pipeline stage "
+                f"{stage} holds, so it would have nothing to train",
+                "adapters on every stage",
+                "more layers in lora.targets, or a smaller parallel.pipeline",
+            )

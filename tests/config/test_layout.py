@@ -1,0 +1,257 @@
+"""One answer to whether a model, a batch and ranks fit together, whoever asks."""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config_cases import BASE, load_text, only_problem
+from sft_fast.cli import main
+from sft_fast.config.layout import (
+    adapted_projections,
+    check_layout,
+    check_world_size,
+    layout_problems,
+)
+from sft_fast.config.schema import Config
+from sft_fast.config.sections import LLAMA_PROJECTIONS, LoraConfig
+from sft_fast.errors import ConfigError, Problem
+from sft_fast.models.architecture import Architecture
+from sft_fast.models.families import FAMILIES
+
+LLAMA = Architecture(
+    vocab_size=99,
+    hidden_size=96,
+    num_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    ffn_hidden_size=258,
+    head_dim=16,
+    max_position_embeddings=4096,
+)
+MIXTURE = replace(LLAMA, num_experts=4, experts_per_token=2, family="MixtralForCausalLM")
+FUSED = replace(LLAMA, family="Phi3ForCausalLM")
+SHAPE = """\
+model:
+  shape: {hidden_size: 96, num_layers: 4, num_attention_heads: 6, num_key_value_heads: 3,
+          ffn_hidden_size: 258}
+tokenizer: {path: demo}
+data: {train: demo}
+train: {steps: 100}
+"""
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    return functools.partial(load_text, tmp_path)
+
+
+def problems(architecture: Architecture, config: Config) -> list[Problem]:
+    sections = config.model, config.packing, config.parallel, config.lora
+    return list(layout_problems(architecture, *sections))
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    return check_world_size(config.parallel, config.train, world_size)
+
+
+DENSE_LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "heads": (["parallel.tensor=4"], ("num_attention_heads", "num_key_value_heads")),
+    "key heads": (["parallel.tensor=2"], ("num_key_value_heads",)),
+    "layers": (["parallel.pipeline=3"], ("num_layers",)),
+    "interleaved": (["parallel.pipeline=4", "parallel.virtual_pipeline=2"], ("num_layers",)),
+    "capacity": (["packing.capacity=8192"], ("max_position_embeddings",)),
+    "experts": (["parallel.expert=2"], ("without experts",)),
+    "targets": (["lora.rank=2", "lora.targets=[query]"], ("selects no projection",)),
+    "stages": (
+        ["lora.rank=2", "lora.targets=[model.layers.0.*]", "parallel.pipeline=2"],
+        ("layers 2 to 3, which pipeline stage 1",),
+    ),
+    "8 bits": (["model.fp8=hybrid"], ("tensorwise with 258 columns",)),
+    "fits": (["parallel.tensor=3", "parallel.pipeline=2"], ()),
+}
+
+
+@pytest.mark.parametrize("name", DENSE_LAYOUTS)
+def test_the_schema_says_of_a_shape_what_is_said_of_its_architecture(load: Load, name: str) -> None:
+    overrides, expected = DENSE_LAYOUTS[name]
+    with_path = load(SHAPE, *overrides, "model.shape=null", "model.path=x", "tokenizer.path=null")
+    found = problems(LLAMA, with_path)
+    for problem, text in zip(found, expected, strict=False):
+        assert text in str(problem)
+    if not expected:
+        assert not found
+        load(SHAPE, *overrides)
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(SHAPE, *overrides)
+    assert [p.expected for p in caught.value.problems] == [p.expected for p in found]
+    assert [p.fix for p in caught.value.problems] == [p.fix for p in found]
+
+
+@pytest.mark.parametrize("size", ["tensor", "pipeline", "expert", "expert_tensor"])
+def test_a_size_that_the_message_names_works(load: Load, size: str) -> None:
+    config = load(BASE, f"parallel.{size}=64", *(["parallel.sequence=true"] * (size == "tensor")))
+    for problem in problems(MIXTURE, config):
+        for number in re.findall(r"\d+", problem.fix.removeprefix("one of ")):
+            parallel = config.parallel.model_copy(update={size: int(number)})
+            changed = config.model_copy(update={"parallel": parallel})
+            assert problem.found not in [p.found for p in problems(MIXTURE, changed)]
+
+
+def test_a_mixture_needs_sequence_parallel_with_tensor_parallel(load: Load) -> None:
+    (problem,) = problems(MIXTURE, load(BASE, "parallel.tensor=3"))
+    assert problem.fix == "parallel.sequence=true"
+    assert not problems(
+        MIXTURE, load(BASE, "parallel.tensor=3", problem.fix, "packing.capacity=96")
+    )
+
+
+def test_models_that_transformer_engine_cannot_compute(load: Load) -> None:
+    config = load(BASE, "model.fp8=hybrid", "model.fp8_recipe=blockwise")
+    smollm = replace(
+        LLAMA, hidden_size=576, num_attention_heads=9, ffn_hidden_size=1536, head_dim=64
+    )
+    found = [str(problem) for problem in problems(smollm, config)]
+    assert len(found) == 3 and "blockwise with 576 columns" in found[0], found
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "head_dim": 128}
+    (problem,) = problems(replace(MIXTURE, ffn_hidden_size=512, **sizes), config)
+    assert "experts" in str(problem)
+
+
+def test_adapters_of_fused_matrices_are_refused(load: Load) -> None:
+    (problem,) = problems(FUSED, load(BASE, "lora.rank=2"))
+    assert problem.keys == ("lora.rank", "model.path") and "one matrix" in str(problem)
+    assert not problems(FUSED, load(BASE))
+
+
+def test_projections_are_those_of_the_weights() -> None:
+    assert FAMILIES["LlamaForCausalLM"].projections == LLAMA_PROJECTIONS
+    assert FAMILIES["MixtralForCausalLM"].projections == LLAMA_PROJECTIONS[:4]
+    assert FAMILIES["Phi3ForCausalLM"].projections == ()
+
+
+def test_targets_are_patterns_of_last_parts_or_of_full_names() -> None:
+    names = adapted_projections(LLAMA, ["model.layers.[01].*.q_proj", "down_*"])
+    layers = [name for name in names if name.endswith("down_proj")]
+    assert layers == [f"model.layers.{layer}.mlp.down_proj" for layer in range(4)]
+    assert set(names) - set(layers) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A directory with the config.json of a small mixture."""
+    folder = tmp_path / "mixture"
+    folder.mkdir()
+    values = {
+        "architectures": ["MixtralForCausalLM"],
+        "vocab_size": 99,
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 258,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_check_plan_and_the_trainer_give_one_answer(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], load: Load
+) -> None:
+    """Adapters on the default targets of a mixture, most of which are in its experts."""
+    from sft_fast.megatron.load_inputs import read_model
+
+    overrides = [f"model.path={mixture}", "model.random_init=true", "lora.rank=4"]
+    overrides += ["data.train=demo", f"output_dir={tmp_path / 'out'}"]
+    answers = []
+    (tmp_path / "run.yaml").write_text(BASE)
+    for command in (["check"], ["plan", "--no-data"]):
+        assert main([*command, str(tmp_path / "run.yaml"), *overrides]) != 0
+        answers.append(capsys.readouterr().err)
+    config = load(BASE, *overrides)
+    with pytest.raises(ConfigError) as caught:
+        read_model(config, mixture, 99)
+    answers.append(str(caught.value))
+    problem = "gate_proj, up_proj, down_proj: would be in the experts, which get no adapters"
+    fix = "lora.targets=[q_proj,k_proj,v_proj,o_proj]"
+    for answer in answers:
+        text = " ".join(answer.split())
+        assert problem in text and fix in text, answer
+    check_layout(MIXTURE, config.model, config.packing, config.parallel, load(BASE, fix).lora)
+
+
+@pytest.mark.parametrize(
+    "world_size, overrides, expected",
+    [
+        (1, [], 1),
+        (8, [], 8),
+        (8, ["parallel.tensor=3", "parallel.pipeline=2"], None),
+        (12, ["parallel.tensor=3", "parallel.pipeline=2"], 2),
+        (3, ["parallel.tensor=3", "parallel.pipeline=2"], None),
+        (0, [], None),
+        (3, [], None),
+        (4, ["train.micro_batch_size=4"], None),
+        (4, ["train.micro_batch_size=2"], 4),
+    ],
+)
+def test_world_size(
+    load: Load, world_size: int, overrides: list[str], expected: int | None
+) -> None:
+    config = load(SHAPE, *overrides)
+    if expected is not None:
+        assert data_parallel_size(config, world_size) == expected
+        return
+    problem = only_problem(data_parallel_size, config, world_size)
+    assert "--nproc-per-node" in problem.fix
+    is_layout = problem.keys == ("parallel.tensor", "parallel.pipeline")
+    assert is_layout or problem.keys == ("train.global_batch_size", "train.micro_batch_size")
+
+
+def test_batch_size_that_the_message_names_works(load: Load) -> None:
+    config = load(SHAPE, "train.global_batch_size=10")
+    fix = only_problem(data_parallel_size, config, 4).fix
+    assert data_parallel_size(load(SHAPE, override_in(fix)), 4) == 4
+
+
+def override_in(fix: str) -> str:
+    found = re.search(r"train\.global_batch_size=\d+", fix)
+    assert found is not None
+    return found.group()
+
+
+@pytest.mark.parametrize("batch, fits", [(8, True), (12, False), (4, False), (16, True)])
+def test_interleaved_stages_need_a_multiple_of_micro_batches(
+    load: Load, batch: int, fits: bool
+) -> None:
+    layout = ("parallel.pipeline=4", "parallel.virtual_pipeline=2", "train.micro_batch_size=2")
+    config = load(BASE, *layout, f"train.global_batch_size={batch}")
+    if fits:
+        assert data_parallel_size(config, 4) == 1
+        return
+    better = override_in(only_problem(data_parallel_size, config, 4).fix)
+    assert data_parallel_size(load(BASE, *layout, better), 4) == 1
+
+
+def test_plan_suggests_adapters_that_a_mixture_can_have(load: Load) -> None:
+    from sft_fast.models.estimate import best_suggestions
+    from sft_fast.models.flops import Workload
+
+    config = load(BASE)
+    given: Any = (MIXTURE, config, Workload(1000, 10**6, 500), 1)
+    found = [s.overrides for s in best_suggestions(*given, memory_bytes=1e6, tflops=1.0, count=99)]
+    (lora,) = [text for text in found if "lora.rank" in text]
+    assert not problems(MIXTURE, load(BASE, *lora.split()))
+    assert LoraConfig().targets != load(BASE, *lora.split()).lora.targets
