@@ -41,9 +41,9 @@ def lines(found: RunFiles) -> list[tuple[str, str]]:
     if step is not None:
         of = f" of {status['num_steps']}" if "num_steps" in status else ""
         told.append(("step", f"{status.get('step', step['step'])}{of}"))
-        told.append(
-            ("loss", f"{step['loss']:.4f} at step {step['step']}" if step["loss"] else "NaN")
-        )
+        # None: it was not finite, for which JSON has no word.
+        loss = "NaN" if step["loss"] is None else f"{step['loss']:.4f}"
+        told.append(("loss", f"{loss} at step {step['step']}"))
         told.append(
             ("speed", f"{step['tokens_per_s']:,.0f} tokens/s, {step['elapsed_s']:.2f} s a step")
         )
