@@ -54,6 +54,7 @@ setup(
     package_data={
         "sft_fast": ["py.typed", "*.pyi", "recipes/*.yaml"],
         "sft_fast.kernels": ["README.md"],
+        "sft_fast.megatron": ["README.md"],
     },
     ext_modules=[
         Extension("sft_fast._C", sources=[]),

@@ -316,7 +316,7 @@ def test_s11_a_header_with_any_bytes_changed_is_read_or_refused(
         (stage.path / "rank_00000.safetensors").write_bytes(data)
     try:
         with ShardReader(folder) as reader:
-            for pieces in reader.pieces.values():
+            for pieces in reader.shards.values():
                 for shard, file in pieces:
                     assert tuple(file.get_slice(shard.name).get_shape()) == shard.shape
     except ValueError as error:

@@ -450,7 +450,7 @@ def saved_names(checkpoint: Path) -> set[str]:
     from sft_fast.megatron.checkpoint.shards import ShardReader
 
     with ShardReader(checkpoint) as reader:
-        return set(reader.pieces)
+        return set(reader.shards)
 
 
 @pytest.mark.parametrize(("dtype", "dropout"), [("fp32", 0.2), ("bf16", 0.0)])
@@ -506,7 +506,7 @@ def test_adapters_resume_in_another_layout(
         ("lora.rank=8", "--allow-change adapter"),
         ("lora.rank=0", "--allow-change adapter"),
         ("lora.targets=[q_proj]", "--allow-change adapter"),
-        ("lora.targets=[q_proj, query] output_dir=fresh", "'query' selects no projection"),
+        ("lora.targets=[q_proj, query] output_dir=fresh", "query: selects no projection"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(

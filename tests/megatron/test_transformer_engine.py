@@ -85,7 +85,16 @@ def test_without_the_engine_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match=f"model.{key} is {value}.*not installed"):
             transformer_engine.transformer_engine_options(config.model, GPU)
     monkeypatch.setattr(memory, "is_installed", lambda module: True)
-    config = make_config(model={"fp8": "hybrid", "fp8_recipe": "mxfp8", "dtype": "bf16"})
+    shape = {
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "ffn_hidden_size": 512,
+        "max_position_embeddings": 128,
+    }
+    eight_bits = {"fp8": "hybrid", "fp8_recipe": "mxfp8", "dtype": "bf16", "shape": shape}
+    config = make_config(model=eight_bits)
     options = transformer_engine.transformer_engine_options(config.model, GPU)
     assert options == {
         "transformer_impl": "transformer_engine",
@@ -143,7 +152,7 @@ def test_what_does_not_fit_together_is_refused(sections: Any, message: str) -> N
 
 
 def test_rows_are_padded_to_what_fp8_needs() -> None:
-    from sft_fast.megatron.batches import packed_rows
+    from sft_fast.megatron.batches import batch_shape, fill_orders
 
     parallel: Any = SimpleNamespace(tp_size=2, cp_size=1, pp_size=1, dp_rank=0, dp_size=1)
     store = make_store(random_samples(9, seed=1))
@@ -151,5 +160,6 @@ def test_rows_are_padded_to_what_fp8_needs() -> None:
     from sft_fast.packing.from_config import make_plan
 
     plan = make_plan(store, config)
-    rows = [num for _, num in packed_rows(store, plan, range(1), config, parallel)]
+    shape = batch_shape(config.train, config.packing, config.model, parallel)
+    rows = [num for _, num in fill_orders(store, plan, range(1), shape, parallel)]
     assert rows and all(num % 32 == 0 for num in rows)

@@ -167,7 +167,7 @@ def read_tensors(folder: str) -> dict[str, Any]:
 
     tensors = {}
     with ShardReader(checkpoint_path(Path(folder), 0)) as reader:
-        for key, found in reader.pieces.items():
+        for key, found in reader.shards.items():
             whole = torch.full(found[0][0].global_shape, math.nan)
             for shard, file in found:
                 sizes = zip(shard.offset, shard.shape, strict=True)
