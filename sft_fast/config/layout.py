@@ -282,11 +282,10 @@ def _adapter_problems(
     ]
     known = list(dict.fromkeys(name.rpartition(".")[2] for name in sizes.projections))
     if missing:
-        in_experts = sizes.num_experts > 0 and not any("." in pattern for pattern in missing)
-        reason = "would be in the experts, which get no adapters"
+        without = ", and experts get no adapters" if sizes.num_experts > 0 else ""
         yield Problem(
             ("lora.targets",),
-            f"{', '.join(missing)}: {reason if in_experts else 'selects no projection'}",
+            f"{', '.join(missing)}: selects no projection{without}",
             f"among {', '.join(known)}, or a pattern for names such as {names[0]}",
             f"lora.targets=[{','.join(known)}]",
         )

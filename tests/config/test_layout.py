@@ -185,7 +185,7 @@ def test_check_plan_and_the_trainer_give_one_answer(
     with pytest.raises(ConfigError) as caught:
         read_model(config, mixture, 99)
     answers.append(str(caught.value))
-    problem = "gate_proj, up_proj, down_proj: would be in the experts, which get no adapters"
+    problem = "gate_proj, up_proj, down_proj: selects no projection, and experts get no adapters"
     fix = "lora.targets=[q_proj,k_proj,v_proj,o_proj]"
     for answer in answers:
         text = " ".join(answer.split())
