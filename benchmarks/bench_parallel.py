@@ -166,7 +166,8 @@ def length(intervals: list[tuple[float, float]]) -> float:
 
 def time_head(size: int, active_ratio: float) -> dict[str, Any]:
     """One rank's times of each method over `size` tensor-parallel ranks."""
-    init_parallel(make_config(Case(SMALL), parallel={"tensor": size, "sequence": True}))
+    config = make_config(Case(SMALL), parallel={"tensor": size, "sequence": True})
+    init_parallel(config.parallel, config.train, config.seed)
     inputs = HeadInputs(size, active_ratio)
     results: dict[str, Any] = {"num_active": len(inputs.active_tokens)}
     truth = None
@@ -279,7 +280,7 @@ def time_steps(scaling: Scaling, kind: str, size: int, balanced: bool = True) ->
     """One rank's times of the steps that count."""
     release_memory()
     config = scaled_config(scaling, kind, size)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = scaling.case.architecture
     run = build_run(config, architecture, DeviceWeights(architecture), scaling.steps, parallel)
     rows = config.train.global_batch_size * scaling.steps
@@ -287,7 +288,7 @@ def time_steps(scaling: Scaling, kind: str, size: int, balanced: bool = True) ->
     store = make_store(
         architecture.vocab_size, rows * scaling.capacity * 2, scaling.capacity, mean, sigma
     )
-    plan = make_plan(store, config, architecture)
+    plan = make_plan(store, config.packing, config.train, config.seed, architecture)
     spread = steps.balance if balanced else assign_in_turn
     with mock.patch.object(steps, "balance", spread):
         durations, _, waited = run_packed(config, parallel, run, store, plan)
@@ -407,13 +408,13 @@ def save_in_background(
 
     release_memory()
     config = make_config(case, **sections)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = case.architecture
     num_steps = config.train.steps
     run = build_run(config, architecture, DeviceWeights(architecture), num_steps, parallel)
     num_tokens = 2 * num_steps * config.train.global_batch_size * config.packing.capacity
     store = make_store(architecture.vocab_size, num_tokens, config.packing.capacity)
-    plan = make_plan(store, config, architecture)
+    plan = make_plan(store, config.packing, config.train, config.seed, architecture)
     phases = Phases.unwatched()
     run_dir = Path(folder or "unused")
     checkpoints = CheckpointWriter(run_dir, config.checkpoint, print, run.copier, phases)

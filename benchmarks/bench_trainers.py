@@ -120,10 +120,10 @@ def run_ours(model: str, rows: list[dict[str, Any]]) -> dict[str, float]:
                 "optim": {"lr": 1e-5},
             }
         )
-        parallel = init_parallel(config)
+        parallel = init_parallel(config.parallel, config.train, config.seed)
         inputs = read_inputs(config)
         architecture = inputs.model.architecture
-        plan = make_plan(inputs.store, config, architecture)
+        plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
         num_steps = plan.num_steps_per_epoch
         run = build_run(config, architecture, inputs.model.weights, 2 * num_steps, parallel)
         losses = []

@@ -311,7 +311,7 @@ def profile_ours(
 def run_ours(case: Case, store: ListStore, plan: StepPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of our steps and, where the case asks for them, of megatron's default."""
     config = make_config(case)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     weights = DeviceWeights(case.architecture)
     run = build_run(config, case.architecture, weights, NUM_STEPS, parallel)
     reset_peak()
@@ -340,7 +340,8 @@ def test_step(benchmark: BenchmarkFixture, one_rank: None, name: str) -> None:
     if case.lora_rank:
         pytest.importorskip("peft")
     store = case_store(case)
-    plan = make_plan(store, make_config(case), case.architecture)
+    config = make_config(case)
+    plan = make_plan(store, config.packing, config.train, config.seed, case.architecture)
     ours, padded = run_ours(case, store, plan)
     reset_peak()
     peer = run_peer(

@@ -102,7 +102,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
         tokenizer,
         lambda text: print(text, file=sys.stderr),
     )
-    return make_plan(store, config, architecture)
+    return make_plan(store, config.packing, config.train, config.seed, architecture)
 
 
 def run_work(train: TrainConfig, plan: StepPlan) -> tuple[int, Workload]:

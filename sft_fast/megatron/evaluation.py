@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from sft_fast.config.schema import Config
+from sft_fast.config.sections import DataConfig, EvaluationConfig
 from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluation.early_stopping import EarlyStopping
@@ -156,7 +157,9 @@ def evaluate(
         metrics, over everything and for each source; equal on every rank. NaN where a source has
         no supervised token.
     """
-    plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
+    plan = make_plan(
+        store, config.packing, config.train, config.seed, max_samples=config.evaluation.max_samples
+    )
     steps = range(plan.num_steps_per_epoch)
     names, source_of = sources_of(store)
     tally = partial(tally_micro_batch, source_of, len(names), custom, parallel)
@@ -333,23 +336,27 @@ def divide(numerator: float, denominator: float) -> float:
 
 
 def report_exact_match(
-    folder: Path, inputs: Inputs, config: Config, metrics: MetricsWriter
+    folder: Path,
+    inputs: Inputs,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    metrics: MetricsWriter,
 ) -> None:
     """Lets transformers answer held-out questions with the exported model."""
     assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
-    questions = read_questions(inputs.eval_rows, config.evaluation.exact_match_samples)
+    questions = read_questions(inputs.eval_rows, evaluation.exact_match_samples)
     if not questions:
         metrics.log("no exact match: the evaluation rows hold no question with an answer in words")
         return
     try:
-        matches = exact_match(folder, questions, config.evaluation.max_new_tokens)
+        matches = exact_match(folder, questions, evaluation.max_new_tokens)
     except torch.OutOfMemoryError:
         metrics.log(f"no exact match: {folder} does not fit one device beside the run")
         return
     accuracy = sum(matches) / len(matches)
     text = f"exact match on {len(matches)} held-out questions: {accuracy:.1%}"
     values = {"exact_match": accuracy, "num_questions": len(matches)}
-    if config.data.eval == "demo":
+    if data.eval == "demo":
         values["chance"] = chance_accuracy([question.record for question in questions])
         text += f" (chance {values['chance']:.1%})"
     metrics.write("exact_match", **values)

@@ -64,7 +64,9 @@ def finish(job: Job) -> None:
     """Lets the exported model answer, and draws the report."""
     config, output, is_main = job.config, job.output, job.parallel.is_main
     if config.export.enabled and is_main and config.evaluation.exact_match_samples > 0:
-        report_exact_match(output / "export", job.inputs, config, job.metrics)
+        report_exact_match(
+            output / "export", job.inputs, config.data, config.evaluation, job.metrics
+        )
     if is_main and config.metrics.pictures:
         draw(job)
     if config.export.enabled:

@@ -71,7 +71,7 @@ def prepare(config: Config, phases: Phases) -> Job:
         ValueError: the config does not fit the data, the model or the world size.
     """
     phases.enter("join", can_leave=True)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     check_trackers(config.metrics)
     metrics = MetricsWriter(Path(config.output_dir), parallel.is_main)
     metrics.log(parallel.describe())
@@ -81,7 +81,7 @@ def prepare(config: Config, phases: Phases) -> Job:
     inputs = read_inputs(config, metrics.log)
     metrics.log(inputs.store.summary())
     architecture = inputs.model.architecture
-    plan = make_plan(inputs.store, config, architecture)
+    plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
     packing = packing_report(plan, parallel.dp_size, config.train.micro_batch_size)
     metrics.log(f"packing: {packing.brief()}")
     adapters = adapter_fingerprint(config.lora, architecture, inputs.model.weights)

@@ -24,7 +24,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.config.schema import Config
 from sft_fast.config.sections import LoraConfig, LossConfig, ModelConfig, ParallelConfig
 from sft_fast.kernels.loss_options import OPTION_NAMES
 from sft_fast.loss import (
@@ -349,14 +348,19 @@ def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, 
     }
 
 
-def build_model(architecture: Architecture, config: Config, parallel: Parallel) -> list[SFTModel]:
+def build_model(
+    architecture: Architecture,
+    model: ModelConfig,
+    layout: ParallelConfig,
+    lora: LoraConfig,
+    loss: LossConfig,
+    parallel: Parallel,
+) -> list[SFTModel]:
     """Allocates this rank's part of the model; weights are undefined until they are loaded.
 
     Returns: one module, with interleaved pipeline stages one for each of them, in their order.
     """
-    megatron_config = transformer_config(
-        architecture, config.model, config.parallel, config.lora, parallel
-    )
+    megatron_config = transformer_config(architecture, model, layout, lora, parallel)
     shape = AttentionShape(
         parallel.device,
         megatron_config.params_dtype,
@@ -367,11 +371,9 @@ def build_model(architecture: Architecture, config: Config, parallel: Parallel) 
     context, further_test = context_group(parallel), None
     if context is not None:
         further_test = partial(check_context, context, shape)
-    attention = choose_attention(
-        config.model.attention, shape, scorings(architecture), further_test
-    )
+    attention = choose_attention(model.attention, shape, scorings(architecture), further_test)
     return [
-        build_chunk(architecture, config.loss, parallel, megatron_config, attention, vp_stage)
+        build_chunk(architecture, loss, parallel, megatron_config, attention, vp_stage)
         for vp_stage in range(parallel.vp_size)
     ]
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from sft_fast.config.layout import check_world_size
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import ParallelConfig, TrainConfig
 from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
 from sft_fast.runtime.processes import start_of
@@ -117,28 +117,28 @@ def init_distributed(timeout_minutes: float) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def init_parallel(config: Config) -> Parallel:
+def init_parallel(parallel: ParallelConfig, train: TrainConfig, seed: int) -> Parallel:
     """Starts torch.distributed and megatron's groups, and seeds this rank.
 
     Raises:
         ConfigError: the world size does not fit the layout.
     """
     device = init_device()
-    init_distributed(config.parallel.timeout_minutes)
-    check_world_size(config.parallel, config.train, dist.get_world_size())
-    virtual = config.parallel.virtual_pipeline
+    init_distributed(parallel.timeout_minutes)
+    check_world_size(parallel, train, dist.get_world_size())
+    virtual = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        context_parallel_size=config.parallel.context,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        expert_model_parallel_size=config.parallel.expert,
-        expert_tensor_parallel_size=config.parallel.expert_tensor,
-        distributed_timeout_minutes=int(config.parallel.timeout_minutes),
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=int(parallel.timeout_minutes),
         create_gloo_process_groups=False,
     )
-    torch.manual_seed(config.seed)
-    model_parallel_cuda_manual_seed(config.seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
     return current_parallel(device)
 
 

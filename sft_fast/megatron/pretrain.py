@@ -27,7 +27,7 @@ from megatron.core.enums import ModelType
 
 from sft_fast.config.schema import Config, load_config
 from sft_fast.data.store import TokenStore
-from sft_fast.megatron.batches import batch_shape, open_batches
+from sft_fast.megatron.batches import BatchShape, batch_shape, open_batches
 from sft_fast.megatron.device import init_device, install_cpu_shim
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.hf import load_hf_weights
@@ -37,6 +37,7 @@ from sft_fast.megatron.model import SFTModel, build_model
 from sft_fast.megatron.parallel import Parallel, current_parallel
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.packing.steps import StepPlan
 from sft_fast.registry import load_plugins
 
 # What Megatron-LM must be told for our micro-batches and our loss; its `args_defaults` would not
@@ -150,18 +151,15 @@ class Providers:
     @cached_property
     def modules(self) -> list[SFTModel]:
         """The chunks of this rank, with their weights."""
-        architecture = self.inputs.model.architecture
-        modules = build_model(architecture, self.config, self.parallel)
+        architecture, config = self.inputs.model.architecture, self.config
+        modules = build_model(
+            architecture, config.model, config.parallel, config.lora, config.loss, self.parallel
+        )
         for module in modules:
             load_hf_weights(module, self.inputs.model.weights, architecture, self.parallel)
-            if self.config.lora.rank > 0:
+            if config.lora.rank > 0:
                 add_adapters(
-                    module,
-                    architecture,
-                    self.config.model,
-                    self.config.lora,
-                    self.config.seed,
-                    self.parallel,
+                    module, architecture, config.model, config.lora, config.seed, self.parallel
                 )
         return modules
 
@@ -178,10 +176,17 @@ class Providers:
         args, config = self.training.get_args(), self.config
         begin = args.consumed_train_samples // config.train.global_batch_size
         steps = range(begin, config.train.steps or 0)
-        train = micro_batches(self.inputs.store, config, self.parallel, steps)
+        store, eval_store = self.inputs.store, self.inputs.eval_store
+        shape = batch_shape(config.train, config.packing, config.model, self.parallel)
+        plan = make_plan(store, config.packing, config.train, config.seed)
+        train = micro_batches(store, plan, steps, shape, self.parallel)
         valid = None
-        if self.inputs.eval_store is not None and args.eval_iters:
-            valid = endless(self.inputs.eval_store, config, self.parallel)
+        if eval_store is not None and args.eval_iters:
+            most = config.evaluation.max_samples
+            plan = make_plan(
+                eval_store, config.packing, config.train, config.seed, max_samples=most
+            )
+            valid = endless(eval_store, plan, shape, self.parallel)
         return train, valid, None
 
     def model(
@@ -198,22 +203,21 @@ class Providers:
 
 
 def micro_batches(
-    store: TokenStore, config: Config, parallel: Parallel, steps: range
+    store: TokenStore, plan: StepPlan, steps: range, shape: BatchShape, parallel: Parallel
 ) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches of some steps."""
-    plan = make_plan(store, config)
-    shape = batch_shape(config.train, config.packing, config.model, parallel)
     with open_batches(store, plan, steps, shape, parallel) as batches:
         yield from batches
 
 
-def endless(store: TokenStore, config: Config, parallel: Parallel) -> Iterator[MicroBatch]:
+def endless(
+    store: TokenStore, plan: StepPlan, shape: BatchShape, parallel: Parallel
+) -> Iterator[MicroBatch]:
     """Yields evaluation's micro-batches, again and again."""
-    plan = make_plan(store, config, max_samples=config.evaluation.max_samples)
     for epoch in count():
         begin = epoch * plan.num_steps_per_epoch
         steps = range(begin, begin + plan.num_steps_per_epoch)
-        yield from micro_batches(store, config, parallel, steps)
+        yield from micro_batches(store, plan, steps, shape, parallel)
 
 
 def start(training: Any, step: Callable[..., Any]) -> None:

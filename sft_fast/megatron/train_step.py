@@ -59,7 +59,9 @@ def build_run(
     tensor_done: Callable[[], None] = no_report,
 ) -> Run:
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
-    modules = build_model(architecture, config, parallel)
+    modules = build_model(
+        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+    )
     for module in modules:
         load_hf_weights(module, weights, architecture, parallel, tensor_done)
         if config.lora.rank > 0:

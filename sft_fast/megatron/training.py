@@ -32,6 +32,7 @@ from sft_fast.megatron.neftune import add_noise, begin_step
 from sft_fast.megatron.start import Start, find_start
 from sft_fast.megatron.train_step import Run, build_run, train_step
 from sft_fast.metrics.profiling import ProfilerWindow
+from sft_fast.metrics.trackers import open_trackers
 from sft_fast.metrics.writer import StepOutcome, Timed
 from sft_fast.packing.from_config import warm_up_warning
 from sft_fast.runtime.phases import Phases
@@ -133,8 +134,13 @@ def loop(job: Job, start: Start, trainer: Trainer) -> TrainState:
     phases.enter("train")
     phases.heartbeat(step=state.step, num_steps=num_steps)
     evaluator.before_training(run.model, state.step)
-    meter = step_meter(job.metrics, config, job.inputs.model.architecture, num_steps, job.parallel)
-    profiler = ProfilerWindow(config, job.parallel.is_main)
+    if job.parallel.is_main:
+        job.metrics.trackers = open_trackers(config)
+    architecture = job.inputs.model.architecture
+    meter = step_meter(
+        job.metrics, config.metrics, config.lora, architecture, num_steps, job.parallel
+    )
+    profiler = ProfilerWindow(config.metrics, config.output_dir, job.parallel.is_main)
     steps = start.data_steps
     with open_batches(job.inputs.store, job.plan, steps, run.shape, job.parallel) as loader:
         batches = Timed(loader)

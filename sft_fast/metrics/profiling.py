@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft_fast.config.schema import Config
+from sft_fast.config.sections import MetricsConfig
 
 
 class ProfilerWindow:
     """Profiles the steps of `metrics.profile_steps` on the main rank; does nothing without."""
 
-    def __init__(self, config: Config, is_main: bool) -> None:
-        steps = config.metrics.profile_steps if is_main else None
+    def __init__(self, metrics: MetricsConfig, output_dir: str, is_main: bool) -> None:
+        steps = metrics.profile_steps if is_main else None
         self._first, self._last = steps or (0, 0)
-        self._path = Path(config.output_dir) / "profile.json.gz"
+        self._path = Path(output_dir) / "profile.json.gz"
         self._profiler: Any = None
 
     def before(self, step: int) -> None:

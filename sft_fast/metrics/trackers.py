@@ -15,6 +15,9 @@ from sft_fast.config.sections import MetricsConfig
 from sft_fast.metrics.choices import TrackerName
 from sft_fast.redact import redact_values
 
+Settings = dict[str, Any]
+"""The configuration as "optim.lr": 1e-5 and so on, without secrets."""
+
 
 class Tracker(Protocol):
     """Where numbers go."""
@@ -37,16 +40,18 @@ def check_trackers(metrics: MetricsConfig) -> None:
 
 def open_trackers(config: Config) -> list[Tracker]:
     """Starts the trackers of `metrics.trackers`."""
-    return [TRACKERS[name](config) for name in config.metrics.trackers]
+    settings = dict(flat(redact_values(config.model_dump())))
+    metrics, output_dir = config.metrics, config.output_dir
+    return [TRACKERS[name](metrics, output_dir, settings) for name in metrics.trackers]
 
 
 class TensorBoard:
     """Event files in <output_dir>/tensorboard."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, metrics: MetricsConfig, output_dir: str, settings: Settings) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"))
+        self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes one point of each curve."""
@@ -61,14 +66,14 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases; the key comes from the environment or `wandb login`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, metrics: MetricsConfig, output_dir: str, settings: Settings) -> None:
         import wandb
 
         self._run = wandb.init(
-            project=config.metrics.project,
-            name=run_name(config.metrics, config.output_dir),
-            dir=config.output_dir,
-            config=dict(flat(redact_values(config.model_dump()))),
+            project=metrics.project,
+            name=run_name(metrics, output_dir),
+            dir=output_dir,
+            config=settings,
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -83,14 +88,13 @@ class Wandb:
 class Trackio:
     """A run of trackio, which keeps it on this machine."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, metrics: MetricsConfig, output_dir: str, settings: Settings) -> None:
         import trackio
 
         self._trackio = trackio
-        settings = dict(flat(redact_values(config.model_dump())))
         trackio.init(
-            project=config.metrics.project,
-            name=run_name(config.metrics, config.output_dir),
+            project=metrics.project,
+            name=run_name(metrics, output_dir),
             config=settings,
         )
 
@@ -106,13 +110,13 @@ class Trackio:
 class Mlflow:
     """A run of MLflow; MLFLOW_TRACKING_URI says where."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, metrics: MetricsConfig, output_dir: str, settings: Settings) -> None:
         import mlflow
 
         self._mlflow = mlflow
-        mlflow.set_experiment(config.metrics.project)
-        mlflow.start_run(run_name=run_name(config.metrics, config.output_dir))
-        mlflow.log_params(dict(flat(redact_values(config.model_dump()))))
+        mlflow.set_experiment(metrics.project)
+        mlflow.start_run(run_name=run_name(metrics, output_dir))
+        mlflow.log_params(settings)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends one point of each curve."""
@@ -123,7 +127,7 @@ class Mlflow:
         self._mlflow.end_run()
 
 
-TRACKERS: dict[TrackerName, Callable[[Config], Tracker]] = {
+TRACKERS: dict[TrackerName, Callable[[MetricsConfig, str, Settings], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "trackio": Trackio,

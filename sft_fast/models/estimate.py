@@ -16,6 +16,7 @@ from sft_fast.config.sections import (
     LoraConfig,
     LossConfig,
     ModelConfig,
+    PackingConfig,
     ParallelConfig,
     TrainConfig,
 )
@@ -335,17 +336,22 @@ class Suggestion:
 
 
 def changes(
-    architecture: Architecture, config: Config, num_ranks: int
+    architecture: Architecture,
+    model: ModelConfig,
+    packing: PackingConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    num_ranks: int,
 ) -> Iterator[dict[str, dict[str, object]]]:
     """Yields sections to update; not all of them are allowed for every model."""
-    parallel, train = config.parallel, config.train
-    if config.model.recompute == "none":
+    if model.recompute == "none":
         yield {"model": {"recompute": "full"}}
         for part in ("mlp", "moe"):
             yield {"model": {"recompute": "selective", "recompute_modules": [part]}}
     else:
         yield {"model": {"recompute": "none"}}
-    if parallel.context == 1 and config.packing.capacity % 4 == 0:
+    if parallel.context == 1 and packing.capacity % 4 == 0:
         yield {"parallel": {"context": 2}, "packing": {"alignment": 4}}
     if not parallel.distributed_optimizer and num_ranks > 1:
         yield {"parallel": {"distributed_optimizer": True}}
@@ -361,7 +367,7 @@ def changes(
             yield {"parallel": {"pipeline": pipeline, "virtual_pipeline": 1}}
     if train.micro_batch_size > 1:
         yield {"train": {"micro_batch_size": train.micro_batch_size // 2}}
-    if config.lora.rank == 0:
+    if lora.rank == 0:
         # Experts get no adapters, so the default targets would be refused.
         names = [name.rpartition(".")[2] for name in architecture.projections]
         yield {"lora": {"rank": 16} | ({"targets": names} if architecture.num_experts else {})}
@@ -403,7 +409,15 @@ def best_suggestions(
     total, seconds = cost(config)
     fits = total <= memory_bytes
     suggestions = []
-    for sections in changes(architecture, config, num_ranks):
+    for sections in changes(
+        architecture,
+        config.model,
+        config.packing,
+        config.train,
+        config.parallel,
+        config.lora,
+        num_ranks,
+    ):
         values = config.model_dump()
         for section, update in sections.items():
             values[section] |= update

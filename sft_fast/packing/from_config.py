@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sft_fast.config.schema import Config
-from sft_fast.config.sections import OptimConfig
+from sft_fast.config.sections import OptimConfig, PackingConfig, TrainConfig
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
 from sft_fast.packing.bins import PackingOptions
 from sft_fast.packing.steps import StepPlan
@@ -31,7 +30,9 @@ def warm_up_warning(optim: OptimConfig, num_steps: int) -> str:
 
 def make_plan(
     store: TokenStore,
-    config: Config,
+    packing: PackingConfig,
+    train: TrainConfig,
+    seed: int,
     architecture: Architecture | None = None,
     max_samples: int | None = None,
 ) -> StepPlan:
@@ -39,7 +40,6 @@ def make_plan(
 
     The architecture only decides which rank computes what, so that ranks finish together.
     """
-    packing = config.packing
     cost_model = DEFAULT_COST_MODEL
     if architecture is not None:
         cost_model = CostModel.of_shape(
@@ -50,8 +50,8 @@ def make_plan(
         num_supervised=store.num_supervised[:max_samples],
         capacity=packing.capacity,
         strategy=packing.strategy,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
+        seed=seed,
+        global_batch_size=train.global_batch_size,
         options=PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size),
         cost_model=cost_model,
         loss_weights=None if store.loss_weights is None else store.loss_weights[:max_samples],

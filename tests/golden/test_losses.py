@@ -46,11 +46,11 @@ def first_steps(folder: str) -> tuple[list[float], list[float]]:
     from sft_fast.packing.from_config import make_plan
 
     config = load_config(None, [f"output_dir={folder}"])
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     inputs = read_inputs(config)
     architecture, weights = inputs.model.architecture, inputs.model.weights
     run = build_run(config, architecture, weights, config.train.steps, parallel)
-    plan = make_plan(inputs.store, config, architecture)
+    plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
     steps = range(NUM_STEPS)
     with open_batches(inputs.store, plan, steps, run.shape, parallel) as batches:
         results = [train_step(run, batches, plan.counts(step)) for step in steps]

@@ -52,7 +52,7 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
         lora={"rank": 2, "dropout": 0.5},
     )
     load_plugins([str(PLUGIN)])
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
     run = build_run(config, architecture, weights, 1, parallel)

@@ -17,7 +17,7 @@ def build(parallel_section: dict[str, Any]) -> Any:
     from sft_fast.models.architecture import architecture_from_shape
 
     config = make_config(parallel=parallel_section)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_shape(config.model.shape, vocab_size=131)
     weights = RandomSource(architecture, config.seed)
     return config, parallel, build_run(config, architecture, weights, 1, parallel)
@@ -35,7 +35,7 @@ def gradients_with(megatron_normalises: bool) -> list[Any]:
 
     config, parallel, run = build({"pipeline": 2, "distributed_optimizer": False})
     store = make_store(random_samples(7, seed=1))
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     run.model[0].zero_grad_buffer()
     if megatron_normalises:
         run.model[0].config.finalize_model_grads_func = finalize_model_grads

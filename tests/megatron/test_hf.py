@@ -142,7 +142,7 @@ def run_all(folder: str, parallel_section: dict[str, Any], names: list[str], out
     config = make_config(
         model={"path": folder, "shape": None}, tokenizer={"path": None}, parallel=parallel_section
     )
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     return {
         name: run_imported(Path(folder, name), config, parallel, Path(out, name)) for name in names
     }
@@ -167,7 +167,9 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     architecture = architecture_from_hf(read_hf_config(folder))
-    (model,) = build_model(architecture, config, parallel)
+    (model,) = build_model(
+        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+    )
     load_hf_weights(model, SafetensorsSource(folder, architecture), architecture, parallel)
     chunks = wrap_model([model], config.model, config.parallel)
     connect_schedule(
@@ -306,9 +308,11 @@ def peak_of_import(folder: str, parallel_section: dict[str, Any]) -> tuple[int, 
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
 
     config = make_config(parallel=parallel_section)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
-    (model,) = build_model(architecture, config, parallel)
+    (model,) = build_model(
+        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+    )
     source = SafetensorsSource(Path(folder), architecture)
     alive, peak = 0, 0
 

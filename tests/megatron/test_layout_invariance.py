@@ -122,7 +122,7 @@ def run_steps(
         # With the usual epsilon Adam turns the sign of a gradient of 1e-8 into a whole step.
         optim={"eps": 1e-3},
     )
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
     samples = random_samples(NUM_SAMPLES, seed=3)
@@ -132,7 +132,7 @@ def run_steps(
         token_weights = np.resize(weights_of_tokens, num_tokens).astype(np.float16)
     store = make_store(samples, token_weights)
     run = build_run(config, architecture, weights, 2, parallel)
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     assert plan.num_steps_per_epoch == 1
     results = []
     with open_batches(store, plan, range(2), run.shape, parallel) as batches:
@@ -278,9 +278,11 @@ def packed_minus_alone(folder: str) -> list[float]:
     from sft_fast.packing.micro_batch import fill_micro_batch
 
     config = make_config()
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
-    (model,) = build_model(architecture, config, parallel)
+    (model,) = build_model(
+        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+    )
     load_hf_weights(model, SafetensorsSource(Path(folder), architecture), architecture, parallel)
     store = make_store(random_samples(5, seed=8))
 

@@ -40,14 +40,19 @@ def build(config: Any) -> tuple[Any, Any, Any, Any]:
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
     from sft_fast.packing.from_config import make_plan
 
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     folder = Path(config.model.path)
     architecture = architecture_from_hf(read_hf_config(folder))
     weights = SafetensorsSource(folder, architecture)
     store = make_store(random_samples(NUM_SAMPLES, seed=3))
     run = build_run(config, architecture, weights, 2, parallel)
     randomise_b(run.model, parallel)
-    return run, make_plan(store, config, architecture), store, parallel
+    return (
+        run,
+        make_plan(store, config.packing, config.train, config.seed, architecture),
+        store,
+        parallel,
+    )
 
 
 def adapters(model: Any) -> Any:

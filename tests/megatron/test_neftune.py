@@ -92,14 +92,14 @@ def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[
         parallel=parallel_section,
         optim={"eps": 1e-3},
     )
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     run = build_run(
         config, architecture, SafetensorsSource(Path(folder), architecture), 2, parallel
     )
     store = make_store(random_samples(12, seed=3))
     add_noise(run.model, config.train, config.seed, store.lengths, parallel)
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     evaluated, _ = evaluate(run.model, store, config, parallel, [], Phases.unwatched())
     results: list[tuple[float, ...]] = [(evaluated["loss"],)]
     with open_batches(store, plan, range(2), run.shape, parallel) as batches:

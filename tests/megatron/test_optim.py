@@ -48,14 +48,14 @@ def train(
         parallel=parallel_section,
         optim={"clip_grad": clip_grad},
     )
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     weights = SafetensorsSource(Path(folder), architecture)
     run = build_run(config, architecture, weights, NUM_STEPS, parallel)
     if loss_scale is not None:
         run.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(loss_scale)
     store = make_store(random_samples(8, seed=5))
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     steps: list[tuple[bool, float]] = []
 
     def megatrons_step(optimizer: Any, grad_norm: float) -> None:

@@ -40,10 +40,10 @@ def run_steps(
             "optim": OPTIM,
         }
     )
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     inputs = read_inputs(config)
     architecture = inputs.model.architecture
-    plan = make_plan(inputs.store, config, architecture)
+    plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
     run = build_run(config, architecture, inputs.model.weights, NUM_STEPS, parallel)
     results, ids = [], []
     with open_batches(inputs.store, plan, range(NUM_STEPS), run.shape, parallel) as batches:

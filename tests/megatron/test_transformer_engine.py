@@ -42,12 +42,12 @@ def step_with_stand_ins(folder: str, transformer_impl: str) -> tuple[float, floa
             tokenizer={"path": None},
             parallel={"tensor": 2, "sequence": True},
         )
-        parallel = init_parallel(config)
+        parallel = init_parallel(config.parallel, config.train, config.seed)
         architecture = architecture_from_hf(read_hf_config(Path(folder)))
         weights = SafetensorsSource(Path(folder), architecture)
         run = build_run(config, architecture, weights, 1, parallel)
         store = make_store(random_samples(4, seed=3))
-        plan = make_plan(store, config)
+        plan = make_plan(store, config.packing, config.train, config.seed)
         with open_batches(store, plan, range(1), run.shape, parallel) as batches:
             result = train_step(run, batches, plan.counts(0))
     finally:
@@ -159,7 +159,7 @@ def test_rows_are_padded_to_what_fp8_needs() -> None:
     config = make_config(model={"fp8": "hybrid", "dtype": "bf16"})
     from sft_fast.packing.from_config import make_plan
 
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     shape = batch_shape(config.train, config.packing, config.model, parallel)
     rows = [num for _, num in fill_orders(store, plan, range(1), shape, parallel)]
     assert rows and all(num % 32 == 0 for num in rows)

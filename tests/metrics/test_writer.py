@@ -271,7 +271,7 @@ def test_the_profile_holds_its_steps_only(tmp_path: Path) -> None:
     from sft_fast.metrics.profiling import ProfilerWindow
 
     config = make_config(tmp_path, metrics={"profile_steps": [2, 3]})
-    window = ProfilerWindow(config, is_main=True)
+    window = ProfilerWindow(config.metrics, config.output_dir, is_main=True)
     written = []
     for step in range(1, 5):
         window.before(step)
@@ -287,6 +287,6 @@ def test_only_the_main_rank_profiles(tmp_path: Path) -> None:
     from sft_fast.metrics.profiling import ProfilerWindow
 
     config = make_config(tmp_path, metrics={"profile_steps": [1, 1]})
-    window = ProfilerWindow(config, is_main=False)
+    window = ProfilerWindow(config.metrics, config.output_dir, is_main=False)
     window.before(1)
     assert window.after(1) is None and not list(tmp_path.iterdir())

@@ -67,13 +67,13 @@ def measure(
     from tiny import make_store
 
     config = make_config(folder, **sections)
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = tiny_architecture(config, num_experts)
     run = build_run(config, architecture, RandomSource(architecture, 0), 1, parallel)
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, VOCAB, length).tolist() for _ in range(samples)]
     store = make_store([(row, [0] * (length // 2) + [1] * (length // 2)) for row in ids])
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     sizes = [
         sum(p.numel() * p.element_size() for p in run.model.parameters()),
         sum(4 * p.numel() for p in run.model.parameters()),

@@ -28,7 +28,7 @@ def plan_of(store: ListStore, **packing: Any) -> tuple[Config, StepPlan]:
     model = {"path": "some/model", "shape": None}
     packing = {"capacity": 128, **packing}
     config = make_config(model=model, tokenizer={"path": None}, packing=packing)
-    return config, make_plan(store, config)
+    return config, make_plan(store, config.packing, config.train, config.seed)
 
 
 def bins_of(plan: StepPlan) -> list[list[int]]:
@@ -134,4 +134,4 @@ def test_bounds_are_those_of_the_packer(store: ListStore, tmp_path: Any) -> None
         "pool_size=4194304",
     )
     config = load_text(tmp_path, text, *(f"packing.{one}" for one in greatest))
-    assert make_plan(store, config).plan(0).num_bins == 1
+    assert make_plan(store, config.packing, config.train, config.seed).plan(0).num_bins == 1

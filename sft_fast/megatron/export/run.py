@@ -40,7 +40,7 @@ def export(config: Config, phases: Phases) -> int:
         DamageError: the checkpoint is damaged.
     """
     disable_progress_bar()  # of transformers, for the look at the export
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     checkpoint = Path(config.checkpoint.resume)
     if damages := damage_of(checkpoint, config.checkpoint.timeout_minutes * 60):
         raise DamageError(
@@ -51,7 +51,9 @@ def export(config: Config, phases: Phases) -> int:
     check_origin(origin, state.fields, checkpoint, config.model, config.lora, config.checkpoint)
     architecture = origin.model.architecture
     phases.enter("model", can_leave=True, is_loading=True)
-    models = build_model(architecture, config, parallel)
+    models = build_model(
+        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+    )
     for model in models if config.lora.rank > 0 else ():
         load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)
         add_adapters(model, architecture, config.model, config.lora, config.seed, parallel)

@@ -227,7 +227,7 @@ def order_of_a_step() -> list[str]:
     from sft_fast.packing.from_config import make_plan
 
     config = make_config()
-    parallel = init_parallel(config)
+    parallel = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_shape(config.model.shape, VOCAB_SIZE)
     run = build_run(config, architecture, RandomSource(architecture, 1), 9, parallel)
     log: list[str] = []
@@ -240,7 +240,7 @@ def order_of_a_step() -> list[str]:
     run.optimizer.step_with_ready_grads = noted_update
     run.copier.before_update = lambda: log.append("wait")
     store = make_store(random_samples(8, seed=3))
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     with open_batches(store, plan, range(1), run.shape, parallel) as batches:
         train_step(run, batches, plan.counts(0))
     return log

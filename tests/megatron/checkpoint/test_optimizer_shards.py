@@ -93,7 +93,7 @@ def work(
     if source:
         load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
     store = make_store(random_samples(NUM_SAMPLES, seed=3))
-    plan = make_plan(store, config)
+    plan = make_plan(store, config.packing, config.train, config.seed)
     num_steps = max(targets)
     losses: list[float] = []
     with open_batches(
@@ -126,7 +126,7 @@ def begin(model: str, parallel: Section, dtype: str = "fp32") -> tuple[Any, Any,
         parallel=parallel,
         optim={"eps": 1e-3},
     )
-    ranks = init_parallel(config)
+    ranks = init_parallel(config.parallel, config.train, config.seed)
     architecture = architecture_from_hf(read_hf_config(Path(model)))
     source = SafetensorsSource(Path(model), architecture)
     return build_run(config, architecture, source, 9, ranks), config, ranks
