@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sft_fast.config.sections import ShapeConfig
 from sft_fast.constants import round_up
+from sft_fast.models.config_defaults import with_defaults
 from sft_fast.models.families import FAMILIES, REFUSED, Family
 from sft_fast.models.rope import RopeScaling, rope_scaling
 
@@ -107,7 +108,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         raise ValueError(
             f"config.json: architectures is {name}{reason}; supported: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[name]
+    family, config = FAMILIES[name], with_defaults(config, name)
     for key, expected in (*family.fixed, family.activation, ("attention_dropout", 0.0)):
         # Most keys may also be null for "off".
         if (config.get(key, expected) or 0) != (expected or 0):
@@ -121,10 +122,10 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         ffn_hidden_size=config[family.experts_of or "intermediate_size"],
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=config.get("tie_word_embeddings", family.tie_word_embeddings),
-        initializer_range=config.get("initializer_range", 0.02),
+        max_position_embeddings=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        tie_word_embeddings=config["tie_word_embeddings"],
+        initializer_range=config["initializer_range"],
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         activation="gelu_tanh" if family.activation[1] == "gelu_pytorch_tanh" else "silu",
@@ -144,9 +145,12 @@ def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     if "query_pre_attn_scalar" in config:
         fields["attention_scale"] = config["query_pre_attn_scalar"] ** -0.5
     # Qwen writes the key down even where use_sliding_window turns it off.
-    if "use_sliding_window" in config or config.get("sliding_window") is None:
+    is_off = ("use_sliding_window", False) in family.fixed
+    if is_off or config.get("sliding_window") is None:
         return fields
-    types, period = config.get("layer_types"), family.window_period
+    types, period = None, family.window_period
+    if period is not None:
+        types = config.get("layer_types")
     if types is None and period is not None:
         period = config.get("sliding_window_pattern", period)
         types = [
@@ -168,20 +172,21 @@ def experts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
         "num_experts": config.get("num_experts") or config["num_local_experts"],
         "experts_per_token": config["num_experts_per_tok"],
         # Mixtral has no such key, and always does.
-        "renormalise_experts": config.get("norm_topk_prob", "norm_topk_prob" not in config),
+        "renormalise_experts": config.get("norm_topk_prob", True),
     }
 
 
 def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The fields of rotary positions, from either spelling of the keys."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    rope = old or new  # as in transformers
     fields: dict[str, Any] = {}
-    local = rope.get("sliding_attention")
-    if local is not None:
-        rope = rope["full_attention"]
+    if "full_attention" in new:
+        rope, local = new["full_attention"] | old, new.get("sliding_attention") or {}
         if rope_scaling(local, config) is not None:
             raise ValueError(f"config.json: sliding_attention of rope_parameters is {local}")
-        fields["local_rope_theta"] = local["rope_theta"]
+        default = config.get("rope_local_base_freq", config["rope_theta"])
+        fields["local_rope_theta"] = local.get("rope_theta", default)
     elif "rope_local_base_freq" in config:
         fields["local_rope_theta"] = config["rope_local_base_freq"]
     scaling = rope_scaling(rope, config)
@@ -193,7 +198,7 @@ def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
         )
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     return fields | {
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rope_theta": rope.get("rope_theta", config["rope_theta"]),
         "rope_scaling": scaling,
         "rotary_fraction": fraction,
         "layers_without_rope": layers_without_rope(config, family),

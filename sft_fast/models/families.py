@@ -112,8 +112,6 @@ class Family:
     """Keys of config.json whose other values we would compute wrongly."""
     activation: tuple[str, str] = ("hidden_act", "silu")
     """Key of config.json that names the activation function, and its value."""
-    tie_word_embeddings: bool = False
-    """Where config.json does not say it."""
     is_gemma: bool = False
     """Norms multiply by 1 + weight and also follow attention and MLP; embeddings are scaled."""
     experts_of: str | None = None
@@ -174,7 +172,6 @@ FAMILIES = {
         LLAMA | POST_NORMS,
         GEMMA_FIXED,
         ("hidden_activation", "gelu_pytorch_tanh"),
-        tie_word_embeddings=True,
         is_gemma=True,
         window_period=2,
     ),
@@ -182,13 +179,12 @@ FAMILIES = {
         LLAMA | POST_NORMS | QK_NORM,
         GEMMA_FIXED,
         ("hidden_activation", "gelu_pytorch_tanh"),
-        tie_word_embeddings=True,
         is_gemma=True,
         window_period=6,
     ),
     "Phi3ForCausalLM": Family(LLAMA | FUSED, (("resid_pdrop", 0.0), ("embd_pdrop", 0.0))),
     "SmolLM3ForCausalLM": Family(
-        fixed=(*NO_BIAS, ("use_sliding_window", False)), tie_word_embeddings=True, no_rope_period=4
+        fixed=(*NO_BIAS, ("use_sliding_window", False)), no_rope_period=4
     ),
 }
 REFUSED = {

@@ -74,11 +74,77 @@ def test_a_written_config_reads_back_as_the_same_architecture() -> None:
         assert architecture_from_hf(architecture_to_hf(architecture)) == architecture
 
 
-def test_missing_keys_take_the_defaults_of_transformers() -> None:
-    architecture = architecture_from_hf(LLAMA)
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+BARE = {
+    "vocab_size": 100,
+    "hidden_size": 96,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 12,
+    "intermediate_size": 64,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_absent_keys_take_the_defaults_of_transformers(name: str) -> None:
+    from transformers import AutoConfig
+
+    bare: dict[str, Any] = {"architectures": [name], **BARE}
+    if name == "MixtralForCausalLM" or name == "Qwen3MoeForCausalLM":
+        bare["num_local_experts"] = 8
+    full = AutoConfig.for_model(MODEL_TYPES[name], **bare).to_dict()
+    assert architecture_from_hf(bare) == architecture_from_hf(full)
+    # Half a description of the rotary positions too.
+    half = bare | {"rope_parameters": {"rope_type": "default"}}
+    if name != "Gemma3ForCausalLM":
+        assert architecture_from_hf(half) == architecture_from_hf(full)
+
+
+def test_a_size_is_never_guessed() -> None:
+    short = {key: value for key, value in LLAMA.items() if key != "hidden_size"}
+    with pytest.raises(ValueError, match="hidden_size is missing"):
+        architecture_from_hf(short)
+
+
+def test_null_is_no_missing_key() -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"]}
+    assert architecture_from_hf(mistral).sliding_window == 4096
+    off = {"sliding_window": None, "num_key_value_heads": None, "head_dim": None}
+    architecture = architecture_from_hf(mistral | off)
+    assert architecture.sliding_window is None
     assert architecture.num_key_value_heads == 4
     assert architecture.head_dim == 8
-    assert not architecture.tie_word_embeddings
+
+
+def test_keys_of_other_families_do_not_count() -> None:
+    """Mistral in transformers reads neither."""
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 4}
+    for key, value in (("layer_types", ["full_attention"] * 2), ("use_sliding_window", False)):
+        assert architecture_from_hf(mistral | {key: value}) == architecture_from_hf(mistral)
+
+
+def test_two_spellings_of_rope_that_differ_are_read_as_transformers_reads_them() -> None:
+    from transformers import AutoConfig
+
+    both = LLAMA | {
+        "rope_theta": 7.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 9.0},
+    }
+    read = AutoConfig.for_model("llama", **both)
+    theirs = {"rope_parameters": read.rope_parameters}
+    assert read.rope_parameters["rope_type"] == "linear"
+    assert architecture_from_hf(both) == architecture_from_hf(LLAMA | theirs)
 
 
 def test_a_window_that_is_switched_off_does_not_count() -> None:
