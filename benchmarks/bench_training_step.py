@@ -31,12 +31,12 @@ from kernel_time import profile_step
 from sft_fast.config.schema import Config
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.megatron.batches import open_batches
-from sft_fast.megatron.hf import hf_shapes
 from sft_fast.megatron.model import SFTModel, unwrap
 from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.megatron.train_step import Run, build_run, train_step
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.flops import active_matrix_parameters
+from sft_fast.models.weights import hf_shapes
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.packing.steps import StepPlan

@@ -109,8 +109,13 @@ def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> 
         **{"initializer_range": 0.3, **options},
     )
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    vary_vectors(model)
     model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def vary_vectors(model: Any) -> None:
+    """Norms and biases of a model of transformers become what they are in a trained one."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -5,7 +5,6 @@ and how it is split over tensor-parallel ranks. Import reads only this rank's sl
 into the parameters; export/weights.py goes the other way.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,17 +14,16 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sft_fast.errors import DamageError
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.families import FAMILIES, MODEL, Rule
+from sft_fast.models.weight_files import open_safetensors, tensor_records
+from sft_fast.models.weights import check_records, hf_shapes, shape_of, sizes
 from sft_fast.runtime.phases import no_report
 
-INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
 ALL = slice(None)
 ROWS_AT_A_TIME = 4096
@@ -38,45 +36,6 @@ class WeightSource(Protocol):
         """The rows and columns of a matrix [rows, columns], or the rows of a vector [rows]."""
 
 
-def sizes(architecture: Architecture) -> dict[str, int]:
-    """What the names of dimensions in the tables stand for."""
-    keys = architecture.num_key_value_heads * architecture.head_dim
-    return {
-        "vocab": architecture.vocab_size,
-        "hidden": architecture.hidden_size,
-        "queries": architecture.num_attention_heads * architecture.head_dim,
-        "keys": keys,
-        "head": architecture.head_dim,
-        "ffn": architecture.ffn_hidden_size,
-        "experts": architecture.num_experts,
-    }
-
-
-def shape_of(dims: tuple[str, ...], architecture: Architecture) -> tuple[int, ...]:
-    """The sizes of named dimensions in this architecture."""
-    size_of = sizes(architecture)
-    return tuple(sum(size_of[block] for block in dim.split("+")) for dim in dims)
-
-
-def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face checkpoint, with its shape."""
-    shapes = {}
-
-    def add(rule: Rule, prefix: str) -> None:
-        for name, dims in rule.sources.items():
-            shape = shape_of(dims, architecture)
-            for expert in range(architecture.num_experts) if rule.is_expert else (0,):
-                shapes[prefix + name.replace("*", str(expert))] = shape
-
-    for name, rule in MODEL.items():
-        if not (name == "output_layer.weight" and architecture.tie_word_embeddings):
-            add(rule, "")
-    for layer in range(architecture.num_layers):
-        for rule in FAMILIES[architecture.family].layer.values():
-            add(rule, f"model.layers.{layer}.")
-    return shapes
-
-
 class SafetensorsSource:
     """The *.safetensors of a model directory, opened lazily.
 
@@ -85,66 +44,21 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path, architecture: Architecture):
-        self.file_of = tensor_files(folder)
-        self.folder = folder
-        self.open_files: dict[str, Any] = {}
-        expected = hf_shapes(architecture)
-        # A tied checkpoint may still carry lm_head; old ones carry rotary buffers.
-        optional = {"lm_head.weight"} if architecture.tie_word_embeddings else set()
-        present = {name for name in self.file_of if not name.endswith("rotary_emb.inv_freq")}
-        missing, unexpected = expected.keys() - present, present - expected.keys() - optional
-        if missing or unexpected:
-            raise ValueError(
-                f"{folder}: the weights do not match config.json: missing "
-                f"{shorten(missing)}; unexpected {shorten(unexpected)}"
-            )
-        for name, shape in expected.items():
-            actual = tuple(self.slice_of(name).get_shape())
-            if actual != shape:
-                raise ValueError(
-                    f"{folder / self.file_of[name]}: {name} has shape {actual}; config.json says "
-                    f"{shape}"
-                )
+        self.records = tensor_records(folder)
+        check_records(folder, self.records, architecture)
+        self.open_files: dict[Path, Any] = {}
 
     def slice_of(self, name: str) -> Any:
         """A tensor that is read by slices; its file stays open."""
-        file = self.file_of[name]
-        if file not in self.open_files:
-            self.open_files[file] = open_safetensors(self.folder / file)
-        return self.open_files[file].get_slice(name)
+        path = self.records[name].path
+        if path not in self.open_files:
+            self.open_files[path] = open_safetensors(path, "pt")
+        return self.open_files[path].get_slice(name)
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """The rows and columns of a matrix [rows, columns], or the rows of a vector [rows]."""
         tensor = self.slice_of(name)
         return tensor[rows] if len(tensor.get_shape()) == 1 else tensor[rows, columns]
-
-
-def tensor_files(folder: Path) -> dict[str, str]:
-    """Maps each tensor name of a model directory to the file that holds it."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{index}: expected a weight_map, found damage ({error!r})") from None
-        for file in set(weight_map.values()):
-            if Path(file).name != file or not (folder / file).is_file():
-                raise ValueError(f"{index}: weight_map names {file!r}, not a file of {folder}")
-        return weight_map
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model.path: {folder} holds no *.safetensors; convert the model first")
-    file_of = {}
-    for file in files:
-        with open_safetensors(folder / file) as opened:
-            file_of.update(dict.fromkeys(opened.keys(), file))
-    return file_of
-
-
-def shorten(names: set[str], limit: int = 5) -> str:
-    """The first names, and how many there are beyond them."""
-    listed = ", ".join(sorted(names)[:limit]) or "none"
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
 
 
 class RandomSource:
@@ -362,21 +276,3 @@ def gather_shards(shard: Tensor, parallel: Parallel, is_expert: bool = False) ->
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(shards, shard.contiguous(), group=group)
     return shards
-
-
-def open_safetensors(path: Path) -> Any:
-    """safe_open, with an error that users can read.
-
-    Raises:
-        ValueError: the file is missing.
-        DamageError: it is cut short, or no safetensors file.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a safetensors file, found none") from None
-        raise DamageError(
-            f"{path}: expected a whole safetensors file, found {path.stat().st_size:,} bytes with "
-            f"damage ({error}); copy or download it again"
-        ) from None

@@ -26,6 +26,7 @@ from sft_fast.models.architecture import (
     read_hf_config,
 )
 from sft_fast.models.hub import local_folder
+from sft_fast.models.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,9 @@ def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
     check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
     if config.model.random_init:
         return Model(architecture, RandomSource(architecture, config.seed), folder, hf_config)
-    weights = SafetensorsSource(folder, replace(architecture, vocab_size=num_known))
+    known = replace(architecture, vocab_size=num_known)
+    check_weights(folder, hf_config, known)
+    weights = SafetensorsSource(folder, known)
     if num_tokens > num_known:
         weights = GrownSource(weights, num_known, num_tokens)
     return Model(architecture, weights, folder, hf_config)

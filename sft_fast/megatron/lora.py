@@ -41,7 +41,6 @@ from sft_fast.config.sections import LoraConfig, ModelConfig
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
-    hf_shapes,
     named_rules,
     part,
     qkv_widths,
@@ -49,6 +48,7 @@ from sft_fast.megatron.hf import (
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
+from sft_fast.models.weights import hf_shapes
 
 NUM_PROBE_ROWS = 4
 

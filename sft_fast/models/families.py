@@ -183,13 +183,12 @@ FAMILIES = {
         window_period=6,
     ),
     "Phi3ForCausalLM": Family(LLAMA | FUSED, (("resid_pdrop", 0.0), ("embd_pdrop", 0.0))),
-    "SmolLM3ForCausalLM": Family(
-        fixed=(*NO_BIAS, ("use_sliding_window", False)), no_rope_period=4
-    ),
+    "SmolLM3ForCausalLM": Family(fixed=(*NO_BIAS, ("use_sliding_window", False)), no_rope_period=4),
 }
 REFUSED = {
     "GptOssForCausalLM": "attention sinks and experts in MXFP4 are not supported",
     "Gemma3ForConditionalGeneration": (
-        "images are not supported; use a checkpoint of the text model alone (Gemma3ForCausalLM)"
+        "images are not supported; use a checkpoint of the text model alone (Gemma3ForCausalLM), "
+        "made of this one's language_model: from_pretrained of that class takes none of its tensors"
     ),
 }

@@ -9,6 +9,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # No pickled weights and no Python: only what we read.
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 PATTERNS = [*SMALL_PATTERNS, "*.safetensors"]
+# Mistral's own form of the same weights, beside transformers'.
+IGNORED_PATTERNS = ["consolidated*.safetensors"]
 
 
 def local_folder(path: str, revision: str | None, key: str, with_weights: bool = True) -> Path:
@@ -35,7 +37,14 @@ def local_folder(path: str, revision: str | None, key: str, with_weights: bool =
 
     patterns = PATTERNS if with_weights else SMALL_PATTERNS
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=IGNORED_PATTERNS,
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = first_line(error)
         raise ValueError(

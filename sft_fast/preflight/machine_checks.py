@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft_fast.config.layout import layout_problems
 from sft_fast.constants import DTYPE_BYTES
@@ -99,14 +99,15 @@ def _check_model(
         yield from _missing(path, "model.path", "config.json and *.safetensors", findings)
         return
     try:
-        architecture = architecture_from_hf(read_hf_config(folder))
+        hf_config = read_hf_config(folder)
+        architecture = architecture_from_hf(hf_config)
     except ValueError as error:
         yield Problem(("model.path",), str(error).removeprefix("model.path: "), "a supported model")
         return
     findings.architecture = architecture
     findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
     if not model.random_init:
-        yield from _check_weights(folder)
+        yield from _check_weights(folder, hf_config, architecture)
     yield from layout_problems(architecture, model, packing, parallel, lora)
 
 
@@ -121,19 +122,16 @@ def _note_transformer_engine(model: ModelConfig, findings: Findings) -> None:
         )
 
 
-def _check_weights(folder: Path) -> Iterator[Problem]:
-    import json
+def _check_weights(
+    folder: Path, hf_config: dict[str, Any], architecture: Architecture
+) -> Iterator[Problem]:
+    from sft_fast.models.weights import check_weights
 
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    elif not (folder / "model.safetensors").is_file():
-        files = {path.name for path in folder.glob("*.safetensors")} or files
-    missing = sorted(name for name in files if not (folder / name).is_file())
-    if missing:
-        found = f"{folder} lacks {', '.join(missing[:3])}"
-        yield Problem(("model.path",), found, "the weights as *.safetensors")
+    try:
+        check_weights(folder, hf_config, architecture)
+    except ValueError as error:
+        found = str(error).removeprefix("model.path: ")
+        yield Problem(("model.path",), found, "trained weights as *.safetensors")
 
 
 def _check_tokenizer(

@@ -2,10 +2,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from sft_fast.cli import main
 from sft_fast.config.schema import Config
+from sft_fast.models.architecture import architecture_from_hf
+from sft_fast.models.weights import hf_shapes
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -25,7 +29,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    (folder / "model.safetensors").write_bytes(b"")
+    save_weights(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
@@ -35,6 +39,15 @@ def chats(tmp_path: Path) -> Path:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(CHAT) + "\n")
     return path
+
+
+def save_weights(folder: Path, **changed: NDArray[Any]) -> None:
+    """The weights that LLAMA describes, with some of them changed."""
+    from safetensors.numpy import save_file
+
+    shapes = hf_shapes(architecture_from_hf(LLAMA))
+    weights = {name: np.full(shape, 0.5, np.float16) for name, shape in shapes.items()}
+    save_file(weights | changed, folder / "model.safetensors")
 
 
 def run(tmp_path: Path, text: str, *arguments: str) -> int:
@@ -147,11 +160,30 @@ def test_missing_shards_and_tokenizer_are_named(
 ) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    (model / "model-1.safetensors").write_bytes(b"")
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
     (model / "tokenizer.json").unlink()
     assert run(tmp_path, good(model, chats, tmp_path)) == 1
     text = capsys.readouterr().err
     assert "lacks model-2.safetensors" in text and "has no tokenizer.json" in text
+
+
+def test_quantised_fresh_and_damaged_weights_are_problems(
+    model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantised = LLAMA | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(quantised))
+    assert run(tmp_path, good(model, chats, tmp_path)) == 1
+    assert "is quantised (quantization_config of config.json: fp8)" in capsys.readouterr().err
+    (model / "config.json").write_text(json.dumps(LLAMA))
+
+    save_weights(model, **{"lm_head.weight_scale_inv": np.ones(1, np.float32)})
+    assert run(tmp_path, good(model, chats, tmp_path)) == 1
+    assert "such as lm_head.weight_scale_inv" in capsys.readouterr().err
+
+    assert run(tmp_path, good(model, chats, tmp_path), "model.random_init=true") == 0
+    (model / "model.safetensors").write_bytes(b"")
+    assert run(tmp_path, good(model, chats, tmp_path)) == 1
+    assert "found 0 bytes with damage" in problems_of(capsys)["model.path"]
 
 
 def test_a_full_disk_is_seen(

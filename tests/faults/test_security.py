@@ -252,7 +252,7 @@ def test_s10_a_manifest_names_files_inside_its_directory_only(tmp_path: Path, na
 
 
 def test_s10_links_and_paths_out_of_a_directory_are_refused(tmp_path: Path) -> None:
-    from sft_fast.megatron.hf import tensor_files
+    from sft_fast.models.weight_files import tensor_records
 
     with staged_directory(tmp_path / "a", LoneRank()) as stage:
         stage.write_text("b", "c")
@@ -262,7 +262,7 @@ def test_s10_links_and_paths_out_of_a_directory_are_refused(tmp_path: Path) -> N
     index = {"weight_map": {"w": "../outside"}}
     (tmp_path / "a/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="weight_map names"):
-        tensor_files(tmp_path / "a")
+        tensor_records(tmp_path / "a")
 
 
 def safetensors_file(path: Path, header: bytes, size: int | None = None) -> None:
@@ -328,16 +328,17 @@ def test_s11_model_weights_cut_short_are_named(tmp_path: Path, size: int) -> Non
     import numpy as np
     from safetensors.numpy import save_file
 
-    from sft_fast.megatron.hf import tensor_files
+    from sft_fast.models.weight_files import tensor_records
 
     path = tmp_path / "model.safetensors"
     save_file({"w": np.zeros((8, 8), np.float32)}, path)
     os.truncate(path, size % path.stat().st_size)
     with pytest.raises(ValueError, match=r"model.safetensors: expected a whole.*download it again"):
-        tensor_files(tmp_path)
+        tensor_records(tmp_path)
+    path.unlink()
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index.json: expected a weight_map"):
-        tensor_files(tmp_path)
+        tensor_records(tmp_path)
 
 
 SECRETS = {

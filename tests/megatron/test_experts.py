@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rank_pool import RankPool
+from tiny import vary_vectors
 
 CONFIG = """\
 output_dir: {output}
@@ -70,7 +71,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         moe_intermediate_size=24,
         initializer_range=0.3,
     )
-    Qwen3MoeForCausalLM(shape).save_pretrained(folder / "model")
+    model = Qwen3MoeForCausalLM(shape)
+    vary_vectors(model)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     paths = {"train": folder / "train.jsonl", "model": folder / "model", "output": folder / "run"}
     (folder / "config.yaml").write_text(CONFIG.format(**paths))

@@ -385,12 +385,12 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
-    from sft_fast.megatron.hf import tensor_files
+    from sft_fast.models.weight_files import tensor_records
 
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"lm_head.weight": "../../secret.safetensors"}}')
     with pytest.raises(ValueError, match="secret"):
-        tensor_files(tmp_path)
+        tensor_records(tmp_path)
 
 
 def test_weights_that_cannot_be_written_are_an_os_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rank_pool import RankPool
-from tiny import make_config, make_store, random_samples, save_tiny_llama
+from tiny import make_config, make_store, random_samples, save_tiny_llama, vary_vectors
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["model.layers.[13].self_attn.[qv]_proj", "down_proj"]
@@ -427,7 +427,9 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         intermediate_size=48,
         initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    model = LlamaForCausalLM(config)
+    vary_vectors(model)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return {"train": str(folder / "train.jsonl"), "model": str(folder / "model")}
 

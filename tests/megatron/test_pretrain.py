@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rank_pool import RankPool
+from tiny import vary_vectors
 
 YAML = """
 output_dir: {output}
@@ -178,7 +179,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
         intermediate_size=48,
         max_position_embeddings=256,
     )
-    AutoModelForCausalLM.from_config(llama).save_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_config(llama)
+    vary_vectors(model)
+    model.save_pretrained(folder / "model")
     rows = [{"prompt": f"next of {number}", "completion": str(number + 1)} for number in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "my.yaml"

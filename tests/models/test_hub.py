@@ -43,8 +43,9 @@ def test_what_needs_no_weights_does_not_download_them(monkeypatch: pytest.Monkey
 
     patterns: list[list[str]] = []
 
-    def download(path: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(path: str, *, allow_patterns: list[str], **options: object) -> str:
         patterns.append(allow_patterns)
+        assert options["ignore_patterns"] == ["consolidated*.safetensors"]
         return "somewhere"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

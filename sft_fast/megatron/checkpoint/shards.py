@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch import Tensor
 
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
-from sft_fast.megatron.hf import open_safetensors
+from sft_fast.models.weight_files import open_safetensors
 from sft_fast.runtime.manifest import HashedFile, StagedDirectory, read_manifest
 from sft_fast.runtime.phases import no_report
 
@@ -180,7 +180,7 @@ class ShardReader:
         for name in read_manifest(folder):
             if not name.endswith(".safetensors"):
                 continue
-            file = self.stack.enter_context(open_safetensors(folder / name))
+            file = self.stack.enter_context(open_safetensors(folder / name, "pt"))
             try:
                 self.add(file)
             except (AssertionError, LookupError, TypeError, ValueError, RecursionError) as error:

@@ -15,11 +15,12 @@ from torch import Tensor
 from sft_fast.config.sections import ExportConfig, ModelConfig
 from sft_fast.constants import ceil_div, round_up
 from sft_fast.megatron.forward_step import packed_samples
-from sft_fast.megatron.hf import gather_shards, hf_shapes
+from sft_fast.megatron.hf import gather_shards
 from sft_fast.megatron.load_inputs import ExportSource
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.transformer_engine import without_fp8
+from sft_fast.models.weights import hf_shapes
 from sft_fast.packing.micro_batch import fill_micro_batch
 
 PROBE = "What is the capital of France? It is Paris, on the Seine; 2 million people live there."

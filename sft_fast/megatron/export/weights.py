@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sft_fast.megatron.hf import (
-    INDEX_FILE,
     gather_shards,
     matrix_of,
     merge_shards,
@@ -22,6 +21,7 @@ from sft_fast.megatron.hf import (
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
+from sft_fast.models.weight_files import INDEX_FILE, WEIGHTS_FILE
 from sft_fast.runtime.phases import no_report
 
 SHARD_BYTES = 5 * 10**9
@@ -124,7 +124,7 @@ def write_index(writer: ShardWriter, folder: Path, parallel: Parallel) -> None:
         return
     weight_map = {name: file for file_of, _ in parts for name, file in file_of.items()}
     if len(set(weight_map.values())) == 1:
-        (folder / next(iter(weight_map.values()))).rename(folder / "model.safetensors")
+        (folder / next(iter(weight_map.values()))).rename(folder / WEIGHTS_FILE)
         return
     total_bytes = sum(num_bytes for _, num_bytes in parts)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
