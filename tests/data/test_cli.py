@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -112,6 +113,59 @@ def test_wrong_key_is_an_error_of_two_lines_and_no_traceback(
     config.write_text("data: {trian: x}\n")
     assert main(["data-report", str(config)]) == 2
     assert "data.trian" in capsys.readouterr().err
+
+
+# What `sft_fast` runs, three times in one process to spare two starts.
+INSTALLED_COMMAND = """\
+import sys
+from sft_fast.cli import main
+for command in (["preview"], ["data-report"], ["plan", "--gpu", "H200"]):
+    sys.argv = ["sft_fast", *command, sys.argv[-1]]
+    assert main() == 0, command
+assert "torch" not in sys.modules
+"""
+
+
+def test_commands_read_every_kind_of_table_without_torch(tmp_path: Path) -> None:
+    import datasets
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    table = datasets.Dataset.from_list([{"messages": turns, "at": "x"}] * 2)
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "saved"))
+    with datasets.arrow_writer.ArrowWriter(path=str(tmp_path / "rows.arrow")) as writer:
+        writer.write_table(table.data.table)
+        writer.finalize()
+    # What a data set of the hub leaves in the cache, where it is found without the hub.
+    cache = tmp_path / "cache"
+    files = {"train": str(tmp_path / "rows.parquet")}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache))
+    (found,) = cache.glob("parquet/default-*")
+    (table_file,) = found.glob("**/parquet-train.arrow")
+    table_file.rename(table_file.with_name("name-train.arrow"))
+    found.rename(found.with_name("default"))
+    (cache / "parquet").rename(cache / "owner___name")
+    sources = [*(str(tmp_path / name) for name in ("rows.parquet", "rows.arrow", "saved"))]
+    sizes = ("hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads")
+    config = {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"shape": {**dict.fromkeys(sizes, 2), "hidden_size": 8, "ffn_hidden_size": 4}},
+        "tokenizer": {"path": "demo"},
+        "data": {"train": [{"path": source} for source in (*sources, "owner/name")]},
+        "packing": {"capacity": 256},
+        "train": {"steps": 1},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(config))
+    result = subprocess.run(
+        [sys.executable, "-c", INSTALLED_COMMAND, str(path)],
+        cwd=ROOT,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "samples: 8," in result.stdout
 
 
 def test_help_imports_nothing_heavy() -> None:
