@@ -38,7 +38,7 @@ from sft_fast.data.tokenizer import tokenizer_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Raised whenever the same records and options give other tokens or another mask than before."""
 BATCH_RECORDS = 512
 SHOWN_RECORDS = 5

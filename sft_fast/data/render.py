@@ -30,6 +30,7 @@ import numpy as np
 
 from sft_fast.data.choices import ChangingHistory, TrainOn
 from sft_fast.data.conversation import Conversation, GivenTokens, Message, Segment
+from sft_fast.data.kept import check_kept
 from sft_fast.data.template_limits import TemplateLimits, check_length
 from sft_fast.data.templates import fitted_template, freeze_clock
 from sft_fast.data.tokens import RenderedChat, Sample, Span, TextTokenizer
@@ -49,6 +50,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 class TemplateCompileError(ValueError):
     """A chat template that is not valid Jinja."""
+
+
+class TemplateTypeError(ValueError):
+    """A chat template that does to a value what its type does not allow."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +165,14 @@ class ChatRenderer:
         stop = answers[-1] + 1 if self._options.trim_tail else len(conversation.messages)
         messages = conversation.messages[:stop]
         context = TemplateContext(conversation.tools, conversation.template_options)
-        template = self._template(context)
-        if _GENERATION.search(template):
-            text, spans = self._marked_spans(messages, answers, context)
-        else:
-            text, spans = self._proven_spans(messages, answers, context)
-        _check_kept(messages, answers, context.tools, spans, text)
+        try:
+            text, spans = self._spans(messages, answers, context)
+        except TemplateTypeError:
+            if not any(message.tool_calls for message in messages):
+                raise
+            # A template that joins texts wants the arguments of a call as one.
+            text, spans = self._spans(_with_text_arguments(messages), answers, context)
+        check_kept(messages, answers, context.tools, spans, text)
         if not self._options.train_reasoning:
             spans = [
                 _without_reasoning(span, text, messages[number])
@@ -238,6 +245,16 @@ class ChatRenderer:
             )
         ids = np.array(given.input_ids, dtype=np.uint32)
         return RenderedChat("", (), sample=Sample(ids, np.array(given.trained, dtype=np.bool_), 0))
+
+    def _spans(
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[int],
+        context: TemplateContext,
+    ) -> tuple[str, list[Span]]:
+        if _GENERATION.search(self._template(context)):
+            return self._marked_spans(messages, answers, context)
+        return self._proven_spans(messages, answers, context)
 
     def _proven_spans(
         self,
@@ -415,7 +432,11 @@ class ChatRenderer:
             raise TemplateCompileError(
                 f"the chat template does not compile, line {error.lineno}: {error}"
             ) from error
-        except (TemplateError, TypeError) as error:
+        except TypeError as error:
+            raise TemplateTypeError(
+                f"the chat template refuses the conversation: {error}"
+            ) from error
+        except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         check_length(texts[0], (conversation, context))
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
@@ -444,6 +465,20 @@ class ChatRenderer:
                         f"turn {number} ({message.role}) contains the control token {token!r}, "
                         "which would be read as the structure of the chat; remove it"
                     )
+
+
+def _with_text_arguments(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Turns whose calls have their arguments as JSON text."""
+
+    def as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return tuple(
+        replace(message, tool_calls=tuple(as_text(call) for call in message.tool_calls))
+        for message in messages
+    )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -494,41 +529,3 @@ def _without_reasoning(span: Span, text: str, message: Message) -> Span:
     while text[start : start + 1].isspace():
         start += 1
     return replace(span, start=start)
-
-
-def _is_kept(content: str, text: str) -> bool:
-    """Whether a text holds a content, as it is or as a JSON string."""
-    return content in text or any(
-        json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True)
-    )
-
-
-def _check_kept(
-    messages: Sequence[Message],
-    answers: Sequence[int],
-    tools: Sequence[Mapping[str, Any]],
-    spans: Sequence[Span],
-    text: str,
-) -> None:
-    """Raises ValueError where the template left out a turn, a tool, a call or an answer."""
-    for number, message in enumerate(messages, start=1):
-        if message.role != "assistant" and not _is_kept(message.content.strip(), text):
-            raise ValueError(f"the chat template leaves out turn {number} ({message.role})")
-    for name in (tool.get("function", tool).get("name", "") for tool in tools):
-        if str(name) not in text:
-            raise ValueError(f"the chat template leaves out the tool {name!r}; use one with tools")
-    for span, message in zip(spans, (messages[number] for number in answers), strict=True):
-        answer = text[span.start : span.end].removesuffix(span.end_of_turn or "")
-        for call in message.tool_calls:
-            if str(call["function"]["name"]) not in answer:
-                raise ValueError(
-                    f"the chat template leaves out the tool call {call['function']['name']!r}; "
-                    "use a template that writes tool calls"
-                )
-        if message.reasoning.strip() not in answer:
-            raise ValueError(
-                "the chat template leaves out the reasoning of an answer; use a template that "
-                "writes it, or remove the field"
-            )
-        if not answer.strip():
-            raise ValueError("the chat template renders an answer as nothing")

@@ -92,6 +92,9 @@ class TextTokenizer:
         """`special`: special token -> id."""
         self._tokenizer = tokenizer
         self._special = special
+        added = tokenizer.added_tokens_decoder.items()
+        self._swallowing = {i: t.content for i, t in added if t.lstrip or t.rstrip}
+        """Id -> token, of those that take the white space beside them along."""
         self._lengths = _byte_lengths(tokenizer)
         self._is_nfc = tokenizer.backend_tokenizer.normalizer is not None
         self._pieces: PieceTokenizer | None = None
@@ -158,13 +161,44 @@ class TextTokenizer:
             chats, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+            self._release_space(chat.text, ids, bounds)
             for span in chat.spans:
                 _check_covered(span, chat.text, bounds)
+                self._check_known(span, chat.text, ids, bounds)
             # A token without characters of its own belongs to the character at its start.
             ends = np.maximum(bounds[:, 1], bounds[:, 0] + 1)
             input_ids = np.asarray(ids, dtype=np.uint32)
             samples.append(self._sample(chat, input_ids, bounds[:, 0], ends))
         return samples
+
+    def _release_space(self, text: str, ids: Sequence[int], bounds: npt.NDArray[np.int64]) -> None:
+        """Gives a special token the place of its name alone, in place.
+
+        With the white space that it swallows, a token of the template would reach into an answer,
+        and be trained.
+        """
+        for place in map(int, np.flatnonzero(np.isin(ids, list(self._swallowing)))):
+            name, (start, end) = self._swallowing[ids[place]], bounds[place]
+            at = text.find(name, start, end)
+            if at >= 0:
+                bounds[place] = at, at + len(name)
+
+    def _check_known(
+        self, span: Span, text: str, ids: Sequence[int], bounds: npt.NDArray[np.int64]
+    ) -> None:
+        """Raises ValueError where characters of a span are an unknown token."""
+        unknown = self._tokenizer.unk_token_id
+        if unknown is None:
+            return
+        inside = (bounds[:, 0] < span.end) & (bounds[:, 1] > span.start)
+        for place in np.flatnonzero(inside & (np.asarray(ids) == unknown)):
+            start, end = bounds[place]
+            if text[start:end].strip() != self._tokenizer.unk_token:
+                raise ValueError(
+                    f"the tokenizer has no token for {text[start:end]!r} of an answer, so the "
+                    f"model would learn to write {self._tokenizer.unk_token!r}; remove the "
+                    "record, or take a tokenizer that falls back on bytes"
+                )
 
     def _sample(
         self,

@@ -96,9 +96,8 @@ class TurnBounds:
         bounds = None if layout is None else _fit(layout, messages, text)
         if bounds is None:
             return text, self._prove(messages, answers, text, apply)
-        last = answers[-1]
-        before = apply(messages[:last], True)
-        check_prefix(before, text, f"turns 1 to {last} with the generation prompt")
+        before = apply(messages[: answers[-1]], True)
+        _check_start(messages, answers[-1], before, text, apply)
         return text, bounds if len(before) == bounds[-1][0] else self._prove(
             messages, answers, text, apply
         )
@@ -140,7 +139,7 @@ class TurnBounds:
             until = text if is_last else apply(messages[: number + 1], False)
             if not text.startswith(until):
                 until = until.removesuffix(self._eos)
-            check_prefix(before, text, f"turns 1 to {number} with the generation prompt")
+            _check_start(messages, number, before, text, apply)
             check_prefix(until, text, f"turns 1 to {number + 1}")
             bounds.append((len(before), len(until)))
         return bounds
@@ -235,20 +234,53 @@ def _last_turns(
     return len(opening) + answers[place - 1] + 1 - first, turns
 
 
+def _check_start(
+    messages: Sequence[Message], number: int, before: str, text: str, apply: Apply
+) -> None:
+    """Raises ValueError where the text of a chat does not start with what precedes an answer.
+
+    Args:
+        messages: the turns.
+        number: of the answer.
+        before: the turns before it with the generation prompt.
+        text: the whole chat.
+        apply: renders turns.
+    """
+    if text.startswith(before):
+        return
+    turns = f"turns 1 to {number} with the generation prompt"
+    alone = apply(messages[: number + 1], False)
+    if alone.startswith(before):
+        check_prefix(before, text, turns)
+    raise ValueError(
+        "the chat template starts an answer with another text than its generation prompt, so the "
+        f"model would be trained on what it never continues: {_difference(before, alone, turns)}. "
+        "Name a template whose answers start with its generation prompt "
+        "(tokenizer.chat_template), or one with {% generation %}"
+    )
+
+
 def check_prefix(prefix: str, text: str, turns: str) -> None:
     """Raises UnstableTemplateError with the place where `text` does not start with `prefix`."""
     if text.startswith(prefix):
         return
+    raise UnstableTemplateError(
+        "the chat template renders the same turns differently when more follow, so the answers "
+        f"cannot be found: {_difference(prefix, text, turns)}. Train each answer with its own "
+        "history (data.changing_history: expand), or only the last one (data.train_on: last_turn), "
+        "or use a template that keeps earlier turns as they are, or one with {% generation %}"
+    )
+
+
+def _difference(prefix: str, text: str, turns: str) -> str:
+    """Where a text does not start with a prefix."""
     same = next(
         (i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), len(text)
     )
     place = slice(max(0, same - _PLACE_CHARACTERS), same + _PLACE_CHARACTERS)
-    raise UnstableTemplateError(
-        "the chat template renders the same turns differently when more follow, so the answers "
-        f"cannot be found: {turns} give ...{prefix[place]!r} where the whole conversation gives "
-        f"...{text[place]!r} (character {same + 1}). Train each answer with its own history "
-        "(data.changing_history: expand), or only the last one (data.train_on: last_turn), or use "
-        "a template that keeps earlier turns as they are, or one with {% generation %}"
+    return (
+        f"{turns} give ...{prefix[place]!r} where the whole conversation gives "
+        f"...{text[place]!r} (character {same + 1})"
     )
 
 
