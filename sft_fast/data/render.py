@@ -191,12 +191,27 @@ class ChatRenderer:
         except UnstableTemplateError:
             if self._options.changing_history == "error":
                 raise
-        alone = []
+        return [self.render(part) for part in self.one_per_answer(conversation)]
+
+    def one_per_answer(self, conversation: Conversation) -> list[Conversation]:
+        """Each answer that is trained with the turns before it, and alone to be trained."""
+        numbers = self._answers(conversation.messages)
+        turns = [conversation.messages[: number + 1] for number in numbers]
+        return [replace(conversation, messages=_only_last(part)) for part in turns]
+
+    def with_options(self, conversation: Conversation) -> Conversation:
+        """The conversation with the turns to be trained that the options leave: of a part of it the
+        same turns are trained as of the whole.
+
+        Raises:
+            ValueError: they leave none.
+        """
         answers = self._answers(conversation.messages)
-        for number in answers:
-            turns = conversation.messages[: number + 1]
-            alone.append(self.render(replace(conversation, messages=_only_last(turns))))
-        return alone
+        turns = tuple(
+            replace(turn, train=number in answers)
+            for number, turn in enumerate(conversation.messages)
+        )
+        return replace(conversation, messages=turns)
 
     def tokenize(self, chats: Sequence[RenderedChat]) -> list[Sample]:
         """Tokenises texts, each once and whole.

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 BATCHES_PER_PROCESS = 3
 """Batches that wait for each process: enough to keep it busy, few enough for little memory."""
+OPENING_ROLES = ("system", "developer")
+"""Of turns at the start of a conversation that hold for all of it."""
 SERIAL_BATCHES = 64
 """A source of no more batches is not worth the start of processes."""
 
@@ -118,7 +120,10 @@ class SampleMaker:
                 outcome.rejected = (reason, message)
                 continue
             outcome.trimmed_turns = rendered[0].trimmed_turns if len(rendered) == 1 else 0
-            chats += [(number, conversation, chat) for chat in rendered]
+            parts = [conversation]
+            if len(rendered) > 1:
+                parts = self._renderer.one_per_answer(conversation)
+            chats += [(number, *entry) for entry in zip(parts, rendered, strict=True)]
         if needs_samples:
             self._tokenize(chats, outcomes)
         return outcomes
@@ -165,7 +170,11 @@ class SampleMaker:
             outcome.rejected = ("too long", message)
             return
         elif policy == "split_turns":
-            fitting = self._split(conversation)
+            try:
+                fitting = self._split(self._renderer.with_options(conversation))
+            except ValueError as error:
+                outcome.rejected = ("not rendered", f"{origin}, a part of it: {error}")
+                return
             if not fitting:
                 outcome.rejected = ("too long", f"{message}, and no turn at which to split it")
                 return
@@ -186,10 +195,11 @@ class SampleMaker:
         """Samples that fit, of a conversation cut at its turns; none where that is impossible.
 
         It is cut in two in front of the user's turn nearest to the middle, and so on. Every part
-        keeps the system turn and the tools, not the turns before it.
+        keeps the opening turns and the tools, not the other turns before it; what trains nothing is
+        no sample.
         """
         turns = conversation.messages
-        first = 1 if turns and turns[0].role == "system" else 0
+        first = next((n for n, turn in enumerate(turns) if turn.role not in OPENING_ROLES), 0)
         places = [
             number
             for number in range(first + 1, len(turns))
@@ -204,7 +214,7 @@ class SampleMaker:
         for half in (turns[:place], (*turns[:first], *turns[place:])):
             if not any(turn.supervised for turn in half):
                 continue
-            part = Conversation(half, conversation.tools)
+            part = replace(conversation, messages=half)
             for sample in self._renderer.tokenize(self._renderer.render_samples(part)):
                 fits = len(sample.input_ids) <= self._options.capacity
                 fitting = [sample] if fits else self._split(part)

@@ -253,8 +253,8 @@ def _check_start(
     if alone.startswith(before):
         check_prefix(before, text, turns)
     raise ValueError(
-        "the chat template starts an answer with another text than its generation prompt, so the "
-        f"model would be trained on what it never continues: {_difference(before, alone, turns)}. "
+        "the chat template writes other text with its generation prompt than with an answer behind "
+        f"it, so what is trained is not what the model sees: {_difference(before, alone, turns)}. "
         "Name a template whose answers start with its generation prompt "
         "(tokenizer.chat_template), or one with {% generation %}"
     )

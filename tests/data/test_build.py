@@ -14,6 +14,7 @@ from sft_fast.data.formats import register_format
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Records, Source, load_records
 from sft_fast.data.store import REJECTED_FILE, TokenStore
+from sft_fast.data.templates import CHATML_TEMPLATE
 from sft_fast.data.token_cache import can_be_cut
 
 WriteRows = Callable[..., str]
@@ -352,6 +353,74 @@ def test_long_conversation_is_split_at_its_turns(
     answers = [f"world {number}<|im_end|>" for number in [*range(12), 0]]
     assert learnt == "".join(answers)
     assert [entry["reason"] for entry in rejected(store)] == ["split"]
+
+
+def exchange(number: int, **keys: Any) -> list[dict[str, Any]]:
+    """A turn of the user and its answer, to which `keys` are added."""
+    answer = {"role": "assistant", "content": f"world {number}", **keys}
+    return [{"role": "user", "content": f"hello hello hello {number}"}, answer]
+
+
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+FUSSY = "{%- if 'hello 0' not in messages | string %}{{ raise_exception('no 0') }}{% endif %}"
+
+
+@pytest.mark.parametrize("mask", [MaskOptions("last_turn"), MaskOptions(train_tool_calls=False)])
+def test_options_are_those_of_the_whole_conversation(
+    build: Callable[..., TokenStore],
+    write_rows: WriteRows,
+    make_tokenizer: MakeTokenizer,
+    mask: MaskOptions,
+) -> None:
+    """The parts in which nothing is trained are no samples, and do not end the build."""
+    turns = sum((exchange(number, **CALL) for number in range(8)), [])
+    path = write_rows([{"messages": turns + exchange(8)}])
+    store = build(path, capacity=70, over_length="split_turns", mask=mask)
+    assert (store.num_samples, store.report.rejected) == (1, {})
+    tokens, supervised = store.sample(0)
+    assert make_tokenizer().decode(tokens[supervised].tolist()) == "world 8<|im_end|>"
+
+
+def test_every_part_has_the_opening_turns_and_the_options_of_its_template(
+    write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    opening = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}]
+    turns = sum((exchange(number) for number in range(8)), opening)
+    path = write_rows([{"messages": turns, "chat_template_kwargs": {"mood": "glad"}}])
+    tokenizer = make_tokenizer("{{- mood or '' }}" + CHATML_TEMPLATE)
+    options = BuildOptions(90, over_length="split_turns")
+    store = build_store(Source(load_records(path)), tokenizer, options, tmp_path / "store")
+    assert store.num_samples > 1
+    start = "glad<|im_start|>system\na<|im_end|>\n<|im_start|>developer\nb<|im_end|>\n"
+    for number in range(store.num_samples):
+        assert tokenizer.decode(store.sample(number)[0].tolist()).startswith(start)
+
+
+def test_answers_of_their_own_are_split_each_for_itself(
+    write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    changing = CHATML_TEMPLATE.replace(
+        "message.content }}",
+        "(message.content if loop.last or message.role == 'user' else message.content | upper) }}",
+    )
+    path = write_rows([{"messages": sum((exchange(number) for number in range(6)), [])}])
+    mask = MaskOptions(changing_history="expand")
+    options = BuildOptions(70, over_length="split_turns", mask=mask)
+    tokenizer = make_tokenizer(changing)
+    store = build_store(Source(load_records(path)), tokenizer, options, tmp_path / "store")
+    learnt = [tokenizer.decode(t[s].tolist()) for t, s in map(store.sample, range(store.num_samples))]
+    assert learnt == [f"world {number}<|im_end|>" for number in range(6)]
+
+
+def test_a_part_that_the_template_refuses_is_named_with_its_line(
+    write_rows: WriteRows, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    turns = sum((exchange(number) for number in range(8)), [])
+    path = write_rows([{"messages": exchange(0)}, {"messages": turns}])
+    tokenizer = make_tokenizer(FUSSY + CHATML_TEMPLATE)
+    options = BuildOptions(70, over_length="split_turns")
+    with pytest.raises(ValueError, match=rf"{path}:2, a part of it: .*no 0"):
+        build_store(Source(load_records(path)), tokenizer, options, tmp_path / "store")
 
 
 def test_long_turn_cannot_be_split(build: Callable[..., TokenStore], write_rows: WriteRows) -> None:

@@ -128,7 +128,7 @@ def test_a_generation_prompt_that_no_answer_follows_gets_no_advice_that_fails(
     make_tokenizer: MakeTokenizer, conversation: Conversation, changing_history: str
 ) -> None:
     tokenizer = make_tokenizer(template(CUTS_THINK, "<think>\\n"))
-    with pytest.raises(ValueError, match="another text than its generation prompt") as caught:
+    with pytest.raises(ValueError, match="other text with its generation prompt") as caught:
         samples_of(tokenizer, conversation, changing_history=changing_history)
     assert "<think>" in str(caught.value) and "changing_history" not in str(caught.value)
     assert "tokenizer.chat_template" in str(caught.value)
