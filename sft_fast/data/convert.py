@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from datetime import date, time
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.formats import ConversationReader
 from sft_fast.data.json_records import BadRecord
 from sft_fast.data.source import Source
+from sft_fast.data.table_values import as_json
 from sft_fast.files import write_atomically
 
 
@@ -43,12 +41,13 @@ def convert(source: Source, path: str | Path, skip_bad_records: bool = False) ->
                 if isinstance(record, BadRecord):
                     raise ValueError(record.message)
                 values = messages_record(reader(record))
+                line = _json_line(values, record.origin)
             except ValueError as error:
                 if not skip_bad_records:
                     raise
                 rejected.append(str(error))
                 continue
-            file.write(json.dumps(values, ensure_ascii=False, default=as_json) + "\n")
+            file.write(line)
             written += 1
         if not written:
             raise ValueError(
@@ -58,6 +57,13 @@ def convert(source: Source, path: str | Path, skip_bad_records: bool = False) ->
             listed = path.with_name(path.name + ".rejected")
             listed.write_text("\n".join(rejected) + "\n", encoding="utf-8")
     return written, len(rejected)
+
+
+def _json_line(values: dict[str, Any], origin: str) -> str:
+    try:
+        return json.dumps(values, ensure_ascii=False, default=as_json) + "\n"
+    except TypeError as error:
+        raise ValueError(f"{origin}: {error}; leave that key or column out") from None
 
 
 def messages_record(conversation: Conversation) -> dict[str, Any]:
@@ -86,16 +92,3 @@ def messages_record(conversation: Conversation) -> dict[str, Any]:
     if conversation.template_options:
         values["chat_template_kwargs"] = dict(conversation.template_options)
     return values
-
-
-def as_json(value: object) -> str:
-    """What JSON has no type for, as a text that a reader knows.
-
-    Raises:
-        TypeError: a value that no table of texts and numbers holds.
-    """
-    if isinstance(value, date | time):
-        return value.isoformat()
-    if isinstance(value, Decimal | UUID):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")

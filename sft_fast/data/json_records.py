@@ -264,6 +264,18 @@ def parse_json(text: str, label: str) -> Any:
         raise ValueError(f"{label} is not usable JSON: {error}") from None
 
 
+def check_finite(value: Any, label: str) -> None:
+    """Raises ValueError where a value, as tables have it, holds a number that JSON does not."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_finite(part, f"{key!r} in {label}")
+    elif isinstance(value, list):
+        for part in value:
+            check_finite(part, label)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{label} is {value}, which JSON does not have; write a number or null")
+
+
 def _skip_space(text: str, position: int) -> int:
     match = _JSON_SPACE.match(text, position)
     assert match is not None

@@ -17,6 +17,7 @@ from sft_fast.data.json_records import (
     file_digest,
     open_content,
 )
+from sft_fast.data.table_values import record_converter
 
 _OTHER_DELIMITER = re.compile(r"[;\t|,]")
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
@@ -119,10 +120,14 @@ class TablePart:
             records = datasets.load_dataset(
                 self._kind, data_files=[self.name], split="train", streaming=True
             )
+            convert = record_converter(records.features)
             for number, values in enumerate(records, start=1):
-                yield SourceRecord(without_nulls(values), self.name, number)
+                yield SourceRecord(convert(values), self.name, number)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(f"{self.name}: not a readable {self._kind} file: {error}") from error
+            hint = "; write that column as JSON text" if "dtype equivalent" in str(error) else ""
+            raise ValueError(
+                f"{self.name}: not a readable {self._kind} file: {error}{hint}"
+            ) from error
         if number == 0:
             raise ValueError(f"{self.name}: the file has no records")
 
@@ -186,25 +191,11 @@ class HubPart:
     def read(self) -> Iterator[SourceRecord | BadRecord]:
         start, stop = self._bounds or (0, None)
         number = start
+        convert = record_converter(getattr(self._dataset, "features", None))
         for number, values in enumerate(islice(self._dataset, start, stop), start=start + 1):
-            yield SourceRecord(without_nulls(values), self.name, number)
+            yield SourceRecord(convert(values), self.name, number)
         if number == start:
             raise ValueError(f"{self.name}: the split has no records")
-
-
-def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without what its objects do not have.
-
-    A column of a table has one type, so an object in it has the keys of all records, null where its
-    own record had none: the arguments of every tool call, for example. Columns that are null stay.
-    """
-    return {column: _without_nulls(value) for column, value in record.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def hub_eval_split(source: str, repo: str, config: str | None, rev: str | None) -> str:

@@ -20,7 +20,7 @@ from sft_fast.data.conversation import (
     checked_text,
     is_loss_weight,
 )
-from sft_fast.data.json_records import parse_json, type_name
+from sft_fast.data.json_records import check_finite, parse_json, type_name
 
 ROLE_OF = {
     "human": "user",
@@ -392,4 +392,5 @@ def _arguments(arguments: Any, label: str) -> dict[str, Any]:
             arguments = parse_json(arguments, label) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{label} is {type_name(arguments)}; expected an object")
+    check_finite(arguments, label)
     return arguments
