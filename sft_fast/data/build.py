@@ -133,6 +133,8 @@ def prepare_store(
         except ValueError:
             shutil.rmtree(path)
         else:
+            # Where the records are kept is no part of the fingerprint.
+            store.report.left_out = list(source.records.left_out)
             check_store(store, options)
             return store
     return build_store(source, tokenizer, options, path, processes=processes, progress=progress)
@@ -194,7 +196,11 @@ class _Builder:
             options.over_length,
         )
         self._maker = SampleMaker(tokenizer, self._maker_options)
-        self._report = DataReport(source=source.records.name, template=self._maker.template_source)
+        self._report = DataReport(
+            source=source.records.name,
+            template=self._maker.template_source,
+            left_out=list(source.records.left_out),
+        )
         self._bad_records: list[tuple[str, str]] = []
         self._unread: deque[list[tuple[int, Outcome]]] = deque()
 

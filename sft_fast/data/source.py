@@ -34,6 +34,8 @@ KINDS = {
 SUFFIXES = (*KINDS, *(f"{s}{c}" for s in (".jsonl", ".json", ".csv") for c in COMPRESSIONS))
 # What `datasets` and the hub put beside the data.
 _NO_DATA = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json|cache-.*\.arrow|\..*")
+_SPLITS = ("train", *EVAL_SPLITS)
+_SPLIT_FOLDER = re.compile(rf"({'|'.join(_SPLITS)})([-_. ]?(set|split|data|\d+))*")
 _SPLIT_EXPRESSION = re.compile(r"(?P<name>[\w-]+)(?P<slices>\[.*\])?")
 _RECORD_NUMBERS = re.compile(r"\[(\d*):(\d*)\]")
 _HUB_SOURCE = re.compile(
@@ -60,6 +62,8 @@ class Records:
 
     Attributes:
         name: what the user wrote, with the split that was chosen.
+        left_out: files of the directory that are in no split, because others have one in their name
+            and these do not.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Records:
         parts: Sequence[_Part],
         selection: str | None = None,
         share: tuple[float, float] | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -75,8 +80,10 @@ class Records:
             parts: the files, in reading order.
             selection: slices of the records, as in `[:90%]`.
             share: only records whose content hashes into [low, high) of [0, 1).
+            left_out: see above.
         """
         self.name = name
+        self.left_out = tuple(left_out)
         self._parts = tuple(parts)
         self._selection = selection
         self._share = share
@@ -110,8 +117,9 @@ class Records:
         The content of a record decides, so that equal records stay together: no held-out record is
         also among the others.
         """
-        kept = Records(self.name, self._parts, self._selection, (fraction, 1.0))
-        return kept, Records(self.name, self._parts, self._selection, (0.0, fraction))
+        whole = (self.name, self._parts, self._selection)
+        kept, held_out = (fraction, 1.0), (0.0, fraction)
+        return Records(*whole, kept, self.left_out), Records(*whole, held_out, self.left_out)
 
     def scan(self) -> Iterator[SourceRecord | BadRecord]:
         """Yields every record in order, the unreadable ones as `BadRecord`.
@@ -186,7 +194,8 @@ def load_records(
             below it; a glob; or a hub name, `owner/name[:config][@revision]`.
         split: split name, with slices if wanted (`train[:90%]`, `train[100:]`). A single file or a
             glob has the one split `train`. The split of a file in a directory is the split word in
-            its path (`train-00.jsonl`); where none has one, all files are `train`.
+            its name (`train-00.jsonl`), or else the folder of that name; where none has one, all
+            files are `train`.
             None means `train`, or, with `evaluation`, the first of `EVAL_SPLITS` that the source
             has (a single file or a glob is then used whole).
         evaluation: chooses the default of `split`.
@@ -265,17 +274,19 @@ def _load_directory(path: str, split: str | None, evaluation: bool) -> Records:
         candidates = EVAL_SPLITS if evaluation else ("train",)
         wanted = next((name for name in candidates if name in by_split), candidates[0])
     if wanted not in by_split:
+        found = _listed(sorted(name for name in by_split if name))
         raise ValueError(
-            f"the directory {path} has no split {wanted!r}; its file names give "
-            f"{_listed(sorted(name for name in by_split if name))}. Put the split's name in the "
-            "file's name (train-00.jsonl), or name one file"
+            f"the directory {path} has no split {wanted!r}; its file names give {found}"
+            f"{_without_split(by_split)}. Put the split's name in the file's name "
+            "(train-00.jsonl), or name one file"
         )
     parts = [_file_part(os.path.join(path, name)) for name in by_split[wanted]]
-    return Records(f"{path}[{wanted}]", parts, _selection(split))
+    left_out = [os.path.join(path, name) for name in by_split.get("", ())]
+    return Records(f"{path}[{wanted}]", parts, _selection(split), left_out=left_out)
 
 
 def _files_by_split(path: str) -> dict[str, list[str]]:
-    """Split -> the data files of a directory, relative to it, sorted."""
+    """Split -> the data files of a directory, relative to it, sorted; "": those without one."""
     names = []
     for folder, below, files in os.walk(path):
         below[:] = [name for name in below if not name.startswith(".")]
@@ -293,10 +304,28 @@ def _files_by_split(path: str) -> dict[str, list[str]]:
                 "Name the one to use"
             )
         stems[stem] = name
-        words = re.split(r"[^a-z]+", name.lower())
-        split = next((word for word in words if word in ("train", *EVAL_SPLITS)), "")
-        by_split.setdefault(split, []).append(name)
+        by_split.setdefault(_split_of(name), []).append(name)
     return {"train": by_split[""]} if set(by_split) == {""} else by_split
+
+
+def _without_split(by_split: Mapping[str, Sequence[str]]) -> str:
+    names = by_split.get("", ())
+    return f", and {_listed(names)} {'have' if len(names) > 1 else 'has'} none" if names else ""
+
+
+def _split_of(name: str) -> str:
+    """The split that a file's path names, or "".
+
+    A word of the file's own name counts before the folders, and of these, the nearest first, only
+    one whose whole name is a split: dev-tools is no dev split, test-set is one.
+    """
+    *folders, file = name.lower().split(os.sep)
+    words = re.split(r"[^a-z]+", file)
+    split = next((word for word in words if word in _SPLITS), None)
+    if split is None:
+        matches = (_SPLIT_FOLDER.fullmatch(folder) for folder in reversed(folders))
+        split = next((match[1] for match in matches if match), "")
+    return split
 
 
 def _load_hub(source: str, split: str | None, evaluation: bool, streaming: bool) -> Records:

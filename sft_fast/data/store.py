@@ -81,6 +81,7 @@ class DataReport:
         trimmed_turns: turns behind the last supervised one of their record; they are not stored.
         boundary_tokens: supervised tokens that also hold characters of a prompt.
         rejected: reason -> records that are not in the store.
+        left_out: files of the source's directory that were not read, having no split in their name.
     """
 
     source: str = ""
@@ -97,6 +98,7 @@ class DataReport:
     trimmed_turns: int = 0
     boundary_tokens: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """The report in a few lines of text."""
@@ -108,6 +110,11 @@ class DataReport:
             f"{self.tokens} tokens, {self.supervised_tokens} supervised ({share:.1f} %), "
             f"longest sample {self.longest}",
         ]
+        if self.left_out:
+            lines.append(
+                f"not read: {', '.join(self.left_out)}, in whose name is no split; name it alone, "
+                "or a glob with it, to read it"
+            )
         lines += [f"not used: {count} records, {why}" for why, count in self.rejected.items()]
         if self.truncated:
             lost = f"{self.cut_tokens / (self.tokens + self.cut_tokens):.1%}"

@@ -408,7 +408,9 @@ def test_answers_of_their_own_are_split_each_for_itself(
     options = BuildOptions(70, over_length="split_turns", mask=mask)
     tokenizer = make_tokenizer(changing)
     store = build_store(Source(load_records(path)), tokenizer, options, tmp_path / "store")
-    learnt = [tokenizer.decode(t[s].tolist()) for t, s in map(store.sample, range(store.num_samples))]
+    learnt = [
+        tokenizer.decode(t[s].tolist()) for t, s in map(store.sample, range(store.num_samples))
+    ]
     assert learnt == [f"world {number}<|im_end|>" for number in range(6)]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from sft_fast.data.build import BuildOptions, prepare_store
 from sft_fast.data.json_records import BadRecord
-from sft_fast.data.source import load_records
+from sft_fast.data.source import Source, load_records
 
 GOOD = '{"question": "q", "answer": "a"}'
 
@@ -151,6 +152,53 @@ def test_directory_picks_the_files_of_the_split(tmp_path: Path) -> None:
     assert [row.values["a"] for row in load_records(folder, evaluation=True)] == ["test.jsonl"]
     with pytest.raises(ValueError, match="no split 'validation'; its file names give test, train"):
         load_records(folder, "validation")
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "test"),
+    [
+        # The word of a file's own name, whatever folder it is in.
+        (["dev-tools/train.jsonl", "general/train.jsonl"], [0, 1], None),
+        (["dev/train.jsonl", "test-00.jsonl"], [0], [1]),
+        (["a/b/train/00.jsonl", "test/x/train/01.jsonl", "test/x/y.jsonl"], [0, 1], [2]),
+        (["Train-Data/x.jsonl", "test_set/x.jsonl"], [0], [1]),
+        # A folder is a split only by its whole name.
+        (["dev-tools/x.jsonl", "latest/y.jsonl"], [0, 1], None),
+        (["my_train.jsonl", "gsm8k.test.jsonl"], [0], [1]),
+    ],
+)
+def test_split_of_a_file(
+    tmp_path: Path, files: list[str], train: list[int], test: list[int] | None
+) -> None:
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, json.dumps({"a": number}).encode())
+    records = load_records(str(tmp_path))
+    assert [row.values["a"] for row in records] == train and records.left_out == ()
+    if test is None:
+        with pytest.raises(ValueError, match="has no split 'eval'"):
+            load_records(str(tmp_path), evaluation=True)
+    else:
+        rows = load_records(str(tmp_path), evaluation=True)
+        assert [row.values["a"] for row in rows] == test
+
+
+def test_files_that_are_in_no_split_are_named(
+    make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name in ("data/train-00.jsonl", "data/extra.jsonl", "data/dev-tools/x.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, b'{"question": "q", "answer": "a"}')
+    source = Source(load_records(str(tmp_path / "data")))
+    left_out = [str(tmp_path / "data" / name) for name in ("dev-tools/x.jsonl", "extra.jsonl")]
+    for _ in range(2):
+        store = prepare_store(source, make_tokenizer(), BuildOptions(64), tmp_path / "cache")
+        assert store.report.left_out == left_out
+        assert f"not read: {', '.join(left_out)}, in whose name is no split" in (
+            store.report.summary()
+        )
+    with pytest.raises(ValueError, match=r"give train, and dev-tools/x.jsonl, extra.jsonl have"):
+        load_records(str(tmp_path / "data"), evaluation=True)
 
 
 def test_directory_without_split_names_is_all_train(tmp_path: Path) -> None:
