@@ -284,6 +284,8 @@ class _Builder:
             report.cut_tokens += outcome.cut_tokens
         report.split += len(outcome.samples) > 1
         report.trimmed_turns += outcome.trimmed_turns
+        for name in outcome.unread:
+            report.unread[name] = report.unread.get(name, 0) + 1
         if outcome.rejected is not None:
             self._reject(outcome.file, outcome.line, *outcome.rejected)
             return

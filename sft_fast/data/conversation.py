@@ -89,6 +89,7 @@ class Conversation:
         segments: a text of which parts are trained, without a chat template, BOS or EOS.
         tokens: tokens that are taken as they are.
         template_options: variables of the chat template, e.g. enable_thinking.
+        unread: columns of the record that have no effect.
     """
 
     messages: tuple[Message, ...]
@@ -97,6 +98,7 @@ class Conversation:
     segments: tuple[Segment, ...] = ()
     tokens: GivenTokens | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def check(self) -> None:
         """Checks what a format may get wrong, whoever wrote it.

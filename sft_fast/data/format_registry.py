@@ -54,7 +54,8 @@ class Record(dict[str, Any]):
             names = ", ".join(self.aliases.get(field, (field,)))
             raise ValueError(
                 f"no column for {field!r}: looked for {names}; the record has {self.available}. "
-                f"Name it with data.fields: {{{field}: <column>}}"
+                f"Name it with data.fields: {{{field}: <column>}}, or write a format of your own, "
+                "which is a short function in a file (data.format: my_format.py)"
             )
         return self[field]
 
@@ -136,7 +137,9 @@ class Format:
         conversation = self.build(record)
         if self.fields:
             conversation = _with_options(conversation, values, record)
-            _check_unread(conversation, values, record)
+            unread = record.unread(values)
+            _check_unread(conversation, unread, values, record)
+            conversation = replace(conversation, unread=unread)
         conversation.check()
         return conversation
 
@@ -218,12 +221,14 @@ def _with_options(
     return conversation
 
 
-def _check_unread(conversation: Conversation, values: Mapping[str, Any], record: Record) -> None:
+def _check_unread(
+    conversation: Conversation, unread: Sequence[str], values: Mapping[str, Any], record: Record
+) -> None:
     """Raises ValueError for a column that says by its name that it matters, and is not read.
 
     A text that stands in a turn is no loss: data sets often hold a part of the chat once more.
     """
-    for column in record.unread(values):
+    for column in unread:
         value = values[column]
         if column.lower() not in TELLING_COLUMNS or value in (None, "", [], {}):
             continue
@@ -318,13 +323,24 @@ def detect_format(
     raise ValueError(
         f"cannot tell the format from the columns {', '.join(columns)}{_seen(record)}; set "
         f"data.format to one of {', '.join(format_names())}, and data.fields where the columns "
-        "have other names; or name a file with a format of your own, which is a short function"
+        "have other names; or name a file with a format of your own, which is a short function "
+        "(data.format: my_format.py)"
     )
 
 
 def _seen(record: Mapping[str, Any]) -> str:
-    """What lists of objects in a row that no format recognises look like."""
+    """What a record that no format recognises looks like."""
     texts = []
+    if {"chosen", "rejected"} <= set(record):
+        texts.append(
+            "pairs of answers are for preference training; to train the chosen ones alone: "
+            "data.format: prompt_completion, data.fields: {completion: chosen, rejected: null}"
+        )
+    if "parent_id" in record or "parent_message_id" in record:
+        texts.append(
+            "one message a record: write each path from the first message to an answer as one "
+            "record of messages"
+        )
     for column, value in record.items():
         if not isinstance(value, list) or not value:
             continue

@@ -240,6 +240,14 @@ _DECODER = json.JSONDecoder(
 )
 
 
+def parse_json_prefix(text: str, start: int, label: str) -> tuple[Any, int]:
+    """The JSON value that begins at a place of a text, and where it ends; rules of `parse_json`."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{label} is not usable JSON: {error}") from None
+
+
 def parse_json(text: str, label: str) -> Any:
     """A value out of JSON text inside a row, by the rules of the rows themselves.
 
@@ -256,8 +264,8 @@ def parse_json(text: str, label: str) -> Any:
         hint = ""
         if _PYTHON_LIST.match(text):
             # What pandas writes of a column of lists.
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                return ast.literal_eval(text.strip())
+            with contextlib.suppress(SyntaxError, MemoryError, RecursionError, _NoLiteral):
+                return _from_python(ast.parse(text.strip(), mode="eval").body, label)
             hint = "; it is Python's or numpy's notation: write the column with json.dumps"
         raise ValueError(f"{label} is not valid JSON: {error}{hint}") from None
     except ValueError as error:
@@ -274,6 +282,33 @@ def check_finite(value: Any, label: str) -> None:
             check_finite(part, label)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{label} is {value}, which JSON does not have; write a number or null")
+
+
+class _NoLiteral(Exception):
+    """Code that stands for no value of JSON."""
+
+
+def _from_python(node: ast.expr, label: str) -> Any:
+    """The value of a literal in Python's notation, by the rules of JSON."""
+    match node:
+        case ast.Dict():
+            keys: list[Any] = [_from_python(k, label) if k else None for k in node.keys]
+            if not all(isinstance(key, str) for key in keys):
+                raise _NoLiteral
+            values = [_from_python(value, label) for value in node.values]
+            try:
+                return _unique_keys(list(zip(keys, values, strict=True)))
+            except ValueError as error:
+                raise ValueError(f"{label} is not usable: {error}") from None
+        case ast.List() | ast.Tuple():
+            return [_from_python(part, label) for part in node.elts]
+        case ast.Constant(value=str() | int() | float() | None as value):
+            check_finite(value, label)
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            check_finite(value, label)
+            return -value
+    raise _NoLiteral
 
 
 def _skip_space(text: str, position: int) -> int:

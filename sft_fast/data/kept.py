@@ -18,6 +18,11 @@ from sft_fast.data.conversation import Message
 from sft_fast.data.tokens import Span
 
 SHOWN_CHARACTERS = 60
+_WORD = re.compile(r"\w+")
+# A template that writes a turn as it stands reads all of its keys.
+_WHOLE_TURN = re.compile(r"\b(m|msg|messages?)\s*\|\s*(tojson|string)|\.items\(")
+# Of a turn: an answer that is not for the user, so that it is none if the template does not say so.
+_TELLING_KEYS = {"channel": ("final",), "recipient": ("all", "user")}
 _REASONING_TAGS = re.compile(r"</?think>|\[/?THINK\]|</?reasoning>")
 
 
@@ -52,6 +57,34 @@ def check_kept(
             check_answer(messages[number], answer)
         except ValueError as error:
             raise ValueError(f"turn {number + 1}: {error}") from None
+
+
+class TemplateKeys:
+    """Which keys of turns a chat template reads, by the words that it holds."""
+
+    def __init__(self, template: str) -> None:
+        self._words = frozenset(_WORD.findall(template))
+        self._reads_all = _WHOLE_TURN.search(template) is not None
+
+    def unread(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """Keys of turns that have no effect, sorted."""
+        if self._reads_all:
+            return ()
+        keys = {key for message in messages for key in message.extra}
+        return tuple(sorted(keys - self._words))
+
+    def check(self, messages: Sequence[Message], answers: Sequence[int]) -> None:
+        """Raises ValueError where an answer has an unread key that says that it is another text."""
+        for number in answers:
+            for key in self.unread(messages[number : number + 1]):
+                value = messages[number].extra[key]
+                if value not in _TELLING_KEYS.get(key, (value,)):
+                    raise ValueError(
+                        f"turn {number + 1} has {key!r}: {value!r}, which the chat template does "
+                        "not read, so it would be trained as an answer to the user; take the turn "
+                        "out of the loss (train: false), or name a template that reads it "
+                        "(tokenizer.chat_template)"
+                    )
 
 
 def check_answer(message: Message, answer: str) -> None:

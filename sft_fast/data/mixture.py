@@ -158,5 +158,8 @@ def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport
             setattr(report, entry.name, total)
     for reason, number in part.rejected.items():
         report.rejected[reason] = report.rejected.get(reason, 0) + number
+    for name, number in part.unread.items():
+        report.unread[name] = report.unread.get(name, 0) + number
+    report.left_out += part.left_out
     for line in store.rejected_path.read_text(encoding="utf-8").splitlines():
         writer.reject(**json.loads(line))

@@ -30,7 +30,7 @@ import numpy as np
 
 from sft_fast.data.choices import ChangingHistory, TrainOn
 from sft_fast.data.conversation import Conversation, GivenTokens, Message, Segment
-from sft_fast.data.kept import check_kept
+from sft_fast.data.kept import TemplateKeys, check_kept
 from sft_fast.data.template_limits import TemplateLimits, check_length
 from sft_fast.data.templates import fitted_template, freeze_clock
 from sft_fast.data.tokens import RenderedChat, Sample, Span, TextTokenizer
@@ -136,6 +136,7 @@ class ChatRenderer:
         self._embedded = None if has_template else fitted_template("chatml", tokenizer)
         self._templates: dict[bool, str] = {}
         self._bounds: dict[str, TurnBounds] = {}
+        self._keys_of: dict[str, TemplateKeys] = {}
         self._has_eos_behind_all: dict[str, bool] = {}
         self._special = _special_tokens(tokenizer)
         self._token_of_name = tokenizer.special_tokens_map
@@ -172,6 +173,7 @@ class ChatRenderer:
                 raise
             # A template that joins texts wants the arguments of a call as one.
             text, spans = self._spans(_with_text_arguments(messages), answers, context)
+        self._keys(context).check(messages, answers)
         check_kept(messages, answers, context.tools, spans, text)
         if not self._options.train_reasoning:
             spans = [
@@ -179,6 +181,13 @@ class ChatRenderer:
                 for number, span in zip(answers, spans, strict=True)
             ]
         return self._closed(text, spans, len(conversation.messages) - stop)
+
+    def unread_keys(self, conversation: Conversation) -> tuple[str, ...]:
+        """Keys of turns that the chat template does not read, as "key of turns"."""
+        if not conversation.messages:
+            return ()
+        keys = self._keys(TemplateContext(conversation.tools))
+        return tuple(f"{key} of turns" for key in keys.unread(conversation.messages))
 
     def render_samples(self, conversation: Conversation) -> list[RenderedChat]:
         """Renders a conversation to the one sample it is, or to one per answer (`expand`).
@@ -409,6 +418,12 @@ class ChatRenderer:
             self._templates[has_tools] = freeze_clock(template)
         return self._templates[has_tools]
 
+    def _keys(self, context: TemplateContext) -> TemplateKeys:
+        template = self._template(context)
+        if template not in self._keys_of:
+            self._keys_of[template] = TemplateKeys(template)
+        return self._keys_of[template]
+
     def _apply(
         self,
         messages: Sequence[Message],
@@ -448,11 +463,9 @@ class ChatRenderer:
                 f"the chat template does not compile, line {error.lineno}: {error}"
             ) from error
         except TypeError as error:
-            raise TemplateTypeError(
-                f"the chat template refuses the conversation: {error}"
-            ) from error
+            raise TemplateTypeError(_refusal(error, messages)) from error
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+            raise ValueError(_refusal(error, messages)) from error
         check_length(texts[0], (conversation, context))
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
 
@@ -480,6 +493,18 @@ class ChatRenderer:
                         f"turn {number} ({message.role}) contains the control token {token!r}, "
                         "which would be read as the structure of the chat; remove it"
                     )
+
+
+def _refusal(error: Exception, messages: Sequence[Message]) -> str:
+    """What is said of a conversation that a template refuses, and what is unusual about it."""
+    roles = [message.role for message in messages if message.role not in ("system", "developer")]
+    text = f"the chat template refuses the conversation: {error}"
+    if roles[:1] == ["assistant"]:
+        return f"{text} (it begins with the assistant: remove that turn, or put a question before)"
+    for first, second in zip(roles, roles[1:], strict=False):
+        if first == second != "tool":
+            return f"{text} (two turns of the {first} follow each other: join them)"
+    return text
 
 
 def _with_text_arguments(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -48,6 +48,7 @@ class Outcome:
         truncated: samples that were cut.
         cut_tokens: tokens that were cut off.
         trimmed_turns: turns behind the last supervised one.
+        unread: its columns, and keys of its turns, that have no effect.
     """
 
     file: str
@@ -59,6 +60,7 @@ class Outcome:
     truncated: int = 0
     cut_tokens: int = 0
     trimmed_turns: int = 0
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class SampleMaker:
             try:
                 conversation = self._reader(record)
                 reason = "not rendered"
+                keys = self._renderer.unread_keys(conversation)
+                outcome.unread = (*conversation.unread, *keys)
                 for name in self._options.row_functions:
                     conversation = apply_row_function(name, conversation)
                 rendered = self._renderer.render_samples(conversation)

@@ -131,11 +131,19 @@ class Records:
             yield from self._scan_selection()
             return
         low, high = self._share
-        for record in self._scan_selection():
+        num_records, is_empty = 0, True
+        for num_records, record in enumerate(self._scan_selection(), start=1):  # noqa: B007
             # An unreadable record is reported once: by the part that is trained on.
             place = 1 - 2**-53 if isinstance(record, BadRecord) else _place(record)
             if low <= place < high:
+                is_empty = False
                 yield record
+        if is_empty:
+            what = "holds out none" if low == 0 else "leaves none"
+            raise ValueError(
+                f"data.eval_fraction {what} of the {num_records} records of {self.name}, each of "
+                "which is drawn by its content; choose another share, or name data.eval"
+            )
 
     def _scan_selection(self) -> Iterator[SourceRecord | BadRecord]:
         if self._selection is None:

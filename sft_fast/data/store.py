@@ -81,6 +81,7 @@ class DataReport:
         trimmed_turns: turns behind the last supervised one of their record; they are not stored.
         boundary_tokens: supervised tokens that also hold characters of a prompt.
         rejected: reason -> records that are not in the store.
+        unread: column, or key of turns, that has no effect -> records that have it.
         left_out: files of the source's directory that were not read, having no split in their name.
     """
 
@@ -98,6 +99,7 @@ class DataReport:
     trimmed_turns: int = 0
     boundary_tokens: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -115,6 +117,9 @@ class DataReport:
                 f"not read: {', '.join(self.left_out)}, in whose name is no split; name it alone, "
                 "or a glob with it, to read it"
             )
+        if self.unread:
+            counts = (f"{name} ({count})" for name, count in sorted(self.unread.items()))
+            lines.append(f"in records, without effect: {', '.join(counts)}")
         lines += [f"not used: {count} records, {why}" for why, count in self.rejected.items()]
         if self.truncated:
             lost = f"{self.cut_tokens / (self.tokens + self.cut_tokens):.1%}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -15,6 +17,7 @@ from sft_fast.data.templates import check_control_tokens, fitted_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = frozenset(("tokenizer.json", "tokenizer.model"))
 logger = logging.getLogger(__name__)
 
 
@@ -71,6 +74,13 @@ def _load(path: str, revision: str | None) -> PreTrainedTokenizerBase:
         return demo_tokenizer()
     from transformers import AutoTokenizer
 
+    held = {file.name for file in Path(path).iterdir()} if os.path.isdir(path) else set()
+    if "tekken.json" in held and not held & _TOKENIZER_FILES:
+        raise ValueError(
+            f"tokenizer.path: {path} holds tekken.json alone, which has no BOS, EOS and chat "
+            "template that are known here; put the tokenizer.json and tokenizer_config.json of the "
+            "model's repository for transformers beside it"
+        )
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ import pytest
 from masks import chat, marked, sample_of, samples_of
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.kept import check_answer
+from sft_fast.data.render import ChatRenderer
 
 MakeTokenizer = Callable[..., Any]
 
@@ -184,3 +185,23 @@ def test_characters_that_the_tokenizer_does_not_know_are_refused() -> None:
     assert sample_of(tokenizer, chat("?", "a b")).input_ids.tolist() == [0, 1, 2, 3, 1]
     with pytest.raises(ValueError, match="no token for '🎉' of an answer"):
         sample_of(tokenizer, chat("a", "b 🎉"))
+
+
+def test_keys_that_the_template_does_not_read_are_named_and_channels_stop(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    def answer(**extra: Any) -> Conversation:
+        return Conversation((Message("user", "q"), Message("assistant", "a", extra=extra)))
+
+    renderer = ChatRenderer(make_tokenizer(template("{{- m.content + (m.mood or '') }}")))
+    assert renderer.unread_keys(answer(mood="!", id=1, at="x")) == ("at of turns", "id of turns")
+    renderer.render(answer(channel="final", recipient="all"))
+    for extra in ({"channel": "analysis"}, {"recipient": "functions.rain"}):
+        with pytest.raises(ValueError, match=r"turn 2 has .* does not read.*\(train: false\)"):
+            renderer.render(answer(**extra))
+        reads = ChatRenderer(make_tokenizer(template("{{- m.channel ~ m.recipient ~ m.content }}")))
+        reads.render(answer(**extra))
+        whole = ChatRenderer(make_tokenizer(template("{{- m | tojson }}")))
+        assert whole.unread_keys(answer(**extra)) == ()
+        context = (*answer(**extra).messages[:1], Message("assistant", "a", False, extra=extra))
+        renderer.render(Conversation((*context, *chat("q", "a").messages)))

@@ -1,6 +1,7 @@
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -216,6 +217,16 @@ def test_generation_prompt_must_be_what_the_answer_follows(make_tokenizer: MakeT
             "refuses the conversation: only users here",
         ),
         (
+            "{{ raise_exception('must alternate') }}",
+            Conversation(chat("-", "a", "b", "c").messages[1:]),
+            r"must alternate \(it begins with the assistant: remove that turn",
+        ),
+        (
+            "{{ raise_exception('must alternate') }}",
+            Conversation((*chat("a").messages, *chat("b", "c").messages)),
+            r"must alternate \(two turns of the user follow each other: join them\)",
+        ),
+        (
             "{% for m in messages %}{{ m.content if m.role == 'user' }}</s>{% endfor %}",
             chat("a", "b"),
             "renders an answer as nothing",
@@ -261,6 +272,12 @@ def test_tools_and_calls_must_reach_the_text(make_tokenizer: MakeTokenizer) -> N
 def test_template_that_does_not_compile_is_named(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(ValueError, match="chat template does not compile, line 2"):
         ChatRenderer(make_tokenizer("{{ 1 }}\n{% if %}"))
+
+
+def test_a_tokenizer_that_is_tekken_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds tekken.json alone, .*put the tokenizer.json and"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_slow_tokenizer_is_refused() -> None:

@@ -394,6 +394,9 @@ def test_row_options_reach_weight_and_template() -> None:
     assert read({"messages": CHAT, "weight": "heavy"}, {"weight": None}).messages[1].weight == 1
 
 
+GLAIVE = {"chat": "USER: q ASSISTANT: a"}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -458,6 +461,19 @@ def test_row_options_reach_weight_and_template() -> None:
         ({"segments": [{"text": "a", "label": 1}]}, "'label' of segment 1 is 1"),
         ({"segments": [{"text": "a", "label": False}]}, "no segment is trained"),
         ({"messages": "[{'role': 'user'} {'role': 'assistant'}]"}, "Python's or numpy's notation"),
+        ({"messages": "[{'role': 'user', 'role': 'user'}]"}, "'role' occurs twice in one object"),
+        ({"messages": "[{'role': 'user', 'n': 1e999}]"}, "is inf, which JSON does not have"),
+        ({"messages": "[{'role': 'user', 'content': b'q'}]"}, "Python's or numpy's notation"),
+        ({"messages": "[{'role': 'user', 1: 2}]"}, "Python's or numpy's notation"),
+        (
+            {"system": 'access to the following functions. {"name": "f", "name": "g"}', **GLAIVE},
+            "a function in 'system' is not usable JSON: the key 'name' occurs twice",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            r"for preference training; .* data.fields: \{completion: chosen, rejected: null\}",
+        ),
+        ({"parent_id": None, "text": "q", "role": "user"}, "each path .* as one record of mess"),
     ],
 )
 def test_what_would_be_lost_is_refused(row: dict[str, Any], message: str) -> None:
@@ -486,8 +502,17 @@ def test_keys_and_roles_of_turns_can_be_named() -> None:
 def test_a_row_of_another_kind_names_the_line_that_decided() -> None:
     reader = ConversationReader("auto")
     reader(SourceRecord({"instruction": "q", "output": "a"}, "rows.jsonl", 1))
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: .*line 1 decided that the file is alpaca"):
+    own = r"my_format.py.*line 1 decided that the file is alpaca; this record is messages: put each"
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{own}"):
         reader(SourceRecord({"messages": CHAT}, "rows.jsonl", 2))
+
+
+def test_advice_for_pairs_of_answers_reads_the_chosen_ones() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    conversation = get_format("prompt_completion").read(
+        row, {"completion": "chosen", "rejected": None}
+    )
+    assert [(turn.role, turn.content) for turn in conversation.messages] == QA
 
 
 def chat_renderer() -> ChatRenderer:
@@ -542,7 +567,8 @@ def test_converted_records_are_the_same(row: dict[str, Any]) -> None:
 
 def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"question": "q", "answer": "a", "id": 7, "source": "x"}))
+    rows = [{"question": "q", "answer": "a", "id": 7}, {"question": "q", "answer": "b", "by": "x"}]
+    path.write_text("".join(json.dumps({**row, "at": 1}) + "\n" for row in rows))
     config = Config.model_validate(
         {
             "output_dir": str(tmp_path / "run"),
@@ -555,7 +581,9 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     sources = find_sources(config.data, "train")
     assert sources is not None
     store = open_configured_store(config, sources, demo_tokenizer(), lambda text: None)
-    assert "question_answer (columns question, answer; not read: id, source)" in store.summary()
+    assert "question_answer (columns question, answer; not read: id, at)" in store.summary()
+    assert store.report.unread == {"at": 2, "by": 1, "id": 1}
+    assert "in records, without effect: at (2), by (1), id (1)" in store.summary()
 
 
 # Read since the shapes were written down.

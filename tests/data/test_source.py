@@ -452,6 +452,16 @@ def test_held_out_rows_are_not_among_the_others_even_where_rows_are_equal(
     assert len({kept.digest, held_out.digest, load_records(path).digest}) == 3
 
 
+def test_a_share_that_holds_out_nothing_is_named(write_rows: Callable[..., str]) -> None:
+    records = load_records(write_rows([{"a": number} for number in range(9)]))
+    kept, held_out = records.hold_out(1e-6)
+    assert len(list(kept)) == 9
+    with pytest.raises(ValueError, match="data.eval_fraction holds out none of the 9 records"):
+        list(held_out)
+    with pytest.raises(ValueError, match="data.eval_fraction leaves none of the 9 records"):
+        list(records.hold_out(1 - 1e-6)[0])
+
+
 def test_rows_are_counted_without_being_parsed(tmp_path: Path) -> None:
     content = f"{GOOD}\n" * 9 + "{not JSON at all"
     lines = load_records(write(tmp_path / "a.jsonl", content.encode()))

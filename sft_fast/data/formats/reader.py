@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,8 +98,13 @@ class ConversationReader:
             for column, value in record.values.items()
             if column in first.types and type_name(value) != first.types[column]
         ]
-        if self._fixed is None and not texts:
-            texts.append(f"line {first.line} decided that the file is {first.name}")
+        if self._fixed is None:
+            if not texts:
+                texts.append(f"line {first.line} decided that the file is {first.name}")
+            with contextlib.suppress(ValueError):
+                fits = detect_format(list(record.values), record.values, self._fields)
+                if fits != first.name:
+                    texts.append(f"this record is {fits}: put each kind into a file of its own")
         return f" ({'; '.join(texts)})" if texts else ""
 
 

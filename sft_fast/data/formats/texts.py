@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from sft_fast.data.format_registry import Record, register_format
 from sft_fast.data.formats.fields import TOOLS, with_system_and_tools
 from sft_fast.data.formats.tools import read_tools
 from sft_fast.data.formats.turns import read_call, role_of
-from sft_fast.data.json_records import type_name
+from sft_fast.data.json_records import parse_json_prefix, type_name
 
 # Columns beside a text of which each is one turn, or has a class.
 _MARKED = frozenset(("role", "label", "labels"))
@@ -149,14 +148,11 @@ def _glaive_system(record: Record) -> tuple[str, tuple[Mapping[str, Any], ...]]:
     before, mark, functions = text.partition("access to the following functions.")
     if not mark:
         return text, ()
-    decoder, place, tools = json.JSONDecoder(), 0, []
+    place, tools = 0, []
     while functions[place:].strip().startswith("{"):
         place += len(functions[place:]) - len(functions[place:].lstrip())
-        try:
-            tool, place = decoder.raw_decode(functions, place)
-        except json.JSONDecodeError as error:
-            label = record.label("system")
-            raise ValueError(f"a function in {label} is no JSON: {error}") from None
+        label = f"a function in {record.label('system')}"
+        tool, place = parse_json_prefix(functions, place, label)
         tools.append(tool)
         place += len(functions[place:]) - len(functions[place:].lstrip(" \n-,"))
     rest = functions[place:].strip().strip("-").strip()
