@@ -69,7 +69,7 @@ class Case:
 LLAMA_1B = Architecture(128256, 2048, 16, 32, 8, 8192, 64, 131072, tie_word_embeddings=True)
 LLAMA_8B = Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192)
 SMALL = Architecture(8192, 128, 2, 4, 2, 384, 32, 512)
-MIXTURE = {"qk_norm": True, "renormalise_experts": True, "family": "Qwen3MoeForCausalLM"}
+MIXTURE = {"renormalise_experts": True, "family": "Qwen3MoeForCausalLM"}
 # Qwen3-30B-A3B with 8 of its 48 layers.
 EXPERTS_30B = Architecture(
     151936,

@@ -19,9 +19,9 @@ from torch import Tensor
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.families import FAMILIES, MODEL, Rule
+from sft_fast.models.families import MODEL, Rule
 from sft_fast.models.weight_files import open_safetensors, tensor_records
-from sft_fast.models.weights import check_records, hf_shapes, shape_of, sizes
+from sft_fast.models.weights import check_records, hf_rules, initial_value
 from sft_fast.runtime.phases import no_report
 
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
@@ -69,22 +69,21 @@ class RandomSource:
     """
 
     def __init__(self, architecture: Architecture, seed: int):
-        self.shapes = hf_shapes(architecture)
+        self.tensors = hf_rules(architecture)
         self.std = architecture.initializer_range
         self.residual_std = self.std / math.sqrt(2 * architecture.num_layers)
-        self.norm_value = 0.0 if architecture.is_gemma else 1.0
+        self.architecture = architecture
         self.seed = seed
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """The rows and columns of a random matrix [rows, columns]; a vector [rows] is constant."""
-        shape = self.shapes[name]
+        rule, shape = self.tensors[name]
         if len(shape) == 1:
-            value = 0.0 if name.endswith(".bias") else self.norm_value
-            return torch.full(shape, value)[rows]
+            return torch.full(shape, initial_value(rule, self.architecture))[rows]
         seed = xxhash.xxh64_intdigest(name.encode(), seed=self.seed) >> 1
         generator = torch.Generator().manual_seed(seed)
-        is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
-        std = self.residual_std if is_residual else self.std
+        # What is split by columns writes to the residual stream.
+        std = self.residual_std if rule.split == "columns" else self.std
         return torch.randn(shape, generator=generator).mul_(std)[rows, columns]
 
 
@@ -126,7 +125,6 @@ class GrownSource:
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
     """Yields (name, rule with full Hugging Face names) for each base parameter of this rank, or
     for each of its matrices where it is of experts."""
-    table = FAMILIES[architecture.family].layer
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2].startswith(ADAPTER_PREFIX):
             continue
@@ -136,7 +134,7 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
             continue
         _, _, local_index, rest = name.split(".", 3)
         layer: Any = model.decoder.layers[int(local_index)]
-        rule = table[rest]
+        rule = architecture.layer[rest]
         prefix = f"model.layers.{layer.layer_number - 1}."
         sources = {prefix + key: dims for key, dims in rule.sources.items()}
         if not rule.is_expert:
@@ -240,18 +238,18 @@ def shard_slices(
 
 def blocks(rule: Rule, architecture: Architecture) -> Iterator[tuple[str, int, int]]:
     """(source, first row, number of rows) of each block of a parameter split by rows."""
-    size_of = sizes(architecture)
     for source, dims in rule.sources.items():
         start = 0
         for block in dims[0].split("+"):
-            yield source, start, size_of[block]
-            start += size_of[block]
+            size = architecture.size_of(block)
+            yield source, start, size
+            start += size
 
 
 def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
     """Shards [rows, ...] of all ranks -> the rule's Hugging Face tensors; inverse of loading."""
     merged = {
-        name: shards[0].new_empty(shape_of(dims, architecture))
+        name: shards[0].new_empty(architecture.shape_of(dims))
         for name, dims in rule.sources.items()
     }
     for rank, shard in enumerate(shards):

@@ -153,9 +153,8 @@ class SFTModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.rotary_frequencies = rotary_frequencies(architecture)
         self.longest_short_sample = longest_short_sample(architecture)
-        scale = math.sqrt(architecture.hidden_size)
-        # Gemma has rounded the factor to the type of the weights.
-        self.embedding_scale = torch.tensor(scale) if architecture.is_gemma else None
+        scale = architecture.embedding_scale
+        self.embedding_scale = None if scale == 1.0 else torch.tensor(scale)
         if self.post_process:
             self.output_layer.__class__ = LossOutputLayer
             self.output_layer.settings = head_settings(self.output_layer, architecture, loss_config)
@@ -259,7 +258,7 @@ def block_spec(
     if architecture.num_experts:
         use_grouped_experts(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if architecture.is_gemma:
+    if "self_attn_bda.weight" in architecture.layer:
         params = {
             "config": config,
             "hidden_size": config.hidden_size,
@@ -299,10 +298,10 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[architecture.activation],
-        layernorm_zero_centered_gamma=architecture.is_gemma,
+        layernorm_zero_centered_gamma=architecture.has_zero_centered_norms,
         add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
+        qk_layernorm="self_attention.q_layernorm.weight" in architecture.layer,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,

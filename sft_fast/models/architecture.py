@@ -1,19 +1,20 @@
 """The model's architecture as plain numbers, from and to a Hugging Face config.json."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sft_fast.config.sections import ShapeConfig
 from sft_fast.constants import round_up
 from sft_fast.models.config_defaults import with_defaults
-from sft_fast.models.families import FAMILIES, REFUSED, Family
+from sft_fast.models.families import FAMILIES, REFUSED, SIZE_FIELDS, Family, Rule, Traits
 from sft_fast.models.rope import RopeScaling, rope_scaling
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(Traits):
     """A decoder with RMSNorm, rotary positions, grouped queries and a gated MLP or experts."""
 
     vocab_size: int
@@ -37,30 +38,42 @@ class Architecture:
     """Layers, counted from 0, that know no positions."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    qkv_bias: bool = False
-    """The projections to queries, keys and values have a bias."""
-    qk_norm: bool = False
-    """Queries and keys are normalised per head, before the rotary embedding."""
     sliding_window: int | None = None
     """Tokens that a token attends to, itself and those before it; None = all."""
     layers_without_window: frozenset[int] = frozenset()
     """Layers, counted from 0, that attend to the whole sample all the same."""
-    attention_scale: float | None = None
-    """Factor of the attention scores; None = 1 / sqrt(head_dim)."""
-    attention_softcap: float | None = None
-    """Bound c of the attention scores c * tanh(scores / c); None = none."""
-    logit_softcap: float | None = None
-    """The same for the logits."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    is_gemma: bool = False
-    """Norms multiply by 1 + weight and also follow attention and MLP; embeddings are scaled."""
     num_experts: int = 0
     """Experts per layer; 0 = a dense MLP."""
     experts_per_token: int = 0
     renormalise_experts: bool = False
     """The weights of a token's experts add up to 1."""
     family: str = "LlamaForCausalLM"
-    """Key of FAMILIES, which has the names of the weights."""
+    """Key of FAMILIES, which has the table of the weights."""
+
+    @property
+    def query_size(self) -> int:
+        """Width of all heads' queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Width of all heads' keys, and of their values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def layer(self) -> Mapping[str, Rule]:
+        """The parameters of a layer, by megatron's names."""
+        return FAMILIES[self.family].layer
+
+    def shape_of(self, dims: tuple[str, ...]) -> tuple[int, ...]:
+        """The sizes of a tensor's dimensions; "ffn+ffn" is the sum of two."""
+        return tuple(sum(self.size_of(name) for name in dim.split("+")) for dim in dims)
+
+    def size_of(self, name: str) -> int:
+        """The size of a dimension that tables name."""
+        size: int = getattr(self, SIZE_FIELDS[name])
+        return size
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -108,13 +121,13 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         raise ValueError(
             f"config.json: architectures is {name}{reason}; supported: {', '.join(FAMILIES)}"
         )
-    family, config = FAMILIES[name], with_defaults(config, name)
+    family, config = FAMILIES[name], with_defaults(config, FAMILIES[name])
     for key, expected in (*family.fixed, family.activation, ("attention_dropout", 0.0)):
         # Most keys may also be null for "off".
         if (config.get(key, expected) or 0) != (expected or 0):
             raise ValueError(f"config.json: {key} is {config[key]!r}; supported: {expected!r}")
     heads = config["num_attention_heads"]
-    return Architecture(
+    architecture = Architecture(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
@@ -126,28 +139,21 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         norm_eps=config["rms_norm_eps"],
         tie_word_embeddings=config["tie_word_embeddings"],
         initializer_range=config["initializer_range"],
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
         activation="gelu_tanh" if family.activation[1] == "gelu_pytorch_tanh" else "silu",
-        is_gemma=family.is_gemma,
-        attention_softcap=config.get("attn_logit_softcapping"),
-        logit_softcap=config.get("final_logit_softcapping"),
         family=name,
         **rope_from_hf(config, family),
         **windows_from_hf(config, family),
         **experts_from_hf(config, family),
     )
+    return replace(architecture, **family.own_fields(config))
 
 
 def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of sliding windows, and the scale of the scores."""
-    fields: dict[str, Any] = {}
-    if "query_pre_attn_scalar" in config:
-        fields["attention_scale"] = config["query_pre_attn_scalar"] ** -0.5
+    """The fields of sliding windows."""
     # Qwen writes the key down even where use_sliding_window turns it off.
     is_off = ("use_sliding_window", False) in family.fixed
     if is_off or config.get("sliding_window") is None:
-        return fields
+        return {}
     types, period = None, family.window_period
     if period is not None:
         types = config.get("layer_types")
@@ -158,7 +164,7 @@ def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
             for layer in range(config["num_hidden_layers"])
         ]
     without = [i for i, kind in enumerate(types or ()) if kind != "sliding_attention"]
-    return fields | {
+    return {
         "sliding_window": config["sliding_window"],
         "layers_without_window": frozenset(without),
     }

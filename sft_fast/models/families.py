@@ -1,13 +1,26 @@
 """The supported families of Hugging Face models: options they have, and their weights.
 
 Each family has one table: which Hugging Face tensors make up each megatron parameter of a layer,
-their shapes, and how tensor-parallel ranks split the parameter.
+their shapes, and how tensor-parallel ranks split the parameter. Import, export, random weights, the
+count of parameters and the parts of a layer follow from it. What else sets a family apart is a
+field of `Traits`, and the family's `own_fields` reads it from config.json.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+SIZE_FIELDS = {
+    "vocab": "vocab_size",
+    "hidden": "hidden_size",
+    "queries": "query_size",
+    "keys": "key_size",
+    "head": "head_dim",
+    "ffn": "ffn_hidden_size",
+    "experts": "num_experts",
+}
+"""Names of dimensions in the tables -> the attributes of an `Architecture` that hold the sizes."""
 Split = Literal["replicated", "vocab", "rows", "columns", "qkv"]
 """rows: each block by rows; columns: by columns; qkv: by query groups, each of which has its
 queries, key and value next to each other; vocab: by rows of the padded vocabulary."""
@@ -25,6 +38,9 @@ class Rule:
     split: Split
     sources: Mapping[str, tuple[str, ...]]
     is_expert: bool = False
+    initial: float | None = None
+    """All values of a vector in a model of random weights; None = those of a norm that changes
+    nothing. Matrices are random."""
     matrix: int | None = None
     """Of an expert's rule: which of the parameter's matrices is meant."""
 
@@ -71,6 +87,7 @@ QKV_BIAS = {
             "self_attn.k_proj.bias": ("keys",),
             "self_attn.v_proj.bias": ("keys",),
         },
+        initial=0.0,
     )
 }
 QK_NORM = {
@@ -102,6 +119,27 @@ def experts(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What sets a model's layers apart from Llama's, beside the table; Llama's are the defaults."""
+
+    has_zero_centered_norms: bool = False
+    """Norms multiply by 1 + weight, in fp32."""
+    embedding_scale: float = 1.0
+    """Factor of what the embedding gives, rounded to the type of the weights."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None = 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Bound c of the attention scores c * tanh(scores / c); None = none."""
+    logit_softcap: float | None = None
+    """The same for the logits."""
+
+
+def no_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a family that config.json describes in the usual keys."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets a family of models apart from Llama."""
@@ -112,19 +150,18 @@ class Family:
     """Keys of config.json whose other values we would compute wrongly."""
     activation: tuple[str, str] = ("hidden_act", "silu")
     """Key of config.json that names the activation function, and its value."""
-    is_gemma: bool = False
-    """Norms multiply by 1 + weight and also follow attention and MLP; embeddings are scaled."""
+    own_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = no_fields
+    """From config.json: fields of `Architecture`, traits and others, that only this family has or
+    that it spells in its own way."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes for keys that a config.json does not have, where it matters to what
+    we compute; config_defaults.py has those of all."""
     experts_of: str | None = None
     """Key of config.json with the width of an expert; None = no experts."""
     window_period: int | None = None
     """Every n-th layer sees the whole sample, where config.json has no layer_types."""
     no_rope_period: int | None = None
     """Every n-th layer knows no positions, where config.json has no no_rope_layers."""
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether the projections to queries, keys and values have biases."""
-        return "self_attention.linear_qkv.bias" in self.layer
 
     @property
     def is_fused(self) -> bool:
@@ -138,20 +175,44 @@ class Family:
         names = [name.removesuffix(".weight") for rule in rules for name in rule.sources]
         return tuple(name for name in names if name.endswith("_proj"))
 
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised."""
-        return "self_attention.q_layernorm.weight" in self.layer
+
+def gemma_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Soft caps are Gemma 2's alone."""
+    return {
+        "has_zero_centered_norms": True,
+        "embedding_scale": math.sqrt(config["hidden_size"]),
+        "attention_scale": config["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": config.get("attn_logit_softcapping"),
+        "logit_softcap": config.get("final_logit_softcapping"),
+    }
 
 
 NO_BIAS = (("attention_bias", False), ("mlp_bias", False))
 GEMMA_FIXED = (("attention_bias", False), ("use_bidirectional_attention", False))
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+NO_WINDOW_DEFAULT = {"use_sliding_window": False}
+QWEN_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    **NO_WINDOW_DEFAULT,
+}
+MISTRAL_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 FAMILIES = {
-    "LlamaForCausalLM": Family(fixed=NO_BIAS),
-    "MistralForCausalLM": Family(),
-    "Qwen2ForCausalLM": Family(LLAMA | QKV_BIAS, (("use_sliding_window", False),)),
+    "LlamaForCausalLM": Family(fixed=NO_BIAS, defaults={"max_position_embeddings": 2048}),
+    "MistralForCausalLM": Family(defaults=MISTRAL_DEFAULTS | {"sliding_window": 4096}),
+    "Qwen2ForCausalLM": Family(
+        LLAMA | QKV_BIAS, (("use_sliding_window", False),), defaults=QWEN_DEFAULTS
+    ),
     "Qwen3ForCausalLM": Family(
-        LLAMA | QK_NORM, (("attention_bias", False), ("use_sliding_window", False))
+        LLAMA | QK_NORM,
+        (("attention_bias", False), ("use_sliding_window", False)),
+        defaults=QWEN_DEFAULTS | {"head_dim": 128},
     ),
     "Qwen3MoeForCausalLM": Family(
         ATTENTION | QK_NORM | experts("mlp", "gate_proj", "up_proj", "down_proj"),
@@ -162,28 +223,67 @@ FAMILIES = {
             ("decoder_sparse_step", 1),
         ),
         experts_of="moe_intermediate_size",
+        defaults=QWEN_DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
     ),
     "MixtralForCausalLM": Family(
         ATTENTION | experts("block_sparse_moe", "w1", "w3", "w2"),
         (("router_jitter_noise", 0.0),),
         experts_of="intermediate_size",
+        defaults=MISTRAL_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
     ),
     "Gemma2ForCausalLM": Family(
         LLAMA | POST_NORMS,
         GEMMA_FIXED,
         ("hidden_activation", "gelu_pytorch_tanh"),
-        is_gemma=True,
+        own_fields=gemma_fields,
         window_period=2,
+        defaults=GEMMA_DEFAULTS
+        | {
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
     ),
     "Gemma3ForCausalLM": Family(
         LLAMA | POST_NORMS | QK_NORM,
         GEMMA_FIXED,
         ("hidden_activation", "gelu_pytorch_tanh"),
-        is_gemma=True,
+        own_fields=gemma_fields,
         window_period=6,
+        defaults=GEMMA_DEFAULTS
+        | {
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0,
+        },
     ),
-    "Phi3ForCausalLM": Family(LLAMA | FUSED, (("resid_pdrop", 0.0), ("embd_pdrop", 0.0))),
-    "SmolLM3ForCausalLM": Family(fixed=(*NO_BIAS, ("use_sliding_window", False)), no_rope_period=4),
+    "Phi3ForCausalLM": Family(
+        LLAMA | FUSED,
+        (("resid_pdrop", 0.0), ("embd_pdrop", 0.0)),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    "SmolLM3ForCausalLM": Family(
+        fixed=(*NO_BIAS, ("use_sliding_window", False)),
+        no_rope_period=4,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            **NO_WINDOW_DEFAULT,
+        },
+    ),
 }
 REFUSED = {
     "GptOssForCausalLM": "attention sinks and experts in MXFP4 are not supported",

@@ -8,8 +8,12 @@ attention within samples and under the causal mask, and the LM head on supervise
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from sft_fast.config.layout import adapted_projections
 
 if TYPE_CHECKING:
     from sft_fast.models.architecture import Architecture
@@ -30,22 +34,30 @@ class Workload:
     supervised: int
 
 
-def attention_parameters(architecture: Architecture) -> int:
-    """Weights of the four attention matrices of a layer."""
-    a = architecture
-    return a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_key_value_heads)
+def layer_shapes(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(megatron's name of the parameter, shape) of each Hugging Face tensor of a layer; of experts,
+    those of one expert."""
+    for name, rule in architecture.layer.items():
+        for dims in rule.sources.values():
+            yield name, architecture.shape_of(dims)
 
 
 def mlp_parameters(architecture: Architecture) -> int:
-    """Weights of one gated MLP, or of one expert."""
-    return 3 * architecture.hidden_size * architecture.ffn_hidden_size
+    """Weights of one MLP, or of one expert."""
+    parts = ("mlp.linear_fc", "mlp.experts.")
+    return sum(
+        math.prod(shape) for name, shape in layer_shapes(architecture) if name.startswith(parts)
+    )
 
 
 def layer_matrix_parameters(architecture: Architecture) -> int:
     """Weights of the matrices of one layer, all experts and their router included."""
-    a = architecture
-    router = a.num_experts * a.hidden_size
-    return attention_parameters(a) + router + max(a.num_experts, 1) * mlp_parameters(a)
+    num_experts = architecture.num_experts
+    return sum(
+        math.prod(shape) * (num_experts if architecture.layer[name].is_expert else 1)
+        for name, shape in layer_shapes(architecture)
+        if len(shape) > 1
+    )
 
 
 def active_matrix_parameters(architecture: Architecture) -> int:
@@ -57,10 +69,7 @@ def active_matrix_parameters(architecture: Architecture) -> int:
 
 def layer_vector_parameters(architecture: Architecture) -> int:
     """Norm weights and biases of one layer."""
-    a = architecture
-    biases = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim if a.qkv_bias else 0
-    norms = (4 if a.is_gemma else 2) * a.hidden_size
-    return norms + biases + (2 * a.head_dim if a.qk_norm else 0)
+    return sum(shape[0] for _, shape in layer_shapes(architecture) if len(shape) == 1)
 
 
 def num_parameters(architecture: Architecture) -> int:
@@ -72,20 +81,14 @@ def num_parameters(architecture: Architecture) -> int:
 
 
 def adapter_parameters(architecture: Architecture, rank: int, targets: list[str]) -> int:
-    """Parameters of LoRA adapters of `rank` on every layer's `targets`."""
-    a = architecture
-    query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    h, f = a.hidden_size, a.ffn_hidden_size
+    """Parameters of LoRA adapters of `rank` on the projections that `targets` selects."""
     sides = {
-        "q_proj": h + query,
-        "k_proj": h + key,
-        "v_proj": h + key,
-        "o_proj": query + h,
-        "gate_proj": h + f,
-        "up_proj": h + f,
-        "down_proj": f + h,
+        source.removesuffix(".weight"): sum(architecture.shape_of(dims))
+        for rule in architecture.layer.values()
+        for source, dims in rule.sources.items()
     }
-    return a.num_layers * rank * sum(sides.get(name, 0) for name in targets)
+    adapted = adapted_projections(architecture, targets)
+    return rank * sum(sides[name.split(".", 3)[3]] for name in adapted)
 
 
 def forward_flops(architecture: Architecture, workload: Workload) -> float:

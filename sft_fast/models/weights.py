@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.families import FAMILIES, MODEL, Rule
+from sft_fast.models.families import MODEL, Rule
 from sft_fast.models.weight_files import TensorRecord, shorten, tensor_records
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -64,43 +64,35 @@ def check_weights(folder: Path, config: dict[str, Any], architecture: Architectu
         )
 
 
-def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face checkpoint, with its shape."""
-    shapes = {}
+def hf_rules(architecture: Architecture) -> dict[str, tuple[Rule, tuple[int, ...]]]:
+    """Every tensor of the Hugging Face checkpoint: the rule it belongs to, and its shape."""
+    tensors = {}
 
     def add(rule: Rule, prefix: str) -> None:
         for name, dims in rule.sources.items():
-            shape = shape_of(dims, architecture)
+            shape = architecture.shape_of(dims)
             for expert in range(architecture.num_experts) if rule.is_expert else (0,):
-                shapes[prefix + name.replace("*", str(expert))] = shape
+                tensors[prefix + name.replace("*", str(expert))] = rule, shape
 
     for name, rule in MODEL.items():
         if not (name == "output_layer.weight" and architecture.tie_word_embeddings):
             add(rule, "")
     for layer in range(architecture.num_layers):
-        for rule in FAMILIES[architecture.family].layer.values():
+        for rule in architecture.layer.values():
             add(rule, f"model.layers.{layer}.")
-    return shapes
+    return tensors
 
 
-def sizes(architecture: Architecture) -> dict[str, int]:
-    """What the names of dimensions in the tables stand for."""
-    keys = architecture.num_key_value_heads * architecture.head_dim
-    return {
-        "vocab": architecture.vocab_size,
-        "hidden": architecture.hidden_size,
-        "queries": architecture.num_attention_heads * architecture.head_dim,
-        "keys": keys,
-        "head": architecture.head_dim,
-        "ffn": architecture.ffn_hidden_size,
-        "experts": architecture.num_experts,
-    }
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face checkpoint, with its shape."""
+    return {name: shape for name, (_, shape) in hf_rules(architecture).items()}
 
 
-def shape_of(dims: tuple[str, ...], architecture: Architecture) -> tuple[int, ...]:
-    """The sizes of named dimensions in this architecture."""
-    size_of = sizes(architecture)
-    return tuple(sum(size_of[block] for block in dim.split("+")) for dim in dims)
+def initial_value(rule: Rule, architecture: Architecture) -> float:
+    """Of all elements of a vector before training; a norm begins by changing nothing."""
+    if rule.initial is not None:
+        return rule.initial
+    return 0.0 if architecture.has_zero_centered_norms else 1.0
 
 
 def quantisation(config: dict[str, Any], records: Mapping[str, TensorRecord]) -> str:
@@ -160,10 +152,9 @@ def has_own_head(records: Mapping[str, TensorRecord]) -> bool:
 def is_fresh(records: Mapping[str, TensorRecord], architecture: Architecture) -> bool:
     """Whether the weights are what transformers begins with: every norm at its initial value, and
     the embedding as wide as initializer_range says."""
-    initial = 0.0 if architecture.is_gemma else 1.0
-    for name, shape in hf_shapes(architecture).items():
-        is_norm = len(shape) == 1 and not name.endswith(".bias")
-        if is_norm and (values(records[name]) != initial).any():
+    for name, (rule, shape) in hf_rules(architecture).items():
+        is_norm = len(shape) == 1 and rule.initial is None
+        if is_norm and (values(records[name]) != initial_value(rule, architecture)).any():
             return False
     rows = values(records[EMBEDDING], PROBED_ROWS).reshape(-1, architecture.hidden_size)
     rows = rows[rows.any(axis=1)]  # transformers has zeros for the padding token

@@ -22,9 +22,12 @@ MODELS = {
     "llama3_8b": Architecture(128256, 4096, 32, 32, 8, 14336, 128, 8192),
     "llama3_70b_lora": Architecture(128256, 8192, 80, 64, 8, 28672, 128, 8192),
     "qwen3_30b_a3b": Architecture(
-        151936, 2048, 48, 32, 4, 768, 128, 40960, num_experts=128, experts_per_token=8
+        151936, 2048, 48, 32, 4, 768, 128, 40960, num_experts=128, experts_per_token=8,
+        family="Qwen3MoeForCausalLM",
     ),
-    "qwen3_8b": Architecture(151936, 4096, 36, 32, 8, 12288, 128, 40960, qk_norm=True),
+    "qwen3_8b": Architecture(
+        151936, 4096, 36, 32, 8, 12288, 128, 40960, family="Qwen3ForCausalLM"
+    ),
 }  # fmt: skip
 
 

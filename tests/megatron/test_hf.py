@@ -129,6 +129,17 @@ def truths(models: Path) -> Any:
     return truth
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_has_the_parameters_that_transformers_counts(models: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.models.flops import num_parameters
+
+    expected = AutoModelForCausalLM.from_pretrained(models / name).num_parameters()
+    assert num_parameters(architecture_from_hf(read_hf_config(models / name))) == expected
+
+
 def make_batch() -> Any:
     from sft_fast.packing.micro_batch import fill_micro_batch
 

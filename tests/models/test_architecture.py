@@ -197,6 +197,17 @@ def test_gemma_as_the_hub_has_it() -> None:
     assert architecture_from_hf(gemma | new) == architecture
 
 
+def test_soft_caps_count_only_where_transformers_reads_them() -> None:
+    capped = LLAMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    assert architecture_from_hf(capped) == architecture_from_hf(LLAMA)
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"}
+    architecture = architecture_from_hf(capped | gemma)
+    assert (architecture.attention_softcap, architecture.logit_softcap) == (50.0, 30.0)
+    assert architecture.attention_scale == 1 / 16  # of transformers' query_pre_attn_scalar
+    assert architecture.embedding_scale == 32**0.5
+    assert architecture.has_zero_centered_norms
+
+
 def test_a_broken_config_json_names_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config.json"):
         read_hf_config(tmp_path)

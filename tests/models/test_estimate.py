@@ -370,7 +370,10 @@ def test_context_parallel_ranks_share_rows_and_optimizer_state() -> None:
 
 def test_experts_are_spread_over_their_own_ranks() -> None:
     mixtral = Architecture(
-        *(32000, 4096, 32, 32, 8, 14336, 128, 32768), num_experts=8, experts_per_token=2
+        *(32000, 4096, 32, 32, 8, 14336, 128, 32768),
+        num_experts=8,
+        experts_per_token=2,
+        family="MixtralForCausalLM",
     )
     one = estimate_memory(mixtral, llama3_config(), 8)
     eight = estimate_memory(mixtral, llama3_config(parallel={"expert": 8}), 8)

@@ -49,29 +49,41 @@ PUBLISHED = [
     (
         # Qwen2.5 0.5B
         Architecture(
-            *(151936, 896, 24, 14, 2, 4864, 64, 32768), tie_word_embeddings=True, qkv_bias=True
+            *(151936, 896, 24, 14, 2, 4864, 64, 32768),
+            tie_word_embeddings=True,
+            family="Qwen2ForCausalLM",
         ),
         494_032_768,
     ),
     (
         # Qwen3 8B
-        Architecture(*(151936, 4096, 36, 32, 8, 12288, 128, 40960), qk_norm=True),
+        Architecture(*(151936, 4096, 36, 32, 8, 12288, 128, 40960), family="Qwen3ForCausalLM"),
         8_190_735_360,
     ),
     (
         # Mixtral 8x7B
-        Architecture(*(32000, 4096, 32, 32, 8, 14336, 128, 32768), num_experts=8),
+        Architecture(
+            *(32000, 4096, 32, 32, 8, 14336, 128, 32768),
+            num_experts=8,
+            family="MixtralForCausalLM",
+        ),
         46_702_792_704,
     ),
     (
         # Qwen3 30B-A3B
-        Architecture(*(151936, 2048, 48, 32, 4, 768, 128, 40960), num_experts=128, qk_norm=True),
+        Architecture(
+            *(151936, 2048, 48, 32, 4, 768, 128, 40960),
+            num_experts=128,
+            family="Qwen3MoeForCausalLM",
+        ),
         30_532_122_624,
     ),
     (
         # Gemma 2 2B
         Architecture(
-            *(256000, 2304, 26, 8, 4, 9216, 256, 8192), tie_word_embeddings=True, is_gemma=True
+            *(256000, 2304, 26, 8, 4, 9216, 256, 8192),
+            tie_word_embeddings=True,
+            family="Gemma2ForCausalLM",
         ),
         2_614_341_888,
     ),
@@ -138,6 +150,15 @@ def test_adapters_have_the_parameters_that_peft_counts() -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert adapter_parameters(LLAMA3_8B, 16, targets) == 41_943_040
     assert adapter_parameters(LLAMA3_8B, 8, ["q_proj", "v_proj"]) == 3_407_872
+
+
+def test_adapters_are_counted_where_the_pattern_puts_them() -> None:
+    only_two_layers = ["model.layers.[34].self_attn.q_proj"]
+    assert adapter_parameters(LLAMA3_8B, 8, only_two_layers) == 2 * 8 * (4096 + 4096)
+    mixtral = PUBLISHED[-4][0]
+    assert adapter_parameters(mixtral, 8, ["*_proj"]) == adapter_parameters(
+        LLAMA3_8B, 8, ["self_attn.*", "[qkvo]_proj"]
+    )
 
 
 @pytest.mark.parametrize(
