@@ -34,6 +34,8 @@ from sft_fast.kernels.block_backends import BlockKernels
 from sft_fast.kernels.expert_copies import CopyOrder, copies_of, sort_copies, sums_of
 from sft_fast.kernels.expert_mlp import expert_mlp
 from sft_fast.kernels.router import choose_experts, router_logits
+from sft_fast.megatron.parallel import Parallel
+from sft_fast.models.architecture import Architecture
 
 
 class Router(TopKRouter):
@@ -238,11 +240,11 @@ class Dispatcher(MoETokenDispatcher):
     def dispatch_postprocess(
         self, hidden: Tensor, probs: Tensor
     ) -> tuple[Tensor, CopyOrder, Tensor]:
-        """What GroupedExperts takes."""
+        """What GroupedExperts takes, of hidden [rows, h] and probs [rows, chosen]."""
         return hidden, sort_copies(self.experts, self.num_local_experts), probs
 
     def combine_preprocess(self, output: Tensor) -> Tensor:
-        """Adds up what ranks that share experts made of the same rows."""
+        """[rows, h] of all sharing ranks -> of this rank: sums of what they made of a row."""
         if self.tp_size == 1:
             return output
         return reduce_scatter_to_sequence_parallel_region(
@@ -258,6 +260,22 @@ class Dispatcher(MoETokenDispatcher):
     def combine_postprocess(self, output: Tensor) -> Tensor:
         """[tokens, h] -> [s, b, h]."""
         return output.view(self.hidden_shape)
+
+
+def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, Any]:
+    """What TransformerConfig has to know of experts: none is dropped, no auxiliary loss."""
+    if not architecture.num_experts:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_pre_softmax": not architecture.renormalise_experts,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.ep_size,
+        "expert_tensor_parallel_size": parallel.etp_size,
+    }
 
 
 def use_grouped_experts(layer: TransformerLayerSubmodules) -> None:

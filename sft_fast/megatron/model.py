@@ -38,7 +38,7 @@ from sft_fast.megatron.attention.context_parallel import ContextGroup, check_con
 from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.attention.self_test import AttentionShape
-from sft_fast.megatron.experts import connect_dispatchers, use_grouped_experts
+from sft_fast.megatron.experts import connect_dispatchers, experts_config, use_grouped_experts
 from sft_fast.megatron.memory import memory_options
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm
 from sft_fast.megatron.parallel import Parallel
@@ -331,22 +331,6 @@ def transformer_config(
     return made
 
 
-def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, Any]:
-    """What TransformerConfig has to know of experts: none is dropped, no auxiliary loss."""
-    if not architecture.num_experts:
-        return {}
-    return {
-        "num_moe_experts": architecture.num_experts,
-        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
-        "moe_router_topk": architecture.experts_per_token,
-        "moe_router_pre_softmax": not architecture.renormalise_experts,
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": parallel.ep_size,
-        "expert_tensor_parallel_size": parallel.etp_size,
-    }
-
-
 def build_model(
     architecture: Architecture,
     model: ModelConfig,
@@ -409,11 +393,9 @@ def build_chunk(
 
 
 def mark_sharded_weights(model: SFTModel) -> None:
-    """Tells megatron which weights are shards, so that the gradient norm counts each value once,
-    and which are of experts, whose gradients are added up over other ranks.
+    """Tells megatron which weights are shards, so that the gradient norm counts each value once.
 
-    Up to 0.17 only its own initialisation does the first, which is off because the weights are
-    loaded; 0.16 does the second only with expert parallelism.
+    Up to 0.17 only its own initialisation does, which is off because the weights are loaded.
     """
     split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
@@ -421,8 +403,6 @@ def mark_sharded_weights(model: SFTModel) -> None:
             weight = module.weight if isinstance(module, kind) else None
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, True, dim, stride=1)
-            if weight is not None and getattr(module, "is_expert", False):
-                weight.allreduce = False
 
 
 def unwrap(model: torch.nn.Module) -> SFTModel:

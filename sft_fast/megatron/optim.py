@@ -1,7 +1,6 @@
 """DDP, optimizer and learning-rate schedule, all megatron-core's."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -230,13 +229,15 @@ def normalise_by(model: ModuleList, loss_weight: float) -> None:
     """Makes this step's gradient the weighted mean over the global batch's supervised tokens.
 
     The sum of their weights comes from the packing plan, so no device has to be asked for it and
-    no collective carries it; megatron's own way would do both.
+    no collective carries it; megatron's own way would do both. A loss of a layer's own, beside that
+    of the tokens, finds it in its config, too.
     """
-    parts_of(model)[0].config.finalize_model_grads_func = partial(finalize_with, loss_weight)
+    config = parts_of(model)[0].config
+    config.loss_weight, config.finalize_model_grads_func = loss_weight, divide_by_weight
 
 
-def finalize_with(loss_weight: float, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
+def divide_by_weight(model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
     """megatron's end of a backward pass, with the gradients divided by the weights of the step."""
     finalize_model_grads(model, None, **kwargs)
     for chunk in model:
-        chunk.scale_gradients(1.0 / (loss_weight or 1.0))
+        chunk.scale_gradients(1.0 / (model[0].config.loss_weight or 1.0))

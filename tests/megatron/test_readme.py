@@ -64,5 +64,10 @@ def test_the_files_and_tests_that_it_names_exist() -> None:
     firsts = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `")]
     files = re.findall(r"`([\w/]+\.py)`", "".join(firsts))
     assert files and not [file for file in files if not (FOLDER / file).is_file()]
+    for first in firsts:
+        file, *names = re.findall(r"`([\w./]+)`", first)
+        text = (FOLDER / file).read_text(encoding="utf-8")
+        last = [name.rpartition(".")[2] for name in names if not name.endswith(".py")]
+        assert not [name for name in last if not re.search(rf"(def|class) {name}\b", text)], first
     plain = re.findall(r"`(tests/[\w/]+\.py)`", README)
     assert all((ROOT / file).is_file() for file in plain)
