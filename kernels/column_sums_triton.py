@@ -49,13 +49,13 @@ def add_column_sums(total: Tensor, partial: Tensor) -> None:
 
 
 def gradient_total(weight: Tensor) -> Tensor:
-    """Where the gradient of a weight is added: `main_grad`, or zeros in fp32."""
+    """Where the gradient of a weight [n] is added: `main_grad`, or zeros in fp32."""
     total: Tensor | None = getattr(weight, "main_grad", None)
     return torch.zeros_like(weight, dtype=torch.float32) if total is None else total
 
 
 def total_gradient(weight: Tensor | None, total: Tensor | None) -> Tensor | None:
-    """What autograd gets for a weight whose gradient is in the total; None: it wants none."""
+    """What autograd gets for a weight [n] with its gradient in total [n]; None: it wants none."""
     if weight is None or total is None:
         return None
     return weight_gradient(weight, total, hasattr(weight, "main_grad"))

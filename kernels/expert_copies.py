@@ -60,7 +60,7 @@ class CopyKernels(Protocol):
 
 
 def copy_kernels(rows: Tensor) -> CopyKernels:
-    """Those for the device of a tensor."""
+    """Those for the device of a tensor of any shape."""
     kernels: CopyKernels = load_backend("expert_copies", "auto", rows.device.type)
     return kernels
 

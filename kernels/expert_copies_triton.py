@@ -58,7 +58,7 @@ def launch_options(width: int, warp_size: int) -> dict[str, int]:
 
 
 def scatter_copies(x: Tensor, places: Tensor) -> Tensor:
-    """As expert_copies_torch.scatter_copies."""
+    """[R, n] of x [T, n], as expert_copies_torch.scatter_copies."""
     check_tensor(x, "tokens", LAYER_KEY)
     rows = x.new_empty((places.numel(), x.shape[1]))
     launch(scatter_copies_kernel, rows, x.contiguous(), places)
@@ -66,7 +66,7 @@ def scatter_copies(x: Tensor, places: Tensor) -> Tensor:
 
 
 def sum_copies(rows: Tensor, places: Tensor) -> Tensor:
-    """As expert_copies_torch.sum_copies."""
+    """[T, n] of rows [R, n], as expert_copies_torch.sum_copies."""
     check_tensor(rows, "copies of tokens", LAYER_KEY)
     sums = rows.new_empty((len(places), rows.shape[1]))
     launch(sum_copies_kernel, sums, rows.contiguous(), places)
@@ -74,7 +74,14 @@ def sum_copies(rows: Tensor, places: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, target: Tensor, source: Tensor, places: Tensor) -> None:
-    """Runs one of the kernels, a program for each token and block of columns."""
+    """Runs one of the kernels, a program for each token and block of columns.
+
+    Args:
+        kernel: one of the above.
+        target: [R, n] or [T, n].
+        source: [T, n] or [R, n], contiguous.
+        places: [T, k] int32.
+    """
     (num_tokens, num_copies), width = places.shape, source.shape[1]
     if num_tokens == 0:
         return

@@ -78,7 +78,7 @@ class ExpertMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, gate_up, down and probs."""
+        """Gradients of hidden [T, h], gate_up, down and probs [T, k]."""
         hidden, gate_up, down, factors, offsets, tokens, places, inner = ctx.saved_tensors
         needs_hidden, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
         grad_hidden = grad_gate_up = grad_down = None

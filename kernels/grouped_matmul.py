@@ -29,7 +29,7 @@ class GroupedProducts(Protocol):
     """What grouped_matmul_torch and grouped_matmul_triton have in common."""
 
     def multiply_groups(self, x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-        """As the function of this name; at least one row, x contiguous."""
+        """[R, out], as the function of this name; at least one row, x contiguous."""
         ...
 
     def add_outer_products(
@@ -41,7 +41,8 @@ class GroupedProducts(Protocol):
         rows: Tensor | None,
         accumulate: bool,
     ) -> None:
-        """As the function of this name; at least one row, grad and x contiguous."""
+        """Adds to total [G, out, in], as the function of this name; at least one row, grad and x
+        contiguous."""
         ...
 
 
@@ -63,7 +64,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def check_shapes(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
-    """Asserts what `grouped_matmul` expects."""
+    """Asserts what `grouped_matmul` expects: x [R, in], weight [G, out, in], offsets [G + 1]."""
     assert x.dim() == 2 and weight.dim() == 3 and x.shape[1] == weight.shape[2], (x, weight)
     assert offsets.dtype == torch.int32 and offsets.shape == (len(weight) + 1,), offsets
     assert x.dtype == weight.dtype and x.device == weight.device == offsets.device
@@ -81,7 +82,7 @@ class GroupedMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and weight."""
+        """Gradients of x [R, in] and of weight [G, out, in]."""
         x, weight, offsets = ctx.saved_tensors
         grad_x = multiply_groups(grad, weight, offsets) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
@@ -110,7 +111,8 @@ def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
 
 
 def fits_torch_grouped_mm(x: Tensor, matrices: Tensor) -> bool:
-    """Whether torch has one kernel for it, on this device and for these addresses and widths."""
+    """Whether torch has one kernel for x [R, in] @ matrices [G, in, out], on this device and for
+    these addresses and widths."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or not has_grouped_mm(x.device):
         return False
     step = ALIGNMENT_BYTES // x.element_size()
@@ -160,7 +162,16 @@ def add_outer_products(
     rows: Tensor | None,
     accumulate: bool,
 ) -> None:
-    """total[g] (+)= grad[rows of g].T @ x[rows of g], or x[rows[rows of g]], for each group g."""
+    """total[g] (+)= grad[rows of g].T @ x[rows of g], or x[rows[rows of g]], for each group g.
+
+    Args:
+        total: [G, out, in] fp32 or of x's dtype.
+        grad: [R, out].
+        x: [R, in], or with `rows` of any length.
+        offsets: [G + 1] int32, from 0 to R.
+        rows: [R] int32 row of x that belongs to each row of grad; None: the same row.
+        accumulate: adds; else total is overwritten.
+    """
     if len(grad) == 0:
         if not accumulate:
             total.zero_()
@@ -170,6 +181,6 @@ def add_outer_products(
 
 
 def products_for(x: Tensor) -> GroupedProducts:
-    """Those for the device of a tensor."""
+    """Those for the device of a tensor of any shape."""
     products: GroupedProducts = load_backend("grouped_matmul", "auto", x.device.type)
     return products

@@ -13,14 +13,14 @@ from sft_fast.kernels.head_gradient import add_product_
 
 
 def groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Those that have rows."""
+    """Those that have rows, of offsets [G + 1]."""
     for group, (first, last) in enumerate(pairwise(offsets.tolist())):
         if first < last:
             yield group, slice(first, last)
 
 
 def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """As grouped_matmul.multiply_groups."""
+    """[R, out], as grouped_matmul.multiply_groups."""
     result = x.new_empty((len(x), matrices.shape[2]))
     for group, rows in groups(offsets):
         torch.mm(x[rows], matrices[group], out=result[rows])
@@ -35,7 +35,7 @@ def add_outer_products(
     rows: Tensor | None,
     accumulate: bool,
 ) -> None:
-    """As grouped_matmul.add_outer_products."""
+    """Adds to total [G, out, in], as grouped_matmul.add_outer_products."""
     if not accumulate:
         total.zero_()
     for group, chosen in groups(offsets):

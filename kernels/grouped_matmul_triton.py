@@ -209,7 +209,7 @@ def outer_options(config: TileConfig, has_rows: bool) -> dict[str, int]:
 
 
 def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """As grouped_matmul.multiply_groups; bf16, fp16 or fp32."""
+    """[R, out], as grouped_matmul.multiply_groups; bf16, fp16 or fp32."""
     check_tensor(x, "inputs of experts", LAYER_KEY)
     num_groups, num_inputs, num_outputs = matrices.shape
     config = device_config(x.device, x.dtype, is_outer=False)
@@ -242,7 +242,7 @@ def add_outer_products(
     rows: Tensor | None,
     accumulate: bool,
 ) -> None:
-    """As grouped_matmul.add_outer_products; grad and x bf16, fp16 or fp32."""
+    """Adds to total [G, out, in], as grouped_matmul.add_outer_products; bf16, fp16 or fp32."""
     check_tensor(x, "inputs of experts", LAYER_KEY)
     assert total.is_contiguous() and grad.dtype == x.dtype
     num_groups, num_outputs, num_inputs = total.shape

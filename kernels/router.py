@@ -36,7 +36,7 @@ class RouterLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients in the dtype of hidden and weight, from products in that dtype."""
+        """Gradients [T, h] and [E, h] in the dtype of hidden and weight, from products in it."""
         hidden, weight = ctx.saved_tensors
         grad = grad.to(hidden.dtype)
         grad_hidden = grad @ weight if ctx.needs_input_grad[0] else None

@@ -189,6 +189,7 @@ class TokenStore:
 
     @cached_property
     def _targets(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64] | None]:
+        """(`num_supervised`, `loss_weights`), each [num_samples]."""
         return count_targets(self)
 
     @property

@@ -62,7 +62,7 @@ class PieceTokenizer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, byte_lengths: npt.NDArray[np.int64]
     ) -> None:
-        """`tokenizer`: for which `can_be_cut`; `byte_lengths`: id -> bytes of its token."""
+        """`tokenizer`: for which `can_be_cut`; `byte_lengths` [ids]: bytes of each token."""
         self._backend = tokenizer.backend_tokenizer
         self._byte_lengths = byte_lengths
         self._known: dict[str, bytes] = {}
@@ -101,12 +101,13 @@ class PieceTokenizer:
             self._known[piece] = ids.tobytes()
 
     def _encode(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.uint32]]:
+        """The ids of each text, [n]."""
         for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False):
             yield np.array(encoding.ids, dtype=np.uint32)
 
 
 def _cut(ids: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> Iterator[bytes]:
-    """The ids as bytes, cut behind each count of them."""
+    """The ids [n] as bytes, cut behind each of the ascending counts [pieces]."""
     raw, start = ids.tobytes(), 0
     for stop in (4 * counts).tolist():
         yield raw[start:stop]

@@ -123,6 +123,7 @@ class TextTokenizer:
         return samples
 
     def _ids(self, texts: Sequence[str]) -> Sequence[npt.NDArray[np.uint32]]:
+        """The ids of each text, uint32 [n]."""
         backend = self._tokenizer.backend_tokenizer
         # What an earlier call of the tokenizer may have left behind.
         backend.no_truncation()
@@ -138,7 +139,13 @@ class TextTokenizer:
         input_ids: npt.NDArray[np.uint32],
         byte_lengths: npt.NDArray[np.int64],
     ) -> Sample | None:
-        """None where the tokens are not the bytes of the text."""
+        """Of ids [n]; None where the tokens are not the bytes of the text.
+
+        Args:
+            chat: whose text was tokenised.
+            input_ids: uint32 [n].
+            byte_lengths: int64 [vocabulary], bytes of each token.
+        """
         lengths = byte_lengths[input_ids]
         ends = np.cumsum(lengths)
         if not len(ends) or ends[-1] != len(chat.text.encode()):
@@ -207,7 +214,14 @@ class TextTokenizer:
         starts: npt.NDArray[np.int64],
         ends: npt.NDArray[np.int64],
     ) -> Sample:
-        """Marks the tokens of the spans; all places in one unit, bytes or characters."""
+        """Marks the tokens of the spans; all places in one unit, bytes or characters.
+
+        Args:
+            chat: the spans.
+            input_ids: uint32 [n].
+            starts: int64 [n], where each token begins.
+            ends: int64 [n], where it has ended.
+        """
         bos = self._tokenizer.bos_token_id
         if bos is not None and input_ids[:2].tolist() == [bos, bos]:
             raise ValueError("the text starts with two BOS tokens; remove one from the template")
@@ -227,6 +241,7 @@ class TextTokenizer:
         return Sample(input_ids, supervised, boundary_tokens, weights)
 
     def _check_end(self, span: Span, input_ids: npt.NDArray[np.uint32]) -> None:
+        """Raises ValueError where the ids of a span, [n], are none or do not end its turn."""
         if not len(input_ids):
             raise ValueError("the tokenizer gives an answer no tokens at all")
         if span.end_of_turn is None:
@@ -240,7 +255,7 @@ class TextTokenizer:
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
-    """Id -> bytes of the token; None for a tokenizer whose tokens are no bytes.
+    """int64 [ids], bytes of each token; None for a tokenizer whose tokens are no bytes.
 
     With a normaliser to NFC they are the bytes of texts that are in that form.
     """
@@ -292,7 +307,13 @@ def _in_bytes(chat: RenderedChat) -> RenderedChat:
 
 
 def _check_covered(span: Span, text: str, bounds: npt.NDArray[np.int64]) -> None:
-    """Raises ValueError where characters of a span have no token; spaces may be left out."""
+    """Raises ValueError where characters of a span have no token; spaces may be left out.
+
+    Args:
+        span: in characters.
+        text: of the chat.
+        bounds: int64 [n, 2], where each token begins and has ended.
+    """
     inside = bounds[(bounds[:, 0] < span.end) & (bounds[:, 1] > span.start)]
     gap_starts = np.concatenate([[span.start], np.maximum.accumulate(inside[:, 1])])
     gap_ends = np.concatenate([inside[:, 0], [span.end]])

@@ -130,7 +130,10 @@ def split_evenly(
 
 
 def round_robin(num_bins: int, dp_size: int, micro_batch_size: int) -> NDArray[np.int64]:
-    """Returns the assignment that `balance` improves on: bins as they come, ranks taking turns."""
+    """Returns the assignment that `balance` improves on: bins as they come, ranks taking turns.
+
+    int64 [micro-steps, dp_size, micro_batch_size]
+    """
     return np.arange(num_bins).reshape(-1, dp_size, micro_batch_size)
 
 
@@ -138,6 +141,10 @@ def imbalance(costs: NDArray[np.int64], assigned: NDArray[np.int64]) -> float:
     """Returns how much longer a step takes than with equal ranks, at least 1.
 
     The most expensive rank's cost over the mean cost, both summed over micro-steps.
+
+    Args:
+        costs: int64 [bins].
+        assigned: int64 [micro-steps, dp_size, micro_batch_size], of bins.
     """
     per_rank = costs[assigned].sum(axis=2)
     total = int(per_rank.sum())

@@ -129,7 +129,7 @@ def plan_bins(
 def choose_strategy(
     lengths: NDArray[np.integer], capacity: int, options: PackingOptions = DEFAULT_OPTIONS
 ) -> tuple[str, str]:
-    """Decides between "window" and "bfd", by packing some of the samples with both.
+    """Decides between "window" and "bfd", by packing some of the samples, lengths [N], with both.
 
     It is "window", whose bins are random samples of the data, unless that needs over 0.2 % more
     bins. The answer depends on nothing but the arguments: it is the same in every epoch and run.

@@ -129,7 +129,7 @@ class PackingReport:
 
 
 def length_correlation(plan: BinPlan, lengths: NDArray[np.int32]) -> float:
-    """Returns the intra-class correlation of log length, the bins being the classes.
+    """Returns the intra-class correlation of log length [samples], the bins being the classes.
 
     Source: R. A. Fisher's one-way analysis of variance, with the mean class size for unequal
     classes of P. E. Shrout and J. L. Fleiss, "Intraclass correlations", 1979.

@@ -143,7 +143,7 @@ class GatherKeys(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Any, ...]:
-        """The gradients, like the inputs of `forward`, summed over all ranks."""
+        """The gradients [T / cp_size, kv_heads, head_dim], summed over all ranks."""
         share, context, shape = ctx.share, ctx.context, ctx.own_shape
         total = grad_key.new_zeros(context.size * shape[0], *shape[1:])
         for place, grad in enumerate((grad_key, grad_value)):

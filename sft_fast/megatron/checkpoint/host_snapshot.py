@@ -119,7 +119,7 @@ class HostCopier:
         return hosts
 
     def host_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of the same shapes and dtypes, in the buffer."""
+        """Tensors in the buffer, each of the shape and dtype of its original."""
         self.finish_reserving()
         begins, num_bytes = places(tensors)
         data = self.reserve(num_bytes)
