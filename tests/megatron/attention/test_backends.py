@@ -4,11 +4,13 @@ import dataclasses
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
+
+from sft_fast.models.choices import AttentionBackend
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ def test_transformer_engine_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 0.7), (9, 0.7)])
-@pytest.mark.parametrize("name", ["transformer_engine", "flash_attn", "torch_varlen", "flex"])
+@pytest.mark.parametrize("name", get_args(AttentionBackend)[1:])
 def test_what_is_installed_computes_it_or_says_that_it_cannot(
     name: str, dtype: torch.dtype, window: int | None, softcap: float | None
 ) -> None:
