@@ -11,7 +11,7 @@ folder's; a line imports only what stands above it, and tests/test_imports.py ho
     config/      the YAML: sections, checks, where each value comes from, Primus files
     runtime/     what keeps a run alive: watchdog, hangs, locks, manifests, launcher
     registry.py  what users add by name: trainers, losses, metrics; how a plugin file is run
-    kernels/     the loss's kernels and the choice of a backend; a link to ../kernels
+    kernels/     what loss, layers and experts compute, by backend; a link to ../kernels
     reference/   oracles: the plainest correct form of kernels and C++
     models/      what a model is, how it is laid out over ranks, what it costs
     data/        records -> conversations -> tokens with a mask -> store
