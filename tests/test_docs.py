@@ -108,7 +108,10 @@ def workspace(
     assert shape is not None
     hf_config = architecture_to_hf(architecture_from_shape(shape, len(tokenizer)))
     (model / "config.json").write_text(json.dumps(hf_config))
-    monkeypatch.setattr("sft_fast.models.hub.local_folder", lambda path, revision, key: model)
+    monkeypatch.setattr("sft_fast.models.locate.local_folder", lambda *arguments: model)
+    # Nothing is cached, and a run could download it.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "chats.jsonl").write_text("".join(ROW.format(number=n) for n in range(200)))
     (tmp_path / "outputs").mkdir()
     for name in ("demo", "my_run", "qwen2.5-0.5b-instruct", "llama-3.1-8b"):

@@ -68,14 +68,8 @@ def config_tokenizer(model: ModelConfig, tokenizer: TokenizerConfig) -> Any:
         ValueError: it is neither here nor on the hub.
     """
     from sft_fast.data.tokenizer import load_tokenizer
-    from sft_fast.models.hub import local_folder
+    from sft_fast.models.locate import model_folder, tokenizer_source
 
-    path, tokens = tokenizer.path, tokenizer.add_tokens
-    if path == "demo":
-        return load_tokenizer("demo", tokenizer.chat_template, add_tokens=tokens)
-    if path is None:
-        assert model.path is not None, "the configuration demands one of the two"
-        folder = local_folder(model.path, model.revision, "model.path")
-    else:
-        folder = local_folder(path, None, "tokenizer.path")
-    return load_tokenizer(str(folder), tokenizer.chat_template, add_tokens=tokens)
+    # The model's config.json is wanted too: it decides what is trained of the data.
+    source = tokenizer_source(tokenizer, model_folder(model))
+    return load_tokenizer(source, tokenizer.chat_template, add_tokens=tokenizer.add_tokens)

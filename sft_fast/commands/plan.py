@@ -18,7 +18,7 @@ from sft_fast.models.hardware import GPUS
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
-    from sft_fast.config.sections import ModelConfig, TrainConfig
+    from sft_fast.config.sections import TrainConfig
     from sft_fast.models.architecture import Architecture
     from sft_fast.models.flops import Workload
     from sft_fast.models.hardware import Gpu
@@ -44,8 +44,9 @@ def run(parsed: argparse.Namespace) -> None:
     """Prints memory, time and suggestions for a configuration and a GPU."""
     import json
 
-    from sft_fast.config.layout import check_layout, check_world_size
-    from sft_fast.errors import nearest
+    from sft_fast.config.layout import layout_problems, rank_problem
+    from sft_fast.errors import ConfigError, nearest
+    from sft_fast.models.locate import model_folder, read_architecture, with_tokens
 
     config = read_config(parsed)
     gpu = GPUS.get(parsed.gpu.upper())
@@ -56,12 +57,19 @@ def run(parsed: argparse.Namespace) -> None:
     if not 0 < parsed.mfu <= 1:
         raise ValueError(f"--mfu {parsed.mfu}; expected a share above 0, at most 1")
     ranks = parsed.ranks or config.parallel.model_parallel_size
-    check_world_size(config.parallel, config.train, ranks)
     tokenizer = None
     if config.model.path is None or not parsed.no_data:
         tokenizer = config_tokenizer(config.model, config.tokenizer)
-    architecture = config_architecture(config.model, tokenizer)
-    check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
+    num_tokens = 0 if tokenizer is None else len(tokenizer)
+    known = read_architecture(config.model, model_folder(config.model), num_tokens)
+    architecture = with_tokens(known, num_tokens, config.model, config.lora)
+    of_ranks = rank_problem(config.parallel, config.train, ranks)
+    problems = [] if of_ranks is None else [of_ranks]
+    problems += layout_problems(
+        architecture, config.model, config.packing, config.parallel, config.lora
+    )
+    if problems:
+        raise ConfigError(problems, f"the layout of {ranks} ranks")
     plan = None if parsed.no_data else packing_plan(config, tokenizer, architecture)
     found = figures(config, architecture, plan, gpu, ranks, parsed.mfu)
     if parsed.plot is not None:
@@ -71,22 +79,6 @@ def run(parsed: argparse.Namespace) -> None:
 
         plot_plan(plan, parsed.plot)
     print(json.dumps(found) if parsed.json else as_text(found))
-
-
-def config_architecture(model: ModelConfig, tokenizer: Any) -> Architecture:
-    """The architecture that a configuration names, or describes by its shape."""
-    from sft_fast.models.architecture import (
-        architecture_from_hf,
-        architecture_from_shape,
-        read_hf_config,
-    )
-    from sft_fast.models.hub import local_folder
-
-    if model.path is None:
-        assert model.shape is not None, "the configuration demands one of the two"
-        return architecture_from_shape(model.shape, len(tokenizer))
-    folder = local_folder(model.path, model.revision, "model.path")
-    return architecture_from_hf(read_hf_config(folder))
 
 
 def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> StepPlan:
@@ -101,6 +93,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
         sources,
         tokenizer,
         lambda text: print(text, file=sys.stderr),
+        architecture,
     )
     return make_plan(store, config.packing, config.train, config.seed, architecture)
 

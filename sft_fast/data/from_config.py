@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sft_fast.data.build import BuildOptions, Progress
@@ -15,6 +14,7 @@ from sft_fast.data.mixture import prepare_mixture
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Source, load_records
 from sft_fast.data.store import TokenStore
+from sft_fast.models.locate import known_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,36 +75,6 @@ def build_options(
         ),
         row_functions=tuple(data.row_functions),
     )
-
-
-def known_architecture(model: ModelConfig) -> Architecture | None:
-    """The architecture of the configured model; None where it would have to be downloaded first."""
-    from sft_fast.models.architecture import (
-        architecture_from_hf,
-        architecture_from_shape,
-        read_hf_config,
-    )
-
-    if model.path is None:
-        assert model.shape is not None, "the configuration demands one of the two"
-        return architecture_from_shape(model.shape, vocab_size=1)
-    folder = Path(model.path)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-        except HFValidationError:
-            return None
-        if not isinstance(found, str):
-            return None
-        folder = Path(found).parent
-    try:
-        return architecture_from_hf(read_hf_config(folder))
-    except ValueError:
-        # Nothing that can be trained: whoever loads it will say why.
-        return None
 
 
 def open_configured_store(

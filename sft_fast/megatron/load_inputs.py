@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_fast.config.layout import check_layout
 from sft_fast.config.schema import Config
-from sft_fast.config.sections import DataConfig, LoraConfig, ModelConfig, TokenizerConfig
+from sft_fast.config.sections import DataConfig, LoraConfig, ModelConfig
 from sft_fast.data.build import Progress
 from sft_fast.data.export_metadata import ExportMetadata, export_metadata
 from sft_fast.data.from_config import find_sources, open_configured_store
@@ -18,14 +18,14 @@ from sft_fast.data.store import TokenStore, open_store
 from sft_fast.data.tokenizer import load_tokenizer
 from sft_fast.megatron.hf import GrownSource, RandomSource, SafetensorsSource, WeightSource
 from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
-from sft_fast.models.architecture import (
-    Architecture,
-    architecture_from_hf,
-    architecture_from_shape,
-    architecture_to_hf,
-    read_hf_config,
-)
+from sft_fast.models.architecture import Architecture, architecture_to_hf, read_hf_config
 from sft_fast.models.hub import local_folder
+from sft_fast.models.locate import (
+    model_folder,
+    read_architecture,
+    tokenizer_source,
+    with_tokens,
+)
 from sft_fast.models.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -116,78 +116,56 @@ def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
     Args:
         config: the configuration.
         needs_weights: False = random ones will do.
+
+    Raises:
+        ValueError: the tokenizer or the model is not what it should be, or does not fit.
     """
-    folder = None
-    if config.model.path is not None:
-        path, revision = config.model.path, config.model.revision
-        folder = fetch(path, revision, "model.path", needs_weights)
-    tokenizer = read_tokenizer(config.tokenizer, folder)
-    if folder is not None and not needs_weights:
-        random = config.model.model_copy(update={"random_init": True})
-        config = config.model_copy(update={"model": random})
-    return tokenizer, read_model(config, folder, len(tokenizer))
+    model = config.model
+    if model.path is not None and not needs_weights:
+        model = model.model_copy(update={"random_init": True})
+    folder = model_folder(model, fetch, with_weights=not model.random_init)
+    source = tokenizer_source(config.tokenizer, folder, fetch)
+    tokenizer = load_tokenizer(
+        source, config.tokenizer.chat_template, add_tokens=config.tokenizer.add_tokens
+    )
+    read = read_model(model, config.lora, config.seed, folder, len(tokenizer))
+    check_layout(read.architecture, model, config.packing, config.parallel, config.lora)
+    return tokenizer, read
 
 
-def fetch(path: str, revision: str | None, key: str, with_weights: bool = True) -> Path:
+def fetch(path: str, revision: str | None, key: str, with_weights: bool) -> Path:
     """Finds a directory or hub id; one rank per node downloads."""
     return once_per_node(key, lambda _: local_folder(path, revision, key, with_weights))
 
 
-def read_tokenizer(tokenizer: TokenizerConfig, model_folder: Path | None) -> Any:
-    """The tokenizer of the configuration, with its template and added tokens."""
-    path, template = tokenizer.path, tokenizer.chat_template
-    if path is None:
-        assert model_folder is not None, "the config demands a tokenizer for a model without path"
-        path = str(model_folder)
-    elif path != "demo":
-        path = str(fetch(path, None, "tokenizer.path"))
-    return load_tokenizer(path, template, add_tokens=tokenizer.add_tokens)
-
-
-def read_model(config: Config, folder: Path | None, num_tokens: int) -> Model:
+def read_model(
+    model: ModelConfig, lora: LoraConfig, seed: int, folder: Path | None, num_tokens: int
+) -> Model:
     """Reads architecture and weights.
+
+    Args:
+        model: section of the configuration.
+        lora: section of the configuration.
+        seed: of random weights.
+        folder: the model's directory; None for `model.shape`.
+        num_tokens: of the tokenizer.
 
     Raises:
         ValueError: the model is not supported, or the tokenizer has ids the model does not know.
     """
+    known = read_architecture(model, folder, num_tokens)
+    architecture = with_tokens(known, num_tokens, model, lora)
+    random = RandomSource(architecture, seed)
     if folder is None:
-        assert config.model.shape is not None, "the config demands model.path or model.shape"
-        architecture = architecture_from_shape(config.model.shape, num_tokens)
-        weights: WeightSource = RandomSource(architecture, config.seed)
-        return Model(architecture, weights, None, architecture_to_hf(architecture))
-    hf_config = read_hf_config(folder)
-    architecture = architecture_from_hf(hf_config)
-    num_known = architecture.vocab_size
-    if num_tokens > num_known:
-        check_growth(num_tokens, num_known, config.model, config.lora, folder)
-        architecture = replace(architecture, vocab_size=num_tokens)
-        hf_config["vocab_size"] = num_tokens
-    check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
-    if config.model.random_init:
-        return Model(architecture, RandomSource(architecture, config.seed), folder, hf_config)
-    known = replace(architecture, vocab_size=num_known)
+        return Model(architecture, random, None, architecture_to_hf(architecture))
+    hf_config = read_hf_config(folder) | {"vocab_size": architecture.vocab_size}
+    if model.random_init:
+        return Model(architecture, random, folder, hf_config)
     check_weights(folder, hf_config, known)
-    weights = SafetensorsSource(folder, known)
-    if num_tokens > num_known:
-        weights = GrownSource(weights, num_known, num_tokens)
+    weights: WeightSource = SafetensorsSource(folder, known)
+    if num_tokens > known.vocab_size:
+        weights = GrownSource(weights, known.vocab_size, num_tokens)
     return Model(architecture, weights, folder, hf_config)
-
-
-def check_growth(
-    num_tokens: int, num_known: int, model: ModelConfig, lora: LoraConfig, folder: Path
-) -> None:
-    """Raises ValueError unless the config says that the model gets more tokens."""
-    if model.new_embeddings == "error":
-        raise ValueError(
-            f"tokenizer.path: the tokenizer has {num_tokens} tokens, but vocab_size of "
-            f"{folder / 'config.json'} is {num_known}; use the model's own tokenizer, or if it is "
-            f"that with {num_tokens - num_known} more tokens, set model.new_embeddings=mean"
-        )
-    if lora.rank > 0:
-        raise ValueError(
-            f"lora.rank: the embeddings of {num_tokens - num_known} new tokens would never be "
-            "trained; train all weights (lora.rank=0), or use the model's own tokens"
-        )
 
 
 def find_rows(data: DataConfig) -> tuple[list[Source], list[Source] | None]:
@@ -212,7 +190,7 @@ def read_store(
         key: the key of the configuration that names the rows.
         rows: the sources.
         config: the options.
-        tokenizer: from `read_tokenizer`.
+        tokenizer: of the run.
         architecture: of the model.
         log: told how far this rank is; the node's other ranks log it.
         apart_from: a store that may not have a sample of this one.

@@ -1,6 +1,6 @@
 """Checks of a configuration against this machine: models, data, disk. Reads heads, not contents.
 
-Nothing is downloaded and torch is not imported: hub ids are taken on trust.
+Nothing is downloaded and torch is not imported: hub ids that are not cached are taken on trust.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_fast.config.layout import layout_problems
 from sft_fast.constants import DTYPE_BYTES
-from sft_fast.errors import Problem
+from sft_fast.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
@@ -69,6 +69,9 @@ def check_machine(config: Config) -> Findings:
             findings.architecture, config.model, config.lora, config.checkpoint, config.export
         )
         problems += _check_disk(Path(config.output_dir), needed, config.checkpoint, findings)
+    # Model and tokenizer are often one directory, of which both checks say the same.
+    findings.problems[:] = dict.fromkeys(findings.problems)
+    findings.notes[:] = dict.fromkeys(findings.notes)
     return findings
 
 
@@ -85,29 +88,26 @@ def _check_model(
     lora: LoraConfig,
     findings: Findings,
 ) -> Iterator[Problem]:
-    from sft_fast.models.architecture import (
-        architecture_from_hf,
-        read_hf_config,
-    )
+    from sft_fast.models.architecture import read_hf_config
+    from sft_fast.models.hub import is_downloaded, known_folder
+    from sft_fast.models.locate import read_architecture
 
     path = model.path
     if path is None:
-        assert model.shape is not None, "the configuration has a path or a shape"
-        return
-    folder = Path(path)
-    if not folder.is_dir():
-        yield from _missing(path, "model.path", "config.json and *.safetensors", findings)
         return
     try:
-        hf_config = read_hf_config(folder)
-        architecture = architecture_from_hf(hf_config)
-    except ValueError as error:
-        yield Problem(("model.path",), str(error).removeprefix("model.path: "), "a supported model")
+        folder = known_folder(path, model.revision, "model.path")
+        if folder is None or (is_downloaded(path) and not (folder / "config.json").is_file()):
+            findings.notes.append(_not_looked_at("model.path", path))
+            return
+        architecture = read_architecture(model, folder, num_tokens=0)
+    except ConfigError as error:
+        yield from error.problems
         return
     findings.architecture = architecture
     findings.notes.append(f"model.path: {folder / 'config.json'} is supported")
-    if not model.random_init:
-        yield from _check_weights(folder, hf_config, architecture)
+    if not model.random_init and not is_downloaded(path):
+        yield from _check_weights(folder, read_hf_config(folder), architecture)
     yield from layout_problems(architecture, model, packing, parallel, lora)
 
 
@@ -138,19 +138,22 @@ def _check_tokenizer(
     model: ModelConfig, tokenizer: TokenizerConfig, findings: Findings
 ) -> Iterator[Problem]:
     from sft_fast.data.templates import TEMPLATES
+    from sft_fast.models.hub import is_downloaded, known_folder
+    from sft_fast.models.locate import check_tokenizer_files
 
-    path, template = tokenizer.path, tokenizer.chat_template
-    key = "model.path" if path is None else "tokenizer.path"
-    folder = Path(path or model.path or "demo")
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-        yield Problem(
-            (key,),
-            f"{folder} has no tokenizer.json",
-            "a fast tokenizer",
-            "tokenizer.path=<directory or hub id of one>",
-        )
-    elif path is not None and path != "demo" and not folder.is_dir():
-        yield from _missing(path, key, "tokenizer.json", findings)
+    template = tokenizer.chat_template
+    key, path, revision = "tokenizer.path", tokenizer.path, None
+    if path is None:
+        assert model.path is not None, "the configuration demands a tokenizer for model.shape"
+        key, path, revision = "model.path", model.path, model.revision
+    try:
+        folder = None if path == "demo" else known_folder(path, revision, key)
+        if folder is not None and not is_downloaded(path):
+            check_tokenizer_files(folder, key)
+        elif path != "demo":
+            findings.notes.append(_not_looked_at(key, path))
+    except ConfigError as error:
+        yield from error.problems
     if template is not None and template not in TEMPLATES and not Path(template).is_file():
         from sft_fast.errors import nearest
 
@@ -317,20 +320,5 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _missing(path: str, key: str, content: str, findings: Findings) -> Iterator[Problem]:
-    from sft_fast.errors import nearest
-    from sft_fast.models.hub import HUB_ID
-
-    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not is_local and HUB_ID.fullmatch(path) and not Path(path).exists():
-        findings.notes.append(f"{key}: {path} is taken for a hub id and was not looked at")
-        return
-    parent = _existing(Path(path).expanduser())
-    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    near = nearest(Path(path).name, names)
-    yield Problem(
-        (key,),
-        f"{path} is not a directory",
-        f"a directory with {content}, or a hub id",
-        f"did you mean {parent / near}?" if near else f"the path is right up to {parent}",
-    )
+def _not_looked_at(key: str, path: str) -> str:
+    return f"{key}: {path} is taken for a hub id and was not looked at"

@@ -172,7 +172,7 @@ def test_check_plan_and_the_trainer_give_one_answer(
     mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], load: Load
 ) -> None:
     """Adapters on the default targets of a mixture, most of which are in its experts."""
-    from sft_fast.megatron.load_inputs import read_model
+    from sft_fast.models.locate import read_architecture
 
     overrides = [f"model.path={mixture}", "model.random_init=true", "lora.rank=4"]
     overrides += ["data.train=demo", f"output_dir={tmp_path / 'out'}"]
@@ -183,7 +183,8 @@ def test_check_plan_and_the_trainer_give_one_answer(
         answers.append(capsys.readouterr().err)
     config = load(BASE, *overrides)
     with pytest.raises(ConfigError) as caught:
-        read_model(config, mixture, 99)
+        architecture = read_architecture(config.model, mixture, 99)
+        check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
     answers.append(str(caught.value))
     problem = "gate_proj, up_proj, down_proj: selects no projection, and experts get no adapters"
     fix = "lora.targets=[q_proj,k_proj,v_proj,o_proj]"
@@ -191,6 +192,25 @@ def test_check_plan_and_the_trainer_give_one_answer(
         text = " ".join(answer.split())
         assert problem in text and fix in text, answer
     check_layout(MIXTURE, config.model, config.packing, config.parallel, load(BASE, fix).lora)
+
+
+def test_plan_prints_the_problems_that_check_prints(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(BASE)
+    overrides = [f"model.path={mixture}", "model.random_init=true", "data.train=demo"]
+    overrides += [f"output_dir={tmp_path / 'out'}", "parallel.expert=8", "parallel.tensor=4"]
+    overrides += ["packing.capacity=8192"]
+    (mixture / "tokenizer.json").touch()
+    printed = []
+    for command in (["check"], ["plan", "--no-data"]):
+        assert main([*command, str(tmp_path / "run.yaml"), *overrides, "--ranks", "3"]) != 0
+        lines = capsys.readouterr().err.splitlines()
+        printed.append(sorted(line for line in lines if line.startswith("  ")))
+    assert printed[0] == printed[1]
+    text = "\n".join(printed[0])
+    for found in ("3 ranks", "num_key_value_heads", "num_experts", "sequence parallel", "8192"):
+        assert found in text
 
 
 @pytest.mark.parametrize(
