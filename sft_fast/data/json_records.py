@@ -10,14 +10,17 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from itertools import islice
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
 CONTEXT_CHARACTERS = 80
+IDENTITY_BYTES = 1 << 16
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _PYTHON_LIST = re.compile(r"\s*[\[{]+\s*'")
@@ -53,6 +56,22 @@ class BadRecord:
     reason: str = "unreadable"
 
 
+class Place(NamedTuple):
+    """How far a part was read, as JSON can hold it; `read(place)` goes on behind it."""
+
+    number: int = 0
+    """Records read, unreadable ones included."""
+    line: int = 0
+    """Lines read."""
+    hint: Any = None
+    """How the part gets there without reading what comes before; None: it reads that again."""
+
+
+START = Place()
+Placed = Iterator[tuple[Place, SourceRecord | BadRecord]]
+"""Records, each with the place behind it."""
+
+
 class JsonPart:
     """One JSON Lines file, or one file with a JSON list; told apart by their first character."""
 
@@ -72,10 +91,19 @@ class JsonPart:
         with self._open() as stream:
             return count_lines(stream)
 
-    def read(self) -> Iterator[SourceRecord | BadRecord]:
+    def identity(self) -> str:
+        """A digest of what tells this part from another, without reading all of it."""
+        return self.digest() if self._content is not None else file_identity(self.name)
+
+    def read(self, start: Place = START) -> Placed:
+        """Yields the records behind `start`.
+
+        Raises:
+            ValueError: the file cannot be read, or is empty.
+        """
         try:
             is_list = self._first_character() == b"["
-            yield from self._read_list() if is_list else self._read_lines()
+            yield from self._read_list(start) if is_list else self._read_lines(start)
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error}") from error
 
@@ -97,32 +125,43 @@ class JsonPart:
                 head = block.lstrip()
         return head[:1]
 
-    def _read_lines(self) -> Iterator[SourceRecord | BadRecord]:
+    def _read_lines(self, start: Place) -> Placed:
+        number, offset = start.number, start.hint or 0
         with self._open() as stream:
-            for line, raw in enumerate(stream, start=1):
+            if self._content is None and self.name.endswith(tuple(COMPRESSIONS)):
+                # Compressed data has no way in but the beginning.
+                for _ in islice(stream, start.line):
+                    pass
+            else:
+                stream.seek(offset)
+            for line, raw in enumerate(stream, start.line + 1):
+                offset += len(raw)
                 if line == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.isspace():
                     continue
-                try:
-                    text = raw.decode("utf-8").rstrip("\r\n")
-                    values = _DECODER.decode(text)
-                except UnicodeDecodeError as error:
-                    yield self._bad(line, *_encoding_fault(error))
-                except json.JSONDecodeError as error:
-                    if line == 1 and text.strip() == "{":
-                        raise ValueError(
-                            f"{self.name}:1: one object over several lines; expected one object a "
-                            "line, or a list [{...}, {...}]"
-                        ) from None
-                    problem = f"not valid JSON: {_fault(error)}"
-                    yield self._bad(line, error.colno, problem, text)
-                except (ValueError, RecursionError) as error:
-                    yield self._bad(line, 1, f"not usable JSON: {error}", text)
-                else:
-                    yield self._record(values, line, text)
+                number += 1
+                yield Place(number, line, offset), self._parse(line, raw)
 
-    def _read_list(self) -> Iterator[SourceRecord | BadRecord]:
+    def _parse(self, line: int, raw: bytes) -> SourceRecord | BadRecord:
+        """The record of a line."""
+        try:
+            text = raw.decode("utf-8").rstrip("\r\n")
+            values = _DECODER.decode(text)
+        except UnicodeDecodeError as error:
+            return self._bad(line, *_encoding_fault(error))
+        except json.JSONDecodeError as error:
+            if line == 1 and text.strip() == "{":
+                raise ValueError(
+                    f"{self.name}:1: one object over several lines; expected one object a "
+                    "line, or a list [{...}, {...}]"
+                ) from None
+            return self._bad(line, error.colno, f"not valid JSON: {_fault(error)}", text)
+        except (ValueError, RecursionError) as error:
+            return self._bad(line, 1, f"not usable JSON: {error}", text)
+        return self._record(values, line, text)
+
+    def _read_list(self, start: Place) -> Placed:
         with self._open() as stream:
             raw = stream.read().removeprefix(b"\xef\xbb\xbf")
         try:
@@ -132,7 +171,7 @@ class JsonPart:
             raise ValueError(self._bad(line, *_encoding_fault(error)).message) from None
         decode = _DECODER.raw_decode
         position, line = _skip_space(text, text.index("[") + 1), 1
-        counted = 0
+        counted, number = 0, 0
         if text.startswith("]", position):
             raise ValueError(f"{self.name}: the list is empty; expected one record at least")
         while True:
@@ -144,7 +183,10 @@ class JsonPart:
                 raise self._syntax_error(text, error.pos, error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise self._syntax_error(text, position, str(error)) from None
-            yield self._record(values, line, text[position : position + CONTEXT_CHARACTERS])
+            number += 1
+            if number > start.number:
+                near = text[position : position + CONTEXT_CHARACTERS]
+                yield Place(number, line), self._record(values, line, near)
             end = _skip_space(text, end)
             if text.startswith("]", end):
                 break
@@ -206,6 +248,15 @@ def file_digest(file: str | BinaryIO) -> str:
         while block := stream.read(1 << 20):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def file_identity(name: str) -> str:
+    """xxh3_128 of a file's size and ends: files too large to be read twice are told apart by it."""
+    size = os.path.getsize(name)
+    with open(name, "rb") as stream:
+        head = stream.read(IDENTITY_BYTES)
+        stream.seek(max(size - IDENTITY_BYTES, 0))
+        return xxhash.xxh3_128_hexdigest(b"%d" % size + head + stream.read(IDENTITY_BYTES))
 
 
 def type_name(value: Any) -> str:

@@ -15,11 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
-from sft_fast.data.json_records import COMPRESSIONS, BadRecord, JsonPart, SourceRecord
+from sft_fast.data.json_records import (
+    COMPRESSIONS,
+    START,
+    BadRecord,
+    JsonPart,
+    Place,
+    Placed,
+    SourceRecord,
+)
 from sft_fast.data.table_records import EVAL_SPLITS, CsvPart, HubPart, TablePart, hub_eval_split
 
 KINDS = {
@@ -52,9 +60,30 @@ class _Part(Protocol):
 
     def digest(self) -> str: ...
 
+    def identity(self) -> str: ...
+
     def count(self) -> int | None: ...
 
-    def read(self) -> Iterator[SourceRecord | BadRecord]: ...
+    def read(self, start: Place = START) -> Placed: ...
+
+
+class Position(NamedTuple):
+    """How far a source was read, as JSON can hold it."""
+
+    passes: int = 0
+    """Whole passes over the source."""
+    part: int = 0
+    """Which of its files is being read."""
+    number: int = 0
+    """Records read in this pass."""
+    place: Place = START
+    """How far the file was read."""
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Position:
+        """The position that JSON has as a list."""
+        passes, part, number, place = values
+        return cls(passes, part, number, Place(*place))
 
 
 class Records:
@@ -102,6 +131,12 @@ class Records:
             hasher.update(part.digest().encode())
         return hasher.hexdigest()
 
+    @cached_property
+    def identity(self) -> str:
+        """xxh3_128 of what tells these records from others, without reading all of them."""
+        parts = [self._selection or "", *(part.identity() for part in self._parts)]
+        return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
     def count(self) -> int | None:
         """About how many records there are, without parsing them; None: it cannot be told."""
         counts = [part.count() for part in self._parts]
@@ -134,7 +169,7 @@ class Records:
         num_records, is_empty = 0, True
         for num_records, record in enumerate(self._scan_selection(), start=1):  # noqa: B007
             # An unreadable record is reported once: by the part that is trained on.
-            place = 1 - 2**-53 if isinstance(record, BadRecord) else _place(record)
+            place = 1 - 2**-53 if isinstance(record, BadRecord) else _share_of(record)
             if low <= place < high:
                 is_empty = False
                 yield record
@@ -168,9 +203,44 @@ class Records:
                 raise ValueError(record.message)
             yield record
 
+    def follow(
+        self, start: Position | None = None
+    ) -> Iterator[tuple[Position, SourceRecord | BadRecord]]:
+        """Yields the records behind `start`, for ever: after the last one comes the first again.
+
+        Returns: each record, with the position behind it.
+
+        Raises:
+            ValueError: there are no records, or slices that are no record numbers.
+        """
+        begin = start or Position()
+        while True:
+            is_empty = begin.number == 0
+            for position, record in self._follow_pass(begin):
+                is_empty = False
+                yield position, record
+            if is_empty:
+                raise ValueError(f"{self.name}: there are no records")
+            begin = Position(begin.passes + 1)
+
+    def _follow_pass(self, start: Position) -> Iterator[tuple[Position, SourceRecord | BadRecord]]:
+        """What is left of one pass."""
+        first, stop = _stream_bounds(self._selection or "[:]")
+        number = start.number
+        if number == stop:
+            return
+        for part_number, part in enumerate(self._parts[start.part :], start.part):
+            for place, record in part.read(start.place if part_number == start.part else START):
+                number += 1
+                if number > first:
+                    yield Position(start.passes, part_number, number, place), record
+                if number == stop:
+                    return
+
     def _scan_all(self) -> Iterator[SourceRecord | BadRecord]:
         for part in self._parts:
-            yield from part.read()
+            for _, record in part.read():
+                yield record
 
 
 @dataclass(frozen=True)
@@ -348,24 +418,27 @@ def _load_hub(source: str, split: str | None, evaluation: bool, streaming: bool)
         split = hub_eval_split(source, repo, config, rev) if evaluation else "train"
     bounds = None
     if streaming:
-        split, bounds = _stream_bounds(split)
+        slices = _selection(split) or ""
+        split, bounds = split.removesuffix(slices), _stream_bounds(slices or "[:]")
     return Records(f"{source}[{split}]", [HubPart(source, repo, config, rev, split, bounds)])
 
 
-def _stream_bounds(split: str) -> tuple[str, tuple[int, int | None]]:
-    """Split name, and first record and end of what is streamed."""
-    slices = _selection(split)
-    numbers = _RECORD_NUMBERS.fullmatch(slices or "[:]")
+def _stream_bounds(slices: str) -> tuple[int, int | None]:
+    """Numbers of the first record that is streamed and of the one behind the last; None: the end.
+
+    Raises:
+        ValueError: the slices are no record numbers.
+    """
+    numbers = _RECORD_NUMBERS.fullmatch(slices)
     if not numbers:
         raise ValueError(
-            f"cannot stream {split!r}: only record numbers are known before the end, "
+            f"cannot stream the slice {slices!r}: only record numbers are known before the end, "
             "for example 'train[:10000]'; or set data.streaming: false"
         )
-    start, stop = int(numbers[1] or 0), int(numbers[2]) if numbers[2] else None
-    return split.removesuffix(slices or ""), (start, stop)
+    return int(numbers[1] or 0), int(numbers[2]) if numbers[2] else None
 
 
-def _place(record: SourceRecord) -> float:
+def _share_of(record: SourceRecord) -> float:
     """A number in [0, 1) that the content of a record decides."""
     text = json.dumps(record.values, sort_keys=True, default=str)
     return (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) >> 11) / 2**53

@@ -11,16 +11,21 @@ from itertools import islice
 from typing import Any
 
 from sft_fast.data.json_records import (
+    START,
     BadRecord,
+    Place,
+    Placed,
     SourceRecord,
     count_lines,
     file_digest,
+    file_identity,
     open_content,
 )
 from sft_fast.data.table_values import record_converter
 
 _OTHER_DELIMITER = re.compile(r"[;\t|,]")
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
+ROWS_PER_STATE = 256
 
 
 class CsvPart:
@@ -42,7 +47,16 @@ class CsvPart:
         with open_content(self.name) as stream:
             return count_lines(stream) - 1
 
-    def read(self) -> Iterator[SourceRecord | BadRecord]:
+    def identity(self) -> str:
+        """As `JsonPart.identity`."""
+        return file_identity(self.name)
+
+    def read(self, start: Place = START) -> Placed:
+        """Yields the records behind `start`; what comes before is parsed again.
+
+        Raises:
+            ValueError: the file is no CSV, or holds no record.
+        """
         # The limit of 128 KiB a field is shorter than some answers.
         csv.field_size_limit(sys.maxsize)
         delimiter = "\t" if ".tsv" in self.name else ","
@@ -50,9 +64,7 @@ class CsvPart:
         try:
             columns = next(reader, None)
             if not columns:
-                raise ValueError(
-                    f"{self.name}: the file is empty; expected column names and records"
-                )
+                raise ValueError(f"{self.name}: the file is empty; expected column names and rows")
             if len(columns) == 1 and (found := _OTHER_DELIMITER.search(columns[0])):
                 raise ValueError(
                     f"{self.name}:1: the column names are separated by {found[0]!r}; expected "
@@ -60,24 +72,30 @@ class CsvPart:
                 )
             if len(set(columns)) != len(columns):
                 raise ValueError(f"{self.name}:1: a column name occurs twice: {', '.join(columns)}")
-            yield from self._records(reader, columns)
+            for number, (line, values) in enumerate(self._rows(reader), start=1):
+                if number > start.number:
+                    yield Place(number, reader.line_num), self._record(line, values, columns)
         except csv.Error as error:
             raise ValueError(f"{self.name}:{reader.line_num}: not valid CSV: {error}") from None
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error}") from error
 
-    def _records(self, reader: Any, columns: list[str]) -> Iterator[SourceRecord | BadRecord]:
+    def _rows(self, reader: Any) -> Iterator[tuple[int, list[str]]]:
+        """First line and fields of each row that is not blank."""
         line, count = reader.line_num + 1, 0
         for values in reader:
             count += 1
-            if len(values) == len(columns):
-                yield SourceRecord(dict(zip(columns, values, strict=True)), self.name, line)
-            elif values:
-                problem = f"{len(values)} fields; expected {len(columns)} ({', '.join(columns)})"
-                yield BadRecord(self.name, line, f"{self.name}:{line}: the record has {problem}")
+            if values:
+                yield line, values
             line = reader.line_num + 1
         if not count:
             raise ValueError(f"{self.name}: there are column names but no records")
+
+    def _record(self, line: int, values: list[str], columns: list[str]) -> SourceRecord | BadRecord:
+        if len(values) == len(columns):
+            return SourceRecord(dict(zip(columns, values, strict=True)), self.name, line)
+        problem = f"{len(values)} fields; expected {len(columns)} ({', '.join(columns)})"
+        return BadRecord(self.name, line, f"{self.name}:{line}: the record has {problem}")
 
     def _lines(self) -> Iterator[str]:
         with open_content(self.name) as stream:
@@ -111,25 +129,29 @@ class TablePart:
 
         return pyarrow.parquet.read_metadata(self.name).num_rows
 
-    def read(self) -> Iterator[SourceRecord | BadRecord]:
+    def identity(self) -> str:
+        """As `JsonPart.identity`."""
+        return file_identity(self.name)
+
+    def read(self, start: Place = START) -> Placed:
+        """Yields the records behind `start`.
+
+        Raises:
+            ValueError: the file cannot be read, or has no rows.
+        """
         import datasets
 
-        number = 0
         try:
             # Streaming reads the file where it is; otherwise it would be copied to a cache first.
-            records = datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 self._kind, data_files=[self.name], split="train", streaming=True
             )
-            convert = record_converter(records.features)
-            for number, values in enumerate(records, start=1):
-                yield SourceRecord(convert(values), self.name, number)
+            yield from _read_dataset(dataset, self.name, start)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             hint = "; write that column as JSON text" if "dtype equivalent" in str(error) else ""
             raise ValueError(
                 f"{self.name}: not a readable {self._kind} file: {error}{hint}"
             ) from error
-        if number == 0:
-            raise ValueError(f"{self.name}: the file has no records")
 
 
 class HubPart:
@@ -169,10 +191,9 @@ class HubPart:
 
     @cached_property
     def _dataset(self) -> Any:
+        """The downloaded split."""
         builder = self._builder
         try:
-            if self._bounds is not None:
-                return builder.as_streaming_dataset(split=self._split)
             builder.download_and_prepare()
             return builder.as_dataset(split=self._split)
         except (OSError, ValueError) as error:
@@ -188,14 +209,47 @@ class HubPart:
         """Rows; None for a stream."""
         return len(self._dataset) if self._bounds is None else None
 
-    def read(self) -> Iterator[SourceRecord | BadRecord]:
-        start, stop = self._bounds or (0, None)
-        number = start
-        convert = record_converter(getattr(self._dataset, "features", None))
-        for number, values in enumerate(islice(self._dataset, start, stop), start=start + 1):
-            yield SourceRecord(convert(values), self.name, number)
-        if number == start:
-            raise ValueError(f"{self.name}: the split has no records")
+    def identity(self) -> str:
+        """As `JsonPart.identity`."""
+        return self.digest()
+
+    def read(self, start: Place = START) -> Placed:
+        """Yields the records behind `start`.
+
+        Raises:
+            ValueError: the hub does not give them, or there are none.
+        """
+        if self._bounds is None:
+            yield from _read_dataset(self._dataset, self.name, start)
+            return
+        try:
+            # A new one for every pass: a stream that was told where to begin begins there again.
+            dataset = self._builder.as_streaming_dataset(split=self._split)
+            yield from _read_dataset(dataset, self.name, start, *self._bounds)
+        except OSError as error:
+            raise hub_error(self._source, error) from error
+
+
+def _read_dataset(
+    dataset: Any, name: str, start: Place, first: int = 0, stop: int | None = None
+) -> Placed:
+    """Yields rows first to stop - 1 of a `datasets` data set, those behind `start`."""
+    begin, hint = max(start.number, first), start.hint
+    skipped = begin
+    if hint is not None:
+        # The state of a stream leads to its rows without reading what comes before.
+        state, place_of_state = hint
+        dataset.load_state_dict(state)
+        skipped -= place_of_state
+    end = None if stop is None else skipped + max(stop - begin, 0)
+    number, convert = begin, record_converter(getattr(dataset, "features", None))
+    for number, values in enumerate(islice(dataset, skipped, end), start=begin + 1):
+        # Taking the state costs as much as a few rows.
+        if number % ROWS_PER_STATE == 0 and hasattr(dataset, "state_dict"):
+            hint = (dataset.state_dict(), number)
+        yield Place(number, number, hint), SourceRecord(convert(values), name, number)
+    if number == first:
+        raise ValueError(f"{name}: there are no records")
 
 
 def hub_eval_split(source: str, repo: str, config: str | None, rev: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Supervised tokens of stored samples, and the weights of their losses, counted."""
+"""What filling and counting read of a token store, and its supervised tokens, counted."""
 
 from typing import Protocol
 
@@ -8,26 +8,33 @@ from numpy.typing import NDArray
 from sft_fast import _C
 
 
-class StoredTargets(Protocol):
-    """What `count_targets` reads of a token store; see `packing.micro_batch.TokenStore`."""
+class StoredTokens(Protocol):
+    """The arrays of a token store, on disk or in memory."""
 
     @property
-    def tokens(self) -> NDArray[np.uint32]: ...
+    def tokens(self) -> NDArray[np.uint32]:
+        """uint32 [total]."""
+
     @property
-    def supervised_bits(self) -> NDArray[np.uint8]: ...
+    def supervised_bits(self) -> NDArray[np.uint8]:
+        """uint8 [ceil(total / 8)], little-endian bits; 1 = the token is a target."""
+
     @property
-    def offsets(self) -> NDArray[np.int64]: ...
+    def offsets(self) -> NDArray[np.int64]:
+        """int64 [num_samples + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
+
     @property
-    def weights(self) -> NDArray[np.float16] | None: ...
+    def weights(self) -> NDArray[np.float16] | None:
+        """float16 [total], factor of each token's loss as a target, above 0; None = all 1."""
 
 
 def count_targets(
-    store: StoredTargets,
+    store: StoredTokens,
 ) -> tuple[NDArray[np.int32], NDArray[np.float64] | None]:
     """Returns the targets of each sample, int32 [N], and the sum of their weights, float64 [N].
 
-    The first token of a sample is no target: there is no row before it. The sums are None where
-    all weights are 1.
+    The first token of a sample is no target: no token before it predicts it. The sums are None
+    where all weights are 1.
     """
     weights = None if store.weights is None else store.weights.view(np.uint16)
     return _C.count_targets(store.tokens, store.supervised_bits, store.offsets, weights)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,26 +10,7 @@ from torch import Tensor
 
 from sft_fast import _C
 from sft_fast.constants import IGNORE_INDEX
-
-
-class TokenStore(Protocol):
-    """What filling reads; `sft_fast.data.store.TokenStore` is one."""
-
-    @property
-    def tokens(self) -> NDArray[np.uint32]:
-        """uint32 [total]."""
-
-    @property
-    def supervised_bits(self) -> NDArray[np.uint8]:
-        """uint8 [ceil(total / 8)], little-endian bits; 1 = the token is a target."""
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """int64 [num_samples + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
-
-    @property
-    def weights(self) -> NDArray[np.float16] | None:
-        """float16 [total], factor of each token's loss as a target, above 0; None = all 1."""
+from sft_fast.data.targets import StoredTokens
 
 
 @dataclass(frozen=True)
@@ -255,7 +235,7 @@ class RowBuffers:
 
 
 def fill_micro_batch(
-    store: TokenStore,
+    store: StoredTokens,
     sample_ids: Sequence[int] | NDArray[np.int64],
     num_rows: int,
     *,

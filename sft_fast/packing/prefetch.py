@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from sft_fast.constants import ceil_div
+from sft_fast.data.targets import StoredTokens
 from sft_fast.packing.micro_batch import (
     PLAIN_LAYOUT,
     MicroBatch,
     RowBuffers,
     RowLayout,
-    TokenStore,
     fill_micro_batch,
 )
 
@@ -123,7 +123,7 @@ class BatchLoader(Iterator[MicroBatch]):
 
     def __init__(
         self,
-        store: TokenStore,
+        store: StoredTokens,
         rows: Iterable[Row],
         device: torch.device | str,
         *,
@@ -171,7 +171,7 @@ class BatchLoader(Iterator[MicroBatch]):
         self.prefetcher = Prefetcher(self.fill(store, rows, layout, dtype), depth)
 
     def fill(
-        self, store: TokenStore, rows: Iterable[Row], layout: RowLayout, dtype: torch.dtype
+        self, store: StoredTokens, rows: Iterable[Row], layout: RowLayout, dtype: torch.dtype
     ) -> Generator[MicroBatch, None, None]:
         """Yields the micro-batches on the host; runs in the thread."""
         for number, (sample_ids, num_rows) in enumerate(rows):

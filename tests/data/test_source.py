@@ -304,9 +304,9 @@ def test_hub_is_streamed_by_row_numbers(hub: FakeHub) -> None:
     assert [(row.values["question"], row.line) for row in rows] == [("r", 2)]
     assert "download" not in hub.asked
     assert len(list(load_records("owner/name", streaming=True))) == 3
-    with pytest.raises(ValueError, match="the split has no records"):
+    with pytest.raises(ValueError, match="there are no records"):
         list(load_records("owner/name", "train[9:]", streaming=True))
-    with pytest.raises(ValueError, match=r"cannot stream 'train\[:1%\]': only record numbers"):
+    with pytest.raises(ValueError, match=r"cannot stream the slice '\[:1%\]': only record numbers"):
         load_records("owner/name", "train[:1%]", streaming=True)
 
 
