@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,7 +16,6 @@ import xxhash
 
 from sft_fast.data.choices import OnBadRecord, OverLength
 from sft_fast.data.format_registry import (
-    can_be_loaded_elsewhere,
     code_digest,
     format_names,
     load_format,
@@ -25,7 +23,6 @@ from sft_fast.data.format_registry import (
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.sample_maker import (
-    Batch,
     MakerOptions,
     Outcome,
     SampleMaker,
@@ -46,8 +43,8 @@ PROGRESS_SECONDS = 1.0
 Progress = Callable[[str], None]
 # Reasons in the list of rejected records that are no rejections, or follow from a chosen policy.
 _NOTES = ("truncated", "split")
-_WANTED = ("too long",)
-_TRUNCATED = "nothing to learn"
+WANTED = ("too long",)
+TRUNCATED = "nothing to learn"
 
 
 @dataclass(frozen=True)
@@ -187,14 +184,7 @@ class _Builder:
         self._writer = writer
         self._progress = progress
         self._told = time.monotonic()
-        self._maker_options = MakerOptions(
-            source.format_name,
-            source.fields,
-            options.row_functions,
-            options.mask,
-            options.capacity,
-            options.over_length,
-        )
+        self._maker_options = maker_options(source, options)
         self._maker = SampleMaker(tokenizer, self._maker_options)
         self._report = DataReport(
             source=source.records.name,
@@ -202,25 +192,21 @@ class _Builder:
             left_out=list(source.records.left_out),
         )
         self._bad_records: list[tuple[str, str]] = []
-        self._unread: deque[list[tuple[int, Outcome]]] = deque()
 
     def run(self, processes: int | None) -> DataReport:
-        names = format_names() if self._source.format_name == "auto" else ()
-        names = names or (self._source.format_name,)
-        if not can_be_loaded_elsewhere(names, self._options.row_functions):
-            processes = 1
         columns: dict[str, str] = {}
-        outcomes = make_all(
-            self._maker, self._tokenizer, self._maker_options, self._batches(), processes
-        )
-        for batch in outcomes:
-            for place, outcome in self._unread.popleft():
-                batch.insert(place, outcome)
-            for outcome in batch:
+        for batch in make_all(
+            self._maker,
+            self._tokenizer,
+            self._maker_options,
+            self._records(),
+            processes,
+            batch_records=BATCH_RECORDS,
+            needs_samples=self._needs_samples,
+        ):
+            for _, outcome in batch:
                 self._add(outcome)
             self._tell()
-        for _, outcome in self._unread.popleft():
-            self._add(outcome)
         for file, known in self._maker.files.items():
             read = [column for column in known.types if column not in known.unread]
             unread = f"; not read: {', '.join(known.unread)}" if known.unread else ""
@@ -236,74 +222,26 @@ class _Builder:
             raise
         return self._report
 
-    def _batches(self) -> Iterator[Batch]:
-        batch: list[SourceRecord] = []
-        # Records without a batch to go to come back in their place, whoever makes the others.
-        unread: list[tuple[int, Outcome]] = []
+    def _records(self) -> Iterator[tuple[None, SourceRecord | BadRecord]]:
         for record in self._source.records.scan():
             self._report.rows += 1
-            rejected = self._unusable(record)
-            if rejected is not None:
-                place = len(batch) + len(unread)
-                unread.append((place, Outcome(record.file, record.line, rejected=rejected)))
-                continue
-            assert isinstance(record, SourceRecord), "the others are unusable"
-            batch.append(record)
-            if len(batch) == BATCH_RECORDS:
-                self._unread.append(unread)
-                yield self._batch(batch)
-                batch, unread = [], []
-        if batch:
-            self._unread.append(unread)
-            yield self._batch(batch)
-            unread = []
-        self._unread.append(unread)
+            yield None, record
 
-    def _unusable(self, record: SourceRecord | BadRecord) -> tuple[str, str] | None:
-        """Reason and message for a record that cannot be read, or whose format nobody knows."""
-        if isinstance(record, BadRecord):
-            return record.reason, record.message
-        try:
-            self._maker.look(record)
-        except ValueError as error:
-            return "not in the format", f"{record.origin}: {error}"
-        return None
-
-    def _batch(self, records: list[SourceRecord]) -> Batch:
-        files = {record.file: self._maker.files[record.file] for record in records}
+    def _needs_samples(self) -> bool:
         # Once the build cannot succeed, the other records are only read, to list the bad ones.
-        is_lost = any(reason != _TRUNCATED for reason, _ in self._bad_records[:1])
-        needs_samples = not is_lost or self._options.on_bad_row == "skip"
-        return records, files, needs_samples
+        is_lost = any(reason != TRUNCATED for reason, _ in self._bad_records[:1])
+        return not is_lost or self._options.on_bad_row == "skip"
 
     def _add(self, outcome: Outcome) -> None:
-        report = self._report
-        report.longest = max(report.longest, outcome.longest)
-        if outcome.rejected is None:
-            report.truncated += outcome.truncated
-            report.cut_tokens += outcome.cut_tokens
-        report.split += len(outcome.samples) > 1
-        report.trimmed_turns += outcome.trimmed_turns
-        for name in outcome.unread:
-            report.unread[name] = report.unread.get(name, 0) + 1
-        if outcome.rejected is not None:
-            self._reject(outcome.file, outcome.line, *outcome.rejected)
-            return
-        for reason, message in outcome.notes:
+        for reason, message in count_record(self._report, outcome):
             self._writer.reject(outcome.file, outcome.line, reason, message)
+        if outcome.rejected is not None:
+            if outcome.rejected[0] not in WANTED:
+                self._bad_records.append(outcome.rejected)
+            return
         for sample in outcome.samples:
             ids, supervised = sample.input_ids, sample.supervised
             self._writer.add(ids, supervised, outcome.file, outcome.line, sample.weights)
-            report.samples += 1
-            report.tokens += len(ids)
-            report.supervised_tokens += int(np.count_nonzero(supervised[1:]))
-            report.boundary_tokens += sample.boundary_tokens
-
-    def _reject(self, file: str, line: int, reason: str, message: str) -> None:
-        if reason not in _WANTED:
-            self._bad_records.append((reason, message))
-        self._report.rejected[reason] = self._report.rejected.get(reason, 0) + 1
-        self._writer.reject(file, line, reason, message)
 
     @cached_property
     def _num_records(self) -> int | None:
@@ -320,6 +258,42 @@ class _Builder:
             )
 
 
+def maker_options(source: Source, options: BuildOptions) -> MakerOptions:
+    """How the records of `source` become samples."""
+    return MakerOptions(
+        source.format_name,
+        source.fields,
+        options.row_functions,
+        options.mask,
+        options.capacity,
+        options.over_length,
+    )
+
+
+def count_record(report: DataReport, outcome: Outcome) -> list[tuple[str, str]]:
+    """Counts what became of a record; a store and a stream count alike.
+
+    Returns: (reason, message) of all that is to be listed of it.
+    """
+    report.longest = max(report.longest, outcome.longest)
+    report.split += len(outcome.samples) > 1
+    report.trimmed_turns += outcome.trimmed_turns
+    for name in outcome.unread:
+        report.unread[name] = report.unread.get(name, 0) + 1
+    if outcome.rejected is not None:
+        reason = outcome.rejected[0]
+        report.rejected[reason] = report.rejected.get(reason, 0) + 1
+        return [outcome.rejected]
+    report.truncated += outcome.truncated
+    report.cut_tokens += outcome.cut_tokens
+    for sample in outcome.samples:
+        report.samples += 1
+        report.tokens += len(sample.input_ids)
+        report.supervised_tokens += int(np.count_nonzero(sample.supervised[1:]))
+        report.boundary_tokens += sample.boundary_tokens
+    return outcome.notes
+
+
 def check_store(store: TokenStore, options: BuildOptions) -> None:
     """Checks a store against the options that its fingerprint leaves out.
 
@@ -330,7 +304,7 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
     lines = store.rejected_path.read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     bad = [(entry["reason"], entry["message"]) for entry in entries]
-    ignored = (*_NOTES, *_WANTED)
+    ignored = (*_NOTES, *WANTED)
     bad = [entry for entry in bad if entry[0] not in ignored]
     _check_report(report, options, bad, store.rejected_path)
     if options.over_length == "error" and report.longest > options.capacity:
@@ -349,7 +323,7 @@ def _check_report(
     report: DataReport, options: BuildOptions, bad_records: list[tuple[str, str]], listed_in: Path
 ) -> None:
     """Checks what was left out, (reason, message) of each record; `listed_in` lists them all."""
-    unusable = [message for reason, message in bad_records if reason != _TRUNCATED]
+    unusable = [message for reason, message in bad_records if reason != TRUNCATED]
     if unusable and options.on_bad_row == "error":
         raise ValueError(
             f"{len(unusable)} of {report.rows} records of {report.source} cannot be used; mend or "

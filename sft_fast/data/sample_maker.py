@@ -9,17 +9,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sft_fast.data.choices import OverLength
 from sft_fast.data.conversation import Conversation
-from sft_fast.data.format_registry import apply_row_function
+from sft_fast.data.format_registry import (
+    apply_row_function,
+    can_be_loaded_elsewhere,
+    format_names,
+)
 from sft_fast.data.formats import ConversationReader, FileFormat
-from sft_fast.data.json_records import SourceRecord
+from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
 from sft_fast.runtime.processes import die_with_parent
@@ -73,6 +77,11 @@ class MakerOptions:
     mask: MaskOptions
     capacity: int
     over_length: OverLength
+
+    def can_be_made_elsewhere(self) -> bool:
+        """Whether other processes find the formats and row functions."""
+        names = format_names() if self.format_name == "auto" else ()
+        return can_be_loaded_elsewhere(names or (self.format_name,), self.row_functions)
 
 
 class SampleMaker:
@@ -229,6 +238,7 @@ class SampleMaker:
 
 
 Batch = tuple[Sequence[SourceRecord], Mapping[str, FileFormat], bool]
+Tag = TypeVar("Tag")
 _maker: SampleMaker | None = None
 
 
@@ -236,18 +246,63 @@ def make_all(
     maker: SampleMaker,
     tokenizer: PreTrainedTokenizerBase,
     options: MakerOptions,
-    batches: Iterable[Batch],
+    records: Iterable[tuple[Tag, SourceRecord | BadRecord]],
     processes: int | None,
-) -> Iterator[list[Outcome]]:
-    """Yields the outcomes of each batch, in order.
+    *,
+    batch_records: int,
+    needs_samples: Callable[[], bool] = lambda: True,
+) -> Iterator[list[tuple[Tag, Outcome]]]:
+    """Yields what becomes of records, batch after batch, in order.
 
     Args:
         maker: of this process.
-        tokenizer, options: for the makers of the other processes.
-        batches: arguments of `SampleMaker.make`.
+        tokenizer: for the makers of the other processes.
+        options: likewise.
+        records: each with whatever is to come back with its outcome.
         processes: how many; 1: this one; None: this one for small sources, else one per core.
+        batch_records: records of a batch; they are read ahead of the outcomes by a few batches.
+        needs_samples: asked for each batch; False: its records are only checked.
     """
-    batches = iter(batches)
+    known: deque[list[tuple[Tag, Outcome | None]]] = deque()
+
+    def batches() -> Iterator[Batch]:
+        numbered = iter(records)
+        while entries := list(islice(numbered, batch_records)):
+            usable: list[SourceRecord] = []
+            known.append([(tag, _look(maker, record, usable)) for tag, record in entries])
+            files = {record.file: maker.files[record.file] for record in usable}
+            yield usable, files, needs_samples()
+
+    if not options.can_be_made_elsewhere():
+        processes = 1
+    for outcomes in _make_batches(maker, tokenizer, options, batches(), processes):
+        made = iter(outcomes)
+        # Those that cannot be read come back in their place, whoever makes the others.
+        yield [(tag, outcome or next(made)) for tag, outcome in known.popleft()]
+
+
+def _look(
+    maker: SampleMaker, record: SourceRecord | BadRecord, usable: list[SourceRecord]
+) -> Outcome | None:
+    """The outcome of a record that cannot be read or has no format; None: it is added to usable."""
+    if isinstance(record, BadRecord):
+        return Outcome(record.file, record.line, rejected=(record.reason, record.message))
+    try:
+        maker.look(record)
+    except ValueError as error:
+        rejected = ("not in the format", f"{record.origin}: {error}")
+        return Outcome(record.file, record.line, rejected=rejected)
+    usable.append(record)
+    return None
+
+
+def _make_batches(
+    maker: SampleMaker,
+    tokenizer: PreTrainedTokenizerBase,
+    options: MakerOptions,
+    batches: Iterator[Batch],
+    processes: int | None,
+) -> Iterator[list[Outcome]]:
     if processes is None:
         for batch in islice(batches, SERIAL_BATCHES):
             yield maker.make(*batch)

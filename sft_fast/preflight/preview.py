@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import DataConfig, ModelConfig, PackingConfig
+from sft_fast.data.build import maker_options
 from sft_fast.data.choices import Part
 from sft_fast.data.from_config import build_options, find_sources
 from sft_fast.data.json_records import BadRecord, SourceRecord
-from sft_fast.data.sample_maker import MakerOptions, SampleMaker
+from sft_fast.data.sample_maker import SampleMaker
 from sft_fast.data.source import Source
 from sft_fast.data.tokens import Sample
 from sft_fast.packing.bins import BinPlan, PackingOptions, plan_bins
@@ -143,18 +144,7 @@ def sample_maker(
     tokenizer: PreTrainedTokenizerBase,
 ) -> SampleMaker:
     """Makes the samples of a source exactly as a run would."""
-    build = build_options(model, data, packing)
-    return SampleMaker(
-        tokenizer,
-        MakerOptions(
-            source.format_name,
-            source.fields,
-            build.row_functions,
-            build.mask,
-            build.capacity,
-            build.over_length,
-        ),
-    )
+    return SampleMaker(tokenizer, maker_options(source, build_options(model, data, packing)))
 
 
 def samples_of(
