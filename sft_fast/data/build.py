@@ -83,19 +83,22 @@ class BuildOptions:
 
 
 def store_fingerprint(
-    source: Source, tokenizer: PreTrainedTokenizerBase, options: BuildOptions
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: BuildOptions,
+    source_digest: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """xxh3_128 of everything that a store's content depends on, and the parts it is made of.
 
     Where the source and the tokenizer are kept does not count, only what they contain. Neither do
     the capacity, where no sample is changed for it, nor what is done about bad records: a store is
-    checked against these whenever it is opened.
+    checked against these whenever it is opened. `source_digest` stands in for that of the records.
     """
     is_auto = source.format_name == "auto"
     formats = format_names() if is_auto else (load_format(source.format_name).name,)
     parts: dict[str, Any] = {
         "code": CODE_VERSION,
-        "source": source.records.digest,
+        "source": source_digest or source.records.digest,
         "format": "auto" if is_auto else formats[0],
         "fields": dict(source.fields),
         "own_code": code_digest(formats, options.row_functions),

@@ -14,6 +14,7 @@ from sft_fast import _C
 from sft_fast.config.layout import batch_problem
 from sft_fast.constants import ceil_div, round_up
 from sft_fast.errors import ConfigError
+from sft_fast.data.memory_store import MemoryStore
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance
 from sft_fast.packing.bins import (
     DEFAULT_OPTIONS,
@@ -57,6 +58,7 @@ class Step:
         capacity: tokens per bin.
         alignment: a sample takes up a multiple of this many tokens.
         cost_model: decides which rank computes which bins.
+        store: where the samples are; None = in the token store that was planned.
     """
 
     bins: list[Bin]
@@ -66,6 +68,12 @@ class Step:
     capacity: int
     alignment: int
     cost_model: CostModel
+    store: MemoryStore | None = None
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """int64 [n], of all bins, one after another."""
+        return np.concatenate(self.bins)
 
     def micro_batches(self, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[list[Bin]]:
         """Returns one rank's share; see `StepPlan.micro_batches`."""
@@ -75,7 +83,7 @@ class Step:
 
     def costs(self) -> NDArray[np.int64]:
         """Returns int64 [num_bins], what each costs by the cost model; 0 if it is empty."""
-        sample_ids = np.concatenate(self.bins)
+        sample_ids = self.sample_ids
         rounded = round_up(self.lengths[sample_ids], self.alignment)
         costs = self.cost_model.costs(rounded, self.supervised[sample_ids])
         totals = np.concatenate([[0], np.cumsum(costs)])
@@ -83,7 +91,7 @@ class Step:
 
     def counts(self) -> StepCounts:
         """Returns what the step holds."""
-        sample_ids = np.concatenate(self.bins)
+        sample_ids = self.sample_ids
         lengths = self.lengths[sample_ids].astype(np.int64)
         num_supervised = int(self.supervised[sample_ids].sum(dtype=np.int64))
         weights = self.loss_weights

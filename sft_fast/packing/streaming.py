@@ -1,164 +1,122 @@
-"""Packing of samples that arrive one by one and may never end.
+"""The optimizer steps of samples that arrive one by one and may never end.
 
 The memory is bounded by the pool of the "window" strategy, whose order is the stream's own. Every
-rank reads the same stream and forms the same steps.
+rank reads the same stream and forms the same steps, at any layout.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from sft_fast import _C
+from sft_fast.data.memory_store import MemoryStore, StreamSample
+from sft_fast.data.stream import SampleStream, StreamState
 from sft_fast.data.targets import count_targets
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
-from sft_fast.packing.bins import DEFAULT_OPTIONS, VERSION, Bin, PackingOptions
+from sft_fast.packing.bins import DEFAULT_OPTIONS, Bin, PackingOptions
 from sft_fast.packing.choices import MAX_CAPACITY
-from sft_fast.packing.steps import Step
+from sft_fast.packing.steps import Step, StepCounts
 
 
 @dataclass(frozen=True)
-class StreamSample:
-    """One sample of a stream."""
+class StreamPlanState:
+    """Where the plan of a stream stands between two steps; enough to continue it elsewhere."""
 
-    tokens: NDArray[np.uint32]
-    """uint32 [n]."""
-    supervised: NDArray[np.bool_]
-    """bool [n]; True = the token is a target."""
-    weights: NDArray[np.float16] | None = None
-    """float16 [n], factor of each token's loss as a target, above 0; None = all 1."""
-
-
-@dataclass(frozen=True)
-class SampleStore:
-    """Samples in the layout of a token store."""
-
-    tokens: NDArray[np.uint32]
-    """uint32 [total]."""
-    supervised_bits: NDArray[np.uint8]
-    """uint8 [ceil(total / 8)], little-endian bits."""
-    offsets: NDArray[np.int64]
-    """int64 [num_samples + 1]."""
-    weights: NDArray[np.float16] | None = None
-    """float16 [total]; None = all 1."""
-
-    @classmethod
-    def of(cls, samples: list[StreamSample]) -> "SampleStore":
-        """Returns a store of `samples`; it has weights if one of them has."""
-        weights = None
-        if any(sample.weights is not None for sample in samples):
-            weights = np.concatenate(
-                [
-                    np.ones(len(one.tokens), np.float16) if one.weights is None else one.weights
-                    for one in samples
-                ]
-            )
-        supervised = [np.zeros(0, np.bool_), *(sample.supervised for sample in samples)]
-        return cls(
-            np.concatenate([np.zeros(0, np.uint32), *(sample.tokens for sample in samples)]),
-            np.packbits(np.concatenate(supervised), bitorder="little"),
-            np.cumsum([0, *(len(sample.tokens) for sample in samples)], dtype=np.int64),
-            weights,
-        )
-
-    def samples(self) -> list[StreamSample]:
-        """Returns the samples, as views."""
-        supervised = np.unpackbits(self.supervised_bits, bitorder="little").astype(np.bool_)
-        return [
-            StreamSample(
-                self.tokens[begin:end],
-                supervised[begin:end],
-                None if self.weights is None else self.weights[begin:end],
-            )
-            for begin, end in pairwise(self.offsets.tolist())
-        ]
-
-
-@dataclass(frozen=True)
-class StreamStep(Step):
-    """A step of a stream; its bins hold places in `store`."""
-
-    store: SampleStore
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """Where a stream stands between two steps; enough to continue it elsewhere."""
-
-    fingerprint: str
-    """Of the options of the plan."""
+    stream: StreamState
     num_read: int
-    """Samples taken from the stream; a continued plan is given the ones after these."""
+    """Samples taken from the stream."""
     num_draws: int
-    """Random numbers drawn."""
+    """Random numbers that the packer drew."""
     ids: NDArray[np.int64]
     """int64 [n], the samples that were read and are in no step yet, by their number in the
     stream; in the order in which the packer must be given them."""
-    tokens: NDArray[np.uint32]
-    """uint32 [total], of these samples."""
-    supervised_bits: NDArray[np.uint8]
-    """uint8 [ceil(total / 8)], little-endian bits."""
-    offsets: NDArray[np.int64]
-    """int64 [n + 1], into tokens."""
-    weights: NDArray[np.float16]
-    """float16 [total], or empty: all 1."""
-    rest_offsets: NDArray[np.int64]
-    """int64 [num_bins + 1], into ids, once the stream has ended: the bins that are left. Else
-    empty."""
+    pool: tuple[StreamSample, ...]
+    """These samples."""
 
-    def save(self, path: Path) -> None:
-        """Writes an .npz file."""
-        arrays: dict[str, Any] = {
-            field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
+    def to_bytes(self) -> bytes:
+        """The content of a safetensors file."""
+        store = MemoryStore.of((*self.pool, *self.stream.buffer, *self.stream.waiting))
+        tensors: dict[str, NDArray[Any]] = {
+            "ids": self.ids,
+            "tokens": store.tokens,
+            "supervised_bits": store.supervised_bits,
+            "offsets": store.offsets,
         }
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
+        if store.weights is not None:
+            tensors["weights"] = store.weights
+        text = {
+            "num_read": str(self.num_read),
+            "num_draws": str(self.num_draws),
+            "stream": self.stream.as_json(),
+            "origins": json.dumps(store.origins),
+        }
+        return save(tensors, text)
 
     @classmethod
-    def load(cls, path: Path) -> "StreamState":
-        """Reads what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            values = {field.name: arrays[field.name] for field in fields(cls)}
-        # Numbers and text come back as arrays without dimensions.
-        return cls(
-            **{name: array if array.ndim else array.item() for name, array in values.items()}
+    def read(cls, path: Path) -> StreamPlanState:
+        """Reads a file of what `to_bytes` returned."""
+        with safe_open(path, "numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = file.metadata()
+        ids = tensors.pop("ids")
+        store = MemoryStore(
+            tensors["tokens"],
+            tensors["supervised_bits"],
+            tensors["offsets"],
+            tensors.get("weights"),
+            tuple(json.loads(text["origins"])),
         )
+        samples = store.samples()
+        stream = StreamState.of(text["stream"], samples[len(ids) :])
+        numbers = (int(text["num_read"]), int(text["num_draws"]))
+        return cls(stream, *numbers, ids, tuple(samples[: len(ids)]))
 
 
-class StreamPlan(Iterator[StreamStep]):
-    """The optimizer steps of a stream of samples.
+class StreamPlan:
+    """Every optimizer step of a stream; the counterpart of `StepPlan`.
 
-    A step is `global_batch_size` bins; the last one is completed with empty bins. How many steps
-    there are is known only at the end.
+    A step is `global_batch_size` bins. Steps are made one after another, by the thread that asks
+    first; those before the last one whose counts were asked for are forgotten.
     """
+
+    strategy = "window"
 
     def __init__(
         self,
-        samples: Iterator[StreamSample],
+        samples: SampleStream,
         *,
         capacity: int,
         global_batch_size: int,
         seed: int = 0,
         options: PackingOptions = DEFAULT_OPTIONS,
         cost_model: CostModel = DEFAULT_COST_MODEL,
-        state: StreamState | None = None,
+        first_step: int = 0,
+        state: StreamPlanState | None = None,
     ) -> None:
         """Reads nothing yet.
 
         Args:
-            samples: in an order that is random enough to train on; the same on every rank.
+            samples: at the beginning, or where `state` has it.
             capacity: tokens per bin, a multiple of the alignment.
             global_batch_size: bins per step, over all data-parallel ranks.
             seed: in [0, 2**64).
+            options: limits on bins.
             cost_model: decides which rank computes which bins of a step, and nothing else.
-            state: continue from here; `samples` then begins after the first state.num_read ones.
+            first_step: number of the step that comes first.
+            state: continue from here.
 
         Raises:
-            ValueError: an argument is out of range, or `state` is that of other options.
+            ValueError: an argument is out of range.
         """
         if not 1 <= capacity <= MAX_CAPACITY or not 0 <= seed < 2**64 or global_batch_size < 1:
             raise ValueError(
@@ -166,20 +124,11 @@ class StreamPlan(Iterator[StreamStep]):
                 f"{global_batch_size}; expected 1 to {MAX_CAPACITY}, [0, 2**64), at least 1"
             )
         cost_model.check(capacity * global_batch_size, longest=capacity)
-        self.source = samples
+        self.samples = samples
         self.capacity = capacity
         self.global_batch_size = global_batch_size
         self.options = options
         self.cost_model = cost_model
-        self.fingerprint = (
-            f"version={VERSION} stream capacity={capacity} seed={seed} "
-            f"global_batch_size={global_batch_size} {options}"
-        )
-        if state is not None and state.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"the saved stream was packed with {state.fingerprint}, this run has "
-                f"{self.fingerprint}; restore the old options, or start anew"
-            )
         self.packer = _C.StreamPacker(
             capacity,
             seed,
@@ -190,67 +139,60 @@ class StreamPlan(Iterator[StreamStep]):
         )
         self.held: dict[int, StreamSample] = {}
         self.num_read = 0
-        # The last bins, once the stream has ended.
-        self.rest: list[Bin] | None = None
         if state is not None:
-            self.restore(state)
+            self.num_read = state.num_read
+            self.held = dict(zip(state.ids.tolist(), state.pool, strict=True))
+            for number, sample in self.held.items():
+                self.packer.add(number, len(sample.tokens))
+        # A step is asked for by the thread that fills micro-batches, and by the training loop.
+        self.lock = threading.Lock()
+        # All below is read and written under `lock`.
+        self.next_step = first_step
+        self.made: deque[tuple[int, Step, StreamPlanState]] = deque()
 
-    def restore(self, state: StreamState) -> None:
-        """Takes in the samples that were held."""
-        weights = state.weights if state.weights.size else None
-        store = SampleStore(state.tokens, state.supervised_bits, state.offsets, weights)
-        self.held = dict(zip(state.ids.tolist(), store.samples(), strict=True))
-        self.num_read = state.num_read
-        if state.rest_offsets.size:
-            self.rest = [state.ids[begin:end] for begin, end in pairwise(state.rest_offsets)]
-            return
-        for sample_id, sample in self.held.items():
-            self.packer.add(sample_id, len(sample.tokens))
-
-    def state(self) -> StreamState:
-        """Returns where the stream stands, the last step done."""
-        ids, rest_offsets = self.packer.ids(), np.zeros(0, np.int64)
-        if self.rest is not None:
-            ids = np.concatenate([np.zeros(0, np.int64), *self.rest])
-            rest_offsets = np.cumsum([0, *map(len, self.rest)], dtype=np.int64)
-        store = SampleStore.of([self.held[sample_id] for sample_id in ids.tolist()])
-        return StreamState(
-            self.fingerprint,
-            self.num_read,
-            self.packer.num_draws,
-            ids,
-            store.tokens,
-            store.supervised_bits,
-            store.offsets,
-            np.zeros(0, np.float16) if store.weights is None else store.weights,
-            rest_offsets,
-        )
-
-    def __next__(self) -> StreamStep:
-        """Returns the next step.
+    def step(self, number: int) -> Step:
+        """Returns a step, over all ranks; its ids are places in its own store.
 
         Raises:
-            StopIteration: the stream has ended, and all of its samples have been in a step.
-            ValueError: a sample is empty, longer than a bin, or not of the right types.
+            ValueError: a record cannot be used; see `SampleStream`.
         """
-        bins: list[Bin] = []
-        while len(bins) < self.global_batch_size:
-            ids = self.next_bin()
-            if ids is None:
-                break
-            bins.append(ids)
-        if not bins:
-            raise StopIteration
-        samples = [self.held.pop(sample_id) for sample_id in np.concatenate(bins).tolist()]
-        lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
-        store = SampleStore.of(samples)
+        with self.lock:
+            while self.next_step <= number:
+                step = self.make_step()
+                self.made.append((self.next_step, step, self.snapshot()))
+                self.next_step += 1
+            return next(step for made, step, _ in self.made if made == number)
+
+    def counts(self, number: int) -> StepCounts:
+        """Returns what a whole step holds; no step before it can be asked for any more."""
+        counts = self.step(number).counts()
+        with self.lock:
+            while self.made[0][0] < number:
+                self.made.popleft()
+        return counts
+
+    def state(self, number: int) -> StreamPlanState:
+        """Returns where the stream stood before step `number`, the one before it being kept."""
+        with self.lock:
+            return next(state for made, _, state in self.made if made == number - 1)
+
+    def snapshot(self) -> StreamPlanState:
+        """Returns where the stream stands; samples are shared, not copied."""
+        ids = self.packer.ids()
+        pool = tuple(self.held[number] for number in ids.tolist())
+        stream = self.samples.state()
+        return StreamPlanState(stream, self.num_read, self.packer.num_draws, ids, pool)
+
+    def make_step(self) -> Step:
+        """Returns the next step."""
+        bins = [self.next_bin() for _ in range(self.global_batch_size)]
+        samples = [self.held.pop(number) for number in np.concatenate(bins).tolist()]
+        store = MemoryStore.of(samples)
         supervised, loss_weights = count_targets(store)
         ends = np.cumsum([len(ids) for ids in bins])
-        places = np.split(np.arange(len(samples), dtype=np.int64), ends[:-1])
-        empty = [np.empty(0, np.int64)] * (self.global_batch_size - len(bins))
-        return StreamStep(
-            bins=places + empty,
-            lengths=lengths,
+        return Step(
+            bins=np.split(np.arange(len(samples), dtype=np.int64), ends[:-1]),
+            lengths=store.lengths,
             supervised=supervised,
             loss_weights=loss_weights,
             capacity=self.capacity,
@@ -259,37 +201,11 @@ class StreamPlan(Iterator[StreamStep]):
             store=store,
         )
 
-    def next_bin(self) -> Bin | None:
-        """Returns the numbers of the samples of the next bin; None at the end."""
-        while self.rest is None and self.packer.needs_more():
-            sample = next(self.source, None)
-            if sample is None:
-                self.rest = self.packer.take_rest()
-            else:
-                self.add(sample)
-        if self.rest is None:
-            return self.packer.take_bin()
-        return self.rest.pop(0) if self.rest else None
-
-    def add(self, sample: StreamSample) -> None:
-        """Takes in the next sample."""
-        tokens, supervised = sample.tokens, sample.supervised
-        if tokens.dtype != np.uint32 or supervised.dtype != np.bool_ or tokens.ndim != 1:
-            raise ValueError(
-                f"sample {self.num_read} of the stream has {tokens.ndim}-d {tokens.dtype} tokens "
-                f"and a {supervised.dtype} mask; expected 1-d uint32 and bool"
-            )
-        if supervised.shape != tokens.shape:
-            raise ValueError(
-                f"sample {self.num_read} of the stream has tokens {tokens.shape} and a mask "
-                f"{supervised.shape}; expected equal shapes"
-            )
-        weights = sample.weights
-        if weights is not None and (weights.dtype, weights.shape) != (np.float16, tokens.shape):
-            raise ValueError(
-                f"sample {self.num_read} of the stream has {weights.dtype} weights "
-                f"{weights.shape}; expected float16 {tokens.shape}"
-            )
-        self.packer.add(self.num_read, len(tokens))
-        self.held[self.num_read] = sample
-        self.num_read += 1
+    def next_bin(self) -> Bin:
+        """Returns the numbers of the samples of the next bin."""
+        while self.packer.needs_more():
+            sample = next(self.samples)
+            self.packer.add(self.num_read, len(sample.tokens))
+            self.held[self.num_read] = sample
+            self.num_read += 1
+        return self.packer.take_bin()
