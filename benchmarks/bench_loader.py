@@ -13,11 +13,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from sft_fast.packing.prefetch import BatchLoader
+from sft_fast.packing.prefetch import BatchLoader, PlannedSequence
 from timing import DEVICE, ON_GPU
 from tiny import ListStore
 
-NUM_ROWS = 8192
+SEQ_LENGTH = 8192
 NUM_BATCHES = 50
 
 
@@ -32,17 +32,17 @@ def make_store(num_tokens: int) -> ListStore:
 
 def open_loader(store: ListStore) -> BatchLoader:
     ends = store.offsets[1:]
-    edges = np.searchsorted(ends, np.arange(1, NUM_BATCHES + 1) * (NUM_ROWS - 2048))
-    rows = [
-        (np.arange(first, last), NUM_ROWS)
+    edges = np.searchsorted(ends, np.arange(1, NUM_BATCHES + 1) * (SEQ_LENGTH - 2048))
+    sequences = [
+        PlannedSequence(store, np.arange(first, last), SEQ_LENGTH)
         for first, last in zip(np.concatenate([[0], edges[:-1]]), edges, strict=True)
     ]
-    return BatchLoader(store, rows, DEVICE, max_rows=NUM_ROWS, max_samples=NUM_ROWS)
+    return BatchLoader(sequences, DEVICE, max_length=SEQ_LENGTH, max_samples=SEQ_LENGTH)
 
 
 @pytest.mark.parametrize("size", [2048, 6144] if ON_GPU else [256, 512])
 def test_overlap(benchmark: BenchmarkFixture, size: int) -> None:
-    store = make_store(NUM_BATCHES * NUM_ROWS)
+    store = make_store(NUM_BATCHES * SEQ_LENGTH)
     with open_loader(store) as loader:
         begin = time.perf_counter()
         num_tokens = sum(batch.num_tokens for batch in loader)

@@ -20,10 +20,10 @@ from sft_fast import _C
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.data.targets import count_targets
 from sft_fast.packing.bins import BinPlan, plan_bins
-from sft_fast.packing.micro_batch import MicroBatch, RowBuffers, fill_micro_batch
+from sft_fast.packing.micro_batch import MicroBatch, SequenceBuffers, fill_micro_batch
 from sft_fast.packing.report import length_correlation, packing_report
 from sft_fast.packing.steps import StepPlan
-from sft_fast.reference.packing import best_fit_decreasing, fill_row
+from sft_fast.reference.packing import best_fit_decreasing, fill_sequence
 
 # Lognormal lengths: mean, sigma of the logarithm, shortest. Shaped like instruction, chat and code.
 LENGTHS = {"instruction": (150, 0.65, 16), "chat": (1200, 0.75, 32), "code": (3000, 1.2, 32)}
@@ -234,7 +234,7 @@ def make_store(family: str, capacity: int) -> ArrayStore:
 
 
 def numpy_row(
-    store: ArrayStore, supervised: NDArray[np.bool_], sample_ids: NDArray[np.int64], num_rows: int
+    store: ArrayStore, supervised: NDArray[np.bool_], sample_ids: NDArray[np.int64], seq_length: int
 ) -> tuple[NDArray[np.int64], ...]:
     """What is usually written: slices of each sample, concatenated; the mask already unpacked."""
     spans = [slice(store.offsets[i], store.offsets[i + 1]) for i in sample_ids]
@@ -246,7 +246,7 @@ def numpy_row(
     cu_seqlens = np.cumsum([0, *lengths])
     labels[cu_seqlens[1:] - 1] = IGNORE_INDEX
     position_ids = np.concatenate([np.arange(length) for length in lengths])
-    padding = (0, num_rows - len(tokens))
+    padding = (0, seq_length - len(tokens))
     return (
         np.pad(tokens, padding),
         np.pad(labels, padding, constant_values=IGNORE_INDEX),
@@ -266,7 +266,7 @@ def test_fill(
     plan = plan_bins(lengths, capacity)
     num_bins = min(NUM_ROWS_PER_ROUND // capacity, plan.num_bins)
     bins = [plan.bin(index) for index in range(num_bins)]
-    buffers = RowBuffers(capacity, max(map(len, bins)), dtype=dtype)
+    buffers = SequenceBuffers(capacity, max(map(len, bins)), dtype=dtype)
 
     arrays = {name: getattr(buffers, name).numpy() for name in ("tokens", "labels", "position_ids")}
     cu_seqlens, active_tokens = buffers.cu_seqlens.numpy(), buffers.active_tokens.numpy()
@@ -340,7 +340,7 @@ def test_fill(
     )
 
 
-def oracle_row(store: ArrayStore, sample_ids: NDArray[np.int64], num_rows: int) -> Any:
+def oracle_row(store: ArrayStore, sample_ids: NDArray[np.int64], seq_length: int) -> Any:
     """The oracle over a store that holds only `sample_ids`."""
     spans = [slice(store.offsets[i], store.offsets[i + 1]) for i in sample_ids]
     supervised = [
@@ -349,10 +349,10 @@ def oracle_row(store: ArrayStore, sample_ids: NDArray[np.int64], num_rows: int) 
         )[span.start % 8 :][: span.stop - span.start]
         for span in spans
     ]
-    return fill_row(
+    return fill_sequence(
         np.concatenate([store.tokens[span] for span in spans]),
         np.packbits(np.concatenate(supervised), bitorder="little"),
         np.cumsum([0, *(span.stop - span.start for span in spans)]),
         range(len(spans)),
-        num_rows,
+        seq_length,
     )

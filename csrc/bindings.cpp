@@ -116,17 +116,6 @@ class StreamPacker {
     return to_array(ids);
   }
 
-  py::list take_rest() {
-    py::list bins;
-    std::vector<int64_t> ids;
-    packer_.take_rest([&](int64_t id) { ids.push_back(id); },
-                      [&] {
-                        bins.append(to_array(ids));
-                        ids.clear();
-                      });
-    return bins;
-  }
-
   py::array_t<int64_t> ids() const {
     std::vector<int64_t> ids;
     for (const auto& item : packer_.items()) ids.push_back(item.id);
@@ -149,16 +138,16 @@ class StreamPacker {
 
 template <typename Id>
 sft_fast::MicroBatchCounts fill(const sft_fast::TokenStoreView& store, const py::array& sample_ids,
-                                int64_t ignore_index, const sft_fast::RowLayout& layout,
+                                int64_t ignore_index, const sft_fast::SequenceLayout& layout,
                                 py::array tokens, py::array labels, py::array position_ids,
-                                py::array cu_seqlens, py::array active_rows,
+                                py::array cu_seqlens, py::array active_tokens,
                                 std::optional<py::array> weights) {
   const std::span<const int64_t> ids = input<int64_t>(sample_ids, "sample_ids");
   sft_fast::MicroBatchView<Id> out{output<Id>(tokens, "tokens"),
                                    output<Id>(labels, "labels"),
                                    output<Id>(position_ids, "position_ids"),
                                    output<int32_t>(cu_seqlens, "cu_seqlens"),
-                                   output<int64_t>(active_rows, "active_rows"),
+                                   output<int64_t>(active_tokens, "active_tokens"),
                                    {}};
   if (weights) out.weights = output<float>(*weights, "weights");
   py::gil_scoped_release release;
@@ -179,17 +168,17 @@ sft_fast::TokenStoreView store_view(const py::array& tokens, const py::array& su
 py::tuple fill_micro_batch(const py::array& store_tokens, const py::array& supervised_bits,
                            const py::array& offsets, const py::array& sample_ids,
                            int64_t ignore_index, py::array tokens, py::array labels,
-                           py::array position_ids, py::array cu_seqlens, py::array active_rows,
+                           py::array position_ids, py::array cu_seqlens, py::array active_tokens,
                            const std::optional<py::array>& token_weights,
                            std::optional<py::array> weights, int64_t alignment, int64_t cp_size,
                            int64_t cp_rank) {
   const auto store = store_view(store_tokens, supervised_bits, offsets, token_weights);
   const bool is_int32 = tokens.itemsize() == 4;
-  const auto fill_rows = is_int32 ? fill<int32_t> : fill<int64_t>;
+  const auto fill_ids = is_int32 ? fill<int32_t> : fill<int64_t>;
   const sft_fast::MicroBatchCounts counts =
-      fill_rows(store, sample_ids, ignore_index, {alignment, cp_size, cp_rank}, std::move(tokens),
-                std::move(labels), std::move(position_ids), std::move(cu_seqlens),
-                std::move(active_rows), std::move(weights));
+      fill_ids(store, sample_ids, ignore_index, {alignment, cp_size, cp_rank}, std::move(tokens),
+               std::move(labels), std::move(position_ids), std::move(cu_seqlens),
+               std::move(active_tokens), std::move(weights));
   return py::make_tuple(counts.num_tokens, counts.num_supervised, counts.max_seqlen);
 }
 
@@ -235,25 +224,24 @@ sample_ids[bin_offsets[b]:bin_offsets[b + 1]] with b = order[i].)");
            "Takes in a sample; ids are the caller's.")
       .def("needs_more", &StreamPacker::needs_more, "True until the pool can fill a bin well.")
       .def("take_bin", &StreamPacker::take_bin, "Ids of the next bin, int64[n].")
-      .def("take_rest", &StreamPacker::take_rest, "Empties the pool into a list of bins.")
       .def("ids", &StreamPacker::ids, "Ids in the pool, oldest first, int64[n].")
       .def_property_readonly("num_draws", &StreamPacker::num_draws, "Random numbers drawn so far.");
   module.def("fill_micro_batch", &fill_micro_batch, py::arg("store_tokens"),
              py::arg("supervised_bits"), py::arg("offsets"), py::arg("sample_ids"),
              py::arg("ignore_index"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(),
              py::arg("position_ids").noconvert(), py::arg("cu_seqlens").noconvert(),
-             py::arg("active_rows").noconvert(), py::kw_only(),
+             py::arg("active_tokens").noconvert(), py::kw_only(),
              py::arg("token_weights") = py::none(), py::arg("weights") = py::none(),
              py::arg("alignment") = 1, py::arg("cp_size") = 1, py::arg("cp_rank") = 0,
              R"(Writes the samples, one after another and then padding, into caller-owned arrays.
 
-Shapes, with n sample_ids and T rows: store_tokens uint32[total], supervised_bits
+Shapes, with n sample_ids and T tokens: store_tokens uint32[total], supervised_bits
 uint8[ceil(total / 8)], offsets int64[num_samples + 1]; tokens, labels, position_ids int32[T] or
-int64[T]; active_rows int64[T]; cu_seqlens int32[n + 1]; token_weights uint16[total], the bits of
-fp16, and weights float32[T], both or neither. A sample takes up a slot, its length rounded up to `alignment`. With
+int64[T]; active_tokens int64[T]; cu_seqlens int32[n + 1]; token_weights uint16[total], the bits of
+fp16, and weights float32[T], both or neither. A sample is padded to a multiple of `alignment`. With
 cp_size > 1, T is the share of one context-parallel rank: chunks cp_rank and
-2 * cp_size - 1 - cp_rank of the 2 * cp_size chunks of each slot; cu_seqlens is that of all ranks.
-Returns (num_tokens, num_supervised, max_seqlen); the first num_supervised elements of active_rows
+2 * cp_size - 1 - cp_rank of the 2 * cp_size chunks of each padded sample; cu_seqlens is that of all ranks.
+Returns (num_tokens, num_supervised, max_seqlen); the first num_supervised elements of active_tokens
 are valid. Nothing is written if an argument is wrong, but for an id that int32 cannot hold and for a
 target's weight that is not positive.)");
   module.def("count_targets", &count_targets, py::arg("store_tokens"), py::arg("supervised_bits"),

@@ -37,7 +37,6 @@ class StreamPacker:
     def add(self, id: int, length: int) -> None: ...
     def needs_more(self) -> bool: ...
     def take_bin(self) -> NDArray[np.int64]: ...
-    def take_rest(self) -> list[NDArray[np.int64]]: ...
     def ids(self) -> NDArray[np.int64]: ...
 
 def fill_micro_batch(
@@ -50,7 +49,7 @@ def fill_micro_batch(
     labels: NDArray[np.int64] | NDArray[np.int32],
     position_ids: NDArray[np.int64] | NDArray[np.int32],
     cu_seqlens: NDArray[np.int32],
-    active_rows: NDArray[np.int64],
+    active_tokens: NDArray[np.int64],
     *,
     token_weights: NDArray[np.uint16] | None = None,
     weights: NDArray[np.float32] | None = None,

@@ -28,7 +28,7 @@ void check_size(const char* name, size_t found, size_t expected) {
   }
 }
 
-void check_layout(const RowLayout& layout) {
+void check_layout(const SequenceLayout& layout) {
   if (layout.cp_size < 1 || layout.cp_size > kMaxCpSize || layout.cp_rank < 0 ||
       layout.cp_rank >= layout.cp_size) {
     fail("context-parallel rank " + std::to_string(layout.cp_rank) + " of " +
@@ -64,33 +64,33 @@ std::pair<int64_t, int64_t> checked_span(const TokenStoreView& store, size_t id)
 }
 
 template <typename Id>
-void check_buffers(const TokenStoreView& store, size_t num_samples, const RowLayout& layout,
+void check_buffers(const TokenStoreView& store, size_t num_samples, const SequenceLayout& layout,
                    const MicroBatchView<Id>& out) {
   check_store(store);
-  const size_t num_rows = out.tokens.size();
-  constexpr auto kMaxRows = static_cast<size_t>(std::numeric_limits<int32_t>::max());
-  if (num_rows > kMaxRows / static_cast<size_t>(layout.cp_size)) {
-    fail("tokens has " + std::to_string(num_rows) + " rows on each of " +
+  const size_t length = out.tokens.size();
+  constexpr auto kMaxLength = static_cast<size_t>(std::numeric_limits<int32_t>::max());
+  if (length > kMaxLength / static_cast<size_t>(layout.cp_size)) {
+    fail("tokens has " + std::to_string(length) + " tokens on each of " +
          std::to_string(layout.cp_size) +
          " ranks; cu_seqlens is int32, so fewer than 2^31 fit in all");
   }
-  check_size("labels", out.labels.size(), num_rows);
-  check_size("position_ids", out.position_ids.size(), num_rows);
-  check_size("active_rows", out.active_rows.size(), num_rows);
+  check_size("labels", out.labels.size(), length);
+  check_size("position_ids", out.position_ids.size(), length);
+  check_size("active_tokens", out.active_tokens.size(), length);
   check_size("cu_seqlens", out.cu_seqlens.size(), num_samples + 1);
-  check_size("weights", out.weights.size(), store.weights.empty() ? 0 : num_rows);
+  check_size("weights", out.weights.size(), store.weights.empty() ? 0 : length);
 }
 
 int64_t round_up(int64_t length, int64_t alignment) {
   return (length + alignment - 1) / alignment * alignment;
 }
 
-// Checks each sample against the store, and that their slots fit. Returns the longest slot.
+// Checks each sample against the store, and that they fit. Returns the longest padded sample.
 int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> sample_ids,
-                      const RowLayout& layout, size_t num_rows) {
+                      const SequenceLayout& layout, size_t length) {
   const auto num_samples = static_cast<int64_t>(store.offsets.size()) - 1;
-  const int64_t end_of_row = static_cast<int64_t>(num_rows) * layout.cp_size;
-  int64_t row = 0;
+  const int64_t capacity = static_cast<int64_t>(length) * layout.cp_size;
+  int64_t end_of_sample = 0;
   int64_t longest = 0;
   for (const int64_t id : sample_ids) {
     if (id < 0 || id >= num_samples) {
@@ -98,14 +98,14 @@ int64_t check_samples(const TokenStoreView& store, std::span<const int64_t> samp
            std::to_string(num_samples) + " samples");
     }
     const auto [begin, end] = checked_span(store, static_cast<size_t>(id));
-    const int64_t slot = round_up(end - begin, layout.alignment);
-    longest = std::max(longest, slot);
-    row += slot;
+    const int64_t padded = round_up(end - begin, layout.alignment);
+    longest = std::max(longest, padded);
+    end_of_sample += padded;
     // Checked on the way, so that the sum cannot overflow.
-    if (row > end_of_row) {
+    if (end_of_sample > capacity) {
       fail("the " + std::to_string(sample_ids.size()) + " samples do not fit: sample " +
-           std::to_string(id) + " ends at row " + std::to_string(row) + " of " +
-           std::to_string(end_of_row));
+           std::to_string(id) + " ends at token " + std::to_string(end_of_sample) + " of " +
+           std::to_string(capacity));
     }
   }
   return longest;
@@ -194,65 +194,65 @@ bool is_valid_weight(float weight) {
        "; expected a positive number");
 }
 
-// What a row holds, and what is wrong with it.
-struct RowResult {
+// What a sequence holds, and what is wrong with it.
+struct SequenceResult {
   int64_t num_tokens = 0;
   int64_t num_supervised = 0;
-  uint32_t all_ids = 0;     // or-ed, where rows are int32
+  uint32_t all_ids = 0;     // or-ed, where ids are int32
   int64_t bad_weight = -1;  // the first target whose weight is not positive and finite
 };
 
-// Writes a row from left to right.
+// Writes a sequence from left to right.
 template <typename Id>
-class RowWriter {
+class SequenceWriter {
  public:
-  RowWriter(const TokenStoreView& store, int64_t ignore_index, const MicroBatchView<Id>& out)
+  SequenceWriter(const TokenStoreView& store, int64_t ignore_index, const MicroBatchView<Id>& out)
       : store_(store), ignore_index_(static_cast<Id>(ignore_index)), out_(out) {}
 
-  // Appends positions [begin, end) of the slot of the sample that is store[first, last).
+  // Appends positions [begin, end) of the padded sample that is store[first, last).
   SFT_FAST_INLINE void append(int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t length = last - first;
     const int64_t num_real = std::clamp(length - begin, int64_t{0}, end - begin);
     copy_tokens(first + begin, num_real);
-    count_up(static_cast<Id>(begin), end - begin, out_.position_ids.data() + row_);
-    // The row of token t is labelled with token t + 1, so the first token is never a label.
+    count_up(static_cast<Id>(begin), end - begin, out_.position_ids.data() + end_);
+    // Token t is labelled with token t + 1, so the first token is never a label.
     const int64_t num_labels = std::clamp(length - 1 - begin, int64_t{0}, end - begin);
     label(first + begin + 1, num_labels);
-    ignore(row_ + num_labels, row_ + (end - begin));
+    ignore(end_ + num_labels, end_ + (end - begin));
     result_.num_tokens += num_real;
-    row_ += num_real;
+    end_ += num_real;
     const int64_t num_padding = end - begin - num_real;
-    repeat(Id{0}, num_padding, out_.tokens.data() + row_);
-    row_ += num_padding;
+    repeat(Id{0}, num_padding, out_.tokens.data() + end_);
+    end_ += num_padding;
   }
 
   SFT_FAST_INLINE void pad() {
-    const auto num_rows = static_cast<int64_t>(out_.tokens.size());
-    repeat(Id{0}, num_rows - row_, out_.tokens.data() + row_);
-    repeat(Id{0}, num_rows - row_, out_.position_ids.data() + row_);
-    ignore(row_, num_rows);
+    const auto length = static_cast<int64_t>(out_.tokens.size());
+    repeat(Id{0}, length - end_, out_.tokens.data() + end_);
+    repeat(Id{0}, length - end_, out_.position_ids.data() + end_);
+    ignore(end_, length);
   }
 
-  const RowResult& result() const { return result_; }
+  const SequenceResult& result() const { return result_; }
 
  private:
   SFT_FAST_INLINE void copy_tokens(int64_t t, int64_t count) {
-    result_.all_ids |= copy_ids(store_.tokens.data() + t, count, out_.tokens.data() + row_);
+    result_.all_ids |= copy_ids(store_.tokens.data() + t, count, out_.tokens.data() + end_);
   }
 
-  // Labels `count` rows from row_ on with the tokens from t on.
+  // Labels `count` tokens from end_ on with the stored ones from t on.
   SFT_FAST_INLINE void label(int64_t t, int64_t count) {
     const std::span<const uint8_t> bits = store_.supervised_bits;
-    const int64_t to_row = row_ - t;
+    const int64_t shift = end_ - t;
     const int64_t end = t + count;
     while (t < end) {
       const int64_t first = run_end(bits, t, end, false);
-      ignore(t + to_row, first + to_row);
+      ignore(t + shift, first + shift);
       t = run_end(bits, first, end, true);
-      copy_ids(store_.tokens.data() + first, t - first, out_.labels.data() + (first + to_row));
-      count_up(first + to_row, t - first, out_.active_rows.data() + result_.num_supervised);
+      copy_ids(store_.tokens.data() + first, t - first, out_.labels.data() + (first + shift));
+      count_up(first + shift, t - first, out_.active_tokens.data() + result_.num_supervised);
       if (!out_.weights.empty()) {
-        float* weights = out_.weights.data() + to_row;
+        float* weights = out_.weights.data() + shift;
         for (int64_t i = first; i < t; ++i) {
           weights[i] = weight_of(store_, i);
           if (result_.bad_weight < 0 && !is_valid_weight(weights[i])) result_.bad_weight = i;
@@ -272,8 +272,8 @@ class RowWriter {
   const TokenStoreView& store_;
   Id ignore_index_;
   const MicroBatchView<Id>& out_;
-  int64_t row_ = 0;
-  RowResult result_;
+  int64_t end_ = 0;
+  SequenceResult result_;
 };
 
 // Samples lie anywhere in a store that is larger than any cache: their first lines are asked for
@@ -288,10 +288,11 @@ SFT_FAST_INLINE void prefetch(const TokenStoreView& store, int64_t id) {
 }
 
 template <typename Id>
-SFT_FAST_INLINE RowResult write_row(const TokenStoreView& store,
-                                    std::span<const int64_t> sample_ids, int64_t ignore_index,
-                                    const RowLayout& layout, const MicroBatchView<Id>& out) {
-  RowWriter<Id> writer(store, ignore_index, out);
+SFT_FAST_INLINE SequenceResult write_sequence(const TokenStoreView& store,
+                                              std::span<const int64_t> sample_ids,
+                                              int64_t ignore_index, const SequenceLayout& layout,
+                                              const MicroBatchView<Id>& out) {
+  SequenceWriter<Id> writer(store, ignore_index, out);
   out.cu_seqlens[0] = 0;
   for (size_t i = 0; i < std::min(kPrefetchDistance, sample_ids.size()); ++i) {
     prefetch(store, sample_ids[i]);
@@ -302,53 +303,53 @@ SFT_FAST_INLINE RowResult write_row(const TokenStoreView& store,
     }
     const int64_t first = store.offsets[static_cast<size_t>(sample_ids[i])];
     const int64_t last = store.offsets[static_cast<size_t>(sample_ids[i]) + 1];
-    const int64_t slot = round_up(last - first, layout.alignment);
+    const int64_t padded = round_up(last - first, layout.alignment);
     if (layout.cp_size == 1) {
-      writer.append(first, last, 0, slot);
+      writer.append(first, last, 0, padded);
     } else {
-      const int64_t chunk = slot / (2 * layout.cp_size);
+      const int64_t chunk = padded / (2 * layout.cp_size);
       const int64_t early = layout.cp_rank * chunk;
       const int64_t late = (2 * layout.cp_size - 1 - layout.cp_rank) * chunk;
       writer.append(first, last, early, early + chunk);
       writer.append(first, last, late, late + chunk);
     }
-    out.cu_seqlens[i + 1] = out.cu_seqlens[i] + static_cast<int32_t>(slot);
+    out.cu_seqlens[i + 1] = out.cu_seqlens[i] + static_cast<int32_t>(padded);
   }
   writer.pad();
   return writer.result();
 }
 
-// All of a row is one function for each instruction set, because a call of each loop costs as much
-// as the loop where samples are short.
+// All of a sequence is one function for each instruction set, because a call of each loop costs as
+// much as the loop where samples are short.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 19 : __GNUC__ >= 12)
 template <typename Id>
-[[gnu::target("arch=x86-64-v4")]] RowResult write_row_v4(const TokenStoreView& store,
-                                                         std::span<const int64_t> sample_ids,
-                                                         int64_t ignore_index,
-                                                         const RowLayout& layout,
-                                                         const MicroBatchView<Id>& out) {
-  return write_row(store, sample_ids, ignore_index, layout, out);
+[[gnu::target("arch=x86-64-v4")]] SequenceResult write_row_v4(const TokenStoreView& store,
+                                                              std::span<const int64_t> sample_ids,
+                                                              int64_t ignore_index,
+                                                              const SequenceLayout& layout,
+                                                              const MicroBatchView<Id>& out) {
+  return write_sequence(store, sample_ids, ignore_index, layout, out);
 }
 
 template <typename Id>
-[[gnu::target("arch=x86-64-v3")]] RowResult write_row_v3(const TokenStoreView& store,
-                                                         std::span<const int64_t> sample_ids,
-                                                         int64_t ignore_index,
-                                                         const RowLayout& layout,
-                                                         const MicroBatchView<Id>& out) {
-  return write_row(store, sample_ids, ignore_index, layout, out);
+[[gnu::target("arch=x86-64-v3")]] SequenceResult write_row_v3(const TokenStoreView& store,
+                                                              std::span<const int64_t> sample_ids,
+                                                              int64_t ignore_index,
+                                                              const SequenceLayout& layout,
+                                                              const MicroBatchView<Id>& out) {
+  return write_sequence(store, sample_ids, ignore_index, layout, out);
 }
 
 template <typename Id>
-auto* best_write_row() {
+auto* best_write_sequence() {
   if (__builtin_cpu_supports("x86-64-v4")) return write_row_v4<Id>;
   if (__builtin_cpu_supports("x86-64-v3")) return write_row_v3<Id>;
-  return write_row<Id>;
+  return write_sequence<Id>;
 }
 #else
 template <typename Id>
-auto* best_write_row() {
-  return write_row<Id>;
+auto* best_write_sequence() {
+  return write_sequence<Id>;
 }
 #endif
 
@@ -356,7 +357,7 @@ auto* best_write_row() {
 
 template <typename Id>
 MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const int64_t> sample_ids,
-                                  int64_t ignore_index, const RowLayout& layout,
+                                  int64_t ignore_index, const SequenceLayout& layout,
                                   const MicroBatchView<Id>& out) {
   check_layout(layout);
   check_buffers(store, sample_ids.size(), layout, out);
@@ -364,13 +365,13 @@ MicroBatchCounts fill_micro_batch(const TokenStoreView& store, std::span<const i
     fail("ignore_index is " + std::to_string(ignore_index) + "; the labels' type cannot hold it");
   }
   const int64_t max_seqlen = check_samples(store, sample_ids, layout, out.tokens.size());
-  static auto* const write = best_write_row<Id>();
-  const RowResult row = write(store, sample_ids, ignore_index, layout, out);
-  if (row.all_ids > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
-    fail("the token store holds an id of 2^31 or more; int32 rows cannot");
+  static auto* const write = best_write_sequence<Id>();
+  const SequenceResult result = write(store, sample_ids, ignore_index, layout, out);
+  if (result.all_ids > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
+    fail("the token store holds an id of 2^31 or more; int32 cannot hold it");
   }
-  if (row.bad_weight >= 0) fail_on_weight(store, row.bad_weight);
-  return {row.num_tokens, row.num_supervised, max_seqlen};
+  if (result.bad_weight >= 0) fail_on_weight(store, result.bad_weight);
+  return {result.num_tokens, result.num_supervised, max_seqlen};
 }
 
 void count_targets(const TokenStoreView& store, std::span<int32_t> counts,
@@ -405,8 +406,8 @@ void count_targets(const TokenStoreView& store, std::span<int32_t> counts,
 }
 
 template MicroBatchCounts fill_micro_batch(const TokenStoreView&, std::span<const int64_t>, int64_t,
-                                           const RowLayout&, const MicroBatchView<int32_t>&);
+                                           const SequenceLayout&, const MicroBatchView<int32_t>&);
 template MicroBatchCounts fill_micro_batch(const TokenStoreView&, std::span<const int64_t>, int64_t,
-                                           const RowLayout&, const MicroBatchView<int64_t>&);
+                                           const SequenceLayout&, const MicroBatchView<int64_t>&);
 
 }  // namespace sft_fast

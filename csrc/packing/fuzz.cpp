@@ -221,7 +221,7 @@ void fuzz_fill(Dice& dice) {
   for (auto& byte : bits) {
     byte = is_noise ? static_cast<uint8_t>(dice.bits()) : dice.one_in(2) ? 0 : 0xff;
   }
-  RowLayout layout{dice.between(1, 8), dice.one_in(2) ? 1 : dice.between(1, 5), 0};
+  SequenceLayout layout{dice.between(1, 8), dice.one_in(2) ? 1 : dice.between(1, 5), 0};
   if (layout.cp_size > 1) layout.alignment *= 2 * layout.cp_size;
   layout.cp_rank = dice.between(0, layout.cp_size - 1);
   std::vector<int64_t> ids;
@@ -233,7 +233,7 @@ void fuzz_fill(Dice& dice) {
       used += round_up(offsets[id + 1] - offsets[id], layout.alignment);
     }
   }
-  auto num_rows = static_cast<size_t>(used / layout.cp_size + dice.between(0, 3));
+  auto length = static_cast<size_t>(used / layout.cp_size + dice.between(0, 3));
   enum class Fate { kWorks, kFails, kUnknown } fate = Fate::kWorks;
   if (dice.one_in(3)) {
     fate = Fate::kFails;
@@ -259,18 +259,18 @@ void fuzz_fill(Dice& dice) {
     }
   }
   // Exactly as long as promised, so that one element too many is seen.
-  std::vector<Id> row_tokens(num_rows), labels(num_rows), position_ids(num_rows);
+  std::vector<Id> filled(length), labels(length), position_ids(length);
   std::vector<int32_t> cu_seqlens(ids.size() + 1);
-  std::vector<int64_t> active_rows(num_rows);
+  std::vector<int64_t> active_tokens(length);
   // The bits of 1, or any: a weight may then be negative or no number.
-  const bool has_weights = !tokens.empty() && num_rows > 0 && dice.one_in(2);
+  const bool has_weights = !tokens.empty() && length > 0 && dice.one_in(2);
   std::vector<uint16_t> token_weights(has_weights ? tokens.size() : 0, 0x3c00);
   if (has_weights && dice.one_in(4)) {
     for (auto& weight : token_weights) weight = static_cast<uint16_t>(dice.bits());
     if (fate == Fate::kWorks) fate = Fate::kUnknown;
   }
-  std::vector<float> weights(has_weights ? num_rows : 0);
-  const MicroBatchView<Id> out{row_tokens, labels, position_ids, cu_seqlens, active_rows, weights};
+  std::vector<float> weights(has_weights ? length : 0);
+  const MicroBatchView<Id> out{filled, labels, position_ids, cu_seqlens, active_tokens, weights};
   const TokenStoreView store{tokens, bits, offsets, token_weights};
   std::vector<int32_t> targets(offsets.size() - 1);
   std::vector<double> sums(has_weights ? targets.size() : 0);
@@ -289,11 +289,11 @@ void fuzz_fill(Dice& dice) {
     for (const Id label : labels) num_labels += label != -100;
     require(num_labels == counts.num_supervised, "num_supervised");
     for (int64_t i = 0; i < counts.num_supervised; ++i) {
-      const int64_t row = active_rows[static_cast<size_t>(i)];
-      require(labels[static_cast<size_t>(row)] != -100, "active rows have labels");
+      const int64_t place = active_tokens[static_cast<size_t>(i)];
+      require(labels[static_cast<size_t>(place)] != -100, "active tokens have labels");
     }
     for (size_t i = 0; i < weights.size(); ++i) {
-      require((weights[i] != 0) == (labels[i] != -100), "weights on rows with labels");
+      require((weights[i] != 0) == (labels[i] != -100), "weights on tokens with labels");
     }
   } catch (const std::invalid_argument&) {
     require(fate != Fate::kWorks, "good input is taken");

@@ -1,4 +1,4 @@
-// Which samples share a packed row ("bin"). Needs lengths only; touches no tokens.
+// Which samples share a pack, here called a bin. Needs lengths only; touches no tokens.
 //
 // A strategy is one function from lengths and options to a BinPlan. All of them are deterministic,
 // on any machine and with any compiler: no std::shuffle, no std::*_distribution, no floating point.

@@ -7,11 +7,12 @@ import numpy as np
 
 from sft_fast.config.sections import ModelConfig, PackingConfig, TrainConfig
 from sft_fast.constants import round_up
-from sft_fast.data.store import TokenStore
+from sft_fast.data.stream import SampleStream, TrainingData
 from sft_fast.megatron.parallel import Parallel
-from sft_fast.packing.micro_batch import RowLayout
-from sft_fast.packing.prefetch import BatchLoader, Row
+from sft_fast.packing.micro_batch import SequenceLayout
+from sft_fast.packing.prefetch import BatchLoader, PlannedSequence
 from sft_fast.packing.steps import StepPlan
+from sft_fast.packing.streaming import StreamPlan
 
 
 @dataclass(frozen=True)
@@ -55,31 +56,43 @@ def batch_shape(
     )
 
 
-def fill_orders(
-    store: TokenStore, plan: StepPlan, steps: Iterable[int], shape: BatchShape, parallel: Parallel
-) -> Iterator[Row]:
-    """Yields (sample ids, tokens of the sequence) of each of this rank's micro-batches."""
-    for step in steps:
-        for packs in plan.micro_batches(
-            step, parallel.dp_rank, parallel.dp_size, shape.micro_batch_size
+def planned_sequences(
+    store: TrainingData,
+    plan: StepPlan | StreamPlan,
+    steps: Iterable[int],
+    shape: BatchShape,
+    parallel: Parallel,
+) -> Iterator[PlannedSequence]:
+    """Yields what each of this rank's micro-batches is filled with, step after step."""
+    for number in steps:
+        step = plan.step(number)
+        stored = store if step.store is None else step.store
+        assert not isinstance(stored, SampleStream), "the steps of a stream have their samples"
+        for packs in step.micro_batches(
+            parallel.dp_rank, parallel.dp_size, shape.micro_batch_size
         ):
             sample_ids = np.concatenate(packs)
             seq_length = shape.capacity * len(packs)
             if not shape.keeps_padding:
-                used = int(round_up(store.lengths[sample_ids], shape.alignment).sum())
+                used = int(round_up(step.lengths[sample_ids], shape.alignment).sum())
                 seq_length = round_up(max(used, shape.alignment), shape.length_multiple)
-            yield sample_ids, seq_length
+            yield PlannedSequence(stored, sample_ids, seq_length)
 
 
 def open_batches(
-    store: TokenStore, plan: StepPlan, steps: Iterable[int], shape: BatchShape, parallel: Parallel
+    store: TrainingData,
+    plan: StepPlan | StreamPlan,
+    steps: Iterable[int],
+    shape: BatchShape,
+    parallel: Parallel,
 ) -> BatchLoader:
     """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
     return BatchLoader(
-        store,
-        fill_orders(store, plan, steps, shape, parallel),
+        planned_sequences(store, plan, steps, shape, parallel),
         parallel.device,
-        max_rows=shape.longest,
+        max_length=shape.longest,
         max_samples=shape.longest,
-        layout=RowLayout(shape.alignment, parallel.cp_size, parallel.cp_rank),
+        # Whether a stream has weights is known only when they come.
+        has_weights=isinstance(store, SampleStream) or store.weights is not None,
+        layout=SequenceLayout(shape.alignment, parallel.cp_size, parallel.cp_rank),
     )

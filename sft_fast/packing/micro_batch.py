@@ -1,4 +1,4 @@
-"""A micro-batch: one packed row of samples, as the tensors that the model takes."""
+"""A micro-batch: one sequence of packed samples, as the tensors that the model takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,47 +14,49 @@ from sft_fast.data.targets import StoredTokens
 
 
 @dataclass(frozen=True)
-class RowLayout:
-    """How samples lie in a row.
+class SequenceLayout:
+    """How samples lie in a sequence.
 
-    Each takes up a slot, its length rounded up. Under context parallelism a slot is cut into
-    2 * cp_size equal chunks, and rank r has chunks r and 2 * cp_size - 1 - r of every slot: with
+    Each is padded to a multiple of the alignment. Under context parallelism a padded sample is cut
+    into 2 * cp_size equal chunks, and rank r has chunks r and 2 * cp_size - 1 - r of each: with
     causal attention all ranks do the same work.
     """
 
     alignment: int = 1
-    """Slots are multiples of this many rows; a multiple of 2 * cp_size where cp_size > 1."""
+    """Tokens that the length of a padded sample is a multiple of; itself a multiple of 2 * cp_size
+    where cp_size > 1."""
     cp_size: int = 1
     """Context-parallel size."""
     cp_rank: int = 0
     """The rank whose share is filled."""
 
 
-PLAIN_LAYOUT = RowLayout()
+PLAIN_LAYOUT = SequenceLayout()
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One row of T tokens: slots of samples one after another, then padding.
+    """One sequence of T tokens: padded samples one after another, then padding.
 
-    Where alignment is 1, a slot is exactly a sample. Padding at the end of a slot is attended to by
-    padding only, attention being causal. Under context parallelism T rows are one rank's share.
+    Where alignment is 1, a padded sample is exactly a sample. Padding behind a sample is attended
+    to by padding only, attention being causal. Under context parallelism the T tokens are one
+    rank's share.
 
     Attributes:
         tokens: int64 or int32 [1, T]; 0 on padding.
         labels: like tokens, already shifted: the next token of the same sample if it is
             supervised, else IGNORE_INDEX.
-        position_ids: like tokens; from 0 in each slot, 0 after the last one.
-        cu_seqlens: int32 [num_samples + 1]; slot i is rows cu_seqlens[i] to cu_seqlens[i + 1] of
-            the row of all context-parallel ranks. Padding comes after the last.
+        position_ids: like tokens; from 0 in each padded sample, 0 after the last one.
+        cu_seqlens: int32 [num_samples + 1]; padded sample i is tokens cu_seqlens[i] to
+            cu_seqlens[i + 1] of the sequence of all context-parallel ranks.
         active_tokens: int64 [num_supervised], ascending: the tokens with a label.
-        seqlens: length of each slot, known to the host without asking a device.
-        max_seqlen: length of the longest slot; 0 without samples.
-        num_samples: samples in the row.
+        seqlens: length of each padded sample, known to the host without asking a device.
+        max_seqlen: length of the longest one; 0 without samples.
+        num_samples: samples in the sequence.
         num_tokens: tokens without padding.
-        num_supervised: rows with a label.
-        weights: float32 [1, T], factor of the loss on rows with a label, else 0; None = all 1.
-        layout: how the samples lie in the row.
+        num_supervised: tokens with a label.
+        weights: float32 [1, T], factor of the loss of tokens with a label, else 0; None = all 1.
+        layout: how the samples lie in the sequence.
         sample_ids: int64 [num_samples], their numbers in the store; None = not known.
     """
 
@@ -69,7 +71,7 @@ class MicroBatch:
     num_tokens: int
     num_supervised: int
     weights: Tensor | None = None
-    layout: RowLayout = PLAIN_LAYOUT
+    layout: SequenceLayout = PLAIN_LAYOUT
     sample_ids: NDArray[np.int64] | None = None
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> "MicroBatch":
@@ -104,74 +106,74 @@ class MicroBatch:
         self.check_shapes()
         require("tokens", is_within(self.tokens, 0, vocab_size), f"ids outside [0, {vocab_size})")
         edges, alignment = self.cu_seqlens.long(), self.layout.alignment
-        slots, end = edges.diff(), int(edges[-1])
-        in_order = int(edges[0]) == 0 and bool((slots > 0).all())
+        padded, end = edges.diff(), int(edges[-1])
+        in_order = int(edges[0]) == 0 and bool((padded > 0).all())
         require("cu_seqlens", in_order, "not strictly ascending from 0")
-        require("cu_seqlens", not (slots % alignment).any(), f"not in multiples of {alignment}")
+        require("cu_seqlens", not (padded % alignment).any(), f"not in multiples of {alignment}")
         if self.layout.cp_size == 1:
             padding = end - self.num_tokens
             is_filled = 0 <= padding <= (alignment - 1) * self.num_samples
             require("cu_seqlens", is_filled, f"ends at {end}")
-        num_rows = self.tokens.shape[1] * self.layout.cp_size
-        require("tokens", end <= num_rows, f"{end} do not fit")
-        require("seqlens", slots.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
-        longest = int(slots.max()) if self.num_samples else 0
-        require("max_seqlen", longest == self.max_seqlen, f"longest slot is {longest}")
+        seq_length = self.tokens.shape[1] * self.layout.cp_size
+        require("tokens", end <= seq_length, f"{end} do not fit")
+        require("seqlens", padded.tolist() == list(self.seqlens), "not the steps of cu_seqlens")
+        longest = int(padded.max()) if self.num_samples else 0
+        require("max_seqlen", longest == self.max_seqlen, f"the longest sample has {longest}")
         positions, sample_index = self.places()
         is_counting = torch.equal(self.position_ids[0].long(), positions)
-        require("position_ids", is_counting, "not 0, 1, ... per slot")
+        require("position_ids", is_counting, "not 0, 1, ... per sample")
         labelled = self.labels[0] != IGNORE_INDEX
-        require("labels", not labelled[sample_index < 0].any(), "a padding row has a label")
-        is_last = positions + 1 == torch.cat([slots, slots.new_zeros(1)])[sample_index]
-        require("labels", not labelled[is_last].any(), "a sample's last row has a label")
-        rows = labelled.nonzero().flatten()
+        require("labels", not labelled[sample_index < 0].any(), "padding has a label")
+        is_last = positions + 1 == torch.cat([padded, padded.new_zeros(1)])[sample_index]
+        require("labels", not labelled[is_last].any(), "a sample's last token has a label")
+        active = labelled.nonzero().flatten()
         # The next token may be on another rank.
-        here = rows[rows + 1 < len(positions)]
+        here = active[active + 1 < len(positions)]
         here = here[sample_index[here + 1] == sample_index[here]]
         here = here[positions[here + 1] == positions[here] + 1]
         is_next = torch.equal(self.labels[0, here], self.tokens[0, here + 1])
         require("labels", is_next, "a label is not the next token")
-        is_labelled = torch.equal(self.active_tokens, rows)
+        is_labelled = torch.equal(self.active_tokens, active)
         require("active_tokens", is_labelled, "not the tokens with a label")
         if self.weights is not None:
             is_masked = not self.weights[0, ~labelled].any()
-            require("weights", is_masked, "not 0 on a row without a label")
+            require("weights", is_masked, "not 0 on a token without a label")
             is_positive = bool((self.weights[0, labelled] > 0).all())
-            require("weights", is_positive, "not above 0 on a row with a label")
+            require("weights", is_positive, "not above 0 on a token with a label")
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Returns what cu_seqlens and the layout say of each row: position and slot.
+        """Returns what cu_seqlens and the layout say of each token: position and sample index.
 
-        Both int64 [T]; position 0 and slot -1 after the last slot.
+        Both int64 [T]; position 0 and index -1 after the last padded sample.
         """
         cp_size, cp_rank = self.layout.cp_size, self.layout.cp_rank
-        num_rows = self.tokens.shape[1]
-        positions = torch.zeros(num_rows, dtype=torch.int64)
-        sample_index = torch.full((num_rows,), -1, dtype=torch.int64)
-        row = 0
-        for slot, length in enumerate(self.seqlens):
+        seq_length = self.tokens.shape[1]
+        positions = torch.zeros(seq_length, dtype=torch.int64)
+        sample_index = torch.full((seq_length,), -1, dtype=torch.int64)
+        begin = 0
+        for index, length in enumerate(self.seqlens):
             share = torch.arange(length)
             if cp_size > 1:
                 chunks = share.chunk(2 * cp_size)
                 share = torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]])
-            positions[row : row + len(share)] = share
-            sample_index[row : row + len(share)] = slot
-            row += len(share)
+            positions[begin : begin + len(share)] = share
+            sample_index[begin : begin + len(share)] = index
+            begin += len(share)
         return positions, sample_index
 
     def check_shapes(self) -> None:
         """Verifies shapes and dtypes; raises ValueError as `check` does."""
-        row = (1, self.tokens.shape[-1])
+        shape_of_ids = (1, self.tokens.shape[-1])
         ids = torch.int32 if self.tokens.dtype == torch.int32 else torch.int64
         expected = {
-            "tokens": (row, ids),
-            "labels": (row, ids),
-            "position_ids": (row, ids),
+            "tokens": (shape_of_ids, ids),
+            "labels": (shape_of_ids, ids),
+            "position_ids": (shape_of_ids, ids),
             "cu_seqlens": ((self.num_samples + 1,), torch.int32),
             "active_tokens": ((self.num_supervised,), torch.int64),
         }
         if self.weights is not None:
-            expected["weights"] = (row, torch.float32)
+            expected["weights"] = (shape_of_ids, torch.float32)
         for name, (shape, dtype) in expected.items():
             tensor = getattr(self, name)
             require(
@@ -194,7 +196,7 @@ def is_within(ids: Tensor, begin: int, end: int) -> bool:
     return bool(((wide >= begin) & (wide < end)).all())
 
 
-class RowBuffers:
+class SequenceBuffers:
     """Memory for one micro-batch at a time, filled again and again.
 
     A micro-batch made of these buffers is overwritten by the next one.
@@ -202,7 +204,7 @@ class RowBuffers:
 
     def __init__(
         self,
-        num_rows: int,
+        seq_length: int,
         max_samples: int,
         *,
         dtype: torch.dtype = torch.int64,
@@ -212,46 +214,46 @@ class RowBuffers:
         """Allocates.
 
         Args:
-            num_rows: rows of one rank, at most.
-            max_samples: samples per row, at most.
+            seq_length: tokens of one rank's share, at most.
+            max_samples: samples per sequence, at most.
             dtype: of tokens, labels and position_ids: torch.int64 or torch.int32.
             has_weights: also a buffer for weights.
             pin_memory: page-locked, so that copies to a GPU do not wait.
         """
         if dtype not in (torch.int64, torch.int32):
             raise ValueError(f"dtype is {dtype}; expected torch.int64 or torch.int32")
-        if num_rows < 1 or max_samples < 0:
+        if seq_length < 1 or max_samples < 0:
             raise ValueError(
-                f"num_rows is {num_rows}, max_samples {max_samples}; expected at least 1 and 0"
+                f"seq_length is {seq_length}, max_samples {max_samples}; expected at least 1 and 0"
             )
 
         def empty(count: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(count, dtype=dtype, pin_memory=pin_memory)
 
-        self.tokens, self.labels, self.position_ids = (empty(num_rows, dtype) for _ in range(3))
-        self.active_tokens = empty(num_rows, torch.int64)
+        self.tokens, self.labels, self.position_ids = (empty(seq_length, dtype) for _ in range(3))
+        self.active_tokens = empty(seq_length, torch.int64)
         self.cu_seqlens = empty(max_samples + 1, torch.int32)
-        self.weights = empty(num_rows, torch.float32) if has_weights else None
+        self.weights = empty(seq_length, torch.float32) if has_weights else None
 
 
 def fill_micro_batch(
     store: StoredTokens,
     sample_ids: Sequence[int] | NDArray[np.int64],
-    num_rows: int,
+    seq_length: int,
     *,
-    layout: RowLayout = PLAIN_LAYOUT,
+    layout: SequenceLayout = PLAIN_LAYOUT,
     dtype: torch.dtype = torch.int64,
-    buffers: RowBuffers | None = None,
+    buffers: SequenceBuffers | None = None,
     pin_memory: bool = False,
 ) -> MicroBatch:
     """Builds a micro-batch from stored samples.
 
     Args:
         store: the samples.
-        sample_ids: [n], in the order in which they are to lie in the row; may be empty.
-        num_rows: rows over all context-parallel ranks, at least the slots' total and a multiple
-            of cp_size; the rest is padding.
-        layout: alignment, and the share of the row to fill.
+        sample_ids: [n], in the order in which they are to lie in the sequence; may be empty.
+        seq_length: tokens over all context-parallel ranks, at least the padded samples' total and a
+            multiple of cp_size; the rest is padding.
+        layout: alignment, and the share of the sequence to fill.
         dtype: of tokens, labels and position_ids: torch.int64 or torch.int32.
         buffers: filled and returned as views, in place of new tensors; its dtype and memory count.
         pin_memory: new tensors are page-locked, so that `MicroBatch.to` a GPU does not wait.
@@ -259,33 +261,33 @@ def fill_micro_batch(
     Raises:
         ValueError: the samples do not fit or do not exist, or the store is inconsistent.
     """
-    if num_rows < 1 or layout.cp_size < 1 or num_rows % layout.cp_size != 0:
+    if seq_length < 1 or layout.cp_size < 1 or seq_length % layout.cp_size != 0:
         raise ValueError(
-            f"num_rows is {num_rows}; expected at least 1, and a multiple of the context-parallel "
-            f"size ({layout.cp_size})"
+            f"seq_length is {seq_length}; expected at least 1, and a multiple of the "
+            f"context-parallel size ({layout.cp_size})"
         )
     ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
-    rows, token_weights = num_rows // layout.cp_size, store.weights
+    length, token_weights = seq_length // layout.cp_size, store.weights
     has_weights = token_weights is not None
     if buffers is None:
-        buffers = RowBuffers(
-            rows, len(ids), dtype=dtype, has_weights=has_weights, pin_memory=pin_memory
+        buffers = SequenceBuffers(
+            length, len(ids), dtype=dtype, has_weights=has_weights, pin_memory=pin_memory
         )
-    if len(buffers.tokens) < rows or len(buffers.cu_seqlens) <= len(ids):
+    if len(buffers.tokens) < length or len(buffers.cu_seqlens) <= len(ids):
         raise ValueError(
-            f"buffers hold {len(buffers.tokens)} rows and {len(buffers.cu_seqlens) - 1} samples; "
-            f"expected at least {rows} and {len(ids)}"
+            f"buffers hold {len(buffers.tokens)} tokens and {len(buffers.cu_seqlens) - 1} samples; "
+            f"expected at least {length} and {len(ids)}"
         )
-    if has_weights != (buffers.weights is not None):
-        raise ValueError(
-            "buffers have weights and the store has none, or the reverse; see RowBuffers"
-        )
+    if has_weights and buffers.weights is None:
+        raise ValueError("buffers have no weights and the store has some; see SequenceBuffers")
     names = ("tokens", "labels", "position_ids")
-    views = {name: getattr(buffers, name)[:rows] for name in names}
+    views = {name: getattr(buffers, name)[:length] for name in names}
     views["cu_seqlens"] = buffers.cu_seqlens[: len(ids) + 1]
-    views["active_tokens"] = buffers.active_tokens[:rows]
-    weights = None if buffers.weights is None else buffers.weights[:rows]
-    # By place: looking up names takes longer than a short row.
+    views["active_tokens"] = buffers.active_tokens[:length]
+    weights = None
+    if has_weights and buffers.weights is not None:
+        weights = buffers.weights[:length]
+    # By place: looking up names takes longer than a short sequence.
     num_tokens, num_supervised, max_seqlen = _C.fill_micro_batch(
         store.tokens,
         store.supervised_bits,

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +16,21 @@ from sft_fast.data.targets import StoredTokens
 from sft_fast.packing.micro_batch import (
     PLAIN_LAYOUT,
     MicroBatch,
-    RowBuffers,
-    RowLayout,
+    SequenceBuffers,
+    SequenceLayout,
     fill_micro_batch,
 )
 
 Item = TypeVar("Item")
-Row = tuple[NDArray[np.int64], int]
-"""The sample ids and num_rows of a micro-batch, as `fill_micro_batch` takes them."""
+
+
+class PlannedSequence(NamedTuple):
+    """What a micro-batch is filled with, as `fill_micro_batch` takes it."""
+
+    store: StoredTokens
+    sample_ids: NDArray[np.int64]
+    """int64 [n]."""
+    seq_length: int
 
 
 class Prefetcher(Generic[Item], Iterator[Item]):
@@ -123,13 +130,13 @@ class BatchLoader(Iterator[MicroBatch]):
 
     def __init__(
         self,
-        store: StoredTokens,
-        rows: Iterable[Row],
+        sequences: Iterable[PlannedSequence],
         device: torch.device | str,
         *,
-        max_rows: int,
+        max_length: int,
         max_samples: int,
-        layout: RowLayout = PLAIN_LAYOUT,
+        has_weights: bool = False,
+        layout: SequenceLayout = PLAIN_LAYOUT,
         dtype: torch.dtype = torch.int64,
         depth: int = 2,
         reuse_buffers: bool | None = None,
@@ -137,12 +144,12 @@ class BatchLoader(Iterator[MicroBatch]):
         """Starts filling.
 
         Args:
-            store: the samples.
-            rows: one item per micro-batch, in order; iterated in the thread.
+            sequences: one item per micro-batch, in order; iterated in the thread.
             device: where the micro-batches go.
-            max_rows: greatest num_rows.
+            max_length: greatest seq_length.
             max_samples: most samples of a micro-batch.
-            layout: how samples lie in a row.
+            has_weights: whether a store may have weights.
+            layout: how samples lie in a sequence.
             dtype: of tokens, labels and position_ids.
             depth: micro-batches filled ahead.
             reuse_buffers: None = for a GPU only; elsewhere copying costs more than it saves.
@@ -153,14 +160,14 @@ class BatchLoader(Iterator[MicroBatch]):
         self.device = torch.device(device)
         self.is_cuda = self.device.type == "cuda"
         self.does_copy = self.is_cuda if reuse_buffers is None else reuse_buffers
-        self.buffers: list[RowBuffers] = []
+        self.buffers: list[SequenceBuffers] = []
         if self.does_copy:
             self.buffers = [
-                RowBuffers(
-                    ceil_div(max_rows, layout.cp_size),
+                SequenceBuffers(
+                    ceil_div(max_length, layout.cp_size),
                     max_samples,
                     dtype=dtype,
-                    has_weights=store.weights is not None,
+                    has_weights=has_weights,
                     pin_memory=self.is_cuda,
                 )
                 for _ in range(depth + 2)
@@ -168,13 +175,13 @@ class BatchLoader(Iterator[MicroBatch]):
         # copied[i] is done when the device has read buffers[i].
         self.copied: list[torch.cuda.Event | None] = [None] * len(self.buffers)
         self.num_taken = 0
-        self.prefetcher = Prefetcher(self.fill(store, rows, layout, dtype), depth)
+        self.prefetcher = Prefetcher(self.fill(sequences, layout, dtype), depth)
 
     def fill(
-        self, store: StoredTokens, rows: Iterable[Row], layout: RowLayout, dtype: torch.dtype
+        self, sequences: Iterable[PlannedSequence], layout: SequenceLayout, dtype: torch.dtype
     ) -> Generator[MicroBatch, None, None]:
         """Yields the micro-batches on the host; runs in the thread."""
-        for number, (sample_ids, num_rows) in enumerate(rows):
+        for number, (store, sample_ids, seq_length) in enumerate(sequences):
             buffers = None
             if self.buffers:
                 place = number % len(self.buffers)
@@ -182,7 +189,7 @@ class BatchLoader(Iterator[MicroBatch]):
                 if copied is not None:
                     copied.synchronize()
             yield fill_micro_batch(
-                store, sample_ids, num_rows, layout=layout, dtype=dtype, buffers=buffers
+                store, sample_ids, seq_length, layout=layout, dtype=dtype, buffers=buffers
             )
 
     def __next__(self) -> MicroBatch:

@@ -189,7 +189,7 @@ class Window:
         return min(found, key=lambda size: ((size // 64 - start) % num_words, size), default=0)
 
 
-class FilledRow(NamedTuple):
+class FilledSequence(NamedTuple):
     """The arrays of one micro-batch; shapes and dtypes as in `packing.micro_batch.MicroBatch`."""
 
     tokens: NDArray[np.int64]
@@ -200,18 +200,18 @@ class FilledRow(NamedTuple):
     weights: NDArray[np.float32]
 
 
-def fill_row(
+def fill_sequence(
     store_tokens: NDArray[np.uint32],
     supervised_bits: NDArray[np.uint8],
     offsets: NDArray[np.int64],
     sample_ids: Sequence[int],
-    num_rows: int,
+    seq_length: int,
     *,
     alignment: int = 1,
     cp_size: int = 1,
     cp_rank: int = 0,
     token_weights: NDArray[np.float16] | None = None,
-) -> FilledRow:
+) -> FilledSequence:
     """Concatenates the slots of samples, pads, and takes one context-parallel rank's share.
 
     Args:
@@ -219,7 +219,7 @@ def fill_row(
         supervised_bits: uint8 [ceil(total / 8)], little-endian bits; 1 = token is a target.
         offsets: int64 [num_samples + 1].
         sample_ids: the samples of the row, in order.
-        num_rows: length of the row over all ranks, at least the slots' total.
+        seq_length: length of the row over all ranks, at least the slots' total.
         alignment: a slot is a sample padded to a multiple of this.
         cp_size: ranks that share the row; a rank has two of the 2 * cp_size chunks of each slot.
         cp_rank: the rank whose share is returned.
@@ -240,14 +240,14 @@ def fill_row(
         block[: length - 1, 3] = 1 if token_weights is None else token_weights[span][1:]
         blocks.append(block)
     slots = [len(block) for block in blocks]
-    padding = np.tile([0.0, IGNORE_INDEX, 0.0, 0.0], (num_rows - sum(slots), 1))
+    padding = np.tile([0.0, IGNORE_INDEX, 0.0, 0.0], (seq_length - sum(slots), 1))
     if cp_size > 1:
         chunks = [np.split(block, 2 * cp_size) for block in blocks]
         blocks = [part for one in chunks for part in (one[cp_rank], one[-1 - cp_rank])]
         padding = padding[: len(padding) // cp_size]
     row = np.concatenate([*blocks, padding])
     has_label = row[:, 1] != IGNORE_INDEX
-    return FilledRow(
+    return FilledSequence(
         tokens=row[:, 0].astype(np.int64),
         labels=row[:, 1].astype(np.int64),
         position_ids=row[:, 2].astype(np.int64),

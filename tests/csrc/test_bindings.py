@@ -168,7 +168,7 @@ def runs_beside_the_planner(lengths: np.ndarray) -> bool:
     return was_beside
 
 
-def fill_arguments(num_rows: int = 8, num_samples: int = 2) -> dict[str, Any]:
+def fill_arguments(length: int = 8, num_samples: int = 2) -> dict[str, Any]:
     """Arguments of a valid fill: two samples of 3 and 4 tokens."""
     return {
         "store_tokens": np.arange(10, 17, dtype=np.uint32),
@@ -176,15 +176,15 @@ def fill_arguments(num_rows: int = 8, num_samples: int = 2) -> dict[str, Any]:
         "offsets": np.array([0, 3, 7]),
         "sample_ids": np.arange(num_samples),
         "ignore_index": -100,
-        "tokens": np.full(num_rows, -7),
-        "labels": np.full(num_rows, -7),
-        "position_ids": np.full(num_rows, -7),
+        "tokens": np.full(length, -7),
+        "labels": np.full(length, -7),
+        "position_ids": np.full(length, -7),
         "cu_seqlens": np.full(num_samples + 1, -7, np.int32),
-        "active_rows": np.full(num_rows, -7),
+        "active_tokens": np.full(length, -7),
     }
 
 
-OUTPUTS = ["tokens", "labels", "position_ids", "cu_seqlens", "active_rows"]
+OUTPUTS = ["tokens", "labels", "position_ids", "cu_seqlens", "active_tokens"]
 
 
 def test_fill_writes_in_place() -> None:
@@ -194,7 +194,7 @@ def test_fill_writes_in_place() -> None:
     assert arguments["labels"].tolist() == [11, 12, -100, 14, 15, 16, -100, -100]
     assert arguments["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
     assert arguments["cu_seqlens"].tolist() == [0, 3, 7]
-    assert arguments["active_rows"].tolist() == [0, 1, 3, 4, 5, -7, -7, -7]
+    assert arguments["active_tokens"].tolist() == [0, 1, 3, 4, 5, -7, -7, -7]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_fill_writes_in_place() -> None:
         ({"cu_seqlens": np.zeros(2, np.int32)}, "cu_seqlens has 2 elements, expected 3"),
         ({"labels": np.zeros(9, np.int64)}, "labels has 9 elements, expected 8"),
         ({"position_ids": np.zeros(7, np.int64)}, "position_ids has 7 elements, expected 8"),
-        ({"active_rows": np.zeros(5, np.int64)}, "active_rows has 5 elements, expected 8"),
+        ({"active_tokens": np.zeros(5, np.int64)}, "active_tokens has 5 elements, expected 8"),
         ({"tokens": np.zeros(16, np.int64)[::2]}, "tokens .* contiguous"),
         ({"tokens": np.zeros((1, 8), np.int64)}, "tokens is a 2-d"),
         ({"tokens": np.zeros(8, np.int32)}, "labels is a 1-d int64 array; expected .* int32"),
@@ -231,7 +231,7 @@ def test_fill_writes_in_place() -> None:
         ({"token_weights": np.ones(7, np.float16)}, "token_weights is a 1-d float16"),
         ({"alignment": 0}, "packing.alignment is 0"),
         ({"alignment": 2**62}, "packing.alignment is 4611686018427387904"),
-        ({"alignment": 5}, "sample 1 ends at row 10 of 8"),
+        ({"alignment": 5}, "sample 1 ends at token 10 of 8"),
         ({"cp_size": 2}, "packing.alignment is 1; expected a multiple of 4"),
         ({"cp_size": 2**62}, "context-parallel rank 0 of 4611686018427387904"),
         ({"cp_rank": 1}, "context-parallel rank 1 of 1"),

@@ -143,7 +143,7 @@ def test_the_table_has_the_parameters_that_transformers_counts(models: Path, nam
 def make_batch() -> Any:
     from sft_fast.packing.micro_batch import fill_micro_batch
 
-    return fill_micro_batch(make_store(random_samples(3, seed=5)), [0, 1, 2], num_rows=128)
+    return fill_micro_batch(make_store(random_samples(3, seed=5)), [0, 1, 2], seq_length=128)
 
 
 def run_all(folder: str, parallel_section: dict[str, Any], names: list[str], out: str) -> Any:

@@ -10,7 +10,7 @@ from sft_fast.config.schema import Config
 from sft_fast.config.sections import PackingConfig
 from sft_fast.errors import ConfigError
 from sft_fast.packing.from_config import make_plan
-from sft_fast.packing.micro_batch import RowLayout, fill_micro_batch
+from sft_fast.packing.micro_batch import SequenceLayout, fill_micro_batch
 from sft_fast.packing.report import packing_report
 from sft_fast.packing.steps import StepPlan
 from tiny import ListStore, make_config, make_store, random_samples
@@ -69,7 +69,7 @@ def test_capacity(store: ListStore, capacity: int) -> None:
 @pytest.mark.parametrize("alignment", [1, 8, 32])
 def test_alignment(store: ListStore, alignment: int) -> None:
     config, plan = plan_of(store, alignment=alignment)
-    layout = RowLayout(alignment=config.packing.alignment)
+    layout = SequenceLayout(alignment=config.packing.alignment)
     for one in bins_of(plan)[:20]:
         batch = fill_micro_batch(store, one, config.packing.capacity, layout=layout)
         batch.check(131)

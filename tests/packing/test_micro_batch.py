@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.data.targets import count_targets
-from sft_fast.packing.micro_batch import MicroBatch, RowBuffers, RowLayout, fill_micro_batch
-from sft_fast.reference.packing import fill_row
+from sft_fast.packing.micro_batch import (
+    MicroBatch,
+    SequenceBuffers,
+    SequenceLayout,
+    fill_micro_batch,
+)
+from sft_fast.reference.packing import fill_sequence
 from token_stores import VOCAB_SIZE, ArrayStore, make_store
 
 
@@ -40,10 +45,10 @@ def stores(draw: st.DrawFn, has_weights: bool = False) -> ArrayStore:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> RowLayout:
+def layouts(draw: st.DrawFn) -> SequenceLayout:
     cp_size = draw(st.integers(1, 4))
     factor = draw(st.integers(1, 5)) * (2 * cp_size if cp_size > 1 else 1)
-    return RowLayout(factor, cp_size, draw(st.integers(0, cp_size - 1)))
+    return SequenceLayout(factor, cp_size, draw(st.integers(0, cp_size - 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -54,7 +59,7 @@ def layouts(draw: st.DrawFn) -> RowLayout:
     data=st.data(),
 )
 def test_filling_equals_the_oracle(
-    store: ArrayStore, layout: RowLayout, data: st.DataObject, dtype: torch.dtype
+    store: ArrayStore, layout: SequenceLayout, data: st.DataObject, dtype: torch.dtype
 ) -> None:
     if dtype == torch.int32:
         store = replace(store, tokens=store.tokens >> np.uint32(1))
@@ -62,14 +67,14 @@ def test_filling_equals_the_oracle(
     sample_ids = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=10))
     slots = -(-lengths[sample_ids] // layout.alignment) * layout.alignment
     num_local = max(1, int(slots.sum()) // layout.cp_size + data.draw(st.integers(0, 20)))
-    num_rows = num_local * layout.cp_size
-    batch = fill_micro_batch(store, sample_ids, num_rows, layout=layout, dtype=dtype)
-    expected = fill_row(
+    seq_length = num_local * layout.cp_size
+    batch = fill_micro_batch(store, sample_ids, seq_length, layout=layout, dtype=dtype)
+    expected = fill_sequence(
         store.tokens,
         store.supervised_bits,
         store.offsets,
         sample_ids,
-        num_rows,
+        seq_length,
         alignment=layout.alignment,
         cp_size=layout.cp_size,
         cp_rank=layout.cp_rank,
@@ -95,15 +100,17 @@ def test_filling_equals_the_oracle(
 
 @settings(deadline=None)
 @given(store=stores(), cp_size=st.integers(1, 4), data=st.data())
-def test_context_parallel_ranks_share_the_row(
+def test_context_parallel_ranks_share_the_sequence(
     store: ArrayStore, cp_size: int, data: st.DataObject
 ) -> None:
     sample_ids = data.draw(st.lists(st.integers(0, len(store.offsets) - 2), max_size=6))
     alignment = 2 * cp_size
-    num_rows = alignment * (1 + sum(-(-int(n) // alignment) for n in np.diff(store.offsets)) * 6)
-    whole = fill_micro_batch(store, sample_ids, num_rows, layout=RowLayout(alignment))
+    seq_length = alignment * (1 + sum(-(-int(n) // alignment) for n in np.diff(store.offsets)) * 6)
+    whole = fill_micro_batch(store, sample_ids, seq_length, layout=SequenceLayout(alignment))
     shares = [
-        fill_micro_batch(store, sample_ids, num_rows, layout=RowLayout(alignment, cp_size, rank))
+        fill_micro_batch(
+            store, sample_ids, seq_length, layout=SequenceLayout(alignment, cp_size, rank)
+        )
         for rank in range(cp_size)
     ]
     for name in ("tokens", "labels", "position_ids"):
@@ -119,7 +126,7 @@ def test_weights_are_those_of_the_labels() -> None:
         weighted(make_store([3, 2], [False, True, True, False, True])), [1, 0], 6
     )
     assert batch.weights is not None
-    # Token 1 is the label of row 0 of its sample, and so on.
+    # Token 1 is the label of token 0 of its sample, and so on.
     assert batch.weights.tolist() == [[2.5, 0, 1.0, 1.5, 0, 0]]
 
 
@@ -151,17 +158,17 @@ def test_targets_are_counted_as_they_are_filled(store: ArrayStore) -> None:
             assert sums[sample] == batch.weights.double().sum()
 
 
-def test_int32_rows_cannot_hold_every_id() -> None:
+def test_int32_cannot_hold_every_id() -> None:
     store = make_store([3], [True] * 3)
     store.tokens[:] = [1, 2**31, 2]
-    with pytest.raises(ValueError, match="an id of 2.31 or more; int32 rows cannot"):
+    with pytest.raises(ValueError, match="an id of 2.31 or more; int32 cannot hold it"):
         fill_micro_batch(store, [0], 3, dtype=torch.int32)
     assert fill_micro_batch(store, [0], 3).labels.tolist() == [[2**31, 2, IGNORE_INDEX]]
 
 
 def test_buffers_are_reused() -> None:
     store = weighted(chat_store())
-    buffers = RowBuffers(40, 4, has_weights=True)
+    buffers = SequenceBuffers(40, 4, has_weights=True)
     full = fill_micro_batch(store, [3, 1, 0, 2], 40, buffers=buffers)
     kept = full.to("cpu", copy=True)
     again = fill_micro_batch(store, [1], 12, buffers=buffers)
@@ -178,34 +185,34 @@ def test_buffers_are_reused() -> None:
 
 def test_buffers_that_do_not_fit() -> None:
     store = chat_store()
-    for buffers in (RowBuffers(11, 9), RowBuffers(99, 1)):
+    for buffers in (SequenceBuffers(11, 9), SequenceBuffers(99, 1)):
         with pytest.raises(ValueError, match="expected at least 12 and 2"):
             fill_micro_batch(store, [0, 1], 12, buffers=buffers)
     with pytest.raises(ValueError, match="buffers have weights and the store has none, or the"):
-        fill_micro_batch(weighted(store), [0, 1], 12, buffers=RowBuffers(12, 2))
+        fill_micro_batch(weighted(store), [0, 1], 12, buffers=SequenceBuffers(12, 2))
     with pytest.raises(ValueError, match="buffers have weights and the store has none, or the"):
-        fill_micro_batch(store, [0, 1], 12, buffers=RowBuffers(12, 2, has_weights=True))
+        fill_micro_batch(store, [0, 1], 12, buffers=SequenceBuffers(12, 2, has_weights=True))
     with pytest.raises(ValueError, match="dtype is torch.int16"):
-        RowBuffers(12, 2, dtype=torch.int16)
-    with pytest.raises(ValueError, match="num_rows is 0"):
-        RowBuffers(0, 2)
+        SequenceBuffers(12, 2, dtype=torch.int16)
+    with pytest.raises(ValueError, match="seq_length is 0"):
+        SequenceBuffers(0, 2)
 
 
 @pytest.mark.parametrize(
     ("layout", "problem"),
     [
-        (RowLayout(0), "packing.alignment is 0; expected a multiple of 1"),
-        (RowLayout(-4), "packing.alignment is -4"),
-        (RowLayout(2, 2), "packing.alignment is 2; expected a multiple of 4"),
-        (RowLayout(4, 2, 2), r"context-parallel rank 2 of 2"),
-        (RowLayout(4, 2, -1), r"context-parallel rank -1 of 2"),
-        (RowLayout(1, 0), "size .0."),
-        (RowLayout(10, 5), "num_rows is 16; .* multiple of the context-parallel size .5."),
-        (RowLayout(16), "sample 1 ends at row 32 of 16"),
+        (SequenceLayout(0), "packing.alignment is 0; expected a multiple of 1"),
+        (SequenceLayout(-4), "packing.alignment is -4"),
+        (SequenceLayout(2, 2), "packing.alignment is 2; expected a multiple of 4"),
+        (SequenceLayout(4, 2, 2), r"context-parallel rank 2 of 2"),
+        (SequenceLayout(4, 2, -1), r"context-parallel rank -1 of 2"),
+        (SequenceLayout(1, 0), "size .0."),
+        (SequenceLayout(10, 5), "seq_length is 16; .* multiple of the context-parallel size .5."),
+        (SequenceLayout(16), "sample 1 ends at token 32 of 16"),
     ],
     ids=str,
 )
-def test_layouts_that_cannot_be(layout: RowLayout, problem: str) -> None:
+def test_layouts_that_cannot_be(layout: SequenceLayout, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         fill_micro_batch(chat_store(), [0, 1], 16, layout=layout)
 
@@ -217,10 +224,10 @@ def test_a_label_never_crosses_into_the_next_sample() -> None:
     assert batch.num_supervised == 6
 
 
-@pytest.mark.parametrize("num_rows", [1, 5])
-def test_a_row_without_samples(num_rows: int) -> None:
-    batch = fill_micro_batch(chat_store(), [], num_rows)
-    assert batch.labels.tolist() == [[IGNORE_INDEX] * num_rows]
+@pytest.mark.parametrize("seq_length", [1, 5])
+def test_a_sequence_without_samples(seq_length: int) -> None:
+    batch = fill_micro_batch(chat_store(), [], seq_length)
+    assert batch.labels.tolist() == [[IGNORE_INDEX] * seq_length]
     assert (batch.cu_seqlens.tolist(), batch.seqlens) == ([0], ())
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (0, 0, 0)
     assert (batch.max_seqlen, batch.active_tokens.shape) == (0, (0,))
@@ -267,18 +274,18 @@ def test_to_leaves_on_the_host_what_the_host_reads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sample_ids", "num_rows", "problem"),
+    ("sample_ids", "seq_length", "problem"),
     [
-        ([0, 1], 11, "sample 1 ends at row 12 of 11"),
+        ([0, 1], 11, "sample 1 ends at token 12 of 11"),
         ([4], 16, "sample 4 was asked for, but the token store holds 4 samples"),
         ([-1], 16, "sample -1 was asked for"),
-        ([], 0, "num_rows is 0; expected at least 1"),
-        ([0], -5, "num_rows is -5"),
+        ([], 0, "seq_length is 0; expected at least 1"),
+        ([0], -5, "seq_length is -5"),
     ],
 )
-def test_filling_says_what_is_wrong(sample_ids: list[int], num_rows: int, problem: str) -> None:
+def test_filling_says_what_is_wrong(sample_ids: list[int], seq_length: int, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        fill_micro_batch(chat_store(), sample_ids, num_rows)
+        fill_micro_batch(chat_store(), sample_ids, seq_length)
 
 
 def changed(tensor: torch.Tensor, index: tuple[int, ...], value: int) -> torch.Tensor:
@@ -295,9 +302,9 @@ def changed(tensor: torch.Tensor, index: tuple[int, ...], value: int) -> torch.T
         ("tokens", (0, 15), VOCAB_SIZE, "tokens: ids outside"),
         ("tokens", (0, 8), 7, "labels: a label is not the next token"),
         ("labels", (0, 8), 7, "labels: a label is not the next token"),
-        ("labels", (0, 2), 7, "labels: a sample's last row has a label"),
-        ("labels", (0, 12), 0, "labels: a padding row has a label"),
-        ("labels", (0, 15), 0, "labels: a padding row has a label"),
+        ("labels", (0, 2), 7, "labels: a sample's last token has a label"),
+        ("labels", (0, 12), 0, "labels: padding has a label"),
+        ("labels", (0, 15), 0, "labels: padding has a label"),
         ("labels", (0, 8), IGNORE_INDEX, "active_tokens: not the tokens with a label"),
         ("position_ids", (0, 3), 3, "position_ids: not 0, 1"),
         ("position_ids", (0, 12), 1, "position_ids: not 0, 1"),
@@ -327,21 +334,21 @@ def test_check_names_wrong_dtypes_and_shapes(name: str) -> None:
     batch = fill_micro_batch(chat_store(), [0, 1], 16)
     tensor = getattr(batch, name)
     for wrong in (tensor.short(), tensor[..., :-1], tensor[None]):
-        # A shorter row of tokens shows as every other tensor being too long.
+        # A shorter sequence of tokens shows as every other tensor being too long.
         with pytest.raises(ValueError, match="MicroBatch.labels|MicroBatch." + name):
             replace(batch, **{name: wrong}).check(VOCAB_SIZE)
 
 
 def test_check_knows_layouts_and_weights() -> None:
-    layout = RowLayout(4, 2, 1)
+    layout = SequenceLayout(4, 2, 1)
     batch = fill_micro_batch(weighted(chat_store()), [0, 1], 24, layout=layout)
     batch.check(VOCAB_SIZE)
     assert batch.weights is not None
     padding_weighed = changed(batch.weights, (0, 11), 1)
     wrong = [
-        (replace(batch, layout=RowLayout(4, 2, 0)), "position_ids"),
-        (replace(batch, layout=RowLayout(8, 2, 1)), "cu_seqlens"),
-        (replace(batch, layout=RowLayout(4)), "cu_seqlens"),
+        (replace(batch, layout=SequenceLayout(4, 2, 0)), "position_ids"),
+        (replace(batch, layout=SequenceLayout(8, 2, 1)), "cu_seqlens"),
+        (replace(batch, layout=SequenceLayout(4)), "cu_seqlens"),
         (replace(batch, weights=batch.weights.double()), "weights"),
         (replace(batch, weights=padding_weighed), "weights"),
         (replace(batch, weights=-batch.weights), "weights"),

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_fast.packing.micro_batch import RowLayout, fill_micro_batch
-from sft_fast.packing.prefetch import BatchLoader, Prefetcher
+from sft_fast.packing.micro_batch import SequenceLayout, fill_micro_batch
+from sft_fast.packing.prefetch import BatchLoader, PlannedSequence, Prefetcher
 from token_stores import ArrayStore, make_store
 
 
@@ -128,13 +128,14 @@ def test_depth_must_be_positive() -> None:
         Prefetcher(counting([]), 0)
 
 
-def rows_of(store: ArrayStore, count: int) -> list[tuple[np.ndarray, int]]:
+def sequences_of(store: ArrayStore, count: int) -> list[PlannedSequence]:
     random = np.random.default_rng(0)
-    rows = []
+    sequences = []
     for _ in range(count):
         sample_ids = random.integers(0, len(store.offsets) - 1, random.integers(0, 5))
-        rows.append((sample_ids, 4 * int(random.integers(20, 40)) * 4))
-    return rows
+        length = 4 * int(random.integers(20, 40)) * 4
+        sequences.append(PlannedSequence(store, sample_ids, length))
+    return sequences
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -142,12 +143,11 @@ def rows_of(store: ArrayStore, count: int) -> list[tuple[np.ndarray, int]]:
 def test_loading_equals_filling(reuse_buffers: bool | None, dtype: torch.dtype) -> None:
     store = make_store([3, 9, 1, 12, 60], [True] * 85)
     store.tokens >>= np.uint32(1)
-    rows, layout = rows_of(store, 60), RowLayout(4, 2, 1)
+    sequences, layout = sequences_of(store, 60), SequenceLayout(4, 2, 1)
     with BatchLoader(
-        store,
-        iter(rows),
+        iter(sequences),
         "cpu",
-        max_rows=1000,
+        max_length=1000,
         max_samples=5,
         layout=layout,
         dtype=dtype,
@@ -155,24 +155,25 @@ def test_loading_equals_filling(reuse_buffers: bool | None, dtype: torch.dtype) 
     ) as loader:
         # All are kept until the end, so a buffer that was used again too early would show.
         batches = list(loader)
-    assert len(batches) == len(rows)
-    for batch, (sample_ids, num_rows) in zip(batches, rows, strict=True):
+    assert len(batches) == len(sequences)
+    for batch, (_, sample_ids, seq_length) in zip(batches, sequences, strict=True):
         batch.check(2**32)
-        expected = fill_micro_batch(store, sample_ids, num_rows, layout=layout, dtype=dtype)
+        expected = fill_micro_batch(store, sample_ids, seq_length, layout=layout, dtype=dtype)
         for name in ("tokens", "labels", "position_ids", "cu_seqlens", "active_tokens"):
             assert torch.equal(getattr(batch, name), getattr(expected, name))
 
 
 def test_loading_says_what_is_wrong_and_stops() -> None:
     store = make_store([3, 9], [True] * 12)
-    rows = [(np.array([0]), 8), (np.array([7]), 8), (np.array([1]), 9)]
-    with BatchLoader(store, rows, "cpu", max_rows=9, max_samples=2) as loader:
+    lengths = {0: 8, 7: 8, 1: 9}
+    sequences = [PlannedSequence(store, np.array([id]), n) for id, n in lengths.items()]
+    with BatchLoader(sequences, "cpu", max_length=9, max_samples=2) as loader:
         assert next(loader).num_tokens == 3
         with pytest.raises(ValueError, match="sample 7 was asked for"):
             next(loader)
     with (
-        BatchLoader(store, rows, "cpu", max_rows=4, max_samples=2, reuse_buffers=True) as loader,
-        pytest.raises(ValueError, match="buffers hold 4 rows"),
+        BatchLoader(sequences, "cpu", max_length=4, max_samples=2, reuse_buffers=True) as loader,
+        pytest.raises(ValueError, match="buffers hold 4 tokens"),
     ):
         next(loader)
 
@@ -181,9 +182,9 @@ def test_early_close_of_a_loader_leaves_no_thread_and_no_crash() -> None:
     store = make_store([500] * 50, [True] * 25_000)
     threads = threading.active_count()
     for number in range(30):
-        rows = ((np.arange(50), 25_000) for _ in range(1000))
+        sequences = (PlannedSequence(store, np.arange(50), 25_000) for _ in range(1000))
         loader = BatchLoader(
-            store, rows, "cpu", max_rows=25_000, max_samples=50, reuse_buffers=number % 2 == 0
+            sequences, "cpu", max_length=25_000, max_samples=50, reuse_buffers=number % 2 == 0
         )
         for _ in range(number % 4):
             next(loader)
@@ -197,11 +198,14 @@ def test_early_close_of_a_loader_leaves_no_thread_and_no_crash() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_loading_to_a_gpu_does_not_mix_batches() -> None:
     store = make_store([3, 9, 1, 12, 60] * 50, [True] * 4250)
-    rows = [(np.random.default_rng(i).integers(0, 250, 40), 2400) for i in range(200)]
-    with BatchLoader(store, rows, "cuda", max_rows=2400, max_samples=40) as loader:
+    sequences = [
+        PlannedSequence(store, np.random.default_rng(i).integers(0, 250, 40), 2400)
+        for i in range(200)
+    ]
+    with BatchLoader(sequences, "cuda", max_length=2400, max_samples=40) as loader:
         batches = list(loader)
-    for batch, row in zip(batches, rows, strict=True):
-        expected = fill_micro_batch(store, *row)
+    for batch, sequence in zip(batches, sequences, strict=True):
+        expected = fill_micro_batch(*sequence)
         assert torch.equal(batch.tokens.cpu(), expected.tokens)
         assert torch.equal(batch.labels.cpu(), expected.labels)
         assert torch.equal(batch.active_tokens, expected.active_tokens)

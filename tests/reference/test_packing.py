@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sft_fast import _C
 from sft_fast.constants import IGNORE_INDEX
 from sft_fast.reference.packing import (
-    FilledRow,
+    FilledSequence,
     Window,
     best_fit_decreasing,
-    fill_row,
+    fill_sequence,
     next_fit,
     random_bits,
     random_order,
@@ -77,19 +77,19 @@ def test_is_not_always_optimal() -> None:
     assert len(best_fit_decreasing(lengths, 10)) == 3
 
 
-@pytest.mark.parametrize("num_rows", [9, 12])
-def test_fill_row_by_hand(num_rows: int) -> None:
+@pytest.mark.parametrize("seq_length", [9, 12])
+def test_fill_row_by_hand(seq_length: int) -> None:
     # Samples: 0 = [10 11 12*], 1 = [20* 21* 22 23*], 2 = [30* 31*]; * = supervised.
     tokens = np.array([10, 11, 12, 20, 21, 22, 23, 30, 31], dtype=np.uint32)
     supervised = np.array([0, 0, 1, 1, 1, 0, 1, 1, 1], dtype=np.uint8)
-    row = fill_row(
+    row = fill_sequence(
         tokens,
         np.packbits(supervised, bitorder="little"),
         np.array([0, 3, 7, 9]),
         sample_ids=[1, 2, 0],
-        num_rows=num_rows,
+        seq_length=seq_length,
     )
-    pad, ignored = num_rows - 9, IGNORE_INDEX
+    pad, ignored = seq_length - 9, IGNORE_INDEX
     assert row.tokens.tolist() == [20, 21, 22, 23, 30, 31, 10, 11, 12] + [0] * pad
     labels = [21, ignored, 23, ignored, 31, ignored, ignored, 12, ignored]
     assert row.labels.tolist() == labels + [ignored] * pad
@@ -104,8 +104,8 @@ def test_fill_row_by_hand(num_rows: int) -> None:
 
 
 def test_fill_row_without_samples_is_padding() -> None:
-    row = fill_row(
-        np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(1, np.int64), [], num_rows=3
+    row = fill_sequence(
+        np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(1, np.int64), [], seq_length=3
     )
     assert row.tokens.tolist() == row.position_ids.tolist() == [0, 0, 0]
     assert row.labels.tolist() == [IGNORE_INDEX] * 3
@@ -117,13 +117,13 @@ def test_context_parallel_shares_by_hand() -> None:
     # Samples of 5 and 3 tokens in slots of 8 and 4, cut into 4 chunks of 2 and of 1; 4 of padding.
     tokens = np.array([10, 11, 12, 13, 14, 20, 21, 22], dtype=np.uint32)
 
-    def share(rank: int) -> FilledRow:
-        return fill_row(
+    def share(rank: int) -> FilledSequence:
+        return fill_sequence(
             tokens,
             np.array([0xFF], np.uint8),
             np.array([0, 5, 8]),
             sample_ids=[0, 1],
-            num_rows=16,
+            seq_length=16,
             alignment=4,
             cp_size=2,
             cp_rank=rank,

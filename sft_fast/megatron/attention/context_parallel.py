@@ -1,9 +1,10 @@
 """Context-parallel attention over packed samples, without Transformer Engine.
 
-Each padded sample is cut into 2 * cp_size chunks, and rank r has chunks r and 2 * cp_size - 1 - r
-of every one (micro_batch.py): causal attention then costs every rank the same. Keys and values are
-gathered from all ranks; the queries of a chunk see the keys of their sample up to their own chunk's
-end. So each chunk is a segment of its own whose keys end where its queries end, which
+Each padded sample is cut into 2 * cp_size chunks, and rank r has chunks r and
+2 * cp_size - 1 - r of each (micro_batch.SequenceLayout): causal attention then costs every rank the
+same. Keys and values are gathered from all ranks; the queries of a chunk see the keys of their
+sample up to their own chunk's end. So each chunk is a segment whose keys end where its
+queries end, which
 varlen kernels know as causal attention aligned at the bottom right. The backward pass adds up the
 ranks' gradients of keys and values, and gives each rank those of its own tokens (reduce-scatter).
 

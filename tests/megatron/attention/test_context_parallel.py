@@ -94,7 +94,7 @@ def test_the_share_of_many_samples(cp_size: int, window: int | None, softcap: fl
     whole = attend_sdpa(query, key, value, pack_samples(lengths, edges.int()), scoring)
 
     def tokens_of(rank: int) -> Tensor:
-        """As packing.micro_batch has it."""
+        """As micro_batch.SequenceLayout has it."""
         parts = [torch.arange(start, stop).chunk(2 * cp_size) for start, stop in
                  zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]  # fmt: skip
         return torch.cat([torch.cat([part[rank], part[-1 - rank]]) for part in parts])
