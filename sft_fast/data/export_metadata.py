@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sft_fast.data.store import TokenStore
+    from sft_fast.data.stream import TrainingData
 
 NUM_SAMPLES_READ = 1000
 
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """Facts about a token store."""
+    """Facts about the data."""
 
     fingerprint: str
-    """Of the store; see store.TokenStore."""
+    """Of the store; see store.TokenStore, and stream.SampleStream."""
     end_ids: list[int]
     """Ids of the special tokens that samples end with, ascending."""
 
 
-def export_metadata(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> ExportMetadata:
-    """Reads the first samples of a store."""
+def export_metadata(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> ExportMetadata:
+    """Reads the first samples."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = store.offsets[1 : NUM_SAMPLES_READ + 1] - 1
-    found = special & {int(token) for token in store.tokens[ends]}
-    return ExportMetadata(store.fingerprint, sorted(found))
+    ends = {int(token) for token in data.last_tokens(NUM_SAMPLES_READ)}
+    return ExportMetadata(data.fingerprint, sorted(special & ends))

@@ -10,6 +10,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from sft_fast.data.targets import count_targets
+
 
 @dataclass(frozen=True)
 class StreamSample:
@@ -70,6 +72,20 @@ class MemoryStore:
     def lengths(self) -> NDArray[np.int32]:
         """int32 [num_samples], tokens of each."""
         return np.diff(self.offsets).astype(np.int32)
+
+    @cached_property
+    def _targets(self) -> tuple[NDArray[np.int32], NDArray[np.float64] | None]:
+        return count_targets(self)
+
+    @property
+    def num_supervised(self) -> NDArray[np.int32]:
+        """int32 [num_samples], as `TokenStore.num_supervised`."""
+        return self._targets[0]
+
+    @property
+    def loss_weights(self) -> NDArray[np.float64] | None:
+        """float64 [num_samples], as `TokenStore.loss_weights`."""
+        return self._targets[1]
 
     @cached_property
     def _supervised(self) -> NDArray[np.bool_]:

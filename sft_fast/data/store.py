@@ -228,6 +228,10 @@ class TokenStore:
             return int(offsets[sample]), int(offsets[sample + 1])
         return self._lengths.sum(sample), self._lengths.sum(sample + 1)
 
+    def last_tokens(self, count: int) -> npt.NDArray[np.uint32]:
+        """uint32 [count or fewer], the last token of each of the first samples."""
+        return self.tokens[self.offsets[1 : count + 1] - 1]
+
     def origin(self, sample: int) -> str:
         """`file:line` of the record that a sample was made from."""
         return f"{self.file(sample)}:{self.line(sample)}"

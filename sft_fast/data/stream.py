@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from sft_fast.data.build import (
     TRUNCATED,
@@ -27,10 +28,10 @@ from sft_fast.data.build import (
 )
 from sft_fast.data.formats import FileFormat
 from sft_fast.data.json_records import BadRecord, SourceRecord
-from sft_fast.data.memory_store import StreamSample
+from sft_fast.data.memory_store import MemoryStore, StreamSample
 from sft_fast.data.sample_maker import Outcome, SampleMaker, make_all
 from sft_fast.data.source import Position, Source
-from sft_fast.data.store import DataReport
+from sft_fast.data.store import DataReport, TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ BATCH_RECORDS = 32
 """Records tokenised at once: few, because the first step waits for the first of them."""
 FEWEST_RECORDS = 1000
 """The share of bad records is taken of at least so many."""
+NUM_ENDS_KEPT = 1000
 IN_EVAL = "in data.eval"
 
 Reject = Callable[[str, int, str, str], None]
@@ -72,6 +74,8 @@ class StreamState:
     """Those that come into the buffer next: the rest of the last record."""
     num_draws: int
     """Random numbers drawn."""
+    last_tokens: tuple[int, ...]
+    """The last token of each of the first samples."""
 
     def as_json(self) -> str:
         """All but the samples, as text."""
@@ -85,7 +89,8 @@ class StreamState:
         ]
         report = asdict(self.report)
         numbers = {"num_buffered": len(self.buffer), "num_draws": self.num_draws}
-        return json.dumps({"sources": sources, "report": report, **numbers})
+        ends = {"last_tokens": self.last_tokens}
+        return json.dumps({"sources": sources, "report": report, **numbers, **ends})
 
     @classmethod
     def of(cls, text: str, samples: Sequence[StreamSample]) -> StreamState:
@@ -106,6 +111,7 @@ class StreamState:
             tuple(samples[:buffered]),
             tuple(samples[buffered:]),
             values["num_draws"],
+            tuple(values["last_tokens"]),
         )
 
 
@@ -118,14 +124,12 @@ class _SourceReader:
         tokenizer: PreTrainedTokenizerBase,
         options: BuildOptions,
         processes: int,
-        state: SourceState | None,
     ) -> None:
         self.source = source
-        self.position = state.position if state else Position()
-        self.num_samples = state.num_samples if state else 0
+        self.position = Position()
+        self.num_samples = 0
         how = maker_options(source, options)
         self._maker = SampleMaker(tokenizer, how)
-        self._maker.files.update(state.files if state else {})
         self.template = self._maker.template_source
         self._outcomes = self._read(tokenizer, how, processes)
 
@@ -137,6 +141,11 @@ class _SourceReader:
             self._maker, tokenizer, options, records, processes, batch_records=BATCH_RECORDS
         ):
             yield from batch
+
+    def restore(self, state: SourceState) -> None:
+        """Goes on from `state`; not once something was taken."""
+        self.position, self.num_samples = state.position, state.num_samples
+        self._maker.files.update(state.files)
 
     def take(self) -> Outcome:
         """The next outcome.
@@ -183,7 +192,6 @@ class SampleStream(Iterator[StreamSample]):
         processes: int = 1,
         held_out: Collection[int] = (),
         reject: Reject | None = None,
-        state: StreamState | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -196,7 +204,6 @@ class SampleStream(Iterator[StreamSample]):
             processes: how many tokenise; 1 = this one.
             held_out: `sample_hash` of samples that may not train.
             reject: told of every record that is not used, or not whole.
-            state: go on from here.
 
         Raises:
             ValueError: several sources without weights, or with a `repeat`.
@@ -213,11 +220,7 @@ class SampleStream(Iterator[StreamSample]):
             )
         self._options, self._buffer_size, self._seed = options, buffer_size, seed
         self._held_out, self._reject = held_out, reject
-        states = state.sources if state else [None] * len(sources)
-        self._readers = [
-            _SourceReader(source, tokenizer, options, processes, of_source)
-            for source, of_source in zip(sources, states, strict=True)
-        ]
+        self._readers = [_SourceReader(source, tokenizer, options, processes) for source in sources]
         self.parts = stream_parts(sources, tokenizer, options)
         self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(self.parts).encode())
         self.report = DataReport(
@@ -227,10 +230,16 @@ class SampleStream(Iterator[StreamSample]):
         self._buffer: list[StreamSample] = []
         self._waiting: list[StreamSample] = []
         self._num_draws = 0
-        if state is not None:
-            self.report = _copy(state.report)
-            self._buffer, self._waiting = list(state.buffer), list(state.waiting)
-            self._num_draws = state.num_draws
+        self._last_tokens: list[int] = []
+
+    def restore(self, state: StreamState) -> None:
+        """Goes on from `state`; not once something was read."""
+        for reader, source in zip(self._readers, state.sources, strict=True):
+            reader.restore(source)
+        self.report = _copy(state.report)
+        self._buffer, self._waiting = list(state.buffer), list(state.waiting)
+        self._num_draws = state.num_draws
+        self._last_tokens = list(state.last_tokens)
 
     def state(self) -> StreamState:
         """Where the stream stands, the last sample taken."""
@@ -240,6 +249,7 @@ class SampleStream(Iterator[StreamSample]):
             tuple(self._buffer),
             tuple(self._waiting),
             self._num_draws,
+            tuple(self._last_tokens),
         )
 
     def head(self) -> Sequence[StreamSample]:
@@ -247,6 +257,21 @@ class SampleStream(Iterator[StreamSample]):
         while len(self._buffer) < self._buffer_size:
             self._buffer.append(self._next_in_order())
         return self._buffer
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [buffer_size], tokens of the samples in the buffer."""
+        return MemoryStore.of(self.head()).lengths
+
+    def last_tokens(self, count: int) -> NDArray[np.uint32]:
+        """uint32 [count or fewer], the last token of each of the first samples."""
+        self.head()
+        return np.array(self._last_tokens[:count], np.uint32)
+
+    def summary(self) -> str:
+        """What was read so far, in a few lines of text."""
+        self.head()
+        return f"{self.report.summary()}\nread so far; the rest comes while it trains"
 
     def __next__(self) -> StreamSample:
         """Returns a random sample of the buffer, whose place the next one in order takes.
@@ -274,6 +299,9 @@ class SampleStream(Iterator[StreamSample]):
             self._count(outcome)
             samples = outcome.samples if outcome.rejected is None else []
             reader.num_samples += len(samples)
+            # As many as are read before the first step, so that a resumed run knows the same.
+            room = min(self._buffer_size, NUM_ENDS_KEPT) - len(self._last_tokens)
+            self._last_tokens += [int(sample.input_ids[-1]) for sample in samples[: max(room, 0)]]
             origin = f"{outcome.file}:{outcome.line}"
             self._waiting = [
                 StreamSample(sample.input_ids, sample.supervised, sample.weights, origin)
@@ -352,3 +380,7 @@ def stream_parts(
         parts |= {"weight": source.weight}
         del parts["tokenizer"], parts["template"]
     return {**common, "stream": every}
+
+
+TrainingData = TokenStore | SampleStream
+"""What a run trains on."""

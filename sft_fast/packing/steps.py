@@ -5,7 +5,9 @@ same one, so ranks agree on every step without talking to each other, and a run 
 step with any data-parallel size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,6 +243,13 @@ class StepPlan:
             ValueError: the global batch does not divide evenly, or `dp_rank` does not exist.
         """
         return self.step(global_step).micro_batches(dp_rank, dp_size, micro_batch_size)
+
+    def resume(self, checkpoint: Path, step: int) -> None:
+        """Nothing: where a run stands in a store follows from the step alone."""
+
+    def state_files(self, number: int) -> dict[str, Callable[[], bytes]]:
+        """Nothing, for the same reason; a stream has something to say."""
+        return {}
 
     def counts(self, global_step: int) -> StepCounts:
         """Returns what a whole step holds."""

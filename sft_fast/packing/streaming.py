@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
 from sft_fast.packing.bins import DEFAULT_OPTIONS, Bin, PackingOptions
 from sft_fast.packing.choices import MAX_CAPACITY
 from sft_fast.packing.steps import Step, StepCounts
+
+STATE_FILE = "stream.safetensors"
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,6 @@ class StreamPlan:
         seed: int = 0,
         options: PackingOptions = DEFAULT_OPTIONS,
         cost_model: CostModel = DEFAULT_COST_MODEL,
-        first_step: int = 0,
-        state: StreamPlanState | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -112,8 +113,6 @@ class StreamPlan:
             seed: in [0, 2**64).
             options: limits on bins.
             cost_model: decides which rank computes which bins of a step, and nothing else.
-            first_step: number of the step that comes first.
-            state: continue from here.
 
         Raises:
             ValueError: an argument is out of range.
@@ -135,20 +134,39 @@ class StreamPlan:
             alignment=options.alignment,
             max_samples=options.max_samples_per_bin or 0,
             pool_size=options.pool_size,
-            num_draws=state.num_draws if state else 0,
         )
+        self.seed = seed
         self.held: dict[int, StreamSample] = {}
         self.num_read = 0
-        if state is not None:
-            self.num_read = state.num_read
-            self.held = dict(zip(state.ids.tolist(), state.pool, strict=True))
-            for number, sample in self.held.items():
-                self.packer.add(number, len(sample.tokens))
         # A step is asked for by the thread that fills micro-batches, and by the training loop.
         self.lock = threading.Lock()
         # All below is read and written under `lock`.
-        self.next_step = first_step
+        self.next_step = 0
         self.made: deque[tuple[int, Step, StreamPlanState]] = deque()
+
+    def resume(self, checkpoint: Path, step: int) -> None:
+        """Goes on at `step` as `checkpoint` has it; before any step is asked for."""
+        self.restore(StreamPlanState.read(checkpoint / STATE_FILE), step)
+
+    def restore(self, state: StreamPlanState, step: int) -> None:
+        """Goes on at `step` from `state`; before any step is asked for."""
+        self.samples.restore(state.stream)
+        self.packer = _C.StreamPacker(
+            self.capacity,
+            self.seed,
+            alignment=self.options.alignment,
+            max_samples=self.options.max_samples_per_bin or 0,
+            pool_size=self.options.pool_size,
+            num_draws=state.num_draws,
+        )
+        self.num_read, self.next_step = state.num_read, step
+        self.held = dict(zip(state.ids.tolist(), state.pool, strict=True))
+        for number, sample in self.held.items():
+            self.packer.add(number, len(sample.tokens))
+
+    def state_files(self, number: int) -> dict[str, Callable[[], bytes]]:
+        """Name -> content of what a checkpoint before step `number` must hold beside its own."""
+        return {STATE_FILE: self.state(number).to_bytes}
 
     def step(self, number: int) -> Step:
         """Returns a step, over all ranks; its ids are places in its own store.

@@ -65,7 +65,10 @@ def make_stream(make_tokenizer: Callable[..., Any]) -> MakeStream:
             for source in sources
         ]
         tokenizer = make_tokenizer()
-        return SampleStream(found, tokenizer, BuildOptions(64, **build), state=state, **chosen)
+        stream = SampleStream(found, tokenizer, BuildOptions(64, **build), **chosen)
+        if state is not None:
+            stream.restore(state)
+        return stream
 
     return make
 
