@@ -104,7 +104,7 @@ def run_ours(model: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.megatron.train_step import build_run, train_step
-    from sft_fast.packing.from_config import make_plan
+    from sft_fast.packing.from_config import make_training_plan
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -123,7 +123,9 @@ def run_ours(model: str, rows: list[dict[str, Any]]) -> dict[str, float]:
         parallel = init_parallel(config.parallel, config.train, config.seed)
         inputs = read_inputs(config)
         architecture = inputs.model.architecture
-        plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
+        plan = make_training_plan(
+            inputs.store, config.packing, config.train, config.seed, architecture
+        )
         num_steps = plan.num_steps_per_epoch
         run = build_run(config, architecture, inputs.model.weights, 2 * num_steps, parallel)
         losses = []

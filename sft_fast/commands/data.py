@@ -62,20 +62,32 @@ def run_report(parsed: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from sft_fast.data.build import check_store
-    from sft_fast.data.from_config import build_options, find_sources, open_configured_store
+    from sft_fast.data.from_config import build_options, find_sources, open_data_store
     from sft_fast.data.mixture import check_eval_is_not_train
     from sft_fast.data.statistics import store_statistics
 
     config = read_config(parsed)
+    if config.data.streaming:
+        raise ValueError(
+            "data.streaming: a report needs all samples, and a stream may have no end; take a part "
+            "of it, for example data.streaming=false data.train_split=train[:10000], or look at "
+            "its first records with sft_fast preview"
+        )
     tokenizer = config_tokenizer(config.model, config.tokenizer)
+    options = build_options(config.model, config.data, config.packing)
     stores, found = {}, {}
     for part in ("train", "eval"):
         sources = find_sources(config.data, part)
         if sources is None:
             continue
         # How long the samples are is what is asked: those that are too long are in the report.
-        store = stores[part] = open_configured_store(
-            config, sources, tokenizer, print_progress, any_length=True
+        store = stores[part] = open_data_store(
+            sources,
+            tokenizer,
+            options.of_any_length(),
+            config.data,
+            config.output_dir,
+            print_progress,
         )
         statistics = store_statistics(store, tokenizer, config.packing.capacity)
         found[part] = {"build": asdict(store.report), "store": asdict(statistics)}
@@ -84,7 +96,7 @@ def run_report(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps(found, ensure_ascii=False))
     for store in stores.values():
-        check_store(store, build_options(config.model, config.data, config.packing))
+        check_store(store, options)
     if "eval" in stores and config.data.eval_overlap == "error":
         check_eval_is_not_train(stores["train"], stores["eval"])
 

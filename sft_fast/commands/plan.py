@@ -19,6 +19,7 @@ from sft_fast.models.hardware import GPUS
 if TYPE_CHECKING:
     from sft_fast.config.schema import Config
     from sft_fast.config.sections import TrainConfig
+    from sft_fast.data.stream import TrainingData
     from sft_fast.models.architecture import Architecture
     from sft_fast.models.flops import Workload
     from sft_fast.models.hardware import Gpu
@@ -82,20 +83,35 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> StepPlan:
-    """The packs and steps of the training data, tokenised where they are not yet."""
-    from sft_fast.data.from_config import find_sources, open_configured_store
-    from sft_fast.packing.from_config import make_plan
+    """The packs and steps of the training data, tokenised where they are not yet.
+
+    Of a stream, those of the first samples.
+    """
+    from sft_fast.data.from_config import (
+        build_options,
+        find_sources,
+        open_data_store,
+        open_stream,
+    )
+    from sft_fast.packing.from_config import make_training_plan
 
     sources = find_sources(config.data, "train")
     assert sources is not None, "data.train is required"
-    store = open_configured_store(
-        config,
-        sources,
-        tokenizer,
-        lambda text: print(text, file=sys.stderr),
-        architecture,
-    )
-    return make_plan(store, config.packing, config.train, config.seed, architecture)
+    options = build_options(config.model, config.data, config.packing, architecture)
+    data: TrainingData
+    if config.data.streaming:
+        data = open_stream(sources, tokenizer, options, config.data, config.seed)
+    else:
+        data = open_data_store(
+            sources,
+            tokenizer,
+            options,
+            config.data,
+            config.output_dir,
+            lambda text: print(text, file=sys.stderr),
+        )
+    plan = make_training_plan(data, config.packing, config.train, config.seed, architecture)
+    return plan.expected()
 
 
 def run_work(train: TrainConfig, plan: StepPlan) -> tuple[int, Workload]:
@@ -106,6 +122,9 @@ def run_work(train: TrainConfig, plan: StepPlan) -> tuple[int, Workload]:
 
     steps = train.steps or (train.epochs or 0) * plan.num_steps_per_epoch
     epochs = steps / plan.num_steps_per_epoch
+    if plan.is_extract:
+        # A stream has no last step that is filled up with empty packs.
+        epochs = steps * plan.global_batch_size / plan.plan(0).num_bins
     lengths = plan.lengths.astype(np.int64)
     supervised = int(plan.supervised.sum(dtype=np.int64))
     sums = (int(lengths.sum()), int((lengths**2).sum()), supervised)

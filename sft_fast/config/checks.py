@@ -162,6 +162,55 @@ def train_problems(train: TrainConfig) -> Iterator[Problem]:
         )
 
 
+def stream_problems(
+    data: DataConfig, packing: PackingConfig, train: TrainConfig
+) -> Iterator[Problem]:
+    """What a source that is never read whole cannot have."""
+    if not data.streaming:
+        return
+    if train.epochs is not None:
+        yield Problem(
+            ("data.streaming", "train.epochs"),
+            "a stream with train.epochs; where it ends is not known before",
+            "train.steps: a stream that has ended begins anew until they are done",
+            "train.epochs=null train.steps=1000, or data.streaming=false",
+        )
+    if data.eval_fraction is not None:
+        yield Problem(
+            ("data.streaming", "data.eval_fraction"),
+            "a share of a stream for evaluation, which would have to be read whole first",
+            "data.eval, which is stored",
+            "data.eval_fraction=null data.eval=<source>",
+        )
+    if packing.strategy not in ("auto", "window"):
+        yield Problem(
+            ("data.streaming", "packing.strategy"),
+            f"{packing.strategy} for a stream",
+            "window, which packs from the samples next in line",
+            "packing.strategy=window",
+        )
+    if train.neftune_alpha > 0:
+        yield Problem(
+            ("data.streaming", "train.neftune_alpha"),
+            "noise for a stream, whose samples have no number that is known to all ranks",
+            "0",
+            "train.neftune_alpha=0, or data.streaming=false",
+        )
+    sources = [] if isinstance(data.train, str) else data.train
+    if len(sources) > 1 and any(source.weight is None for source in sources):
+        yield Problem(
+            ("data.streaming", "data.train"),
+            f"{len(sources)} sources of a stream, not all with a weight",
+            "a weight for each: the share of a source whose length is not known",
+        )
+    if any(source.repeat > 1 for source in sources):
+        yield Problem(
+            ("data.streaming", "data.train"),
+            "a source of a stream with repeat",
+            "no repeat: a source that has ended begins anew, until train.steps are done",
+        )
+
+
 def packing_problems(packing: PackingConfig) -> Iterator[Problem]:
     """What is wrong with capacity and alignment of packs."""
     if packing.capacity % packing.alignment != 0:

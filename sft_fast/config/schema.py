@@ -90,6 +90,7 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
         )
     yield from checks.train_problems(config.train)
     yield from checks.packing_problems(config.packing)
+    yield from checks.stream_problems(config.data, config.packing, config.train)
     yield from checks.lora_problems(config.lora)
     yield from checks.optim_problems(config.train, config.optim)
     yield from checks.parallel_problems(config.packing, config.parallel)

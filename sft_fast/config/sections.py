@@ -214,7 +214,11 @@ class DataConfig(Section):
     eval_overlap: Literal["error", "allow"] = "error"
     """What happens when evaluation samples are training samples too."""
     streaming: bool = False
-    """Read hub data while it comes, without a copy on disk; slices are row numbers only."""
+    """Read `train` while it trains and store nothing of it, so it may be larger than the disk or
+    have no end; needs train.steps. Slices are record numbers only."""
+    shuffle_buffer: Positive = 10_000
+    """Samples of a stream that the next one is drawn from; every checkpoint has them. 1 = in the
+    order of the source."""
     format: Text = "auto"
     """Formatter of a row (alpaca, chatml, openai, messages, sharegpt, ...) or a file with your own,
     my_format.py or my_formats.py:name; auto = by columns."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -70,6 +71,10 @@ class BuildOptions:
     max_rejected: float = 0.01
     mask: MaskOptions = field(default_factory=MaskOptions)
     row_functions: tuple[str, ...] = ()
+
+    def of_any_length(self) -> BuildOptions:
+        """These options, under which samples that are too long stop nothing."""
+        return replace(self, capacity=sys.maxsize) if self.over_length == "error" else self
 
     def __post_init__(self) -> None:
         for name, kind in (("over_length", OverLength), ("on_bad_row", OnBadRecord)):
@@ -197,7 +202,6 @@ class _Builder:
         self._bad_records: list[tuple[str, str]] = []
 
     def run(self, processes: int | None) -> DataReport:
-        columns: dict[str, str] = {}
         for batch in make_all(
             self._maker,
             self._tokenizer,
@@ -210,11 +214,7 @@ class _Builder:
             for _, outcome in batch:
                 self._add(outcome)
             self._tell()
-        for file, known in self._maker.files.items():
-            read = [column for column in known.types if column not in known.unread]
-            unread = f"; not read: {', '.join(known.unread)}" if known.unread else ""
-            columns[file] = f"{known.name} (columns {', '.join(read)}{unread})"
-        self._report.formats = columns
+        self._report.formats = {file: str(known) for file, known in self._maker.files.items()}
         try:
             _check_report(
                 self._report, self._options, self._bad_records, self._writer.rejected_path

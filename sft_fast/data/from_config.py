@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sft_fast.data.build import BuildOptions, Progress
 from sft_fast.data.choices import Part
-from sft_fast.data.mixture import prepare_mixture
+from sft_fast.data.mixture import prepare_mixture, sample_hashes
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.source import Source, load_records
-from sft_fast.data.store import TokenStore
+from sft_fast.data.store import RejectedList, TokenStore
+from sft_fast.data.stream import SampleStream
 from sft_fast.models.locate import known_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sft_fast.config.schema import Config
     from sft_fast.config.sections import DataConfig, DataSource, ModelConfig, PackingConfig
     from sft_fast.models.architecture import Architecture
 
@@ -52,9 +51,9 @@ def build_options(
     """What decides the content of the stores.
 
     Args:
-        model: of the configuration, for the architecture.
-        data: what is read and trained.
-        packing: its capacity.
+        model: says whether it has experts, where `architecture` is not known.
+        data: what is trained, and what becomes of records that cannot be used.
+        packing: how long a sample may be.
         architecture: of the model; None: what `known_architecture` says, dense if it says nothing.
     """
     trim_tail = data.trim_tail
@@ -77,33 +76,69 @@ def build_options(
     )
 
 
-def open_configured_store(
-    config: Config,
+def open_data_store(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
+    options: BuildOptions,
+    data: DataConfig,
+    output_dir: str,
     progress: Progress | None = None,
-    architecture: Architecture | None = None,
-    *,
-    any_length: bool = False,
 ) -> TokenStore:
     """Opens the store of these sources, and builds what is missing.
 
-    Arguments as for `prepare_mixture` and `build_options`. With `any_length` samples that are too
-    long do not stop it, as `data.over_length: error` would have it.
+    Args:
+        sources: as `find_sources` gives them.
+        tokenizer: from `load_tokenizer`.
+        options: from `build_options`.
+        data: says where stores are kept, and how many processes build one.
+        output_dir: of the run, where `data` names no other folder.
+        progress: as for `prepare_mixture`.
 
     Raises:
         ValueError: as `prepare_mixture`.
     """
-    options = build_options(config.model, config.data, config.packing, architecture)
-    if any_length and options.over_length == "error":
-        options = replace(options, capacity=sys.maxsize)
     return prepare_mixture(
         sources,
         tokenizer,
         options,
-        config.data.cache_dir or os.path.join(config.output_dir, "data"),
-        processes=config.data.num_processes,
+        data.cache_dir or os.path.join(output_dir, "data"),
+        processes=data.num_processes,
         progress=progress,
+    )
+
+
+def open_stream(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    options: BuildOptions,
+    data: DataConfig,
+    seed: int,
+    held_out: TokenStore | None = None,
+    rejected: Path | None = None,
+) -> SampleStream:
+    """The samples of these sources for `data.streaming`; nothing is read yet.
+
+    Args:
+        sources: of `data.train`.
+        tokenizer: from `load_tokenizer`.
+        options: from `build_options`.
+        data: the size of the buffer, and how many processes tokenise.
+        seed: of the run.
+        held_out: samples that may not train.
+        rejected: file for the records that are not used, or not whole; None: they are only counted.
+
+    Raises:
+        ValueError: several sources without weights, or a source with a `repeat`.
+    """
+    return SampleStream(
+        sources,
+        tokenizer,
+        options,
+        buffer_size=data.shuffle_buffer,
+        seed=seed,
+        processes=data.num_processes or 1,
+        held_out=frozenset() if held_out is None else sample_hashes(held_out),
+        reject=None if rejected is None else RejectedList(rejected).add,
     )
 
 

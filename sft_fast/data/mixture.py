@@ -16,6 +16,7 @@ import xxhash
 from sft_fast.data.build import BuildOptions, Progress, prepare_store
 from sft_fast.data.source import Source
 from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
+from sft_fast.data.targets import sample_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,9 +128,14 @@ def check_eval_is_not_train(store: TokenStore, eval_store: TokenStore) -> None:
         )
 
 
+def sample_hashes(store: TokenStore) -> frozenset[int]:
+    """`sample_hash` of every sample."""
+    return frozenset(_hash(store, number) for number in range(store.num_samples))
+
+
 def _hash(store: TokenStore, number: int) -> int:
     start, stop = store.offsets[number], store.offsets[number + 1]
-    return xxhash.xxh3_64_intdigest(store.tokens[start:stop].data)
+    return sample_hash(store.tokens[start:stop])
 
 
 def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport) -> None:

@@ -17,6 +17,7 @@ rule: at most 1.1 times the ids from 12 tokens a sample on, weights aside.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,7 +42,10 @@ from sft_fast.constants import ceil_div
 from sft_fast.data.columns import BLOCK_DTYPE, Column
 from sft_fast.data.targets import count_targets
 
+logger = logging.getLogger(__name__)
+
 STORE_VERSION = 3
+MOST_REJECTED = 10_000
 FLUSH_TOKENS = 1 << 20
 """Tokens collected in memory before they are written; a multiple of 8."""
 META_FILE = "meta.json"
@@ -362,8 +366,7 @@ class StoreWriter:
 
     def reject(self, file: str, line: int, reason: str, message: str) -> None:
         """Lists a record that is not in the store, or not whole."""
-        entry = {"file": file, "line": line, "reason": reason, "message": message}
-        self._reject_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._reject_file.write(rejected_line(file, line, reason, message))
 
     @property
     def rejected_path(self) -> Path:
@@ -451,6 +454,36 @@ class StoreWriter:
             np.ones(count, np.float16).tofile(self._weight_file)
             remaining -= count
         self._pending_weights = [np.ones(self._num_pending, np.float16)]
+
+
+def rejected_line(file: str, line: int, reason: str, message: str) -> str:
+    """How a record that is not used, or not whole, is listed."""
+    entry = {"file": file, "line": line, "reason": reason, "message": message}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+class RejectedList:
+    """The records that a stream does not use, or not whole, as lines of a file.
+
+    It takes the first MOST_REJECTED of a launch: a stream has no end, and all of them are counted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Writes nothing yet; what is there stays."""
+        self._path = path
+        self._room = MOST_REJECTED
+
+    def add(self, file: str, line: int, reason: str, message: str) -> None:
+        """Lists a record; a list that cannot be written stops no training."""
+        if self._room == 0:
+            return
+        self._room -= 1
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(rejected_line(file, line, reason, message))
+        except OSError as error:
+            logger.warning("warning: %s is not written: %s", self._path, error.strerror)
+            self._room = 0
 
 
 def _remove_dead_builds(folder: Path) -> None:

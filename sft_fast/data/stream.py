@@ -32,6 +32,7 @@ from sft_fast.data.memory_store import MemoryStore, StreamSample
 from sft_fast.data.sample_maker import Outcome, SampleMaker, make_all
 from sft_fast.data.source import Position, Source
 from sft_fast.data.store import DataReport, TokenStore
+from sft_fast.data.targets import sample_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ class StreamState:
         sources = tuple(
             SourceState(
                 Position.of(one["position"]),
-                {name: FileFormat(**known) for name, known in one["files"].items()},
+                {name: _format_of(known) for name, known in one["files"].items()},
                 one["num_samples"],
             )
             for one in values["sources"]
@@ -165,7 +166,7 @@ class _SourceReader:
     def format_of(self, file: str) -> str:
         """The format and the columns of a file, in words; "" = none is known."""
         known = self._maker.files.get(file)
-        return "" if known is None else f"{known.name} (columns {', '.join(known.types)})"
+        return "" if known is None else str(known)
 
     def state(self) -> SourceState:
         """Where the source stands."""
@@ -221,7 +222,7 @@ class SampleStream(Iterator[StreamSample]):
         self._options, self._buffer_size, self._seed = options, buffer_size, seed
         self._held_out, self._reject = held_out, reject
         self._readers = [_SourceReader(source, tokenizer, options, processes) for source in sources]
-        self.parts = stream_parts(sources, tokenizer, options)
+        self.parts = stream_parts(sources, tokenizer, options) | {"buffer": buffer_size}
         self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(self.parts).encode())
         self.report = DataReport(
             source=" + ".join(source.records.name for source in sources),
@@ -352,6 +353,10 @@ class SampleStream(Iterator[StreamSample]):
             )
 
 
+def _format_of(values: dict[str, Any]) -> FileFormat:
+    return FileFormat(**values | {"unread": tuple(values["unread"])})
+
+
 def _copy(report: DataReport) -> DataReport:
     return replace(report, rejected=dict(report.rejected), formats=dict(report.formats))
 
@@ -359,11 +364,6 @@ def _copy(report: DataReport) -> DataReport:
 def _turn(reader: _SourceReader) -> float:
     """Whose turn it is: the source that is furthest behind its share of the samples."""
     return (reader.num_samples + 1) / (reader.source.weight or 1.0)
-
-
-def sample_hash(tokens: Any) -> int:
-    """xxh3_64 of a sample's ids, uint32 [n]: equal samples have the same."""
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)
 
 
 def stream_parts(

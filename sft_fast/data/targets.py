@@ -1,8 +1,9 @@
-"""What filling and counting read of a token store, and its supervised tokens, counted."""
+"""The arrays of a token store, and what is computed of them: targets and hashes of samples."""
 
 from typing import Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from sft_fast import _C
@@ -26,6 +27,11 @@ class StoredTokens(Protocol):
     @property
     def weights(self) -> NDArray[np.float16] | None:
         """float16 [total], factor of each token's loss as a target, above 0; None = all 1."""
+
+
+def sample_hash(tokens: NDArray[np.uint32]) -> int:
+    """xxh3_64 of a sample's ids, uint32 [n]: equal samples have the same."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)
 
 
 def count_targets(

@@ -49,7 +49,7 @@ def write_samples(run_dir: Path, count: int, max_new_tokens: int) -> None:
 
 
 def held_out(data: DataConfig, count: int) -> list[Question]:
-    """The first questions of the evaluation rows, or of the training rows where there are none."""
+    """The first questions of the evaluation data, or of the training data where there is none."""
     from sft_fast.data.from_config import find_sources
     from sft_fast.data.questions import read_questions
 

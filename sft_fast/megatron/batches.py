@@ -7,11 +7,13 @@ import numpy as np
 
 from sft_fast.config.sections import ModelConfig, PackingConfig, TrainConfig
 from sft_fast.constants import round_up
+from sft_fast.data.memory_store import MemoryStore
+from sft_fast.data.store import TokenStore
 from sft_fast.data.stream import SampleStream, TrainingData
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.packing.micro_batch import SequenceLayout
 from sft_fast.packing.prefetch import BatchLoader, PlannedSequence
-from sft_fast.packing.steps import StepPlan
+from sft_fast.packing.steps import Step, StepPlan
 from sft_fast.packing.streaming import StreamPlan
 
 
@@ -56,8 +58,16 @@ def batch_shape(
     )
 
 
+def store_of(step: Step, data: TrainingData) -> TokenStore | MemoryStore:
+    """Where the samples of a step are; each step of a stream has its own."""
+    if step.store is not None:
+        return step.store
+    assert not isinstance(data, SampleStream), "the steps of a stream have their samples"
+    return data
+
+
 def planned_sequences(
-    store: TrainingData,
+    data: TrainingData,
     plan: StepPlan | StreamPlan,
     steps: Iterable[int],
     shape: BatchShape,
@@ -66,21 +76,18 @@ def planned_sequences(
     """Yields what each of this rank's micro-batches is filled with, step after step."""
     for number in steps:
         step = plan.step(number)
-        stored = store if step.store is None else step.store
-        assert not isinstance(stored, SampleStream), "the steps of a stream have their samples"
-        for packs in step.micro_batches(
-            parallel.dp_rank, parallel.dp_size, shape.micro_batch_size
-        ):
+        store = store_of(step, data)
+        for packs in step.micro_batches(parallel.dp_rank, parallel.dp_size, shape.micro_batch_size):
             sample_ids = np.concatenate(packs)
             seq_length = shape.capacity * len(packs)
             if not shape.keeps_padding:
                 used = int(round_up(step.lengths[sample_ids], shape.alignment).sum())
                 seq_length = round_up(max(used, shape.alignment), shape.length_multiple)
-            yield PlannedSequence(stored, sample_ids, seq_length)
+            yield PlannedSequence(store, sample_ids, seq_length)
 
 
 def open_batches(
-    store: TrainingData,
+    data: TrainingData,
     plan: StepPlan | StreamPlan,
     steps: Iterable[int],
     shape: BatchShape,
@@ -88,11 +95,11 @@ def open_batches(
 ) -> BatchLoader:
     """This rank's micro-batches of `steps`, filled ahead in a thread; to be used in a `with`."""
     return BatchLoader(
-        planned_sequences(store, plan, steps, shape, parallel),
+        planned_sequences(data, plan, steps, shape, parallel),
         parallel.device,
         max_length=shape.longest,
         max_samples=shape.longest,
         # Whether a stream has weights is known only when they come.
-        has_weights=isinstance(store, SampleStream) or store.weights is not None,
+        has_weights=isinstance(data, SampleStream) or data.weights is not None,
         layout=SequenceLayout(shape.alignment, parallel.cp_size, parallel.cp_rank),
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from sft_fast.config.sections import GuardConfig
+from sft_fast.data.memory_store import MemoryStore
 from sft_fast.data.store import TokenStore
 from sft_fast.metrics.format import finite
 from sft_fast.metrics.writer import MetricsWriter, StepOutcome, StepReason
@@ -111,7 +112,7 @@ def report_warning(
     step: int,
     outcome: StepOutcome,
     sample_ids: NDArray[np.int64],
-    store: TokenStore,
+    store: TokenStore | MemoryStore,
     folder: Path,
     metrics: MetricsWriter,
 ) -> None:
@@ -132,7 +133,7 @@ def report_warning(
 
 
 def keep_samples(
-    step: int, outcome: StepOutcome, ids: list[int], store: TokenStore, folder: Path
+    step: int, outcome: StepOutcome, ids: list[int], store: TokenStore | MemoryStore, folder: Path
 ) -> None:
     """Writes the two files of `report_warning`.
 

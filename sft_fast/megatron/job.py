@@ -14,9 +14,10 @@ from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.metrics.report import length_histogram
 from sft_fast.metrics.trackers import check_trackers
 from sft_fast.metrics.writer import MetricsWriter
-from sft_fast.packing.from_config import make_plan
+from sft_fast.packing.from_config import make_training_plan
 from sft_fast.packing.report import PackingReport, packing_report
 from sft_fast.packing.steps import StepPlan
+from sft_fast.packing.streaming import StreamPlan
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.rendezvous import public_address_warning
 
@@ -31,8 +32,7 @@ class Job:
     parallel: Parallel
     metrics: MetricsWriter
     inputs: Inputs
-    plan: StepPlan
-    packing: PackingReport
+    plan: StepPlan | StreamPlan
     fields: dict[str, str]
     """What the weights and the order of the data depend on; see fingerprint.run_fields."""
 
@@ -46,16 +46,30 @@ class Job:
         """What an export of the run comes from."""
         return self.inputs.origin
 
+    @cached_property
+    def packing(self) -> PackingReport:
+        """How full the packs are; of a stream, what to expect."""
+        train = self.config.train
+        return packing_report(self.plan.expected(), self.parallel.dp_size, train.micro_batch_size)
+
     def announce(self) -> None:
-        """Writes what is known of the run to metrics.jsonl.
+        """Says what is known of the run, and writes it to metrics.jsonl.
 
         Not before the run is known to belong to its directory: a refused one leaves no records.
         """
         parallel, store, metrics = self.parallel, self.inputs.store, self.metrics
+        metrics.log(store.summary())
+        metrics.log(f"packing: {self.packing.brief()}")
         metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
         metrics.write("data", **asdict(store.report))
         metrics.write("lengths", **length_histogram(store.lengths))
         metrics.write("packing", **self.packing.record())
+
+    def announce_read(self, data_step: int) -> None:
+        """Says what became of the records before a step, where that is known only then."""
+        if (report := self.plan.report_before(data_step)) is not None:
+            self.metrics.write("data", **asdict(report))
+            self.metrics.log(f"trained on {report.summary()}")
 
     def close(self) -> None:
         """Ends the run on all ranks."""
@@ -79,13 +93,10 @@ def prepare(config: Config, phases: Phases) -> Job:
         metrics.log(warning)
     phases.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.log)
-    metrics.log(inputs.store.summary())
     architecture = inputs.model.architecture
-    plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
-    packing = packing_report(plan, parallel.dp_size, config.train.micro_batch_size)
-    metrics.log(f"packing: {packing.brief()}")
+    plan = make_training_plan(inputs.store, config.packing, config.train, config.seed, architecture)
     adapters = adapter_fingerprint(config.lora, architecture, inputs.model.weights)
     fields = run_fields(
         config.model, config.seed, inputs.store, inputs.tokenizer, plan, architecture, adapters
     )
-    return Job(config, phases, parallel, metrics, inputs, plan, packing, fields)
+    return Job(config, phases, parallel, metrics, inputs, plan, fields)

@@ -6,15 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from sft_fast.config.layout import check_layout
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import DataConfig, LoraConfig, ModelConfig
-from sft_fast.data.build import Progress
+from sft_fast.data.build import BuildOptions, Progress
 from sft_fast.data.export_metadata import ExportMetadata, export_metadata
-from sft_fast.data.from_config import find_sources, open_configured_store
+from sft_fast.data.from_config import (
+    build_options,
+    find_sources,
+    open_data_store,
+    open_stream,
+)
 from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.source import Source
-from sft_fast.data.store import TokenStore, open_store
+from sft_fast.data.store import REJECTED_FILE, TokenStore, open_store
+from sft_fast.data.stream import SampleStream, TrainingData
 from sft_fast.data.tokenizer import load_tokenizer
 from sft_fast.megatron.hf import GrownSource, RandomSource, SafetensorsSource, WeightSource
 from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
@@ -57,7 +65,7 @@ class Inputs:
     """Everything a run reads."""
 
     tokenizer: Any
-    store: TokenStore
+    store: TrainingData
     eval_store: TokenStore | None
     eval_rows: list[Source] | None
     model: Model
@@ -79,14 +87,18 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
         ValueError: a file, a row, the tokenizer or the model is not what it should be.
     """
     tokenizer, model = read_start(config)
+    options = build_options(config.model, config.data, config.packing, model.architecture)
     rows, eval_rows = find_rows(config.data)
-    store = read_store("data.train", rows, config, tokenizer, model.architecture, log)
-    eval_store = None
+    store: TokenStore | None = None
+    eval_store: TokenStore | None = None
+    if not config.data.streaming:
+        store = read_store("data.train", rows, config, tokenizer, options, log)
     if eval_rows is not None:
         eval_store = read_store(
-            "data.eval", eval_rows, config, tokenizer, model.architecture, log, apart_from=store
+            "data.eval", eval_rows, config, tokenizer, options, log, apart_from=store
         )
-    return Inputs(tokenizer, store, eval_store, eval_rows, model)
+    data = store or read_stream(rows, config, tokenizer, options, eval_store)
+    return Inputs(tokenizer, data, eval_store, eval_rows, model)
 
 
 def read_export_source(
@@ -175,12 +187,31 @@ def find_rows(data: DataConfig) -> tuple[list[Source], list[Source] | None]:
     return rows, find_sources(data, "eval")
 
 
+def read_stream(
+    rows: Sequence[Source],
+    config: Config,
+    tokenizer: Any,
+    options: BuildOptions,
+    eval_store: TokenStore | None,
+) -> SampleStream:
+    """Opens the stream of `rows`, every rank its own; no sample of `eval_store` is in it.
+
+    Raises:
+        ValueError: the sources cannot be streamed, or differ between ranks.
+    """
+    held_out = eval_store if config.data.eval_overlap == "error" else None
+    rejected = Path(config.output_dir) / REJECTED_FILE if dist.get_rank() == 0 else None
+    stream = open_stream(rows, tokenizer, options, config.data, config.seed, held_out, rejected)
+    check_equal_on_all_ranks("fingerprint of data.train", stream.fingerprint)
+    return stream
+
+
 def read_store(
     key: str,
     rows: Sequence[Source],
     config: Config,
     tokenizer: Any,
-    architecture: Architecture,
+    options: BuildOptions,
     log: Progress = logger.info,
     apart_from: TokenStore | None = None,
 ) -> TokenStore:
@@ -189,9 +220,9 @@ def read_store(
     Args:
         key: the key of the configuration that names the rows.
         rows: the sources.
-        config: the options.
+        config: says where stores are kept.
         tokenizer: of the run.
-        architecture: of the model.
+        options: what decides the content of the store.
         log: told how far this rank is; the node's other ranks log it.
         apart_from: a store that may not have a sample of this one.
 
@@ -200,7 +231,7 @@ def read_store(
     """
 
     def prepare(progress: Progress) -> Path:
-        store = open_configured_store(config, rows, tokenizer, progress, architecture)
+        store = open_data_store(rows, tokenizer, options, config.data, config.output_dir, progress)
         if apart_from is not None and config.data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
         return store.path

@@ -108,6 +108,11 @@ def config_of(args: argparse.Namespace) -> Config:
             f"--micro-batch-size is {config.train.micro_batch_size}; with pipeline stages "
             "Megatron-LM sends rows of --seq-length tokens, so it must be 1; raise --seq-length"
         )
+    if config.data.streaming:
+        raise ValueError(
+            "data.streaming needs sft_fast's own loop, whose checkpoints say how far the stream "
+            "was read; set it to false"
+        )
     if config.train.neftune_alpha > 0:
         raise ValueError(
             "train.neftune_alpha needs sft_fast's own loop, which tells the step; set it to 0"
@@ -140,6 +145,7 @@ class Providers:
     def inputs(self) -> Inputs:
         """Tokenizer, model and stores; ValueError for weights per token."""
         inputs = read_inputs(self.config)
+        assert isinstance(inputs.store, TokenStore), "config_of refuses streams"
         for store in (inputs.store, inputs.eval_store):
             if store is not None and store.weights is not None:
                 raise ValueError(
@@ -177,6 +183,7 @@ class Providers:
         begin = args.consumed_train_samples // config.train.global_batch_size
         steps = range(begin, config.train.steps or 0)
         store, eval_store = self.inputs.store, self.inputs.eval_store
+        assert isinstance(store, TokenStore), "config_of refuses streams"
         shape = batch_shape(config.train, config.packing, config.model, self.parallel)
         plan = make_plan(store, config.packing, config.train, config.seed)
         train = micro_batches(store, plan, steps, shape, self.parallel)

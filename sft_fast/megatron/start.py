@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sft_fast.config.sections import CheckpointConfig
-from sft_fast.data.export_metadata import ExportMetadata
+from sft_fast.config.sections import CheckpointConfig, TrainConfig
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.megatron.checkpoint.fingerprint import DATA_ORDER_FIELDS, changed_fields
 from sft_fast.megatron.checkpoint.load import checkpoints_resumed_from, newest_whole_checkpoint
 from sft_fast.megatron.checkpoint.save import remove_leftovers
 from sft_fast.megatron.checkpoint.train_state import TrainState, read_train_state
 from sft_fast.megatron.job import Job
+from sft_fast.packing.steps import StepPlan
+from sft_fast.packing.streaming import StreamPlan
 from sft_fast.runtime.manifest import MANIFEST_FILE
 from sft_fast.runtime.run_files import check_resume, list_checkpoints
 
@@ -36,8 +37,7 @@ class Start:
     @property
     def data_steps(self) -> range:
         """The steps of the present data that are still to be made."""
-        first = self.state.first_data_step
-        return range(self.step - first, self.num_steps - first)
+        return range(self.state.data_step, self.num_steps - self.state.first_data_step)
 
     def is_finished(self, export: Path | None) -> bool:
         """Whether nothing is left to do: all steps are made, and exported after that.
@@ -54,7 +54,7 @@ class Start:
 
 
 def find_start(job: Job) -> Start:
-    """Looks for the checkpoint to resume from; every rank calls it.
+    """Looks for the checkpoint to resume from, and goes there in the data; every rank calls it.
 
     Raises:
         ValueError: the checkpoint is none, is damaged, belongs to other data, another order of it
@@ -62,11 +62,14 @@ def find_start(job: Job) -> Start:
     """
     options, train, log = job.config.checkpoint, job.config.train, job.metrics.log
     checkpoint = find_checkpoint(job.output, options, job.parallel.is_main, log)
-    state = TrainState(0, job.fields, data=asdict(job.origin.data))
+    state = TrainState(0, job.fields)
     if checkpoint is not None:
-        state = resumed_state(checkpoint, options, job.fields, job.origin.data, log)
-    epochs, first = train.epochs or 0, state.first_data_step
-    num_steps = train.steps or first + epochs * job.plan.num_steps_per_epoch
+        state = resumed_state(checkpoint, options, job.fields, log)
+        if state.data_step > 0:
+            job.plan.resume(checkpoint, state.data_step)
+    # A stream reads its first samples for it, so not before it is where it goes on.
+    state = replace(state, data=asdict(job.origin.data))
+    num_steps = total_steps(train, job.plan, state.first_data_step)
     if state.step > num_steps:
         raise ValueError(
             f"checkpoint.resume: {checkpoint} has {state.step} steps, more than the {num_steps} of "
@@ -75,6 +78,14 @@ def find_start(job: Job) -> Start:
     if EarlyStopping(**state.early_stopping).should_stop(job.config.evaluation.patience):
         num_steps = state.step
     return Start(checkpoint, state, num_steps)
+
+
+def total_steps(train: TrainConfig, plan: StepPlan | StreamPlan, first: int) -> int:
+    """Steps of the whole run, whose present data began at step `first`."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None and isinstance(plan, StepPlan), "the config demands steps"
+    return first + train.epochs * plan.num_steps_per_epoch
 
 
 def find_checkpoint(
@@ -105,7 +116,6 @@ def resumed_state(
     checkpoint: Path,
     options: CheckpointConfig,
     fields: dict[str, str],
-    metadata: ExportMetadata,
     log: Callable[[str], None],
 ) -> TrainState:
     """Where `checkpoint` stands, and where the data starts anew if other data is allowed.
@@ -114,13 +124,12 @@ def resumed_state(
         checkpoint: the one to resume from.
         options: what may have changed.
         fields: of this run; see fingerprint.run_fields.
-        metadata: of its data.
         log: told what has changed.
 
     Raises:
         ValueError: the checkpoint belongs to other data, another order of it or another model.
     """
-    state = replace(read_train_state(checkpoint), data=asdict(metadata))
+    state = read_train_state(checkpoint)
     if options.resume != "auto":
         state = replace(state, resumed_from=str(Path(options.resume).resolve()))
     changed = changed_fields(state.fields, fields, options.allow_change, checkpoint)

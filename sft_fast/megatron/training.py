@@ -10,13 +10,11 @@ finish       export, answers of the exported model, report     finish.py
 import time
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-
 from sft_fast.config.schema import Config, save_config
 from sft_fast.evaluation.early_stopping import EarlyStopping
-from sft_fast.megatron.batches import open_batches
+from sft_fast.megatron.batches import open_batches, store_of
 from sft_fast.megatron.checkpoint.load import load_checkpoint
-from sft_fast.megatron.checkpoint.save import CheckpointWriter
+from sft_fast.megatron.checkpoint.save import CheckpointWriter, Files
 from sft_fast.megatron.checkpoint.state import sharded_state
 from sft_fast.megatron.checkpoint.train_state import TrainState
 from sft_fast.megatron.device import free_memory
@@ -168,10 +166,11 @@ def loop(job: Job, start: Start, trainer: Trainer) -> TrainState:
             is_last = done == num_steps or evaluator.should_stop() or phases.all_stop
             is_due = evaluator.should_save(done) or is_multiple(done, config.checkpoint.every_steps)
             if is_last or is_due or phases.all_save:
-                save(trainer, state, is_last, phases)
+                save(trainer, state, is_last, job.plan.state_files(state.data_step), phases)
             if is_last:
                 break
     job.metrics.end_progress()
+    job.announce_read(state.data_step)
     trainer.checkpoints.finish(is_last=True)
     run.copier.release()
     return state
@@ -183,9 +182,9 @@ def report_outcome(job: Job, guard: Guard, step: int, outcome: StepOutcome, data
     Raises:
         ValueError: too many steps in a row were skipped.
     """
-    samples = np.concatenate(job.plan.step_bins(*job.plan.locate(data_step)))
-    folder = job.output / "skipped"
-    report_warning(step, outcome, samples, job.inputs.store, folder, job.metrics)
+    made, folder = job.plan.step(data_step), job.output / "skipped"
+    store = store_of(made, job.inputs.store)
+    report_warning(step, outcome, made.sample_ids, store, folder, job.metrics)
     check_limit(guard, step, outcome.warning, folder)
 
 
@@ -194,9 +193,9 @@ def is_multiple(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def save(trainer: Trainer, state: TrainState, is_last: bool, phases: Phases) -> None:
+def save(trainer: Trainer, state: TrainState, is_last: bool, files: Files, phases: Phases) -> None:
     """Saves a checkpoint, or begins to, in the background."""
     run = trainer.run
     with phases.paused("save"):
         parts = sharded_state(run.model, run.optimizer, run.schedule)
-        trainer.checkpoints.save(state, parts, is_last)
+        trainer.checkpoints.save(state, parts, is_last, files)

@@ -5,6 +5,8 @@ same one, so ranks agree on every step without talking to each other, and a run 
 step with any data-parallel size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +17,8 @@ from numpy.typing import NDArray
 from sft_fast import _C
 from sft_fast.config.layout import batch_problem
 from sft_fast.constants import ceil_div, round_up
-from sft_fast.errors import ConfigError
 from sft_fast.data.memory_store import MemoryStore
+from sft_fast.errors import ConfigError
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel, balance
 from sft_fast.packing.bins import (
     DEFAULT_OPTIONS,
@@ -130,6 +132,7 @@ class StepPlan:
         options: PackingOptions = DEFAULT_OPTIONS,
         cost_model: CostModel = DEFAULT_COST_MODEL,
         loss_weights: NDArray[np.float64] | None = None,
+        is_extract: bool = False,
     ) -> None:
         """Plans epoch 0.
 
@@ -144,6 +147,7 @@ class StepPlan:
             cost_model: decides which rank computes which bins of a step, and nothing else.
             loss_weights: float64 [N], the sum of each sample's target weights; None = all weights
                 are 1. Decides what `counts` says, and nothing else.
+            is_extract: the samples stand for many more of their kind.
 
         Raises:
             ValueError: there is nothing to train on, or an argument is out of range.
@@ -166,6 +170,7 @@ class StepPlan:
             )
         if global_batch_size < 1:
             raise ValueError(f"train.global_batch_size is {global_batch_size}; expected at least 1")
+        self.is_extract = is_extract
         self.capacity = capacity
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -244,12 +249,19 @@ class StepPlan:
         """
         return self.step(global_step).micro_batches(dp_rank, dp_size, micro_batch_size)
 
+    def expected(self) -> StepPlan:
+        """Returns itself: the samples that a stream's plan expects are all of them here."""
+        return self
+
     def resume(self, checkpoint: Path, step: int) -> None:
         """Nothing: where a run stands in a store follows from the step alone."""
 
     def state_files(self, number: int) -> dict[str, Callable[[], bytes]]:
         """Nothing, for the same reason; a stream has something to say."""
         return {}
+
+    def report_before(self, number: int) -> None:
+        """Nothing: what became of the records of a store is known before the first step."""
 
     def counts(self, global_step: int) -> StepCounts:
         """Returns what a whole step holds."""

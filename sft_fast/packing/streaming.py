@@ -21,14 +21,15 @@ from safetensors.numpy import save
 
 from sft_fast import _C
 from sft_fast.data.memory_store import MemoryStore, StreamSample
+from sft_fast.data.store import DataReport
 from sft_fast.data.stream import SampleStream, StreamState
 from sft_fast.data.targets import count_targets
 from sft_fast.packing.balance import DEFAULT_COST_MODEL, CostModel
 from sft_fast.packing.bins import DEFAULT_OPTIONS, Bin, PackingOptions
 from sft_fast.packing.choices import MAX_CAPACITY
-from sft_fast.packing.steps import Step, StepCounts
+from sft_fast.packing.steps import Step, StepCounts, StepPlan
 
-STATE_FILE = "stream.safetensors"
+STATE_FILE = "stream_state.bin"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class StreamPlanState:
     """These samples."""
 
     def to_bytes(self) -> bytes:
-        """The content of a safetensors file."""
+        """The content of a safetensors file; its name is another, for it is no shard of weights."""
         store = MemoryStore.of((*self.pool, *self.stream.buffer, *self.stream.waiting))
         tensors: dict[str, NDArray[Any]] = {
             "ids": self.ids,
@@ -138,10 +139,12 @@ class StreamPlan:
         self.seed = seed
         self.held: dict[int, StreamSample] = {}
         self.num_read = 0
-        # A step is asked for by the thread that fills micro-batches, and by the training loop.
-        self.lock = threading.Lock()
-        # All below is read and written under `lock`.
+        # Steps are asked for by the thread that fills micro-batches and by the training loop, which
+        # must not wait for those that are made ahead: whoever makes one holds `making`.
+        self.making = threading.Lock()
         self.next_step = 0
+        self.lock = threading.Lock()
+        # Read and written under `lock`.
         self.made: deque[tuple[int, Step, StreamPlanState]] = deque()
 
     def resume(self, checkpoint: Path, step: int) -> None:
@@ -174,12 +177,22 @@ class StreamPlan:
         Raises:
             ValueError: a record cannot be used; see `SampleStream`.
         """
+        step = self.find(number)
+        if step is None:
+            with self.making:
+                while self.next_step <= number:
+                    made = (self.next_step, self.make_step(), self.snapshot())
+                    with self.lock:
+                        self.made.append(made)
+                    self.next_step += 1
+            step = self.find(number)
+        assert step is not None, f"step {number} was forgotten"
+        return step
+
+    def find(self, number: int) -> Step | None:
+        """Returns a step that is made and not forgotten."""
         with self.lock:
-            while self.next_step <= number:
-                step = self.make_step()
-                self.made.append((self.next_step, step, self.snapshot()))
-                self.next_step += 1
-            return next(step for made, step, _ in self.made if made == number)
+            return next((step for made, step, _ in self.made if made == number), None)
 
     def counts(self, number: int) -> StepCounts:
         """Returns what a whole step holds; no step before it can be asked for any more."""
@@ -193,6 +206,32 @@ class StreamPlan:
         """Returns where the stream stood before step `number`, the one before it being kept."""
         with self.lock:
             return next(state for made, _, state in self.made if made == number - 1)
+
+    def expected(self) -> StepPlan:
+        """Returns the plan of the samples in the buffer: what to expect of all others.
+
+        Raises:
+            ValueError: none of them has a supervised token; or as `step`.
+        """
+        head = MemoryStore.of(self.samples.head())
+        return StepPlan(
+            lengths=head.lengths,
+            num_supervised=head.num_supervised,
+            capacity=self.capacity,
+            strategy=self.strategy,
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            options=self.options,
+            cost_model=self.cost_model,
+            loss_weights=head.loss_weights,
+            is_extract=True,
+        )
+
+    def report_before(self, number: int) -> DataReport | None:
+        """Returns what became of the records before step `number`; None if none was made."""
+        with self.lock:
+            states = (state for made, _, state in self.made if made == number - 1)
+            return next((state.stream.report for state in states), None)
 
     def snapshot(self) -> StreamPlanState:
         """Returns where the stream stands; samples are shared, not copied."""

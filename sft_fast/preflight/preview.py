@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast.config.schema import Config
-from sft_fast.config.sections import DataConfig, ModelConfig, PackingConfig
+from sft_fast.config.sections import DataConfig, PackingConfig
 from sft_fast.data.build import maker_options
 from sft_fast.data.choices import Part
 from sft_fast.data.from_config import build_options, find_sources
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.sample_maker import SampleMaker
-from sft_fast.data.source import Source
 from sft_fast.data.tokens import Sample
 from sft_fast.packing.bins import BinPlan, PackingOptions, plan_bins
+from sft_fast.packing.streaming import StreamPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,9 +116,10 @@ def make_preview(
     rejected: list[str] = []
     template = ""
     special = special_ids(tokenizer)
+    build = build_options(config.model, config.data, config.packing)
     texts: dict[tuple[int, ...], str] = {}
     for source in sources:
-        maker = sample_maker(config.model, config.data, config.packing, source, tokenizer)
+        maker = SampleMaker(tokenizer, maker_options(source, build))
         template = maker.template_source
         for row in islice(source.records.scan(), num_rows):
             if isinstance(row, BadRecord):
@@ -132,19 +133,9 @@ def make_preview(
     bins = None
     if len(samples):
         options = PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size)
-        bins = plan_bins(lengths, packing.capacity, packing.strategy, config.seed, options=options)
+        strategy = StreamPlan.strategy if config.data.streaming else packing.strategy
+        bins = plan_bins(lengths, packing.capacity, strategy, config.seed, options=options)
     return Preview(tuple(samples), tuple(rejected), bins, packing.capacity, template)
-
-
-def sample_maker(
-    model: ModelConfig,
-    data: DataConfig,
-    packing: PackingConfig,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-) -> SampleMaker:
-    """Makes the samples of a source exactly as a run would."""
-    return SampleMaker(tokenizer, maker_options(source, build_options(model, data, packing)))
 
 
 def samples_of(

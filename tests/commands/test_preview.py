@@ -8,7 +8,7 @@ import pytest
 from sft_fast.cli import main
 from sft_fast.config.schema import Config
 from sft_fast.data.demo import demo_tokenizer
-from sft_fast.data.from_config import find_sources, open_configured_store
+from sft_fast.data.from_config import build_options, find_sources, open_data_store
 from sft_fast.preflight.preview import make_preview, special_ids, text_runs
 
 SHAPE = {
@@ -48,7 +48,13 @@ def test_the_preview_shows_the_tokens_and_the_mask_of_the_store(tmp_path: Path) 
     tokenizer = demo_tokenizer()
     sources = find_sources(config.data, "train")
     assert sources is not None
-    store = open_configured_store(config, sources, tokenizer)
+    store = open_data_store(
+        sources,
+        tokenizer,
+        build_options(config.model, config.data, config.packing),
+        config.data,
+        config.output_dir,
+    )
     preview = make_preview(config, tokenizer, 40)
     for number, sample in enumerate(preview.samples):
         ids, supervised = store.sample(number)

@@ -10,7 +10,7 @@ import pytest
 from sft_fast.config.schema import load_config
 from sft_fast.data.build import BuildOptions
 from sft_fast.data.demo import demo_tokenizer
-from sft_fast.data.from_config import build_options, find_sources, open_configured_store
+from sft_fast.data.from_config import build_options, find_sources, open_data_store
 from sft_fast.data.mixture import prepare_mixture, sample_counts
 from sft_fast.data.source import Source, load_records
 from sft_fast.data.store import TokenStore
@@ -129,8 +129,20 @@ def test_list_of_sources_in_the_config(write_rows: Callable[..., str], tmp_path:
     train, evaluation = find_sources(config.data, "train"), find_sources(config.data, "eval")
     assert train is not None and evaluation is not None
     tokenizer = demo_tokenizer()
-    store = open_configured_store(config, train, tokenizer)
-    eval_store = open_configured_store(config, evaluation, tokenizer)
+    store = open_data_store(
+        train,
+        tokenizer,
+        build_options(config.model, config.data, config.packing),
+        config.data,
+        config.output_dir,
+    )
+    eval_store = open_data_store(
+        evaluation,
+        tokenizer,
+        build_options(config.model, config.data, config.packing),
+        config.data,
+        config.output_dir,
+    )
     trained, held_out = files(store), files(eval_store)
     assert trained["plain.jsonl"] + held_out["plain.jsonl"] == 40
     assert trained["named.jsonl"] + 2 * held_out["named.jsonl"] == 40

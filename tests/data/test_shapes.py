@@ -16,7 +16,7 @@ from sft_fast.config import Config
 from sft_fast.data.convert import messages_record
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.formats import ConversationReader, get_format
-from sft_fast.data.from_config import find_sources, open_configured_store
+from sft_fast.data.from_config import build_options, find_sources, open_data_store
 from sft_fast.data.json_records import SourceRecord
 from sft_fast.data.render import ChatRenderer
 from sft_fast.data.source import load_records
@@ -580,7 +580,13 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     )
     sources = find_sources(config.data, "train")
     assert sources is not None
-    store = open_configured_store(config, sources, demo_tokenizer(), lambda text: None)
+    store = open_data_store(
+        sources,
+        demo_tokenizer(),
+        build_options(config.model, config.data, config.packing),
+        config.data,
+        config.output_dir,
+    )
     assert "question_answer (columns question, answer; not read: id, at)" in store.summary()
     assert store.report.unread == {"at": 2, "by": 1, "id": 1}
     assert "in records, without effect: at (2), by (1), id (1)" in store.summary()

@@ -16,7 +16,8 @@ from sft_fast.data.build import BuildOptions, build_store
 from sft_fast.data.json_records import START, SourceRecord
 from sft_fast.data.memory_store import MemoryStore, StreamSample
 from sft_fast.data.source import Position, Source, load_records
-from sft_fast.data.stream import IN_EVAL, SampleStream, StreamState, sample_hash
+from sft_fast.data.stream import IN_EVAL, SampleStream, StreamState
+from sft_fast.data.targets import sample_hash
 
 MakeStream = Callable[..., SampleStream]
 WriteRows = Callable[..., str]

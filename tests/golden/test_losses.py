@@ -43,14 +43,14 @@ def first_steps(folder: str) -> tuple[list[float], list[float]]:
     from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.megatron.train_step import build_run, train_step
-    from sft_fast.packing.from_config import make_plan
+    from sft_fast.packing.from_config import make_training_plan
 
     config = load_config(None, [f"output_dir={folder}"])
     parallel = init_parallel(config.parallel, config.train, config.seed)
     inputs = read_inputs(config)
     architecture, weights = inputs.model.architecture, inputs.model.weights
     run = build_run(config, architecture, weights, config.train.steps, parallel)
-    plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
+    plan = make_training_plan(inputs.store, config.packing, config.train, config.seed, architecture)
     steps = range(NUM_STEPS)
     with open_batches(inputs.store, plan, steps, run.shape, parallel) as batches:
         results = [train_step(run, batches, plan.counts(step)) for step in steps]

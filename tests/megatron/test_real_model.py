@@ -27,7 +27,7 @@ def run_steps(
     from sft_fast.megatron.load_inputs import read_inputs
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.megatron.train_step import build_run, train_step
-    from sft_fast.packing.from_config import make_plan
+    from sft_fast.packing.from_config import make_training_plan
 
     config = Config.model_validate(
         {
@@ -43,7 +43,7 @@ def run_steps(
     parallel = init_parallel(config.parallel, config.train, config.seed)
     inputs = read_inputs(config)
     architecture = inputs.model.architecture
-    plan = make_plan(inputs.store, config.packing, config.train, config.seed, architecture)
+    plan = make_training_plan(inputs.store, config.packing, config.train, config.seed, architecture)
     run = build_run(config, architecture, inputs.model.weights, NUM_STEPS, parallel)
     results, ids = [], []
     with open_batches(inputs.store, plan, range(NUM_STEPS), run.shape, parallel) as batches:

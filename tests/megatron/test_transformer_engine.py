@@ -152,7 +152,7 @@ def test_what_does_not_fit_together_is_refused(sections: Any, message: str) -> N
 
 
 def test_rows_are_padded_to_what_fp8_needs() -> None:
-    from sft_fast.megatron.batches import batch_shape, fill_orders
+    from sft_fast.megatron.batches import batch_shape, planned_sequences
 
     parallel: Any = SimpleNamespace(tp_size=2, cp_size=1, pp_size=1, dp_rank=0, dp_size=1)
     store = make_store(random_samples(9, seed=1))
@@ -161,5 +161,6 @@ def test_rows_are_padded_to_what_fp8_needs() -> None:
 
     plan = make_plan(store, config.packing, config.train, config.seed)
     shape = batch_shape(config.train, config.packing, config.model, parallel)
-    rows = [num for _, num in fill_orders(store, plan, range(1), shape, parallel)]
-    assert rows and all(num % 32 == 0 for num in rows)
+    planned = planned_sequences(store, plan, range(1), shape, parallel)
+    lengths = [sequence.seq_length for sequence in planned]
+    assert lengths and all(length % 32 == 0 for length in lengths)

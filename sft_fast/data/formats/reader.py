@@ -32,6 +32,11 @@ class FileFormat:
     types: Mapping[str, str]
     unread: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        read = [column for column in self.types if column not in self.unread]
+        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"{self.name} (columns {', '.join(read)}{unread})"
+
 
 class ConversationReader:
     """Reads records of one or more files; "auto" is decided by the first record of each file.

@@ -9,11 +9,12 @@ from typing import Any
 import xxhash
 
 from sft_fast.config.sections import ModelConfig
-from sft_fast.data.store import TokenStore
+from sft_fast.data.stream import TrainingData
 from sft_fast.data.tokenizer import tokenizer_digest
 from sft_fast.models.architecture import Architecture
 from sft_fast.packing.bins import VERSION
 from sft_fast.packing.steps import StepPlan
+from sft_fast.packing.streaming import StreamPlan
 
 DATA_ORDER_FIELDS = {"data", "tokenizer", "template", "seed", "packing", "batch"}
 # Of a store's fingerprint; these have fields of their own.
@@ -23,17 +24,17 @@ FIELDS_LISTED_APART = ("tokenizer", "template")
 def run_fields(
     model: ModelConfig,
     seed: int,
-    store: TokenStore,
+    data: TrainingData,
     tokenizer: Any,
-    plan: StepPlan,
+    plan: StepPlan | StreamPlan,
     architecture: Architecture,
     adapter: str,
 ) -> dict[str, str]:
     """Field -> readable value or digest; names are those of `checkpoint.allow_change`."""
     # The texts are compared with those of a checkpoint: another wording would refuse its resume.
-    data = {name: part for name, part in store.parts.items() if name not in FIELDS_LISTED_APART}
+    parts = {name: part for name, part in data.parts.items() if name not in FIELDS_LISTED_APART}
     return {
-        "data": digest(data),
+        "data": digest(parts),
         "seed": str(seed),
         "packing": f"{plan.strategy}, capacity {plan.capacity}, {plan.options} version={VERSION}",
         "batch": f"{plan.global_batch_size} rows per step",

@@ -9,7 +9,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import checkpoint_path, list_checkpoints
 
 logger = logging.getLogger(__name__)
+
+Files = Mapping[str, Callable[[], bytes]]
 
 
 class CheckpointWriter:
@@ -78,9 +80,21 @@ class CheckpointWriter:
         """Reserves host memory for saves of such a state beside the first steps."""
         self.copier.prepare([tensor for _, tensor in own_share(sharded).tensors])
 
-    def save(self, state: TrainState, sharded: dict[str, Any], is_last: bool = False) -> None:
+    def save(
+        self,
+        state: TrainState,
+        sharded: dict[str, Any],
+        is_last: bool = False,
+        files: Files | None = None,
+    ) -> None:
         """Writes `folder/step_<n>`; with `asynchronous` and room for a copy on every rank beside
         the next steps.
+
+        Args:
+            state: where the run stands.
+            sharded: what this rank has of weights and optimizer.
+            is_last: the run ends with it.
+            files: name -> content of more files; the main rank's are written.
 
         Raises:
             OSError: it failed on some rank, for whatever reason, and it was the last save or one
@@ -99,7 +113,9 @@ class CheckpointWriter:
         self.deadline = time.monotonic() + 2 * exchange.timeout_s
         # A thread, so that a write which never returns does not take the time limit with it.
         self.thread = threading.Thread(
-            target=self.write, args=(self.saving, state, snapshot, exchange), daemon=True
+            target=self.write,
+            args=(self.saving, state, snapshot, exchange, files or {}),
+            daemon=True,
         )
         self.thread.start()
         if not goes_on:
@@ -121,13 +137,22 @@ class CheckpointWriter:
             return None
 
     def write(
-        self, final: Path, state: TrainState, snapshot: Snapshot, exchange: StoreExchange
+        self,
+        final: Path,
+        state: TrainState,
+        snapshot: Snapshot,
+        exchange: StoreExchange,
+        files: Files,
     ) -> None:
         """Runs in the thread."""
         try:
             needed = snapshot.num_bytes
             with staged_directory(final, exchange, needed, check_complete) as stage:
-                agree(exchange, "files", lambda: self.write_files(stage, state, snapshot, exchange))
+                agree(
+                    exchange,
+                    "files",
+                    lambda: self.write_files(stage, state, snapshot, exchange, files),
+                )
             self.saved_step = state.step
             if exchange.rank == 0:
                 self.prune(state.step, state.early_stopping.get("best_step", 0))
@@ -136,13 +161,21 @@ class CheckpointWriter:
             self.error = error
 
     def write_files(
-        self, stage: StagedDirectory, state: TrainState, snapshot: Snapshot, exchange: StoreExchange
+        self,
+        stage: StagedDirectory,
+        state: TrainState,
+        snapshot: Snapshot,
+        exchange: StoreExchange,
+        files: Files,
     ) -> None:
         """This rank's share of a checkpoint."""
         self.copier.wait()
         write_snapshot(snapshot, stage, exchange.rank)
         if exchange.rank == 0:
             stage.write_text(STATE_FILE, state_text(state))
+            for name, content in files.items():
+                with stage.create(name) as file:
+                    file.write(content())
 
     def poll(self) -> None:
         """Tells of a save in the background as soon as it ended; raises as `save` does."""

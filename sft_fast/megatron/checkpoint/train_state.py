@@ -13,7 +13,7 @@ checkpoint that this code could not load, or not as it was meant."""
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands; the data position follows from `step` alone."""
+    """Where a run stands; the position in stored data follows from `step` alone."""
 
     step: int
     """Optimizer steps done, skipped ones included."""
@@ -29,6 +29,11 @@ class TrainState:
     """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
     data: dict[str, Any] = field(default_factory=dict)
     """What an export says of the data; see data.export_metadata. {} = the export reads the data."""
+
+    @property
+    def data_step(self) -> int:
+        """Steps made with the present data."""
+        return self.step - self.first_data_step
 
 
 def state_text(state: TrainState) -> str:
