@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +228,7 @@ class SampleStream(Iterator[StreamSample]):
         self.report = DataReport(
             source=" + ".join(source.records.name for source in sources),
             template=self._readers[0].template,
+            left_out=[name for source in sources for name in source.records.left_out],
         )
         self._buffer: list[StreamSample] = []
         self._waiting: list[StreamSample] = []
@@ -237,7 +239,8 @@ class SampleStream(Iterator[StreamSample]):
         """Goes on from `state`; not once something was read."""
         for reader, source in zip(self._readers, state.sources, strict=True):
             reader.restore(source)
-        self.report = _copy(state.report)
+        # Where the records are kept is no part of the state.
+        self.report = replace(deepcopy(state.report), left_out=self.report.left_out)
         self._buffer, self._waiting = list(state.buffer), list(state.waiting)
         self._num_draws = state.num_draws
         self._last_tokens = list(state.last_tokens)
@@ -246,7 +249,7 @@ class SampleStream(Iterator[StreamSample]):
         """Where the stream stands, the last sample taken."""
         return StreamState(
             tuple(reader.state() for reader in self._readers),
-            _copy(self.report),
+            deepcopy(self.report),
             tuple(self._buffer),
             tuple(self._waiting),
             self._num_draws,
@@ -355,10 +358,6 @@ class SampleStream(Iterator[StreamSample]):
 
 def _format_of(values: dict[str, Any]) -> FileFormat:
     return FileFormat(**values | {"unread": tuple(values["unread"])})
-
-
-def _copy(report: DataReport) -> DataReport:
-    return replace(report, rejected=dict(report.rejected), formats=dict(report.formats))
 
 
 def _turn(reader: _SourceReader) -> float:

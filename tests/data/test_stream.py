@@ -353,3 +353,26 @@ def test_processes_do_not_change_the_stream(make_stream: MakeStream, write_rows:
 def test_a_sample_must_have_the_right_types() -> None:
     with pytest.raises(AssertionError, match="a.jsonl:3"):
         StreamSample(np.zeros(3, np.int64), np.zeros(3, np.bool_), None, "a.jsonl:3")
+
+
+def test_a_state_does_not_change_with_the_stream(
+    make_stream: MakeStream, write_rows: WriteRows
+) -> None:
+    path = write_rows([chat(number) | {"id": number} for number in range(20)])
+    stream = make_stream(path)
+    take(stream, 3)
+    state = stream.state()
+    kept = state.as_json()
+    assert state.report.unread == {"id": 4}
+    take(stream, 3)
+    assert state.as_json() == kept
+
+
+def test_files_without_a_split_are_named(make_stream: MakeStream, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "notes.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(chat(n)) + "\n" for n in range(9)))
+    stream = make_stream(str(tmp_path))
+    assert stream.report.left_out == [str(tmp_path / "notes.jsonl")]
+    take(stream, 3)
+    resumed = make_stream(str(tmp_path), state=saved(stream.state()))
+    assert resumed.report == stream.report
