@@ -1,7 +1,11 @@
-"""What users add in files of their own: trainers, losses and evaluation metrics, by name.
+"""What users add in files of their own: stages, trainers, losses, evaluation metrics, by name.
 
 The files are named in the config's `plugins`. Formats and row functions of data, which have the
 same registry, are in sft_fast.data.format_registry.
+
+    @register_stage("reward")
+    class Reward(Stage):
+        ...
 
     @register_trainer(backend="megatron", stage="score")
     def score(config: Config, phases: Phases) -> int:
@@ -29,17 +33,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from sft_fast.errors import nearest
 from sft_fast.evaluation.choices import BUILT_IN_METRICS
 
+# (Config, Phases) -> exit code; both stand above this module, which finds the config's stage.
+Trainer = Callable[[Any, Any], int]
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sft_fast.config.schema import Config
-    from sft_fast.runtime.phases import Phases
-
-    Trainer = Callable[[Config, Phases], int]
     CustomLoss = Callable[[Tensor, Tensor], Tensor]
     MetricFunction = Callable[["SampleOutputs"], tuple[float, float]]
 
 T = TypeVar("T")
+StageT = TypeVar("StageT", bound=type)
 TrainerT = TypeVar("TrainerT", bound="Trainer")
 
 PLUGIN_MODULE = "sft_fast_plugin:"
@@ -142,6 +146,32 @@ def forget(file: str) -> None:
             del registry.entries[name], registry.files[name]
 
 
+# --- stages
+
+SFT = "sft"
+"""The stage of a run that names none."""
+stages: Registry[type] = Registry("stage", "stage", reserved=(SFT,))
+
+
+def register_stage(name: str) -> Callable[[StageT], StageT]:
+    """Returns a decorator that makes a subclass of `sft_fast.stages.Stage` the stage `name`.
+
+    Args:
+        name: Config key `stage` of the runs it is for, and the key of its section.
+
+    Raises:
+        ValueError: The name is taken, or no name of a section.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"a stage was registered as {name!r}; expected letters, digits and _")
+
+    def register(stage: StageT) -> StageT:
+        stages.add(name, stage)
+        return stage
+
+    return register
+
+
 # --- trainers; train.py adds those that come with sft_fast
 
 trainers: Registry[Trainer] = Registry("trainer", "backend, stage")
@@ -154,7 +184,7 @@ class LateTrainer:
     target: str
     """"module:function"."""
 
-    def __call__(self, config: Config, phases: Phases) -> int:
+    def __call__(self, config: Any, phases: Any) -> int:
         """Trains; returns the process's exit code."""
         module, _, function = self.target.partition(":")
         code: int = getattr(importlib.import_module(module), function)(config, phases)
@@ -164,8 +194,9 @@ class LateTrainer:
 def register_trainer(*, backend: str, stage: str) -> Callable[[TrainerT], TrainerT]:
     """Returns a decorator that makes a function the trainer of the runs of a backend and stage.
 
-    The function gets the configuration and the `Phases` that the watchdog reads on every rank, and
-    returns the process's exit code.
+    The function gets the `Config` and the `Phases` that the watchdog reads on every rank, and
+    returns the process's exit code. It shares nothing with other stages; what wants the data, the
+    loop, the checkpoints and the export of sft_fast is a stage, see `register_stage`.
 
     Args:
         backend: Config key `backend` of the runs it is for.

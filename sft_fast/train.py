@@ -20,7 +20,15 @@ from sft_fast.config.schema import load_config  # noqa: E402
 from sft_fast.errors import exit_code  # noqa: E402
 from sft_fast.exit_codes import FAILED  # noqa: E402
 from sft_fast.redact import redact  # noqa: E402
-from sft_fast.registry import LateTrainer, get_trainer, load_plugins, register_trainer  # noqa: E402
+from sft_fast.registry import (  # noqa: E402
+    SFT,
+    LateTrainer,
+    Trainer,
+    get_trainer,
+    load_plugins,
+    register_trainer,
+    stages,
+)
 from sft_fast.runtime.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.runtime.processes import die_with_parent  # noqa: E402
 from sft_fast.runtime.telemetry import switch_off  # noqa: E402
@@ -28,12 +36,8 @@ from sft_fast.runtime.terminal import as_seen  # noqa: E402
 from sft_fast.runtime.watchdog import watching  # noqa: E402
 
 # Before plugins, so that none can take these names.
-BUILT_IN = {
-    "sft": "sft_fast.megatron.training:train",
-    "export": "sft_fast.megatron.export.run:export",
-}
-for _stage, _target in BUILT_IN.items():
-    register_trainer(backend="megatron", stage=_stage)(LateTrainer(_target))
+register_trainer(backend="megatron", stage=SFT)(LateTrainer("sft_fast.megatron.training:train"))
+EXPORT = LateTrainer("sft_fast.megatron.export.run:export")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -46,9 +50,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FIELD,...",
         help="go on from a checkpoint although these differ: checkpoint.allow_change",
     )
+    # What `sft_fast export` runs in place of the trainer.
+    parser.add_argument("--export", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to replace")
     # Overrides may stand before and behind options.
     return parser.parse_intermixed_args(argv)
+
+
+def find_trainer(backend: str, stage: str, is_export: bool) -> Trainer:
+    """What runs a stage, or the export of its checkpoint.
+
+    Raises:
+        ValueError: there is no such backend or stage; the message lists those that are there.
+    """
+    if is_export:
+        return EXPORT
+    # The stages of register_stage share the trainer of supervised fine-tuning.
+    return get_trainer(backend, SFT if stage in stages.entries else stage)
 
 
 def changes(arguments: argparse.Namespace) -> list[str]:
@@ -70,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         load_plugins(config.plugins)
         use_private_cache()
         with watching(Path(config.output_dir), config.parallel.hang_timeout_s) as phases:
-            return get_trainer(config.backend, config.stage)(config, phases)
+            return find_trainer(config.backend, config.stage, arguments.export)(config, phases)
     except (ValueError, OSError) as error:
         if arguments.debug:
             print_traceback()

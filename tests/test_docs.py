@@ -72,15 +72,6 @@ def test_the_readme_config_loads(tmp_path: Path) -> None:
     assert (config.optim.lr, config.parallel.tensor, config.parallel.sequence) == (2e-5, 2, True)
 
 
-def test_the_readme_stage_registers() -> None:
-    from sft_fast.registry import get_trainer
-
-    (block,) = blocks("python")
-    names: dict[str, object] = {}
-    exec(block, names)
-    assert get_trainer("megatron", "my_stage") is names["train"]
-
-
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 ROW = '{{"question": "repeat {number}", "answer": "{number}"}}\n'
@@ -166,6 +157,7 @@ def test_the_extensions_of_the_documentation_work() -> None:
     from sft_fast.data.format_registry import get_format
     from sft_fast.registry import get_loss, get_metric, get_trainer
     from sft_fast.runtime.phases import Phases
+    from sft_fast.stages import ActiveTokens
 
     names: dict[str, Any] = {}
     for block in fenced(ROOT / "docs" / "extending.md", "python"):
@@ -177,6 +169,11 @@ def test_the_extensions_of_the_documentation_work() -> None:
     losses = get_loss("focal")(torch.tensor([-9.0, -3.0, -1.0, -0.1]), torch.arange(4))
     assert (losses.diff() < 0).all()
     assert get_metric("whole_answer").function is names["whole_answer"]
+    stage = names["Ending"](names["EndingConfig"](token_id=3))
+    tokens = ActiveTokens(torch.tensor([3, 5]), torch.tensor([0, 1]))
+    outputs = torch.tensor([[4.0], [-4.0]])
+    assert (stage.loss(outputs, tokens) < 0.02).all() and (stage.loss(-outputs, tokens) > 4).all()
+    assert stage.measure(outputs, tokens)["accuracy"].tolist() == [1, 1]
     assert get_trainer("megatron", "score")(None, Phases.unwatched()) == 0
 
 

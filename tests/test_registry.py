@@ -20,7 +20,7 @@ from sft_fast.registry import (
     register_trainer,
     trainers,
 )
-from sft_fast.train import BUILT_IN
+from sft_fast.train import EXPORT
 
 PLUGIN = """\
 from sft_fast.registry import register_trainer
@@ -203,7 +203,7 @@ def test_a_late_trainer_is_imported_when_it_runs(monkeypatch: pytest.MonkeyPatch
     assert get_trainer("late", "sft")(41, None) == 42  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", BUILT_IN.values())
-def test_built_in_trainers_are_where_they_are_said_to_be(target: str) -> None:
-    module, _, function = target.partition(":")
+@pytest.mark.parametrize("late", [get_trainer("megatron", "sft"), EXPORT])
+def test_built_in_trainers_are_where_they_are_said_to_be(late: LateTrainer) -> None:
+    module, _, function = late.target.partition(":")
     assert callable(getattr(importlib.import_module(module), function))

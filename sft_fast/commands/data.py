@@ -62,7 +62,12 @@ def run_report(parsed: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from sft_fast.data.build import check_store
-    from sft_fast.data.from_config import build_options, find_sources, open_data_store
+    from sft_fast.data.from_config import (
+        build_options,
+        find_sources,
+        open_data_store,
+        stage_options,
+    )
     from sft_fast.data.mixture import check_eval_is_not_train
     from sft_fast.data.statistics import store_statistics
 
@@ -74,7 +79,7 @@ def run_report(parsed: argparse.Namespace) -> None:
             "its first records with sft_fast preview"
         )
     tokenizer = config_tokenizer(config.model, config.tokenizer)
-    options = build_options(config.model, config.data, config.packing)
+    options = build_options(config.model, config.data, config.packing, stage=stage_options(config))
     stores, found = {}, {}
     for part in ("train", "eval"):
         sources = find_sources(config.data, part)
@@ -89,7 +94,10 @@ def run_report(parsed: argparse.Namespace) -> None:
             config.output_dir,
             print_progress,
         )
-        statistics = store_statistics(store, tokenizer, config.packing.capacity)
+        trains_answers = options.stage.rules().trains_answers
+        statistics = store_statistics(
+            store, tokenizer, config.packing.capacity, trains_answers=trains_answers
+        )
         found[part] = {"build": asdict(store.report), "store": asdict(statistics)}
         if not parsed.json:
             print(f"data.{part}\n{store.summary()}\n{statistics.summary()}\n")

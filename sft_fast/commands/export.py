@@ -17,14 +17,13 @@ from sft_fast.commands.arguments import Commands, add_run, positive
 from sft_fast.commands.launch import TRAIN_SCRIPT
 from sft_fast.exit_codes import FAILED
 from sft_fast.models.choices import Dtype
+from sft_fast.registry import SFT
 
 if TYPE_CHECKING:
     from sft_fast.runtime.run_files import RunFiles
 
 # One process, without gradients, and without what only training needs.
 OVERRIDES = (
-    "stage=export",
-    "plugins=[]",
     "model.transformer_impl=local",
     "model.fp8=none",
     "model.offload_layers=0",
@@ -71,6 +70,8 @@ def run(parsed: argparse.Namespace) -> int:
     overrides = [
         *parsed.overrides,
         *OVERRIDES,
+        # Supervised fine-tuning exports without the user's code, which may be elsewhere by now.
+        *(["plugins=[]"] if config.stage == SFT else []),
         f"checkpoint.resume={checkpoint.absolute()}",
         f"data.cache_dir={cache}",
     ]
@@ -79,8 +80,8 @@ def run(parsed: argparse.Namespace) -> int:
     with workplace(target) as work:
         write_story(found, step, Path(work))
         # -P: a folder of our name in the working directory is not this package.
-        command = [sys.executable, "-P", str(TRAIN_SCRIPT), "--config", str(saved), *overrides]
-        command += [f"output_dir={work}", *(["--debug"] if parsed.debug else [])]
+        command = [sys.executable, "-P", str(TRAIN_SCRIPT), "--export", "--config", str(saved)]
+        command += [*overrides, f"output_dir={work}", *(["--debug"] if parsed.debug else [])]
         print(f"exporting step {step} of {found.path}", flush=True)
         result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if result.returncode != 0:
@@ -93,7 +94,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 def check_overrides(overrides: list[str]) -> None:
     """Raises ValueError for a key that an export sets itself."""
-    own = {text.partition("=")[0] for text in OVERRIDES} | {"output_dir", "checkpoint.resume"}
+    own = {text.partition("=")[0] for text in OVERRIDES}
+    own |= {"stage", "plugins", "output_dir", "checkpoint.resume"}
     for key in (text.partition("=")[0] for text in overrides):
         if key in own:
             raise ValueError(f"{key}: an export sets it itself; there are --to DIR and --step N")

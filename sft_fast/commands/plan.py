@@ -92,12 +92,15 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
         find_sources,
         open_data_store,
         open_stream,
+        stage_options,
     )
     from sft_fast.packing.from_config import make_training_plan
 
     sources = find_sources(config.data, "train")
     assert sources is not None, "data.train is required"
-    options = build_options(config.model, config.data, config.packing, architecture)
+    options = build_options(
+        config.model, config.data, config.packing, architecture, stage_options(config)
+    )
     data: TrainingData
     if config.data.streaming:
         data = open_stream(sources, tokenizer, options, config.data, config.seed)
@@ -110,7 +113,14 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
             config.output_dir,
             lambda text: print(text, file=sys.stderr),
         )
-    plan = make_training_plan(data, config.packing, config.train, config.seed, architecture)
+    plan = make_training_plan(
+        data,
+        config.packing,
+        config.train,
+        config.seed,
+        architecture,
+        options.group_size,
+    )
     return plan.expected()
 
 

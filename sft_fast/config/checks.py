@@ -1,6 +1,6 @@
 """Checks of keys that must fit together; each names its keys, so a message can point at them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from sft_fast.config.sections import (
     CheckpointConfig,
@@ -300,8 +300,12 @@ def evaluation_problems(
     evaluation: EvaluationConfig,
     checkpoint: CheckpointConfig,
     export: ExportConfig,
+    reported: Mapping[str, bool] = BUILT_IN_METRICS,
 ) -> Iterator[Problem]:
-    """What evaluation, checkpoints and export ask of each other."""
+    """What evaluation, checkpoints and export ask of each other.
+
+    `reported` is what the stage's evaluation reports without being asked.
+    """
     if data.eval is not None and data.eval_fraction is not None:
         yield Problem(
             ("data.eval", "data.eval_fraction"),
@@ -334,14 +338,14 @@ def evaluation_problems(
                 "evaluation.every_steps",
                 "evaluation.every_steps=100",
             )
-    for name in BUILT_IN_METRICS.keys() & evaluation.metrics:
+    for name in reported.keys() & evaluation.metrics:
         yield Problem(
             ("evaluation.metrics",),
             f"{name}, which is always there",
             "names of metrics of your own",
             f"leave {name} out",
         )
-    names = (*BUILT_IN_METRICS, *evaluation.metrics)
+    names = (*reported, *evaluation.metrics)
     if evaluation.best_by not in names:
         yield Problem(
             ("evaluation.best_by", "evaluation.metrics"),

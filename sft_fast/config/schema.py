@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import BaseModel, ValidationInfo, create_model, model_validator
 
 from sft_fast.config import checks, primus
 from sft_fast.config.aliases import OTHER_NAMES
@@ -31,8 +32,10 @@ from sft_fast.config.sections import (
 from sft_fast.config.validation import FIELDS_ONLY, Tree, apply_overrides, inspect, validate
 from sft_fast.config.yaml_source import dump_yaml, read_yaml
 from sft_fast.errors import ConfigError, Problem
+from sft_fast.evaluation.choices import BUILT_IN_METRICS
 from sft_fast.files import write_atomically
 from sft_fast.redact import redact_values
+from sft_fast.registry import SFT, load_plugins, stages, trainers
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
@@ -41,11 +44,12 @@ class Config(Section):
     """All of it. `load_config` makes one from a file; `Config.model_validate` from a mapping."""
 
     backend: Text = "megatron"
-    """First half of the registry's (backend, stage) pair."""
+    """What computes it; with `stage` the key of a trainer that one of `plugins` registers."""
     stage: Text = "sft"
-    """Second half of the registry's (backend, stage) pair."""
+    """What is trained: sft, or a stage that one of `plugins` registers; its section, if it has one,
+    is the key of its name."""
     plugins: list[PathText] = []
-    """Python files imported at start, e.g. one that calls register_trainer."""
+    """Python files imported at start, e.g. one that calls register_stage."""
     output_dir: PathText = "outputs/run"
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, export/, with LoRA adapter/."""
     seed: NotNegative = 1234
@@ -94,10 +98,14 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     yield from checks.lora_problems(config.lora)
     yield from checks.optim_problems(config.train, config.optim)
     yield from checks.parallel_problems(config.packing, config.parallel)
+    stage: Any = stages.entries.get(config.stage)
+    reported = BUILT_IN_METRICS if stage is None else stage.reported()
     yield from checks.evaluation_problems(
-        config.data, config.evaluation, config.checkpoint, config.export
+        config.data, config.evaluation, config.checkpoint, config.export, reported
     )
     yield from checks.metrics_problems(config.metrics, config.export)
+    if stage is not None:
+        yield from stage.problems(config)
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
@@ -112,7 +120,8 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     Raises:
         ConfigError: Names everything that is wrong, each with its file and line.
     """
-    return validate(Config, read_tree(path, overrides), OTHER_NAMES)
+    tree = read_tree(path, overrides)
+    return validate(config_class(tree), tree, OTHER_NAMES)
 
 
 def inspect_config(path: Path, overrides: list[str]) -> tuple[Config | None, list[Problem], Tree]:
@@ -124,7 +133,47 @@ def inspect_config(path: Path, overrides: list[str]) -> tuple[Config | None, lis
         ConfigError: The file cannot be read at all.
     """
     tree = read_tree(path, overrides)
-    return *inspect(Config, tree, OTHER_NAMES), tree
+    return *inspect(config_class(tree), tree, OTHER_NAMES), tree
+
+
+def config_class(tree: Tree) -> type[Config]:
+    """Config, with the section of the stage that the tree names; runs its plugins to find it.
+
+    What is wrong with plugins or stage goes into the tree's problems.
+    """
+    name, plugins = tree.data.get("stage", SFT), tree.data.get("plugins", [])
+    if name == SFT or not isinstance(name, str) or not is_list_of_text(plugins):
+        return Config
+    try:
+        load_plugins(plugins)
+    except ValueError as error:
+        where = tree.origin(("plugins",)).where
+        tree.problems.append(Problem(("plugins",), str(error), "files that exist", where=where))
+        return Config
+    where = tree.origin(("stage",)).where
+    if name not in stages.entries:
+        if not any(trainer.endswith(f", {name})") for trainer in trainers.entries):
+            known = ", ".join((SFT, *stages.entries))
+            expected = f"one of {known}; others are registered by a file named in plugins"
+            tree.problems.append(Problem(("stage",), name, expected, where=where))
+        return Config
+    section: type[BaseModel] | None = getattr(stages.entries[name], "section", None)
+    if section is None:
+        return Config
+    if name in Config.model_fields:
+        found = f"{name}, whose section would have the name of another key"
+        tree.problems.append(Problem(("stage",), found, "a stage of another name", where=where))
+        return Config
+    is_required = any(field.is_required() for field in section.model_fields.values())
+    default: Any = ... if is_required else section()
+    # A mapping, because pydantic's signature takes no names that are known at run time only.
+    fields: dict[str, Any] = {name: (section, default)}
+    return create_model("Config", __base__=Config, **fields)
+
+
+def is_list_of_text(value: object) -> bool:
+    """Whether it is one, so that the schema has nothing to say against it."""
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def read_tree(path: Path | None, overrides: list[str]) -> Tree:

@@ -18,20 +18,24 @@ import xxhash
 from sft_fast.data.choices import OnBadRecord, OverLength
 from sft_fast.data.format_registry import (
     code_digest,
+    code_of_function,
     format_names,
     load_format,
 )
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.render import MaskOptions
 from sft_fast.data.sample_maker import (
+    SFT_OPTIONS,
     MakerOptions,
     Outcome,
     SampleMaker,
+    StageOptions,
     make_all,
 )
 from sft_fast.data.source import Source
 from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
 from sft_fast.data.tokenizer import tokenizer_digest
+from sft_fast.registry import SFT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +67,7 @@ class BuildOptions:
             used, or have nothing to learn once they are truncated.
         mask: what is supervised.
         row_functions: registered functions that each conversation goes through, in order.
+        stage: what it says of samples.
     """
 
     capacity: int
@@ -71,6 +76,12 @@ class BuildOptions:
     max_rejected: float = 0.01
     mask: MaskOptions = field(default_factory=MaskOptions)
     row_functions: tuple[str, ...] = ()
+    stage: StageOptions = SFT_OPTIONS
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a record that stay together."""
+        return self.stage.rules().group_size
 
     def of_any_length(self) -> BuildOptions:
         """These options, under which samples that are too long stop nothing."""
@@ -114,6 +125,10 @@ def store_fingerprint(
     }
     if options.over_length != "error":
         parts |= {"over_length": options.over_length, "capacity": options.capacity}
+    if options.stage.name != SFT:
+        rules = type(options.stage.rules())
+        section = dict(options.stage.section)
+        parts["stage"] = [options.stage.name, section, code_of_function(rules.targets)]
     return _digest(parts), parts
 
 
@@ -270,6 +285,7 @@ def maker_options(source: Source, options: BuildOptions) -> MakerOptions:
         options.mask,
         options.capacity,
         options.over_length,
+        options.stage,
     )
 
 
@@ -279,7 +295,7 @@ def count_record(report: DataReport, outcome: Outcome) -> list[tuple[str, str]]:
     Returns: (reason, message) of all that is to be listed of it.
     """
     report.longest = max(report.longest, outcome.longest)
-    report.split += len(outcome.samples) > 1
+    report.split += len(outcome.samples) > outcome.group_size
     report.trimmed_turns += outcome.trimmed_turns
     for name in outcome.unread:
         report.unread[name] = report.unread.get(name, 0) + 1
@@ -311,11 +327,14 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
     bad = [entry for entry in bad if entry[0] not in ignored]
     _check_report(report, options, bad, store.rejected_path)
     if options.over_length == "error" and report.longest > options.capacity:
-        too_long = np.flatnonzero(store.lengths > options.capacity)
-        shown = [f"{store.origin(i)}: {store.lengths[i]} tokens" for i in too_long[:SHOWN_RECORDS]]
-        *others, last = [name for name in get_args(OverLength) if name != "error"]
+        size = options.group_size
+        lengths = store.lengths.reshape(-1, size).sum(axis=1)
+        too_long = np.flatnonzero(lengths > options.capacity)
+        shown = [f"{store.origin(i * size)}: {lengths[i]} tokens" for i in too_long[:SHOWN_RECORDS]]
+        *others, last = [policy for policy in get_args(OverLength) if policy != "error"]
+        name = "samples" if size == 1 else "groups of samples"
         raise ValueError(
-            f"{len(too_long)} of {report.samples} samples of {report.source} are longer than "
+            f"{len(too_long)} of {len(lengths)} {name} of {report.source} are longer than "
             f"packing.capacity = {options.capacity} tokens, the longest has {report.longest}. Set "
             f"packing.capacity to {report.longest} or more, or data.over_length to "
             f"{', '.join(others)} or {last}:\n{_first(shown, len(too_long))}"

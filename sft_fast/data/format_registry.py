@@ -1,7 +1,8 @@
 """The open registries of formats and row functions, and what a format function is given.
 
-A format is a function `record -> Conversation`, registered by name. Its record carries our field
-names: the aliases of the format and the user's `fields` are resolved before it is called.
+A format is a function `record -> Conversation`, registered by name, or for a stage that compares
+answers `record -> tuple[Conversation, ...]`. Its record carries our field names: the aliases of the
+format and the user's `fields` are resolved before it is called.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -97,14 +98,14 @@ class Format:
 
     Attributes:
         name: its name in `data.format`.
-        build: Record -> Conversation.
+        build: Record -> Conversation, or a tuple of those that are compared.
         fields: field -> column names that are looked for; empty: the record is the whole record.
         detect: record -> whether the record is in this format; None: never chosen by "auto".
         names: further names of ours that `data.fields` may map: keys of a turn, and roles.
     """
 
     name: str
-    build: Callable[[Record], Conversation]
+    build: Callable[[Record], Conversation | tuple[Conversation, ...]]
     fields: Mapping[str, tuple[str, ...]]
     detect: Callable[[Mapping[str, Any]], bool] | None
     names: tuple[str, ...] = ()
@@ -131,17 +132,30 @@ class Format:
 
         Raises:
             ValueError: the record does not hold what the format needs, or holds more than it
-                reads.
+                reads; or the format gives several conversations.
         """
+        group = self.read_group(values, mapping)
+        if len(group) != 1:
+            raise ValueError(
+                f"the format {self.name!r} gives {len(group)} conversations a record; expected one"
+            )
+        return group[0]
+
+    def read_group(
+        self, values: Mapping[str, Any], mapping: Mapping[str, str | None] | None = None
+    ) -> tuple[Conversation, ...]:
+        """The conversations of a record: one, or those that are compared; otherwise as `read`."""
         record = self._record(values, mapping or {})
-        conversation = self.build(record)
+        built = self.build(record)
+        group = built if isinstance(built, tuple) else (built,)
         if self.fields:
-            conversation = _with_options(conversation, values, record)
+            group = tuple(_with_options(one, values, record) for one in group)
             unread = record.unread(values)
-            _check_unread(conversation, unread, values, record)
-            conversation = replace(conversation, unread=unread)
-        conversation.check()
-        return conversation
+            _check_unread(group, unread, values, record)
+            group = tuple(replace(one, unread=unread) for one in group)
+        for conversation in group:
+            conversation.check()
+        return group
 
     def unread(
         self, values: Mapping[str, Any], mapping: Mapping[str, str | None] | None = None
@@ -222,7 +236,7 @@ def _with_options(
 
 
 def _check_unread(
-    conversation: Conversation, unread: Sequence[str], values: Mapping[str, Any], record: Record
+    group: Sequence[Conversation], unread: Sequence[str], values: Mapping[str, Any], record: Record
 ) -> None:
     """Raises ValueError for a column that says by its name that it matters, and is not read.
 
@@ -232,7 +246,7 @@ def _check_unread(
         value = values[column]
         if column.lower() not in TELLING_COLUMNS or value in (None, "", [], {}):
             continue
-        if isinstance(value, str) and any(value in m.content for m in conversation.messages):
+        if isinstance(value, str) and any(value in m.content for c in group for m in c.messages):
             continue
         fields = ", ".join(record.aliases)
         raise ValueError(
@@ -250,6 +264,8 @@ def _is_media(values: Mapping[str, Any], column: str) -> bool:
     return bool(value)
 
 
+Build = Callable[[Record], Conversation | tuple[Conversation, ...]]
+BuildT = TypeVar("BuildT", bound=Build)
 RowFunction = Callable[[Conversation, random.Random], Conversation]
 formats: Registry[Format] = Registry("format", "data.format", reserved=("auto",))
 row_functions: Registry[RowFunction] = Registry("row function", "data.row_functions")
@@ -261,8 +277,9 @@ def register_format(
     fields: Mapping[str, tuple[str, ...]] | None = None,
     detect: Callable[[Mapping[str, Any]], bool] | None = None,
     names: tuple[str, ...] = (),
-) -> Callable[[Callable[[Record], Conversation]], Callable[[Record], Conversation]]:
-    """Registers a function `record -> Conversation` as the format `name`.
+) -> Callable[[BuildT], BuildT]:
+    """Registers a function `record -> Conversation` as the format `name`; for a stage that compares
+    answers it returns a tuple of conversations.
 
     Args:
         name: value of `data.format`.
@@ -275,7 +292,7 @@ def register_format(
         ValueError: the name is taken.
     """
 
-    def register(build: Callable[[Record], Conversation]) -> Callable[[Record], Conversation]:
+    def register(build: BuildT) -> BuildT:
         formats.add(name, Format(name, build, fields or {}, detect, names))
         return build
 
@@ -418,14 +435,17 @@ def code_digest(format_names: Sequence[str], row_functions: Sequence[str]) -> st
     """
     functions = [get_format(name).build for name in format_names]
     functions += [load_row_function(name) for name in row_functions]  # type: ignore[misc]
-    codes = [_code(function) for function in functions if not _is_ours(function)]
+    codes = [code_of_function(function) for function in functions if not _is_ours(function)]
     return xxhash.xxh3_128_hexdigest("\0".join(codes).encode()) if codes else ""
 
 
 def can_be_loaded_elsewhere(format_names: Sequence[str], row_functions: Sequence[str]) -> bool:
-    """Whether another process finds these: they are ours, or named with their file."""
+    """Whether another process finds these: they are ours, named with their file, or a plugin's."""
     ours = all(":" in name or name.endswith(".py") for name in row_functions)
-    return ours and all(".py" in name or _is_ours(get_format(name).build) for name in format_names)
+    return ours and all(
+        ".py" in name or name in formats.files or _is_ours(get_format(name).build)
+        for name in format_names
+    )
 
 
 def _learnt(conversation: Conversation) -> list[Any]:
@@ -453,7 +473,8 @@ def _is_ours(function: Any) -> bool:
     return str(function.__module__).startswith("sft_fast.")
 
 
-def _code(function: Any) -> str:
+def code_of_function(function: Any) -> str:
+    """Its code; of a function in a plugin the whole file, so that its helpers count too."""
     # None: made by exec.
     if (function.__module__ or "").startswith(PLUGIN_MODULE):
         return Path(function.__code__.co_filename).read_text(encoding="utf-8")

@@ -11,14 +11,17 @@ from sft_fast.data.build import BuildOptions, Progress
 from sft_fast.data.choices import Part
 from sft_fast.data.mixture import prepare_mixture, sample_hashes
 from sft_fast.data.render import MaskOptions
+from sft_fast.data.sample_maker import SFT_OPTIONS, StageOptions
 from sft_fast.data.source import Source, load_records
 from sft_fast.data.store import RejectedList, TokenStore
 from sft_fast.data.stream import SampleStream
 from sft_fast.models.locate import known_architecture
+from sft_fast.registry import SFT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sft_fast.config.schema import Config
     from sft_fast.config.sections import DataConfig, DataSource, ModelConfig, PackingConfig
     from sft_fast.models.architecture import Architecture
 
@@ -47,6 +50,7 @@ def build_options(
     data: DataConfig,
     packing: PackingConfig,
     architecture: Architecture | None = None,
+    stage: StageOptions = SFT_OPTIONS,
 ) -> BuildOptions:
     """What decides the content of the stores.
 
@@ -55,11 +59,13 @@ def build_options(
         data: what is trained, and what becomes of records that cannot be used.
         packing: how long a sample may be.
         architecture: of the model; None: what `known_architecture` says, dense if it says nothing.
+        stage: from `stage_options`.
     """
     trim_tail = data.trim_tail
     if trim_tail is None:
         architecture = architecture or known_architecture(model)
-        trim_tail = getattr(architecture, "num_experts", 0) == 0
+        is_dense = getattr(architecture, "num_experts", 0) == 0
+        trim_tail = is_dense and stage.rules().trains_answers
     return BuildOptions(
         capacity=packing.capacity,
         over_length=data.over_length,
@@ -73,7 +79,17 @@ def build_options(
             changing_history=data.changing_history,
         ),
         row_functions=tuple(data.row_functions),
+        stage=stage,
     )
+
+
+def stage_options(config: Config) -> StageOptions:
+    """What the configuration's stage says of samples."""
+    if config.stage == SFT:
+        return SFT_OPTIONS
+    section = getattr(config, config.stage, None)
+    values = {} if section is None else section.model_dump()
+    return StageOptions(config.stage, tuple(config.plugins), values)
 
 
 def open_data_store(

@@ -16,7 +16,7 @@ import xxhash
 from sft_fast.data.build import BuildOptions, Progress, prepare_store
 from sft_fast.data.source import Source
 from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
-from sft_fast.data.targets import sample_hash
+from sft_fast.data.targets import members, sample_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,11 +62,12 @@ def prepare_mixture(
             return open_store(path)
         except ValueError:
             shutil.rmtree(path)
-    counts = sample_counts([store.num_samples for store in stores], shares)
+    size = options.group_size
+    counts = sample_counts([store.num_samples // size for store in stores], shares)
     with StoreWriter(path) as writer:
         report = DataReport(template=stores[0].report.template)
         for store, count in zip(stores, counts, strict=True):
-            _copy(store, count, writer, report)
+            _copy(store, count, size, writer, report)
         return writer.commit(fingerprint, parts, report)
 
 
@@ -138,15 +139,18 @@ def _hash(store: TokenStore, number: int) -> int:
     return sample_hash(store.tokens[start:stop])
 
 
-def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport) -> None:
-    """Adds `count` samples of a store: all of them as often as possible, then a part."""
-    whole, rest = divmod(count, store.num_samples)
+def _copy(
+    store: TokenStore, count: int, group_size: int, writer: StoreWriter, report: DataReport
+) -> None:
+    """Adds `count` groups of samples of a store: all as often as possible, then a part."""
+    num_groups = store.num_samples // group_size
+    whole, rest = divmod(count, num_groups)
     # Drawn by the store's own fingerprint: the same on every machine.
     seed = int(store.fingerprint, 16)
-    thinned: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(store.num_samples)
+    thinned: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(num_groups)
     starts = store.offsets
-    for numbers in (*[np.arange(store.num_samples)] * whole, np.sort(thinned[:rest])):
-        for number in numbers.tolist():
+    for groups in (*[np.arange(num_groups)] * whole, np.sort(thinned[:rest])):
+        for number in members(groups, group_size).tolist():
             tokens, supervised = store.sample(number)
             weights = store.weights
             chosen = None if weights is None else weights[starts[number] : starts[number + 1]]
@@ -154,8 +158,8 @@ def _copy(store: TokenStore, count: int, writer: StoreWriter, report: DataReport
             report.samples += 1
             report.tokens += len(tokens)
             report.supervised_tokens += int(np.count_nonzero(supervised[1:]))
-    part = store.report
-    report.source += f"{' + ' if report.source else ''}{part.source} ({count} samples)"
+    part, num_samples = store.report, count * group_size
+    report.source += f"{' + ' if report.source else ''}{part.source} ({num_samples} samples)"
     report.formats |= part.formats
     report.longest = max(report.longest, part.longest)
     for entry in fields(DataReport):

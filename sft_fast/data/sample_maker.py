@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from sft_fast.data.choices import OverLength
 from sft_fast.data.conversation import Conversation
@@ -26,6 +26,7 @@ from sft_fast.data.formats import ConversationReader, FileFormat
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
+from sft_fast.registry import SFT, load_plugins, stages
 from sft_fast.runtime.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Outcome:
         cut_tokens: tokens that were cut off.
         trimmed_turns: turns behind the last supervised one.
         unread: its columns, and keys of its turns, that have no effect.
+        group_size: samples of a record that stay together.
     """
 
     file: str
@@ -65,6 +67,57 @@ class Outcome:
     cut_tokens: int = 0
     trimmed_turns: int = 0
     unread: tuple[str, ...] = ()
+    group_size: int = 1
+
+
+class SampleRules(Protocol):
+    """What a stage says of samples; `sft_fast.stages.Stage` is one."""
+
+    group_size: ClassVar[int]
+    """Samples of a record, which stay together."""
+    trains_answers: ClassVar[bool]
+    """The targets are the tokens of answers, and end with one that stops."""
+
+    def targets(self, sample: Sample) -> Sample:
+        """The sample with the stage's own targets."""
+
+
+class AnswerRules:
+    """Those of supervised fine-tuning."""
+
+    group_size: ClassVar[int] = 1
+    trains_answers: ClassVar[bool] = True
+
+    def targets(self, sample: Sample) -> Sample:
+        """The sample as it is: the answers' tokens are the targets."""
+        return sample
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """The stage of a run, in a form that other processes read.
+
+    Attributes:
+        name: as registered; "sft" has no rules of its own.
+        plugins: files to run first.
+        section: its keys in the configuration.
+    """
+
+    name: str = SFT
+    plugins: tuple[str, ...] = ()
+    section: Mapping[str, Any] = field(default_factory=dict)
+
+    def rules(self) -> SampleRules:
+        """Runs the plugins, and makes the stage."""
+        load_plugins(self.plugins)
+        if self.name == SFT:
+            return AnswerRules()
+        kind: Any = stages.get(self.name)
+        made: SampleRules = kind(None if kind.section is None else kind.section(**self.section))
+        return made
+
+
+SFT_OPTIONS = StageOptions()
 
 
 @dataclass(frozen=True)
@@ -77,6 +130,7 @@ class MakerOptions:
     mask: MaskOptions
     capacity: int
     over_length: OverLength
+    stage: StageOptions = SFT_OPTIONS
 
     def can_be_made_elsewhere(self) -> bool:
         """Whether other processes find the formats and row functions."""
@@ -88,7 +142,7 @@ class SampleMaker:
     """Formats, renders and tokenises records, and makes them fit."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: MakerOptions) -> None:
-        self._options = options
+        self._options, self._rules = options, options.stage.rules()
         self._reader = ConversationReader(options.format_name, options.fields)
         self._renderer = ChatRenderer(tokenizer, options.mask)
         self.template_source = self._renderer.template_source
@@ -113,33 +167,60 @@ class SampleMaker:
             needs_samples: False: the records are only checked, without the cost of tokenising.
         """
         self._reader.files.update(files)
-        outcomes = [Outcome(record.file, record.line) for record in records]
+        size = self._rules.group_size
+        outcomes = [Outcome(record.file, record.line, group_size=size) for record in records]
         chats: list[tuple[int, Conversation, RenderedChat]] = []
         for number, record in enumerate(records):
             outcome = outcomes[number]
             reason = "not in the format"
             try:
-                conversation = self._reader(record)
+                group = self._reader.group(record)
+                self._check_group(record, group)
                 reason = "not rendered"
-                keys = self._renderer.unread_keys(conversation)
-                outcome.unread = (*conversation.unread, *keys)
-                for name in self._options.row_functions:
-                    conversation = apply_row_function(name, conversation)
-                rendered = self._renderer.render_samples(conversation)
+                unread = [key for one in group for key in self._renderer.unread_keys(one)]
+                outcome.unread = tuple(dict.fromkeys((*group[0].unread, *unread)))
+                rendered = [self._render(conversation) for conversation in group]
+                self._check_rendered(rendered)
             except ValueError as error:
                 message = (
                     str(error) if reason == "not in the format" else f"{record.origin}: {error}"
                 )
                 outcome.rejected = (reason, message)
                 continue
-            outcome.trimmed_turns = rendered[0].trimmed_turns if len(rendered) == 1 else 0
-            parts = [conversation]
-            if len(rendered) > 1:
-                parts = self._renderer.one_per_answer(conversation)
-            chats += [(number, *entry) for entry in zip(parts, rendered, strict=True)]
+            outcome.trimmed_turns = sum(r[0][1].trimmed_turns for r in rendered if len(r) == 1)
+            chats += [(number, *entry) for entries in rendered for entry in entries]
         if needs_samples:
             self._tokenize(chats, outcomes)
         return outcomes
+
+    def _render(self, conversation: Conversation) -> list[tuple[Conversation, RenderedChat]]:
+        """The chats that a conversation is rendered as, each with what it holds of it."""
+        for name in self._options.row_functions:
+            conversation = apply_row_function(name, conversation)
+        rendered = self._renderer.render_samples(conversation)
+        parts = [conversation]
+        if len(rendered) > 1:
+            parts = self._renderer.one_per_answer(conversation)
+        return list(zip(parts, rendered, strict=True))
+
+    def _check_group(self, record: SourceRecord, group: Sequence[Conversation]) -> None:
+        """Raises ValueError unless the record has as many conversations as the stage compares."""
+        if len(group) == self._rules.group_size:
+            return
+        name = self.look(record).name
+        raise ValueError(
+            f"{record.origin}: the format {name!r} gives {len(group)} conversations a record, but "
+            f"the stage {self._options.stage.name!r} takes {self._rules.group_size}; choose "
+            "another data.format or stage"
+        )
+
+    def _check_rendered(self, rendered: Sequence[Sequence[Any]]) -> None:
+        """Raises ValueError where a conversation that is compared became several samples."""
+        if self._rules.group_size > 1 and any(len(chats) != 1 for chats in rendered):
+            raise ValueError(
+                "the template rewrites earlier answers, so that a conversation becomes several "
+                "samples, which cannot be compared; set data.changing_history, or train_on: last"
+            )
 
     def _tokenize(
         self, chats: Sequence[tuple[int, Conversation, RenderedChat]], outcomes: list[Outcome]
@@ -150,13 +231,18 @@ class SampleMaker:
         except ValueError:
             # One chat is at fault: find it, the others are good.
             samples = [self._tokenize_one(chat) for _, _, chat in chats]
+        groups: dict[int, list[tuple[Conversation, Sample]]] = {}
         for (number, conversation, _), sample in zip(chats, samples, strict=True):
             outcome = outcomes[number]
-            origin = f"{outcome.file}:{outcome.line}"
             if isinstance(sample, ValueError):
+                origin = f"{outcome.file}:{outcome.line}"
                 outcome.rejected = ("not tokenized", f"{origin}: {sample}")
             else:
-                self._fit(outcome, origin, conversation, sample)
+                entry = (conversation, self._rules.targets(sample))
+                groups.setdefault(number, []).append(entry)
+        for number, group in groups.items():
+            if outcomes[number].rejected is None:
+                self._fit_record(outcomes[number], group)
         for outcome in outcomes:
             if outcome.rejected is not None:
                 # All samples of a record or none.
@@ -168,12 +254,37 @@ class SampleMaker:
         except ValueError as error:
             return error
 
+    def _fit_record(self, outcome: Outcome, group: Sequence[tuple[Conversation, Sample]]) -> None:
+        """Adds the samples of a record, or what the policy makes of those that are too long."""
+        origin, capacity = f"{outcome.file}:{outcome.line}", self._options.capacity
+        if outcome.group_size == 1:
+            for conversation, sample in group:
+                self._fit(outcome, origin, conversation, sample, capacity)
+            return
+        length = sum(len(sample.input_ids) for _, sample in group)
+        policy = self._options.over_length
+        outcome.longest = length
+        if length > capacity and policy in ("drop", "split_turns"):
+            why = "together" if policy == "drop" else "together, which cannot be split"
+            outcome.rejected = ("too long", f"{origin}: {length} tokens {why}")
+            return
+        if length > capacity and policy != "error":
+            # Each gets an equal part of the room.
+            capacity //= outcome.group_size
+        for conversation, sample in group:
+            self._fit(outcome, origin, conversation, sample, capacity)
+        outcome.longest = length
+
     def _fit(
-        self, outcome: Outcome, origin: str, conversation: Conversation, sample: Sample
+        self,
+        outcome: Outcome,
+        origin: str,
+        conversation: Conversation,
+        sample: Sample,
+        capacity: int,
     ) -> None:
         """Adds a sample, or what the policy makes of one that is too long."""
-        length, capacity = len(sample.input_ids), self._options.capacity
-        policy = self._options.over_length
+        length, policy = len(sample.input_ids), self._options.over_length
         outcome.longest = max(outcome.longest, length)
         message = f"{origin}: {length} tokens"
         if length <= capacity or policy == "error":
@@ -228,7 +339,8 @@ class SampleMaker:
             if not any(turn.supervised for turn in half):
                 continue
             part = replace(conversation, messages=half)
-            for sample in self._renderer.tokenize(self._renderer.render_samples(part)):
+            for made in self._renderer.tokenize(self._renderer.render_samples(part)):
+                sample = self._rules.targets(made)
                 fits = len(sample.input_ids) <= self._options.capacity
                 fitting = [sample] if fits else self._split(part)
                 if not fitting:

@@ -77,9 +77,19 @@ class StoreStatistics:
 
 
 def store_statistics(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, capacity: int
+    store: TokenStore,
+    tokenizer: PreTrainedTokenizerBase,
+    capacity: int,
+    trains_answers: bool = True,
 ) -> StoreStatistics:
-    """Reads a whole store, sample by sample; `capacity`: tokens of a packed row."""
+    """Reads a whole store, sample by sample.
+
+    Args:
+        store: the samples.
+        tokenizer: that they were made with.
+        capacity: tokens of a pack.
+        trains_answers: the targets are answers, which should end with a token that stops.
+    """
     bos: Any = tokenizer.bos_token_id
     is_odd_inside = bos is not None and not _begins_turns(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids) + _added(tokenizer), dtype=np.int64)
@@ -101,7 +111,7 @@ def store_statistics(
             "duplicates": int(is_copy),
             "double_bos": int(bos is not None and tokens[:2].tolist() == [bos, bos]),
             "inner_bos": int(is_odd_inside and bool((tokens[2:] == bos).any())),
-            "unended": int((~np.isin(tokens[ends], special)).sum()),
+            "unended": int((~np.isin(tokens[ends], special)).sum()) if trains_answers else 0,
         }
         for name, count in found.items():
             counts[name] += count

@@ -29,6 +29,12 @@ class StoredTokens(Protocol):
         """float16 [total], factor of each token's loss as a target, above 0; None = all 1."""
 
 
+def members(groups: NDArray[np.integer], group_size: int) -> NDArray[np.int64]:
+    """int64 [n * group_size]: the samples of each of n groups, which are neighbours."""
+    first = groups.astype(np.int64)[:, None] * group_size
+    return (first + np.arange(group_size)).ravel()
+
+
 def sample_hash(tokens: NDArray[np.uint32]) -> int:
     """xxh3_64 of a sample's ids, uint32 [n]: equal samples have the same."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)

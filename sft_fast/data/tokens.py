@@ -70,6 +70,23 @@ class Sample:
     boundary_tokens: int
     weights: npt.NDArray[np.float16] | None = None
 
+    def with_target_behind(self, weight: float = 1.0) -> Sample:
+        """The sample [n + 1] whose one target is a token of no meaning behind the last one.
+
+        So the hidden state that the head reads is that of the last token. Causal attention keeps
+        the added token from all others.
+
+        Args:
+            weight: factor of its loss, beside that of the last supervised token.
+        """
+        supervised = np.zeros(len(self.input_ids) + 1, dtype=np.bool_)
+        supervised[-1] = True
+        if self.weights is not None:
+            weight *= float(self.weights[self.supervised][-1])
+        weights = None if weight == 1 else np.where(supervised, weight, 0).astype(np.float16)
+        input_ids = np.append(self.input_ids, self.input_ids[-1:])
+        return Sample(input_ids, supervised, 0, weights)
+
     def part(self, start: int, stop: int) -> Sample:
         """Tokens start to stop - 1."""
         chosen = slice(start, stop)

@@ -120,10 +120,20 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_model(folder: Path) -> Any:
-    """Raises DamageError where a file of weights cannot be read."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    """The model of a directory.
 
+    Raises:
+        DamageError: a file of weights cannot be read.
+        ValueError: it answers with numbers, and transformers would give it random words.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    classes = AutoConfig.from_pretrained(folder).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in classes):
+        raise ValueError(
+            f"{folder} is a {classes[0]}, which scores texts; its README.md shows how to ask it"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(folder)
     except SafetensorError as error:

@@ -1,14 +1,15 @@
 """Evaluation during training: loss, accuracy, perplexity and metrics of your own, per source.
 
 The loss is the cross-entropy of the supervised tokens, without weights, label smoothing, z-loss or
-custom loss, so that runs with other training losses can be compared.
+custom loss, so that runs with other training losses can be compared. A stage with a loss of its own
+reports that, and what it measures.
 """
 
 import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from sft_fast.data.questions import read_questions
 from sft_fast.data.store import TokenStore
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.exact_match import chance_accuracy, exact_match
-from sft_fast.megatron.batches import batch_shape, open_batches
+from sft_fast.megatron.batches import BatchShape, batch_shape, open_batches
 from sft_fast.megatron.forward_step import check_once, packed_samples
 from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
@@ -30,9 +31,11 @@ from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics.writer import MetricsWriter
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.packing.steps import StepPlan
 from sft_fast.registry import Metric, SampleOutputs, get_metric, is_greater_better
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import checkpoint_path
+from sft_fast.stages import Stage, stage_of
 
 Values = dict[str, float]
 LOSS, NUM_TOKENS, NUM_CORRECT, NUM_BUILT_IN = range(4)
@@ -65,7 +68,11 @@ class Evaluator:
         self.store, self.config, self.parallel, self.metrics = store, config, parallel, metrics
         self.early_stopping, self.phases = early_stopping, phases
         self.custom = [get_metric(name) for name in config.evaluation.metrics]
-        self.greater_is_better = is_greater_better(config.evaluation.best_by)
+        self.stage = stage_of(config)
+        best_by, measures = config.evaluation.best_by, self.stage.reported()
+        self.greater_is_better = (
+            measures[best_by] if best_by in measures else is_greater_better(best_by)
+        )
 
     def before_training(self, model: ModuleList, step: int) -> None:
         """Evaluates where the run begins; it does not count, unless the checkpoint missed it."""
@@ -117,14 +124,25 @@ class Evaluator:
         if self.store is None:
             return None
         with self.phases.paused("evaluate"):
-            values = evaluate(
-                model, self.store, self.config, self.parallel, self.custom, self.phases
+            tally: Tally = AnswerTally(self.custom, self.parallel)
+            if self.stage.has_loss:
+                tally = StageTally(self.stage)
+            config = self.config
+            plan = make_plan(
+                self.store,
+                config.packing,
+                config.train,
+                config.seed,
+                max_samples=config.evaluation.max_samples,
+                group_size=self.stage.group_size,
             )
+            shape = batch_shape(config.train, config.packing, config.model, self.parallel)
+            values = evaluate(model, self.store, plan, shape, self.parallel, tally, self.phases)
         if values is None:
             return None
         overall, by_source = values
         self.metrics.write("eval", step=step, **clean(overall), **listed(by_source))
-        shown = ("loss", "accuracy", *(metric.name for metric in self.custom))
+        shown = [name for name in overall if name not in ("perplexity", "num_supervised")]
         text = "  ".join(f"{name} {overall[name]:.4f}" for name in shown)
         self.metrics.log(f"eval at step {step}: {text}")
         return overall
@@ -146,32 +164,26 @@ def clean(values: Values) -> dict[str, float | None]:
 def evaluate(
     model: ModuleList,
     store: TokenStore,
-    config: Config,
+    plan: StepPlan,
+    shape: BatchShape,
     parallel: Parallel,
-    custom: list[Metric],
+    tally: "Tally",
     phases: Phases,
 ) -> tuple[Values, dict[str, Values]] | None:
     """Runs the whole evaluation set through the model; None when all ranks agreed to stop.
 
-    Returns: loss (nats per supervised token), perplexity, accuracy, num_supervised and the custom
-        metrics, over everything and for each source; equal on every rank. NaN where a source has
-        no supervised token.
+    Returns: what the tally reports, over everything and for each source; equal on every rank. NaN
+        where a source has no supervised token.
     """
-    plan = make_plan(
-        store, config.packing, config.train, config.seed, max_samples=config.evaluation.max_samples
-    )
     steps = range(plan.num_steps_per_epoch)
     names, source_of = sources_of(store)
-    tally = partial(tally_micro_batch, source_of, len(names), custom, parallel)
-    size = (len(names), NUM_BUILT_IN + 2 * len(custom))
+    size = (len(names), tally.num_sums)
     total = torch.zeros(size, dtype=torch.float64, device=parallel.device)
     model.eval()
-    shape = batch_shape(config.train, config.packing, config.model, parallel)
     with open_batches(store, plan, steps, shape, parallel) as batches:
         for _ in steps:
-            reports = run_schedule(
-                model, batches, shape, partial(eval_step, tally), forward_only=True
-            )
+            step = partial(eval_step, partial(count_by_source, tally, source_of, len(names)))
+            reports = run_schedule(model, batches, shape, step, forward_only=True)
             added, votes = sum_over_ranks(reports, "tally", size, parallel, phases.votes())
             total += added
             phases.heartbeat()
@@ -182,8 +194,8 @@ def evaluate(
     if phases.all_stop:
         return None
     sums = total.cpu().numpy()
-    by_source = {name: values_of(row, custom) for name, row in zip(names, sums, strict=True)}
-    return values_of(sums.sum(axis=0), custom), by_source
+    by_source = {name: tally.values(row) for name, row in zip(names, sums, strict=True)}
+    return tally.values(sums.sum(axis=0)), by_source
 
 
 def sources_of(store: TokenStore) -> tuple[list[str], np.ndarray]:
@@ -195,8 +207,8 @@ def sources_of(store: TokenStore) -> tuple[list[str], np.ndarray]:
     return names, numbers[np.searchsorted(firsts, samples, side="right") - 1]
 
 
-def eval_step(tally: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
-    """megatron's forward_step; on the last stage the token outputs [3, 1, T] fp32."""
+def eval_step(count: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+    """megatron's forward_step; on the last stage the outputs [n, 1, T] fp32 that are counted."""
     batch = next(data_iterator)
     check_once(batch, model)
     outputs = model(
@@ -206,62 +218,136 @@ def eval_step(tally: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Ten
         labels=batch.labels,
         packed_seq_params=packed_samples(batch, wants_outputs=True),
     )
-    return outputs, partial(eval_loss_func, tally, batch)
+    return outputs, partial(eval_loss_func, count, batch)
 
 
 def eval_loss_func(
-    tally: Any, batch: MicroBatch, outputs: Tensor
+    count: Any, batch: MicroBatch, outputs: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """As `loss_func`, for outputs [3, b, s]; the report is what the tally counted."""
+    """As `loss_func`, for outputs [n, b, s]; the report is what was counted."""
     num_tokens = torch.tensor(batch.num_supervised, dtype=torch.int32, device=outputs.device)
-    return outputs.sum(), num_tokens, {"tally": tally(batch, outputs)}
+    return outputs.sum(), num_tokens, {"tally": count(batch, outputs)}
 
 
-def tally_micro_batch(
-    source_of: np.ndarray,
-    num_sources: int,
-    custom: list[Metric],
-    parallel: Parallel,
-    batch: MicroBatch,
-    outputs: Tensor,
+def count_by_source(
+    tally: "Tally", source_of: np.ndarray, num_sources: int, batch: MicroBatch, outputs: Tensor
 ) -> Tensor:
     """Sums of a micro-batch for each source.
 
     Args:
+        tally: what is counted.
         source_of: int64 [N], number of each sample's source.
         num_sources: how many sources there are.
-        custom: the user's metrics.
-        parallel: the layout.
         batch: the micro-batch.
-        outputs: [3, 1, T]: log probability of the label, entropy, correctness.
+        outputs: fp32 [n, 1, T], of the model.
 
-    Returns: fp64 [num_sources, LOSS, NUM_TOKENS, NUM_CORRECT, then two for each custom metric].
+    Returns: fp64 [num_sources, tally.num_sums].
     """
-    device = outputs.device
     edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0) // batch.layout.cp_size
-    rows = batch.active_tokens.cpu()
-    slots = torch.searchsorted(edges, rows, right=True)
+    active = batch.active_tokens.cpu()
+    index = torch.searchsorted(edges, active, right=True)  # [A]: each token's sample
     assert batch.sample_ids is not None, "fill_micro_batch knows them"
-    sources = torch.from_numpy(source_of[batch.sample_ids])
-    active = outputs[:, 0].index_select(1, rows.to(device)).double()
-    columns = torch.stack([-active[0], torch.ones_like(active[0]), active[2]], dim=1)
-    sums = torch.zeros(
-        num_sources, NUM_BUILT_IN + 2 * len(custom), dtype=torch.float64, device=device
-    )
-    sums[:, :NUM_BUILT_IN].index_add_(0, sources[slots].to(device), columns)
-    if custom:
-        labels = batch.labels[0].index_select(0, rows.to(device))
-        answers = active, labels, slots
+    sources = torch.from_numpy(source_of[batch.sample_ids])  # [samples]
+    columns = outputs[:, 0].index_select(1, active.to(outputs.device)).double()  # [n, A]
+    sums = torch.zeros(num_sources, tally.num_sums, dtype=torch.float64, device=outputs.device)
+    tally.add(sums, sources, index, batch, columns)
+    return sums
+
+
+class Tally(Protocol):
+    """What an evaluation counts of the active tokens, and what it reports."""
+
+    num_sums: int
+    """Sums for each source."""
+
+    def add(
+        self, sums: Tensor, sources: Tensor, index: Tensor, batch: MicroBatch, columns: Tensor
+    ) -> None:
+        """Adds a micro-batch.
+
+        Args:
+            sums: fp64 [num_sources, num_sums], changed in place.
+            sources: int64 [samples], each sample's source.
+            index: int64 [A], ascending: each active token's sample.
+            batch: the micro-batch.
+            columns: fp64 [n, A], the model's outputs at the active tokens.
+        """
+
+    def values(self, sums: np.ndarray) -> Values:
+        """From the sums [num_sums] of one source, or of all, to what is reported."""
+
+
+class StageTally:
+    """The loss of a stage and what it measures: means over the active tokens, by weight."""
+
+    def __init__(self, stage: Stage):
+        self.names = ("loss", *stage.measures)
+        self.num_sums = 1 + len(self.names)
+
+    def add(
+        self, sums: Tensor, sources: Tensor, index: Tensor, batch: MicroBatch, columns: Tensor
+    ) -> None:
+        """Adds a micro-batch; see `Tally`. columns are the loss and the measures."""
+        device = columns.device
+        weights = torch.ones_like(columns[0])  # [A]
+        if batch.weights is not None:
+            active = batch.active_tokens.to(device)
+            weights = batch.weights[0].index_select(0, active).double()
+        rows = torch.cat([weights[None], columns * weights])  # [num_sums, A]
+        sums.index_add_(0, sources[index].to(device), rows.t())
+
+    def values(self, sums: np.ndarray) -> Values:
+        """The mean of each; see `Tally`."""
+        pairs = zip(self.names, sums[1:], strict=True)
+        return {name: divide(total, sums[0]) for name, total in pairs}
+
+
+class AnswerTally:
+    """Loss, accuracy and the user's metrics of the supervised tokens of answers."""
+
+    def __init__(self, custom: list[Metric], parallel: Parallel):
+        self.custom, self.parallel = custom, parallel
+        self.num_sums = NUM_BUILT_IN + 2 * len(custom)
+
+    def add(
+        self, sums: Tensor, sources: Tensor, index: Tensor, batch: MicroBatch, columns: Tensor
+    ) -> None:
+        """Adds a micro-batch; see `Tally`.
+
+        columns are the log probability of the label, entropy, correctness; sums LOSS, NUM_TOKENS,
+        NUM_CORRECT, then two for each custom metric.
+        """
+        device, parallel, custom = columns.device, self.parallel, self.custom
+        built_in = torch.stack([-columns[0], torch.ones_like(columns[0]), columns[2]], dim=1)
+        sums[:, :NUM_BUILT_IN].index_add_(0, sources[index].to(device), built_in)
+        if not custom:
+            return
+        active = batch.active_tokens.to(device)
+        labels = batch.labels[0].index_select(0, active)
+        answers = columns, labels, index
         if parallel.cp_size > 1:
-            positions = batch.position_ids[0].index_select(0, rows.to(device))
-            answers = whole_answers(active, labels, slots, positions, parallel)
+            positions = batch.position_ids[0].index_select(0, active)
+            answers = whole_answers(columns, labels, index, positions, parallel)
         by_sample = custom_sums(custom, *answers, num_samples=len(sources))
         if parallel.cp_rank > 0:
             by_sample.zero_()  # the first rank has counted them
-        added = torch.zeros(num_sources, 2 * len(custom), dtype=torch.float64)
+        added = torch.zeros(len(sums), 2 * len(custom), dtype=torch.float64)
         added.index_add_(0, sources, by_sample)
         sums[:, NUM_BUILT_IN:] += added.to(device)
-    return sums
+
+    def values(self, sums: np.ndarray) -> Values:
+        """Loss (nats per supervised token), perplexity, accuracy, num_supervised, the metrics."""
+        loss = divide(sums[LOSS], sums[NUM_TOKENS])
+        values = {
+            "loss": loss,
+            "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+            "accuracy": divide(sums[NUM_CORRECT], sums[NUM_TOKENS]),
+            "num_supervised": int(sums[NUM_TOKENS]),
+        }
+        pairs = sums[NUM_BUILT_IN:].reshape(-1, 2)
+        for metric, (numerator, denominator) in zip(self.custom, pairs, strict=True):
+            values[metric.name] = divide(numerator, denominator)
+        return values
 
 
 def whole_answers(
@@ -313,21 +399,6 @@ def custom_sums(
             sums[number, 2 * place] = numerator
             sums[number, 2 * place + 1] = denominator
     return sums
-
-
-def values_of(sums: np.ndarray, custom: list[Metric]) -> Values:
-    """From the sums of one source, or of all, to what is reported."""
-    loss = divide(sums[LOSS], sums[NUM_TOKENS])
-    values = {
-        "loss": loss,
-        "perplexity": math.exp(loss) if not loss > 700 else math.inf,
-        "accuracy": divide(sums[NUM_CORRECT], sums[NUM_TOKENS]),
-        "num_supervised": int(sums[NUM_TOKENS]),
-    }
-    pairs = sums[NUM_BUILT_IN:].reshape(-1, 2)
-    for metric, (numerator, denominator) in zip(custom, pairs, strict=True):
-        values[metric.name] = divide(numerator, denominator)
-    return values
 
 
 def divide(numerator: float, denominator: float) -> float:

@@ -15,6 +15,7 @@ from sft_fast.megatron.optim import gather_parameters
 from sft_fast.megatron.train_step import Run
 from sft_fast.metrics.report import write_report
 from sft_fast.runtime.run_files import checkpoint_path
+from sft_fast.stages import stage_of
 
 
 def export(job: Job, run: Run, evaluator: Evaluator, state: TrainState) -> None:
@@ -69,7 +70,7 @@ def finish(job: Job) -> None:
         )
     if is_main and config.metrics.pictures:
         draw(job)
-    if config.export.enabled:
+    if config.export.enabled and stage_of(config).writes_text:
         job.metrics.log(f"talk to it: sft_fast chat {output}")
 
 

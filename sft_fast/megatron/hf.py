@@ -19,9 +19,9 @@ from torch import Tensor
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.families import MODEL, Rule
+from sft_fast.models.families import HEAD, MODEL, OUTPUT_HEAD, Rule
 from sft_fast.models.weight_files import open_safetensors, tensor_records
-from sft_fast.models.weights import check_records, hf_rules, initial_value
+from sft_fast.models.weights import check_records, head_rule, hf_rules, initial_value
 from sft_fast.runtime.phases import no_report
 
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
@@ -122,6 +122,19 @@ class GrownSource:
         return self.means[name]
 
 
+class HeadSource:
+    """A checkpoint of a model with an LM head, with a random linear head in place of that."""
+
+    def __init__(self, source: WeightSource, architecture: Architecture, seed: int):
+        self.source, self.head = source, RandomSource(architecture, seed)
+        self.own = set(OUTPUT_HEAD.sources)
+
+    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """As the source's; the head [num_outputs, hidden] is normal, from its name and the seed."""
+        source = self.head if name in self.own else self.source
+        return source.read(name, rows, columns)
+
+
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
     """Yields (name, rule with full Hugging Face names) for each base parameter of this rank, or
     for each of its matrices where it is of experts."""
@@ -129,8 +142,7 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
         if name.rpartition(".")[2].startswith(ADAPTER_PREFIX):
             continue
         if not name.startswith("decoder.layers."):
-            is_tied = name == "output_layer.weight" and architecture.tie_word_embeddings
-            yield name, MODEL["embedding.word_embeddings.weight" if is_tied else name]
+            yield name, head_rule(architecture) if name == HEAD else MODEL[name]
             continue
         _, _, local_index, rest = name.split(".", 3)
         layer: Any = model.decoder.layers[int(local_index)]

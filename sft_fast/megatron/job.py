@@ -20,6 +20,7 @@ from sft_fast.packing.steps import StepPlan
 from sft_fast.packing.streaming import StreamPlan
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.rendezvous import public_address_warning
+from sft_fast.stages import stage_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,14 @@ def prepare(config: Config, phases: Phases) -> Job:
     phases.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.log)
     architecture = inputs.model.architecture
-    plan = make_training_plan(inputs.store, config.packing, config.train, config.seed, architecture)
+    plan = make_training_plan(
+        inputs.store,
+        config.packing,
+        config.train,
+        config.seed,
+        architecture,
+        stage_of(config).group_size,
+    )
     adapters = adapter_fingerprint(config.lora, architecture, inputs.model.weights)
     fields = run_fields(
         config.model, config.seed, inputs.store, inputs.tokenizer, plan, architecture, adapters

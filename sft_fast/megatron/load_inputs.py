@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from sft_fast.config.layout import check_layout
 from sft_fast.config.schema import Config
@@ -18,13 +19,20 @@ from sft_fast.data.from_config import (
     find_sources,
     open_data_store,
     open_stream,
+    stage_options,
 )
 from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.source import Source
 from sft_fast.data.store import REJECTED_FILE, TokenStore, open_store
 from sft_fast.data.stream import SampleStream, TrainingData
 from sft_fast.data.tokenizer import load_tokenizer
-from sft_fast.megatron.hf import GrownSource, RandomSource, SafetensorsSource, WeightSource
+from sft_fast.megatron.hf import (
+    GrownSource,
+    HeadSource,
+    RandomSource,
+    SafetensorsSource,
+    WeightSource,
+)
 from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
 from sft_fast.models.architecture import Architecture, architecture_to_hf, read_hf_config
 from sft_fast.models.hub import local_folder
@@ -35,6 +43,7 @@ from sft_fast.models.locate import (
     with_tokens,
 )
 from sft_fast.models.weights import check_weights
+from sft_fast.stages import stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +96,9 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
         ValueError: a file, a row, the tokenizer or the model is not what it should be.
     """
     tokenizer, model = read_start(config)
-    options = build_options(config.model, config.data, config.packing, model.architecture)
+    options = build_options(
+        config.model, config.data, config.packing, model.architecture, stage_options(config)
+    )
     rows, eval_rows = find_rows(config.data)
     store: TokenStore | None = None
     eval_store: TokenStore | None = None
@@ -142,6 +153,9 @@ def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
     )
     read = read_model(model, config.lora, config.seed, folder, len(tokenizer))
     check_layout(read.architecture, model, config.packing, config.parallel, config.lora)
+    num_outputs = stage_of(config).num_outputs
+    if num_outputs is not None:
+        read = with_head(read, num_outputs, config.seed)
     return tokenizer, read
 
 
@@ -178,6 +192,29 @@ def read_model(
     if num_tokens > known.vocab_size:
         weights = GrownSource(weights, known.vocab_size, num_tokens)
     return Model(architecture, weights, folder, hf_config)
+
+
+def with_head(model: Model, num_outputs: int, seed: int) -> Model:
+    """The model with a random linear head in place of its LM head.
+
+    Raises:
+        ValueError: transformers has no class for what is exported.
+    """
+    kind = model.hf_config["model_type"]
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ValueError(
+            f"model.path: the stage exports a sequence classifier, which transformers does not "
+            f"have for {kind!r}; choose a model of another family"
+        )
+    hf_config = {
+        **model.hf_config,
+        "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]],
+        "id2label": {str(number): f"LABEL_{number}" for number in range(num_outputs)},
+        "label2id": {f"LABEL_{number}": number for number in range(num_outputs)},
+    }
+    architecture = replace(model.architecture, num_outputs=num_outputs, tie_word_embeddings=False)
+    weights = HeadSource(model.weights, architecture, seed)
+    return replace(model, architecture=architecture, weights=weights, hf_config=hf_config)
 
 
 def find_rows(data: DataConfig) -> tuple[list[Source], list[Source] | None]:

@@ -290,10 +290,14 @@ def add_adapters(
 ) -> None:
     """Freezes the model and gives the projections that `lora.targets` selects their adapters.
 
+    The head of a stage, which begins at random, is trained whole.
+
     B is zero and A as in PEFT: uniform, from the projection's name and the seed alone, so it does
     not depend on the layout.
     """
     model.requires_grad_(False)
+    if model.has_stage_head:
+        model.output_layer.requires_grad_()
     targets = set(adapted_projections(architecture, lora.targets))
     for name, rule in list(named_rules(model, architecture)):
         hf_names = [source.removesuffix(".weight") for source in rule.sources]

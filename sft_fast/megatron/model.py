@@ -51,9 +51,13 @@ from sft_fast.megatron.rotary import (
     rotary_frequencies,
     rotary_kind,
 )
+from sft_fast.megatron.stage_head import StageHead, token_losses
 from sft_fast.megatron.transformer_engine import transformer_engine_options, use_transformer_engine
 from sft_fast.models.architecture import Architecture, padded_vocab_size
+from sft_fast.stages import SFT_STAGE, Stage
 
+NO_SAMPLES = PackedSamples()
+"""Of a caller of megatron's own, which knows neither active tokens nor weights."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = {
     "silu": functional.silu,
@@ -71,6 +75,7 @@ class LossOutputLayer(ColumnParallelLinear):
     settings: HeadSettings
     custom_loss: str | None
     """Name of a registered loss."""
+    stage: Stage
 
     def forward(
         self,
@@ -79,17 +84,16 @@ class LossOutputLayer(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         *,
         labels: Tensor | None = None,
-        active_tokens: Tensor | None = None,
-        wants_outputs: bool = False,
-        token_weights: Tensor | None = None,
+        samples: PackedSamples = NO_SAMPLES,
         **kwargs: Any,
     ) -> Any:
         """Logits as megatron gives them, or with `labels` [b, s] the per-token loss [b, s] fp32.
 
-        With `wants_outputs`: [3, b, s] fp32, log probability of the label without label smoothing
-        and z-loss, entropy, correctness.
+        With samples.wants_outputs: [3, b, s] fp32, log probability of the label without label
+        smoothing and z-loss, entropy, correctness; in a stage with a loss of its own what
+        `token_losses` returns.
 
-        token_weights [b, s] multiplies the loss, a custom one too.
+        samples.token_weights [b, s] multiplies the loss, a custom one too.
         """
         if labels is None:
             logits, bias = super().forward(input_, weight, runtime_gather_output, **kwargs)
@@ -97,8 +101,17 @@ class LossOutputLayer(ColumnParallelLinear):
                 logits = softcap * torch.tanh(logits / softcap)
             return logits, bias
         settings, is_custom = self.settings, self.custom_loss is not None
+        active_tokens, token_weights = samples.active_tokens, samples.token_weights
         weight = self.weight if weight is None else weight
-        if wants_outputs:
+        if self.stage.has_loss:
+            outputs = masked_linear_outputs(
+                input_, weight, labels, settings, active_tokens=active_tokens
+            )
+            assert active_tokens is not None, "a micro-batch knows them"
+            active = active_tokens.to(labels.device, non_blocking=True)
+            logprobs = outputs.logprob.t().flatten().index_select(0, active)  # [A]
+            return token_losses(self.stage, logprobs, labels, samples)
+        if samples.wants_outputs:
             plain = settings.options.without_penalties()
             settings = replace(settings, options=plain, summed=False, policy="auto")
             outputs = masked_linear_outputs(
@@ -144,21 +157,38 @@ class SFTModel(GPTModel):
     """megatron-core's GPTModel; rotary angles follow position_ids, labels give per-token losses."""
 
     attention: AttentionChoice
+    output_layer: Any
     noise: Any = None
     """neftune.EmbeddingNoise in training runs that want it."""
 
     def __init__(
-        self, *args: Any, architecture: Architecture, loss_config: LossConfig, **kwargs: Any
+        self,
+        *args: Any,
+        architecture: Architecture,
+        loss_config: LossConfig,
+        stage: Stage,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.rotary_frequencies = rotary_frequencies(architecture)
         self.longest_short_sample = longest_short_sample(architecture)
         scale = architecture.embedding_scale
         self.embedding_scale = None if scale == 1.0 else torch.tensor(scale)
-        if self.post_process:
-            self.output_layer.__class__ = LossOutputLayer
-            self.output_layer.settings = head_settings(self.output_layer, architecture, loss_config)
-            self.output_layer.custom_loss = loss_config.custom
+        if not self.post_process:
+            return
+        layer: Any = self.output_layer
+        if stage.num_outputs is None:
+            layer.__class__ = LossOutputLayer
+            layer.settings = head_settings(layer, architecture, loss_config)
+            layer.custom_loss, layer.stage = loss_config.custom, stage
+        else:
+            sizes = self.config.hidden_size, stage, self.config.params_dtype
+            self.output_layer = StageHead(*sizes, layer.tp_group, layer.sequence_parallel)
+
+    @property
+    def has_stage_head(self) -> bool:
+        """Whether this part of the model ends in a head that is no LM head."""
+        return self.post_process and isinstance(self.output_layer, StageHead)
 
     def _preprocess(
         self,
@@ -195,7 +225,10 @@ class SFTModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hidden states [s, b, h] -> what LossOutputLayer returns, logits or losses."""
+        """Hidden states [s, b, h] -> what the head returns, logits or losses."""
+        samples = packed_seq_params if isinstance(packed_seq_params, PackedSamples) else NO_SAMPLES
+        if self.has_stage_head:
+            return self.output_layer(hidden_states, labels, samples)
         if labels is None or not self.post_process:
             return super()._postprocess(
                 hidden_states, *args, labels=labels, packed_seq_params=packed_seq_params, **kwargs
@@ -203,20 +236,7 @@ class SFTModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        active_tokens = token_weights = None
-        wants_outputs = False
-        if isinstance(packed_seq_params, PackedSamples):
-            active_tokens = packed_seq_params.active_tokens
-            token_weights = packed_seq_params.token_weights
-            wants_outputs = packed_seq_params.wants_outputs
-        return self.output_layer(
-            hidden_states,
-            weight=weight,
-            labels=labels,
-            active_tokens=active_tokens,
-            wants_outputs=wants_outputs,
-            token_weights=token_weights,
-        )
+        return self.output_layer(hidden_states, weight=weight, labels=labels, samples=samples)
 
 
 def softcap(architecture: Architecture, loss_config: LossConfig) -> float:
@@ -338,6 +358,7 @@ def build_model(
     lora: LoraConfig,
     loss: LossConfig,
     parallel: Parallel,
+    stage: Stage = SFT_STAGE,
 ) -> list[SFTModel]:
     """Allocates this rank's part of the model; weights are undefined until they are loaded.
 
@@ -356,14 +377,15 @@ def build_model(
         further_test = partial(check_context, context, shape)
     attention = choose_attention(model.attention, shape, scorings(architecture), further_test)
     return [
-        build_chunk(architecture, loss, parallel, megatron_config, attention, vp_stage)
-        for vp_stage in range(parallel.vp_size)
+        build_chunk(architecture, loss, stage, parallel, megatron_config, attention, number)
+        for number in range(parallel.vp_size)
     ]
 
 
 def build_chunk(
     architecture: Architecture,
     loss: LossConfig,
+    stage: Stage,
     parallel: Parallel,
     megatron_config: TransformerConfig,
     attention: AttentionChoice,
@@ -384,6 +406,7 @@ def build_chunk(
         position_embedding_type="none",
         architecture=architecture,
         loss_config=loss,
+        stage=stage,
         vp_stage=vp_stage,
     )
     model.attention = attention

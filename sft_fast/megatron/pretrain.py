@@ -38,7 +38,7 @@ from sft_fast.megatron.parallel import Parallel, current_parallel
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.packing.steps import StepPlan
-from sft_fast.registry import load_plugins
+from sft_fast.registry import SFT, load_plugins
 
 # What Megatron-LM must be told for our micro-batches and our loss; its `args_defaults` would not
 # replace a default that is not None.
@@ -107,6 +107,11 @@ def config_of(args: argparse.Namespace) -> Config:
         raise ValueError(
             f"--micro-batch-size is {config.train.micro_batch_size}; with pipeline stages "
             "Megatron-LM sends rows of --seq-length tokens, so it must be 1; raise --seq-length"
+        )
+    if config.stage != SFT:
+        raise ValueError(
+            f"stage is {config.stage}; Megatron-LM's loop trains sft, other stages need "
+            "sft_fast/train.py"
         )
     if config.data.streaming:
         raise ValueError(

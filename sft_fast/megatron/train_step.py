@@ -33,6 +33,7 @@ from sft_fast.models.architecture import Architecture
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.packing.steps import StepCounts
 from sft_fast.runtime.phases import Phases, no_report
+from sft_fast.stages import stage_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ def build_run(
 ) -> Run:
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
     modules = build_model(
-        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+        architecture,
+        config.model,
+        config.parallel,
+        config.lora,
+        config.loss,
+        parallel,
+        stage_of(config),
     )
     for module in modules:
         load_hf_weights(module, weights, architecture, parallel, tensor_done)

@@ -13,8 +13,35 @@ from sft_fast.config.yaml_source import dump_yaml
 from sft_fast.metrics.trackers import run_name
 from sft_fast.models.hub import HUB_ID
 from sft_fast.redact import redact
+from sft_fast.registry import SFT
 from sft_fast.runtime.run_files import RunFiles
+from sft_fast.stages import stage_of
 
+WRITE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+chat = [{"role": "user", "content": "Hello"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+`sft_fast chat .` and `vllm serve .` read this directory too."""
+SCORE = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
+print(model(**inputs).logits)
+```"""
 VERSIONS = ("sft-fast", "megatron-core", "torch", "transformers", "datasets")
 CURVES_FILE = "curves.png"
 
@@ -28,13 +55,16 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
         data_fingerprint: of the token store that was trained on.
         world_size: ranks.
     """
-    base = config.model.path
+    base, writes_text = config.model.path, stage_of(config).writes_text
+    aim = "supervised fine-tuning, loss on the answers only"
+    if config.stage != SFT:
+        aim = f"stage {config.stage}"
     title = run_name(config.metrics, config.output_dir)
     start = f"`{base}`" if base is not None else "random weights"
     head: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["sft", "sft_fast"],
+        "pipeline_tag": "text-generation" if writes_text else "text-classification",
+        "tags": [config.stage, "sft_fast"],
     }
     if base is not None and is_hub_id(base):
         head["base_model"] = base
@@ -43,21 +73,11 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
         head["datasets"] = datasets
     return redact(
         f"---\n{dump_yaml(head)}---\n\n# {title}\n\n"
-        f"Fine-tuned from {start} with sft_fast: supervised fine-tuning, loss on the answers "
-        f"only{', LoRA adapters merged' if config.lora.rank > 0 else ''}.\n\n"
+        f"Fine-tuned from {start} with sft_fast: {aim}"
+        f"{', LoRA adapters merged' if config.lora.rank > 0 else ''}.\n\n"
         f"{facts(config.data, config.seed, found, data_fingerprint)}\n\n"
         f"![training curves]({CURVES_FILE})\n\n"
-        "## Use\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        'chat = [{"role": "user", "content": "Hello"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
-        "output = model.generate(**inputs, max_new_tokens=200)\n"
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))\n```\n\n"
-        "`sft_fast chat .` and `vllm serve .` read this directory too.\n\n"
+        f"## Use\n\n{WRITE if writes_text else SCORE}\n\n"
         f"## How it was made\n\n```bash\nsft_fast train config.yaml --nproc-per-node {world_size}"
         f"\n```\n\n<details><summary>config.yaml</summary>\n\n```yaml\n"
         f"{dump_yaml(config.model_dump())}```\n\n</details>\n"

@@ -48,6 +48,8 @@ class Architecture(Traits):
     experts_per_token: int = 0
     renormalise_experts: bool = False
     """The weights of a token's experts add up to 1."""
+    num_outputs: int | None = None
+    """Outputs of a linear head in place of the LM head; None = the LM head."""
     family: str = "LlamaForCausalLM"
     """Key of FAMILIES, which has the table of the weights."""
 
@@ -79,6 +81,16 @@ class Architecture(Traits):
     def projections(self) -> tuple[str, ...]:
         """Matrices of a layer that adapters can stand beside, such as self_attn.q_proj."""
         return FAMILIES[self.family].projections
+
+    @property
+    def num_vocab_matrices(self) -> int:
+        """Matrices with a row for each token: the embedding, and the LM head of its own."""
+        return 1 if self.tie_word_embeddings or self.num_outputs is not None else 2
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Of a head in place of the LM head."""
+        return (self.num_outputs or 0) * self.hidden_size
 
     def window(self, layer: int) -> int | None:
         """Tokens that a token of `layer` (from 0) attends to; None = its whole sample."""

@@ -91,7 +91,7 @@ def stage_parameters(
     per_layer = (layer_matrix_parameters(a) - experts) // tensor + layer_vector_parameters(a)
     embedding = vocab * a.hidden_size
     if pipeline == 1:
-        ends = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size
+        ends = embedding * a.num_vocab_matrices + a.num_head_parameters + a.hidden_size
     else:
         ends = embedding + a.hidden_size
     base = layers * per_layer + ends + stage_expert_parameters(a, parallel)

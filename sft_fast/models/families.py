@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 SIZE_FIELDS = {
     "vocab": "vocab_size",
+    "outputs": "num_outputs",
     "hidden": "hidden_size",
     "queries": "query_size",
     "keys": "key_size",
@@ -50,13 +51,16 @@ def replicated(name: str, *shape: str) -> Rule:
     return Rule("replicated", {name: shape})
 
 
+HEAD = "output_layer.weight"
 MODEL = {
     "embedding.word_embeddings.weight": Rule(
         "vocab", {"model.embed_tokens.weight": ("vocab", "hidden")}
     ),
     "decoder.final_layernorm.weight": replicated("model.norm.weight", "hidden"),
-    "output_layer.weight": Rule("vocab", {"lm_head.weight": ("vocab", "hidden")}),
+    HEAD: Rule("vocab", {"lm_head.weight": ("vocab", "hidden")}),
 }
+OUTPUT_HEAD = replicated("score.weight", "outputs", "hidden")
+"""HEAD where it is no LM head, as in transformers' ...ForSequenceClassification."""
 ATTENTION = {
     "input_layernorm.weight": replicated("input_layernorm.weight", "hidden"),
     "self_attention.linear_qkv.weight": Rule(

@@ -75,9 +75,9 @@ def layer_vector_parameters(architecture: Architecture) -> int:
 def num_parameters(architecture: Architecture) -> int:
     """Parameters of the model as it is published: no padding of the vocabulary."""
     a = architecture
-    embeddings = (1 if a.tie_word_embeddings else 2) * a.vocab_size * a.hidden_size
+    ends = a.num_vocab_matrices * a.vocab_size * a.hidden_size + a.num_head_parameters
     layers = layer_matrix_parameters(a) + layer_vector_parameters(a)
-    return embeddings + a.num_layers * layers + a.hidden_size
+    return ends + a.num_layers * layers + a.hidden_size
 
 
 def adapter_parameters(architecture: Architecture, rank: int, targets: list[str]) -> int:
@@ -97,7 +97,7 @@ def forward_flops(architecture: Architecture, workload: Workload) -> float:
     layers = 2 * active_matrix_parameters(a) * workload.tokens
     # Scores and values, each 2 * s^2 * width; the causal mask halves them.
     attention = 2 * a.num_attention_heads * a.head_dim * workload.squares
-    head = 2 * a.hidden_size * a.vocab_size * workload.supervised
+    head = 2 * (a.num_head_parameters or a.hidden_size * a.vocab_size) * workload.supervised
     return a.num_layers * (layers + attention) + head
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.families import MODEL, Rule
+from sft_fast.models.families import HEAD, MODEL, OUTPUT_HEAD, Rule
 from sft_fast.models.weight_files import TensorRecord, shorten, tensor_records
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """Types of weights that can be trained as they are."""
 OTHER_TYPES = ("BOOL", "I64")  # of masks and counts, which are no weights
@@ -50,7 +50,7 @@ def check_weights(folder: Path, config: dict[str, Any], architecture: Architectu
     check_records(folder, records, architecture)
     if architecture.tie_word_embeddings and has_own_head(records):
         raise ValueError(
-            f"model.path: config.json of {folder} says tie_word_embeddings, but {HEAD} is there "
+            f"model.path: config.json of {folder} says tie_word_embeddings, but {LM_HEAD} is there "
             f"and differs from {EMBEDDING}; transformers 5 computes with it, 4 does not: set "
             "tie_word_embeddings to false in config.json, or remove the tensor"
         )
@@ -64,6 +64,13 @@ def check_weights(folder: Path, config: dict[str, Any], architecture: Architectu
         )
 
 
+def head_rule(architecture: Architecture) -> Rule:
+    """The rule of the parameter HEAD."""
+    if architecture.num_outputs is not None:
+        return OUTPUT_HEAD
+    return MODEL["embedding.word_embeddings.weight" if architecture.tie_word_embeddings else HEAD]
+
+
 def hf_rules(architecture: Architecture) -> dict[str, tuple[Rule, tuple[int, ...]]]:
     """Every tensor of the Hugging Face checkpoint: the rule it belongs to, and its shape."""
     tensors = {}
@@ -75,8 +82,10 @@ def hf_rules(architecture: Architecture) -> dict[str, tuple[Rule, tuple[int, ...
                 tensors[prefix + name.replace("*", str(expert))] = rule, shape
 
     for name, rule in MODEL.items():
-        if not (name == "output_layer.weight" and architecture.tie_word_embeddings):
+        if name != HEAD:
             add(rule, "")
+        elif not architecture.tie_word_embeddings:
+            add(head_rule(architecture), "")
     for layer in range(architecture.num_layers):
         for rule in architecture.layer.values():
             add(rule, f"model.layers.{layer}.")
@@ -120,7 +129,7 @@ def check_records(
     """Raises ValueError for tensors that are missing, unexpected or of another shape."""
     expected = hf_shapes(architecture)
     # A tied checkpoint may still carry its head; old ones carry rotary buffers.
-    optional = {HEAD} if architecture.tie_word_embeddings else set()
+    optional = {LM_HEAD} if architecture.tie_word_embeddings else set()
     present = {name for name in records if not name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = expected.keys() - present, present - expected.keys() - optional
     if missing or unexpected:
@@ -138,7 +147,7 @@ def check_records(
 
 def has_own_head(records: Mapping[str, TensorRecord]) -> bool:
     """Whether the LM head is there and differs from the embedding."""
-    embedding, head = records[EMBEDDING], records.get(HEAD)
+    embedding, head = records[EMBEDDING], records.get(LM_HEAD)
     if head is None:
         return False
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):

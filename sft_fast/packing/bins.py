@@ -1,13 +1,14 @@
 """Which samples share a packed row: the planners, their limits and the plan of an epoch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft_fast import _C
-from sft_fast.constants import ceil_div
+from sft_fast.constants import ceil_div, round_up
+from sft_fast.data.targets import members
 from sft_fast.packing.choices import MAX_CAPACITY, MAX_POOL_SIZE, MAX_SAMPLES_PER_BIN, Strategy
 
 Bin = NDArray[np.int64]
@@ -48,6 +49,22 @@ class PackingOptions:
             if not 1 <= value <= limit:
                 raise ValueError(f"packing.{name} is {value}; expected 1 to {limit}")
 
+    def of_groups(self, group_size: int) -> "PackingOptions":
+        """The limits where groups of samples are put into bins.
+
+        Raises:
+            ValueError: a bin may not hold a group.
+        """
+        most = self.max_samples_per_bin
+        if most is None:
+            return self
+        if most < group_size:
+            raise ValueError(
+                f"packing.max_samples_per_bin is {most}, but {group_size} samples that are "
+                "compared share a bin; raise it to that or more"
+            )
+        return replace(self, max_samples_per_bin=most // group_size)
+
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
@@ -76,6 +93,11 @@ class BinPlan:
         """Bins in the epoch."""
         return len(self.order)
 
+    def of_groups(self, group_size: int) -> "BinPlan":
+        """The plan of samples, this one being of groups of neighbouring samples."""
+        sample_ids = members(self.sample_ids, group_size).astype(np.uint32)
+        return replace(self, sample_ids=sample_ids, bin_offsets=self.bin_offsets * group_size)
+
     def bin(self, index: int) -> Bin:
         """Returns the sample ids of the `index`-th bin in training order."""
         place = int(self.order[index])
@@ -90,6 +112,7 @@ def plan_bins(
     seed: int = 0,
     epoch: int = 0,
     options: PackingOptions = DEFAULT_OPTIONS,
+    group_size: int = 1,
 ) -> BinPlan:
     """Assigns every sample to a bin of at most `capacity` tokens.
 
@@ -100,10 +123,17 @@ def plan_bins(
         seed: in [0, 2**64).
         epoch: counted from 0.
         options: limits on bins.
+        group_size: neighbouring samples that share a bin, one after another; it divides N.
 
     Raises:
-        ValueError: a sample that is empty or longer than a bin, or an argument out of range.
+        ValueError: a sample that is empty or longer than a bin, or a group that is, or an argument
+            out of range.
     """
+    if group_size > 1:
+        grouped = group_lengths(lengths, capacity, options, group_size)
+        limits = options.of_groups(group_size)
+        plan = plan_bins(grouped, capacity, strategy, seed, epoch, limits)
+        return plan.of_groups(group_size)
     if strategy not in get_args(Strategy):
         expected = ", ".join(get_args(Strategy))
         raise ValueError(f"packing.strategy is {strategy!r}; expected one of {expected}")
@@ -126,8 +156,30 @@ def plan_bins(
     return BinPlan(*planned, capacity=capacity)
 
 
+def group_lengths(
+    lengths: NDArray[np.integer], capacity: int, options: PackingOptions, group_size: int
+) -> NDArray[np.int32]:
+    """int32 [N / group_size]: tokens that the samples of each group take up; lengths are [N].
+
+    Raises:
+        ValueError: a group is longer than a bin.
+    """
+    assert len(lengths) % group_size == 0, "a store of groups has all samples of each"
+    rounded = round_up(lengths.astype(np.int64), options.alignment)
+    grouped = rounded.reshape(-1, group_size).sum(axis=1)
+    if len(grouped) and grouped.max() > capacity:
+        raise ValueError(
+            f"packing.capacity is {capacity}, but {group_size} samples that are compared take up "
+            f"{grouped.max()} tokens with their padding; raise it to that or more"
+        )
+    return as_int32(grouped)
+
+
 def choose_strategy(
-    lengths: NDArray[np.integer], capacity: int, options: PackingOptions = DEFAULT_OPTIONS
+    lengths: NDArray[np.integer],
+    capacity: int,
+    options: PackingOptions = DEFAULT_OPTIONS,
+    group_size: int = 1,
 ) -> tuple[str, str]:
     """Decides between "window" and "bfd", by packing some of the samples, lengths [N], with both.
 
@@ -137,6 +189,9 @@ def choose_strategy(
     Returns:
         The strategy, and the reason in words.
     """
+    if group_size > 1:
+        grouped = group_lengths(lengths, capacity, options, group_size)
+        return choose_strategy(grouped, capacity, options.of_groups(group_size))
     # Spread over all of the data, which may be sorted.
     some = np.asarray(lengths)[:: ceil_div(len(lengths), NUM_TRIAL_SAMPLES) or 1]
     window, bfd = (

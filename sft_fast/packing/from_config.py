@@ -55,11 +55,15 @@ def make_plan(
     seed: int,
     architecture: Architecture | None = None,
     max_samples: int | None = None,
+    group_size: int = 1,
 ) -> StepPlan:
     """The order of the (first) samples: a function of lengths, packing options and seed.
 
     The architecture only decides which rank computes what, so that ranks finish together.
+    `group_size` neighbours share a bin.
     """
+    if max_samples is not None:
+        max_samples = max(max_samples // group_size, 1) * group_size
     return StepPlan(
         lengths=store.lengths[:max_samples],
         num_supervised=store.num_supervised[:max_samples],
@@ -70,6 +74,7 @@ def make_plan(
         options=packing_options(packing),
         cost_model=cost_model(architecture),
         loss_weights=None if store.loss_weights is None else store.loss_weights[:max_samples],
+        group_size=group_size,
     )
 
 
@@ -79,10 +84,12 @@ def make_training_plan(
     train: TrainConfig,
     seed: int,
     architecture: Architecture | None = None,
+    group_size: int = 1,
 ) -> StepPlan | StreamPlan:
     """The steps of a run; of a stream nothing is read yet. Arguments as for `make_plan`."""
     if not isinstance(data, SampleStream):
-        return make_plan(data, packing, train, seed, architecture)
+        return make_plan(data, packing, train, seed, architecture, group_size=group_size)
+    assert group_size == 1, "the stage refuses data.streaming"
     return StreamPlan(
         data,
         capacity=packing.capacity,

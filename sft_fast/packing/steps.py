@@ -132,6 +132,7 @@ class StepPlan:
         options: PackingOptions = DEFAULT_OPTIONS,
         cost_model: CostModel = DEFAULT_COST_MODEL,
         loss_weights: NDArray[np.float64] | None = None,
+        group_size: int = 1,
         is_extract: bool = False,
     ) -> None:
         """Plans epoch 0.
@@ -147,6 +148,7 @@ class StepPlan:
             cost_model: decides which rank computes which bins of a step, and nothing else.
             loss_weights: float64 [N], the sum of each sample's target weights; None = all weights
                 are 1. Decides what `counts` says, and nothing else.
+            group_size: neighbouring samples that always share a bin, one after another.
             is_extract: the samples stand for many more of their kind.
 
         Raises:
@@ -171,14 +173,17 @@ class StepPlan:
         if global_batch_size < 1:
             raise ValueError(f"train.global_batch_size is {global_batch_size}; expected at least 1")
         self.is_extract = is_extract
+        self.group_size = group_size
         self.capacity = capacity
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.options = options
         self.strategy, self.reason = strategy, "as configured"
         if strategy == "auto":
-            self.strategy, self.reason = choose_strategy(self.lengths, capacity, options)
-        first = plan_bins(self.lengths, capacity, self.strategy, seed, epoch=0, options=options)
+            self.strategy, self.reason = choose_strategy(
+                self.lengths, capacity, options, group_size
+            )
+        first = self.plan_with_strategy(0)
         self.cached = (0, first)
         self.num_steps_per_epoch = ceil_div(first.num_bins, global_batch_size)
         """Steps in each epoch, the last one possibly completed with empty bins."""
@@ -191,6 +196,7 @@ class StepPlan:
         return (
             f"version={VERSION} strategy={self.strategy} capacity={self.capacity} "
             f"seed={self.seed} global_batch_size={self.global_batch_size} {self.options}"
+            + (f" group_size={self.group_size}" if self.group_size > 1 else "")
         )
 
     def locate(self, global_step: int) -> tuple[int, int]:
@@ -216,7 +222,15 @@ class StepPlan:
 
     def plan_with_strategy(self, epoch: int) -> BinPlan:
         """Returns what the strategy makes of `epoch`."""
-        return plan_bins(self.lengths, self.capacity, self.strategy, self.seed, epoch, self.options)
+        return plan_bins(
+            self.lengths,
+            self.capacity,
+            self.strategy,
+            self.seed,
+            epoch,
+            self.options,
+            self.group_size,
+        )
 
     def step_bins(self, epoch: int, step: int) -> list[Bin]:
         """Returns the `global_batch_size` bins of one step, the same for every parallel layout.

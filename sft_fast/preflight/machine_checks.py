@@ -245,7 +245,7 @@ def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
         try:
             if isinstance(row, BadRecord):
                 raise ValueError(row.message)
-            reader(row)
+            reader.group(row)
         except ValueError as error:
             messages.append(str(error))
             if len(messages) == 3:

@@ -14,7 +14,7 @@ from sft_fast.config.schema import Config
 from sft_fast.config.sections import DataConfig, PackingConfig
 from sft_fast.data.build import maker_options
 from sft_fast.data.choices import Part
-from sft_fast.data.from_config import build_options, find_sources
+from sft_fast.data.from_config import build_options, find_sources, stage_options
 from sft_fast.data.json_records import BadRecord, SourceRecord
 from sft_fast.data.sample_maker import SampleMaker
 from sft_fast.data.tokens import Sample
@@ -116,7 +116,8 @@ def make_preview(
     rejected: list[str] = []
     template = ""
     special = special_ids(tokenizer)
-    build = build_options(config.model, config.data, config.packing)
+    build = build_options(config.model, config.data, config.packing, stage=stage_options(config))
+    trains_answers = build.stage.rules().trains_answers
     texts: dict[tuple[int, ...], str] = {}
     for source in sources:
         maker = SampleMaker(tokenizer, maker_options(source, build))
@@ -127,14 +128,24 @@ def make_preview(
                 continue
             made, messages = samples_of(maker, row, config.data, config.packing)
             rejected += messages
-            samples += [show(sample, row.origin, tokenizer, special, texts) for sample in made]
+            samples += [
+                show(sample, row.origin, tokenizer, special, texts, trains_answers)
+                for sample in made
+            ]
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int32)
     packing = config.packing
     bins = None
     if len(samples):
         options = PackingOptions(packing.alignment, packing.max_samples_per_bin, packing.pool_size)
         strategy = StreamPlan.strategy if config.data.streaming else packing.strategy
-        bins = plan_bins(lengths, packing.capacity, strategy, config.seed, options=options)
+        bins = plan_bins(
+            lengths,
+            packing.capacity,
+            strategy,
+            config.seed,
+            options=options,
+            group_size=build.group_size,
+        )
     return Preview(tuple(samples), tuple(rejected), bins, packing.capacity, template)
 
 
@@ -150,13 +161,16 @@ def samples_of(
     messages = [message for _, message in outcome.notes]
     if outcome.rejected is not None:
         return [], [f"{outcome.rejected[1]} ({outcome.rejected[0]})"]
-    fitting = []
-    for sample in outcome.samples:
-        if len(sample.input_ids) <= packing.capacity:
-            fitting.append(sample)
+    fitting: list[Sample] = []
+    size = outcome.group_size
+    for first in range(0, len(outcome.samples), size):
+        group = outcome.samples[first : first + size]
+        length = sum(len(sample.input_ids) for sample in group)
+        if length <= packing.capacity:
+            fitting += group
         else:
             messages.append(
-                f"{row.origin}: {len(sample.input_ids)} tokens, more than packing.capacity "
+                f"{row.origin}: {length} tokens, more than packing.capacity "
                 f"{packing.capacity}; data.over_length is {data.over_length}"
             )
     return fitting, messages
@@ -174,14 +188,16 @@ def show(
     tokenizer: Any,
     special: set[int],
     texts: dict[tuple[int, ...], str],
+    trains_answers: bool = True,
 ) -> Shown:
-    """`texts` remembers the text of tokens that were seen before."""
+    """`texts` remembers the text of tokens that were seen before; answers should end with a token
+    that stops."""
     ids, supervised = sample.input_ids.tolist(), sample.supervised
     starts = np.flatnonzero(supervised & ~np.insert(supervised[:-1], 0, False))
     ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False))
     unended = sum(ids[end] not in special for end in ends)
     warnings = []
-    if unended:
+    if unended and trains_answers:
         warnings.append(f"{unended} answers end with no special token: the model may not stop")
     if supervised[1:].all():
         warnings.append("every token is trained, prompts too")

@@ -9,6 +9,7 @@ from sft_fast.config import primus_arguments as tables
 from sft_fast.config.schema import Config, load_config
 from sft_fast.config.validation import dotted_keys
 from sft_fast.errors import ConfigError
+from sft_fast.registry import trainers
 
 HEAD = """\
 work_group: amd
@@ -191,8 +192,13 @@ def test_module_may_have_any_name(load, name):
     assert load(MINIMAL, head=HEAD.replace("post_trainer", name)).backend == "megatron"
 
 
-def test_framework_and_stage_pick_the_pair(load):
-    config = load(MINIMAL + "stage: dpo", head=HEAD.replace("megatron", "torchtitan"))
+def test_framework_and_stage_pick_the_pair(load, monkeypatch):
+    text = {"arguments": MINIMAL + "stage: dpo"}
+    text["head"] = HEAD.replace("megatron", "torchtitan")
+    with pytest.raises(ConfigError, match="one of sft; others are registered"):
+        load(**text)
+    monkeypatch.setattr(trainers, "entries", {"(torchtitan, dpo)": print, **trainers.entries})
+    config = load(**text)
     assert (config.backend, config.stage) == ("torchtitan", "dpo")
 
 

@@ -55,6 +55,12 @@ def test_convert_renames_columns_and_lists_bad_rows(
     assert "expected FIELD=COLUMN" in capsys.readouterr().err
 
 
+SHAPE = (
+    "{hidden_size: 32, num_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
+    "ffn_hidden_size: 32, max_position_embeddings: 8192}"
+)
+
+
 def test_data_report_finds_what_is_odd(
     write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +72,7 @@ def test_data_report_finds_what_is_odd(
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"output_dir: {tmp_path}/run\nmodel: {{path: none}}\n"
+        f"output_dir: {tmp_path}/run\nmodel: {{shape: {SHAPE}}}\n"
         f"tokenizer: {{path: {tmp_path}/tokenizer, chat_template: {template}}}\n"
         f"data: {{train: {train}, eval_fraction: 0.5}}\ntrain: {{steps: 10}}\n"
     )

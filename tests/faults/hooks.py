@@ -157,7 +157,7 @@ def slow(where: str) -> None:
         "model": (training, "build_run", 1),
         "first step": (training, "train_step", 1),
         "step": (training, "train_step", 3),
-        "evaluate": (evaluation, "values_of", 1),
+        "evaluate": (evaluation, "divide", 1),
         "save": (save, "write_snapshot", 2),
         "export": (finish, "export_model", 1),
     }[where]

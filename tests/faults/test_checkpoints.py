@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_not_exported(launcher: Launcher, unbroken: Path
     copy_checkpoints(unbroken, target, 2)
     folder = target / "checkpoints/step_00000002"
     flip(folder / "rank_00000.safetensors")
-    job = launcher.start("damaged-export", "stage=export", f"checkpoint.resume={folder}")
+    job = launcher.start("damaged-export", "--export", f"checkpoint.resume={folder}")
     assert job.wait() == [4]
     assert "step_00000002 is damaged; --step names another one" in job.said()
     assert not (target / "export").exists()
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_with_the_data(
     (folder / "train_state.json").write_text(json.dumps(state))
     records["train_state.json"] = hash_file(folder / "train_state.json", "train_state.json")
     (folder / "manifest.json").write_text(manifest_text(records))
-    arguments = ("stage=export", f"checkpoint.resume={folder}")
+    arguments = ("--export", f"checkpoint.resume={folder}")
     launcher.run("earlier-version", *arguments)
     for name in ("model.safetensors", "generation_config.json"):
         files = [run / "export" / name for run in (unbroken, target)]
@@ -151,13 +151,13 @@ def test_an_export_wants_weights_of_the_first_model_only_with_lora(
     shutil.copytree(unbroken / "export", model)
     begin = ("model.shape=null", f"model.path={model}", "tokenizer.path=null", "lora.rank=2")
     run = launcher.run("lora-trained", *begin, steps=2).output
-    export = (*begin, "stage=export", f"checkpoint.resume={run / 'checkpoints/step_00000002'}")
+    export = (*begin, "--export", f"checkpoint.resume={run / 'checkpoints/step_00000002'}")
     assert same_weights(run, launcher.run("lora-exported", *export).output)
     job = launcher.start("lora-other", *export, "model.random_init=true")
     assert job.wait() == [2] and "adapter: was lora rank 2" in job.said()
     (model / "model.safetensors").unlink()
     whole = f"checkpoint.resume={unbroken / f'checkpoints/step_{STEPS:08d}'}"
-    exported = launcher.run("all-weights", *begin[:3], "stage=export", whole).output
+    exported = launcher.run("all-weights", *begin[:3], "--export", whole).output
     assert same_weights(unbroken, exported)
     job = launcher.start("lora-exported", *export)
     assert job.wait() == [2] and "holds no *.safetensors" in job.said()

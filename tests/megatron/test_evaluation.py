@@ -36,11 +36,12 @@ def make_samples() -> list[tuple[list[int], list[int]]]:
 
 def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> Any:
     """(overall, by source) of a model with a training loss that is not the cross-entropy."""
-    from sft_fast.megatron.evaluation import evaluate
+    from sft_fast.megatron.evaluation import AnswerTally, evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.parallel import init_parallel
     from sft_fast.megatron.train_step import build_run
     from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+    from sft_fast.packing.from_config import make_plan
     from sft_fast.registry import get_metric, load_plugins
 
     config = make_config(
@@ -59,7 +60,10 @@ def evaluation_of(folder: str, parallel_section: Any, packing_section: Any) -> A
     files = ((0, "a.jsonl"), (2, "empty.jsonl"), (2, "a.jsonl"), (FIRST_OF_B, "b.jsonl"))
     store = replace(make_store(make_samples()), files=files)
     custom = [get_metric(name) for name in METRICS]
-    result = evaluate(run.model, store, config, parallel, custom, Phases.unwatched())
+    most = config.evaluation.max_samples
+    plan = make_plan(store, config.packing, config.train, config.seed, max_samples=most)
+    tally = AnswerTally(custom, parallel)
+    result = evaluate(run.model, store, plan, run.shape, parallel, tally, Phases.unwatched())
     assert all(chunk.training for chunk in run.model)
     return result
 

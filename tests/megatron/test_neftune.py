@@ -76,7 +76,7 @@ def test_noise_is_not_repeated(other: str) -> None:
 def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[tuple[float, ...]]:
     """(loss, gradient norm) of two steps, then the evaluation loss."""
     from sft_fast.megatron.batches import open_batches
-    from sft_fast.megatron.evaluation import evaluate
+    from sft_fast.megatron.evaluation import AnswerTally, evaluate
     from sft_fast.megatron.hf import SafetensorsSource
     from sft_fast.megatron.neftune import add_noise, begin_step
     from sft_fast.megatron.parallel import init_parallel
@@ -100,7 +100,8 @@ def losses_with_noise(folder: str, alpha: float, parallel_section: Any) -> list[
     store = make_store(random_samples(12, seed=3))
     add_noise(run.model, config.train, config.seed, store.lengths, parallel)
     plan = make_plan(store, config.packing, config.train, config.seed)
-    evaluated, _ = evaluate(run.model, store, config, parallel, [], Phases.unwatched())
+    tally = AnswerTally([], parallel)
+    evaluated, _ = evaluate(run.model, store, plan, run.shape, parallel, tally, Phases.unwatched())
     results: list[tuple[float, ...]] = [(evaluated["loss"],)]
     with open_batches(store, plan, range(2), run.shape, parallel) as batches:
         for step in range(2):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.format_registry import (
+    Format,
     detect_format,
     get_format,
     load_format,
 )
 from sft_fast.data.json_records import SourceRecord, type_name
 from sft_fast.data.source import Records, Source
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,19 @@ class ConversationReader:
         Raises:
             ValueError: the record is not what the format needs; the message starts with file:line.
         """
+        return self._read(record, lambda known: known.read(record.values, self._fields))
+
+    def group(self, record: SourceRecord) -> tuple[Conversation, ...]:
+        """The conversations of a record that a stage compares; one for other formats.
+
+        Raises:
+            ValueError: as for one conversation.
+        """
+        return self._read(record, lambda known: known.read_group(record.values, self._fields))
+
+    def _read(self, record: SourceRecord, read: Callable[[Format], T]) -> T:
         try:
-            return get_format(self.look(record).name).read(record.values, self._fields)
+            return read(get_format(self.look(record).name))
         except ValueError as error:
             differs = self._difference(record)
             raise ValueError(f"{record.origin}: {error}{differs}") from error

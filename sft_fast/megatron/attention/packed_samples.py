@@ -30,8 +30,10 @@ class PackedSamples(PackedSeqParams):
     """Under context parallelism what this rank computes; see context_parallel.ContextShare."""
     sample_ids: Any = None
     """int64 [samples]: their numbers in the token store."""
+    cp_size: int = 1
+    """Context-parallel ranks that share the samples."""
     wants_outputs: bool = False
-    """The model returns log probabilities, entropies and correctness in place of losses."""
+    """The model returns what an evaluation counts in place of losses."""
     token_weights: Tensor | None = None
     """fp32 [1, T]: factor of each token's loss; None = 1."""
     flex_masks: dict[int | None, Any] = field(default_factory=dict)
@@ -97,6 +99,7 @@ def pack_samples(
         seqlens=seqlens,
         active_tokens=active_tokens,
         token_weights=token_weights,
+        cp_size=cp_size,
     )
 
 

@@ -9,6 +9,7 @@ from torch.nn import Module, ModuleList
 from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING, state_to_save
 from sft_fast.megatron.lora import has_adapters, is_adapter
 from sft_fast.megatron.model import unwrap
+from sft_fast.models.families import HEAD
 
 
 def named_chunks(model: ModuleList) -> list[tuple[str, Module]]:
@@ -17,12 +18,13 @@ def named_chunks(model: ModuleList) -> list[tuple[str, Module]]:
 
 
 def model_weights(model: ModuleList) -> dict[str, Any]:
-    """The weights of each chunk in dist_checkpointing's sharded form; with LoRA, the adapters."""
+    """The weights of each chunk, sharded for dist_checkpointing; with LoRA, those it trains."""
     weights = {}
     for chunk_name, chunk in named_chunks(model):
         tensors = unwrap(chunk).sharded_state_dict(metadata=dict(SHARDING))
         if has_adapters(model):
-            tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+            trained = (HEAD,) if unwrap(chunk).has_stage_head else ()
+            tensors = {n: tensor for n, tensor in tensors.items() if is_adapter(n) or n in trained}
         weights[chunk_name] = tensors
     return weights
 
@@ -32,7 +34,7 @@ def sharded_state(
 ) -> dict[str, Any]:
     """What this rank saves, in dist_checkpointing's sharded form; its tensors stay where they are.
 
-    With LoRA it holds the adapters and their optimizer state, no base weights.
+    With LoRA it holds what that trains and its optimizer state, no base weights.
     """
     state = state_to_save(model_weights(model), optimizer)
     return {**state, "lr_schedule": schedule.state_dict()}

@@ -15,8 +15,9 @@ from sft_fast.megatron.export.model import EXPORT_TIMEOUT_S
 from sft_fast.megatron.export.weights import save_tensors
 from sft_fast.megatron.hf import gather_shards
 from sft_fast.megatron.lora import LoraLinear
-from sft_fast.megatron.model import DTYPES
+from sft_fast.megatron.model import DTYPES, unwrap
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.models.families import OUTPUT_HEAD
 from sft_fast.runtime.manifest import staged_directory
 
 PEFT_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -47,8 +48,14 @@ def export_adapter(
 
 
 def whole_adapters(model: ModuleList, dtype: torch.dtype, parallel: Parallel) -> dict[str, Tensor]:
-    """PEFT's name -> [rank, in], [out, rank] or [out], on the CPU, of this pipeline stage."""
+    """PEFT's name -> [rank, in], [out, rank] or [out], on the CPU, of this pipeline stage; and the
+    head of a stage [num_outputs, hidden]."""
     tensors = {}
+    for chunk in map(unwrap, model):
+        if chunk.has_stage_head:
+            (name,) = OUTPUT_HEAD.sources
+            weight = chunk.output_layer.weight.detach()
+            tensors[f"base_model.model.{name}"] = weight.to("cpu", dtype, copy=True)
     for module in model.modules():
         if not isinstance(module, LoraLinear):
             continue
@@ -72,10 +79,12 @@ def gather_stages(tensors: dict[str, Tensor], parallel: Parallel) -> dict[str, T
 
 def peft_config(names: list[str], model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """adapter_config.json; it names every adapted projection in full, so no other can match."""
-    modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
+    paths = [name.removeprefix("base_model.model.") for name in names]
+    whole = [path.removesuffix(".weight") for path in paths if ".lora_" not in path]
+    modules = {path.split(".lora_")[0] for path in paths if ".lora_" in path}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if whole else "CAUSAL_LM",
         "base_model_name_or_path": model.path,
         "revision": model.revision,
         "r": lora.rank,
@@ -88,5 +97,5 @@ def peft_config(names: list[str], model: ModelConfig, lora: LoraConfig) -> dict[
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": whole or None,
     }

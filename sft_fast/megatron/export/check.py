@@ -20,6 +20,7 @@ from sft_fast.megatron.load_inputs import ExportSource
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.transformer_engine import without_fp8
+from sft_fast.models.architecture import Architecture
 from sft_fast.models.weights import hf_shapes
 from sft_fast.packing.micro_batch import fill_micro_batch
 
@@ -76,19 +77,24 @@ def check_export(
     Raises:
         ValueError: on the main rank, they differ by more than rounding.
     """
-    store, vocab_size = probe(origin), origin.model.architecture.vocab_size
+    architecture, store = origin.model.architecture, probe(origin)
     with without_fp8(models):
-        logits = trained_logits(models, store, vocab_size, parallel)
+        logits = trained_logits(models, store, architecture, parallel)
     if not parallel.is_main:
         return
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     names = {model.dtype, export.dtype or model.dtype}
     dtype = DTYPES[export.dtype or model.dtype]
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokens = torch.from_numpy(store.tokens.astype(np.int64))
+    if architecture.num_outputs is None:
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    else:
+        exported = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        logits = logits[-1:]  # the class reads the last token
     with torch.no_grad():
-        exported_logits = exported(tokens[None]).logits[0].float()  # [tokens, vocabulary]
+        # [tokens, vocabulary], or [1, num_outputs]
+        exported_logits = exported(tokens[None]).logits.float().view(logits.shape)
     error = float((exported_logits - logits).square().mean().sqrt() / logits.square().mean().sqrt())
     tolerance = max(TOLERANCE[name] for name in names)
     if not error <= tolerance:
@@ -100,16 +106,17 @@ def check_export(
 
 @torch.no_grad()
 def trained_logits(
-    models: Sequence[SFTModel], store: ProbeStore, vocab_size: int, parallel: Parallel
+    models: Sequence[SFTModel], store: ProbeStore, architecture: Architecture, parallel: Parallel
 ) -> Tensor:
-    """fp32 [tokens, vocabulary] of one sample, on the CPU of every rank."""
+    """fp32 [tokens, vocabulary or num_outputs] of one sample, on the CPU of every rank."""
     num_tokens = len(store.tokens)
     # Sequence parallelism splits the sequence evenly.
     seq_length = round_up(num_tokens, parallel.tp_size)
     batch = fill_micro_batch(store, [0], seq_length).to(parallel.device)
 
     def step(data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
-        """megatron's forward step: on the last stage logits [1, seq_length, vocabulary / tp]."""
+        """megatron's forward step: on the last stage logits [1, seq_length, vocabulary / tp], or
+        outputs [1, seq_length, num_outputs]."""
         batch = next(data_iterator)
         samples = packed_samples(batch)
         output = model(batch.tokens, batch.position_ids, None, packed_seq_params=samples)
@@ -132,10 +139,12 @@ def trained_logits(
     )
     for model in models:
         model.train(was_training)
-    logits = torch.empty(seq_length, vocab_size, device=parallel.device)
+    width = architecture.num_outputs or architecture.vocab_size
+    logits = torch.empty(seq_length, width, device=parallel.device)
     if parallel.is_last_stage:
-        shards = gather_shards(reports[0]["logits"][0].float(), parallel)
-        logits = torch.cat(shards, dim=-1)[:, :vocab_size].contiguous()
+        own = reports[0]["logits"][0].float()
+        shards = [own] if architecture.num_outputs else gather_shards(own, parallel)
+        logits = torch.cat(shards, dim=-1)[:, :width].contiguous()
     if parallel.pp_size > 1:
         last_rank = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
         dist.broadcast(logits, src=last_rank, group=parallel.pp_group)

@@ -36,7 +36,8 @@ def export_model(
     parallel: Parallel,
     phases: Phases,
 ) -> None:
-    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
+    """Writes a directory that transformers loads: with `AutoModelForCausalLM`, or where a stage has
+    a head of its own with `AutoModelForSequenceClassification`. Every rank calls it.
 
     `folder` is replaced when it exists, after everything is written; see manifest.py.
     """
@@ -91,6 +92,9 @@ def hf_config(origin: ExportSource, dtype: str) -> dict[str, Any]:
     config["dtype"] = TORCH_NAMES[dtype]
     if origin.model.folder is None:
         config.update(special_token_ids(origin.tokenizer))
+    if origin.model.architecture.num_outputs is not None and config.get("pad_token_id") is None:
+        # By which the class knows the last token of padded texts.
+        config["pad_token_id"] = origin.tokenizer.pad_token_id
     return config
 
 

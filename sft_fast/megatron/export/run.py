@@ -1,4 +1,4 @@
-"""The `("megatron", "export")` trainer: a checkpoint's weights as a Hugging Face model.
+"""What `sft_fast export` runs: a checkpoint's weights as a Hugging Face model.
 
 Nothing is trained, so there are no gradients and no optimizer: the weights alone are in memory.
 """
@@ -23,6 +23,7 @@ from sft_fast.megatron.lora import adapter_fingerprint, add_adapters
 from sft_fast.megatron.model import build_model
 from sft_fast.megatron.parallel import init_parallel
 from sft_fast.runtime.phases import Phases
+from sft_fast.stages import stage_of
 
 
 def export(config: Config, phases: Phases) -> int:
@@ -52,7 +53,13 @@ def export(config: Config, phases: Phases) -> int:
     architecture = origin.model.architecture
     phases.enter("model", can_leave=True, is_loading=True)
     models = build_model(
-        architecture, config.model, config.parallel, config.lora, config.loss, parallel
+        architecture,
+        config.model,
+        config.parallel,
+        config.lora,
+        config.loss,
+        parallel,
+        stage_of(config),
     )
     for model in models if config.lora.rank > 0 else ():
         load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)

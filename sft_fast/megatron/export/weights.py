@@ -21,6 +21,7 @@ from sft_fast.megatron.hf import (
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
+from sft_fast.models.families import HEAD
 from sft_fast.models.weight_files import INDEX_FILE, WEIGHTS_FILE
 from sft_fast.runtime.phases import no_report
 
@@ -56,7 +57,7 @@ def export_weights(
             continue
         own = matrix_of(rule, merged_parameter(model, name))
         shards = gather_shards(own, parallel, rule.is_expert)
-        is_tied_copy = name == "output_layer.weight" and architecture.tie_word_embeddings
+        is_tied_copy = name == HEAD and architecture.tie_word_embeddings
         tensor_done()
         if shard_of(rule, parallel)[1] != 0 or is_tied_copy:
             continue
