@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--allow-change",
         metavar="FIELD,...",
-        help="go on from a checkpoint although these differ: checkpoint.allow_change",
+        help="resume from a checkpoint although these differ: checkpoint.allow_change",
     )
     # What `sft_fast export` runs in place of the trainer.
     parser.add_argument("--export", action="store_true", help=argparse.SUPPRESS)

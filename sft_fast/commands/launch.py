@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     train.add_argument(
         "--allow-change",
         metavar="FIELD,...",
-        help="go on although these differ from the checkpoint",
+        help="resume although these differ from the checkpoint",
     )
     train.add_argument("--dry-run", action="store_true", help="print the torchrun command")
     train.set_defaults(run=run)

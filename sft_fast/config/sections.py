@@ -422,10 +422,10 @@ class CheckpointConfig(Section):
     """Also save and keep the checkpoint of the best evaluation so far; see evaluation.best_by."""
     resume: PathText = "auto"
     """auto = from the newest whole checkpoint of output_dir; never; or a checkpoint's path, where
-    this run begins; started again, it goes on from what it has saved since."""
+    this run begins; rerun, it resumes from what it has saved since."""
     allow_change: list[ChangeableField] = []
     """What may differ from the run that made the checkpoint; --allow-change sets it. With other
-    data or another order of it the run goes on with a new epoch."""
+    data or another order of it the run resumes with a new epoch."""
     asynchronous: bool = False
     """A thread writes, from a copy in host memory (in bf16, 14 bytes per parameter over all ranks)
     that a GPU makes beside the next step."""

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- faults -->\n", "<!-- /faults -->\n"
 MARKS = r"((?:^@pytest\.mark\..*\n)+)"
 # fault: (what is done to a run, what must come of it)
 FAULTS = {
-    "F1": ("kill -9 at random moments", "goes on by itself, final weights bit-identical"),
+    "F1": ("kill -9 at random moments", "resumes by itself, final weights bit-identical"),
     "F2": ("kill -9 at each point inside a save", "an old or a new whole checkpoint, never none"),
     "F3": (
         "each file of a checkpoint truncated, deleted, one bit flipped",
@@ -49,7 +49,7 @@ FAULTS = {
         "loss of each step within 1e-6",
     ),
     "F22": ("resume at the end of an epoch, in the last step, of a finished run", "exact; done"),
-    "F23": ("other data, seed, packing, model", "list of what changed; --allow-change goes on"),
+    "F23": ("other data, seed, packing, model", "list of what changed; --allow-change resumes"),
     "F24": ("two jobs, one output directory", "the second is refused; dead jobs give way"),
     "F25": ("a new config in an old output directory", "refused"),
     "F26": (

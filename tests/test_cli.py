@@ -16,7 +16,7 @@ from sft_fast.cli import main
 from sft_fast.runtime import launcher
 from sft_fast.runtime.terminal import as_seen
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PROBLEM = """\
 error: 1 problem in my.yaml
 my.yaml:3  data.formt
