@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:
+def write_json(path: Path, value: dict[str, Any], mode: int = 0o666) -> None:
     """Writes a JSON object in one step; text stays readable in any language."""
     with write_atomically(path, mode) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)

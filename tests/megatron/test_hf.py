@@ -407,5 +407,5 @@ def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_written_are_an_os_error(tmp_path: Path) -> None:
     from sft_fast.megatron.export.weights import save_tensors
 
-    with pytest.raises(OSError, match=r"nowhere/w could not be written: .*No such file"):
+    with pytest.raises(OSError, match=r"No such file.*nowhere/w"):
         save_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere/w")

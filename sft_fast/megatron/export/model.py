@@ -1,9 +1,7 @@
 """The trained model as a Hugging Face directory: weights, configs, tokenizer, chat template."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -12,6 +10,8 @@ from sft_fast.config.sections import ExportConfig, ModelConfig
 from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.check import check_export, is_checked
+from sft_fast.megatron.export.configs import generation_config, hf_config
+from sft_fast.megatron.export.tokenizer import export_tokenizer
 from sft_fast.megatron.export.weights import export_weights
 from sft_fast.megatron.load_inputs import ExportSource
 from sft_fast.megatron.model import DTYPES, SFTModel
@@ -22,7 +22,6 @@ from sft_fast.runtime.manifest import staged_directory
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.run_files import read_run
 
-TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EXPORT_TIMEOUT_S = 3600
 
 
@@ -54,7 +53,7 @@ def export_model(
                 phases.tensor_done,
             )
         if parallel.is_main:
-            origin.tokenizer.save_pretrained(stage.path)
+            export_tokenizer(origin.tokenizer, stage.path)
             write_json(stage.path / "config.json", hf_config(origin, dtype))
             write_json(stage.path / "generation_config.json", generation_config(origin))
             write_card(stage.path, origin.data.fingerprint, Path(output_dir))
@@ -83,36 +82,3 @@ def write_card(folder: Path, data_fingerprint: str, output: Path) -> None:
         # Nothing was trained, or matplotlib is missing: a card without a picture.
         card = card.replace(f"![training curves]({CURVES_FILE})\n\n", "")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def hf_config(origin: ExportSource, dtype: str) -> dict[str, Any]:
-    """The config.json: the source model's own where there is one, with the exported dtype."""
-    config = dict(origin.model.hf_config)
-    config.pop("torch_dtype", None)
-    config["dtype"] = TORCH_NAMES[dtype]
-    if origin.model.folder is None:
-        config.update(special_token_ids(origin.tokenizer))
-    if origin.model.architecture.num_outputs is not None and config.get("pad_token_id") is None:
-        # By which the class knows the last token of padded texts.
-        config["pad_token_id"] = origin.tokenizer.pad_token_id
-    return config
-
-
-def special_token_ids(tokenizer: Any) -> dict[str, int]:
-    """The ids that a generation config names, where the tokenizer has them."""
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: getattr(tokenizer, key) for key in keys if getattr(tokenizer, key) is not None}
-
-
-def generation_config(origin: ExportSource) -> dict[str, Any]:
-    """The source's generation config, made to stop at the tokens that end a trained turn too."""
-    generation: dict[str, Any] = special_token_ids(origin.tokenizer)
-    if origin.model.folder is not None:
-        path = origin.model.folder / "generation_config.json"
-        if path.is_file():
-            generation |= json.loads(path.read_text(encoding="utf-8"))
-    stops = generation.get("eos_token_id", [])
-    stops = set(stops if isinstance(stops, list) else [stops]) | set(origin.data.end_ids)
-    if stops:
-        generation["eos_token_id"] = sorted(stops)
-    return generation

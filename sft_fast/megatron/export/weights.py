@@ -111,10 +111,13 @@ class ShardWriter:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes tensors, of any shape, to one file; raises OSError where that fails."""
+    path.touch()
+    mode = path.stat().st_mode  # as the umask says; safetensors would leave it to its owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+    path.chmod(mode)
 
 
 def write_index(writer: ShardWriter, folder: Path, parallel: Parallel) -> None:
