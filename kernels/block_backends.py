@@ -26,10 +26,21 @@ class BlockKernels(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /) -> Tensor:
         """The norm of x, [..., h]."""
 
+    def write_rms_norm(
+        self, out: Tensor, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
+    ) -> None:
+        """Writes the norm of x into out, [..., h]; no gradient."""
+
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        is_zero_centered: bool,
+        /,
     ) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual), each [..., h]."""
+        """(norm of x + residual, x + residual), each [..., h]; None is a residual of zeros."""
 
     def rms_norm_add(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool, /
@@ -54,6 +65,11 @@ class BlockKernels(Protocol):
         self, gate_up: Tensor, kind: str, scale: Tensor | None, may_overwrite: bool, /
     ) -> Tensor:
         """The activation [..., f] of gate and partner [..., 2 f]."""
+
+    def write_gated_activation(
+        self, out: Tensor, gate_up: Tensor, kind: str, scale: Tensor | None, /
+    ) -> None:
+        """Writes the activation of gate and partner [..., 2 f] into out [..., f]; no gradient."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +175,7 @@ def self_tests(kernels: BlockKernels, sizes: BlockSizes, table: Tensor | None) -
     return [
         SelfTest("norm", lambda x, w: kernels.rms_norm(x, w, *how), [rows, weight]),
         SelfTest("sum and norm", lambda x, r, w: kernels.add_rms_norm(x, r, w, *how), added),
+        SelfTest("norm beside x", lambda x, w: kernels.add_rms_norm(x, None, w, *how), added[1:]),
         SelfTest("norm and sum", lambda x, r, w: kernels.rms_norm_add(x, r, w, *how), added),
         SelfTest("rotation", rotate, qkv),
         SelfTest("gated activation", activate, gates),

@@ -34,11 +34,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = Fal
     return functional.rms_norm(x.float(), weight.shape, factor, eps).type_as(x)
 
 
+def write_rms_norm(
+    out: Tensor, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = False
+) -> None:
+    """Writes what `rms_norm` returns, without a gradient, into out, which is contiguous."""
+    out.copy_(rms_norm(x, weight, eps, is_zero_centered))
+
+
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = False
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, is_zero_centered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns (norm of x + residual, x + residual), each [..., h]."""
-    total = x + residual
+    """Returns (norm of x + residual, x + residual), each [..., h]; no residual is one of zeros.
+
+    The sum may be x itself: neither may be written to.
+    """
+    total = x if residual is None else x + residual
     return rms_norm(total, weight, eps, is_zero_centered), total
 
 
@@ -123,3 +133,10 @@ def gated_activation(
         gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT) + 1
     output = ACTIVATIONS[kind](gate) * up
     return output if scale is None else (output * scale.unsqueeze(-1)).type_as(gate_up)
+
+
+def write_gated_activation(
+    out: Tensor, gate_up: Tensor, kind: str, scale: Tensor | None = None
+) -> None:
+    """Writes what `gated_activation` returns, without a gradient, into out, which is contiguous."""
+    out.copy_(gated_activation(gate_up, kind, scale))

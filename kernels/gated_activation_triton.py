@@ -132,18 +132,19 @@ def new_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@operation("sft_fast::gated_activation")
-def gated_activation_forward(gate_up: Tensor, scale: Tensor | None, kind: str) -> Tensor:
-    """[..., n] of gates and partners [..., 2 n]; scale [...], any floating dtype."""
+@operation("sft_fast::write_gated_activation", mutates_args=("out",))
+def write_gated_activation(
+    out: Tensor, gate_up: Tensor, kind: str, scale: Tensor | None = None
+) -> None:
+    """As block_torch.write_gated_activation."""
     check_tensor(gate_up, "gates", LAYER_KEY)
-    output = new_output(gate_up)
-    if output.numel() > 0:
-        num_columns = output.shape[-1]
+    if out.numel() > 0:
+        num_columns = out.shape[-1]
         options = launch_options(num_columns, warp_size(gate_up))
         blocks = triton.cdiv(num_columns, options["BLOCK_COLUMNS"])
         with torch.cuda.device_of(gate_up):
-            gated_activation_fwd_kernel[(output.numel() // num_columns, blocks)](
-                output,
+            gated_activation_fwd_kernel[(out.numel() // num_columns, blocks)](
+                out,
                 gate_up.contiguous(),
                 None if scale is None else scale.contiguous(),
                 num_columns,
@@ -151,12 +152,11 @@ def gated_activation_forward(gate_up: Tensor, scale: Tensor | None, kind: str) -
                 HAS_SCALE=scale is not None,
                 **options,
             )
-    return output
 
 
-@gated_activation_forward.register_fake
-def _(gate_up: Tensor, scale: Tensor | None, kind: str) -> Tensor:
-    return new_output(gate_up)
+@write_gated_activation.register_fake
+def _(out: Tensor, gate_up: Tensor, kind: str, scale: Tensor | None = None) -> None:
+    return None
 
 
 @operation("sft_fast::gated_activation_gradient", mutates_args=("grad", "grad_scale"))
@@ -220,7 +220,9 @@ class GatedActivation(torch.autograd.Function):
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up, scale)
         ctx.kind, ctx.may_overwrite = kind, may_overwrite
-        return gated_activation_forward(gate_up, scale, kind)
+        output = new_output(gate_up)
+        write_gated_activation(output, gate_up, kind, scale)
+        return output
 
     @staticmethod
     @once_differentiable

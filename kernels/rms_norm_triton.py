@@ -171,6 +171,19 @@ def launch_forward(
     return rstd
 
 
+@operation("sft_fast::write_rms_norm", mutates_args=("out",))
+def write_rms_norm(
+    out: Tensor, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = False
+) -> None:
+    """As block_torch.write_rms_norm."""
+    launch_forward(out, None, x, None, weight, eps, is_zero_centered)
+
+
+@write_rms_norm.register_fake
+def _(out: Tensor, x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = False) -> None:
+    return None
+
+
 @operation("sft_fast::rms_norm")
 def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
@@ -317,14 +330,23 @@ class RmsNorm(torch.autograd.Function):
 
 
 class AddRmsNorm(torch.autograd.Function):
-    """(x, residual, weight, eps, is_zero_centered) -> norm of the sum, sum."""
+    """(x, residual or None, weight, eps, is_zero_centered) -> norm of the sum, sum."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        is_zero_centered: bool,
     ) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual), each [..., h]."""
-        normed, total, rstd = add_rms_norm_forward(x, residual, weight, eps, is_zero_centered)
+        how = weight, eps, is_zero_centered
+        if residual is None:
+            total, (normed, rstd) = x, rms_norm_forward(x, *how)
+        else:
+            normed, total, rstd = add_rms_norm_forward(x, residual, *how)
         ctx.save_for_backward(total, rstd, weight)
         ctx.is_zero_centered, ctx.needs_weight_grad = is_zero_centered, ctx.needs_input_grad[2]
         return normed, total
@@ -334,7 +356,7 @@ class AddRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_normed: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of both addends [..., h], which are one, and of the weight [h]."""
         grad, weight_grad = gradients(ctx, grad_normed, grad_total)
-        return grad, grad, weight_grad, None, None
+        return grad, grad if ctx.needs_input_grad[1] else None, weight_grad, None, None
 
 
 class RmsNormAdd(torch.autograd.Function):
@@ -365,7 +387,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = Fal
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, is_zero_centered: bool = False
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, is_zero_centered: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As block_torch.add_rms_norm."""
     normed, total = AddRmsNorm.apply(x, residual, weight, eps, is_zero_centered)

@@ -123,14 +123,29 @@ def test_hostile_inputs(kernel_rank: RankPool) -> None:
     kernel_rank.run(1, run_hostile)
 
 
+def run_writing() -> None:
+    """The same bits again, in the memory that is given."""
+    for backend in ("torch", "triton"):
+        kernels = load(backend)
+        for has_scale in (False, True):
+            gate_up, *scale = make_inputs((5, 2501), torch.float16, has_scale)
+            out = torch.empty(5, 2501, dtype=torch.float16)
+            kernels.write_gated_activation(out, gate_up, "silu", *(scale or [None]))
+            assert out.equal(step_of(backend, "silu")(gate_up, *scale))
+
+
+def test_written_again_it_is_the_same(kernel_rank: RankPool) -> None:
+    kernel_rank.run(1, run_writing)
+
+
 def run_opcheck() -> None:
     from sft_fast.kernels import gated_activation_triton as kernels
 
     gate_up, scale = make_inputs((4, 30), torch.float32, True)
     grads = torch.empty(4, 60), torch.empty(4), torch.randn(4, 30)
     cases: list[tuple[Any, tuple[Any, ...]]] = [
-        (kernels.gated_activation_forward, (gate_up, None, "silu")),
-        (kernels.gated_activation_forward, (gate_up, scale, "gelu_tanh")),
+        (kernels.write_gated_activation, (grads[2], gate_up, "silu", None)),
+        (kernels.write_gated_activation, (grads[2], gate_up, "gelu_tanh", scale)),
         (kernels.write_gradient, (*grads, gate_up, scale, "silu")),
         (kernels.write_gradient, (grads[0], None, grads[2], gate_up, None, "silu")),
     ]

@@ -155,6 +155,24 @@ def test_hostile_inputs(kernel_rank: RankPool) -> None:
     kernel_rank.run(1, run_hostile)
 
 
+def run_writing() -> None:
+    """The same bits again, in the memory that is given."""
+    for backend in ("torch", "triton"):
+        kernels = load(backend)
+        for is_zero_centered in (False, True):
+            x, _, weight = make_inputs("add_rms_norm", (3, 50), torch.float16)
+            how = weight, EPS, is_zero_centered
+            out = torch.empty(3, 50, dtype=torch.float16)
+            kernels.write_rms_norm(out, x, *how)
+            assert out.equal(kernels.rms_norm(x, *how))
+            normed, total = kernels.add_rms_norm(x, None, *how)
+            assert out.equal(normed) and total.equal(x)
+
+
+def test_written_again_it_is_the_same(kernel_rank: RankPool) -> None:
+    kernel_rank.run(1, run_writing)
+
+
 def run_opcheck() -> None:
     """Shapes and strides of the fake results, and what the operations say that they change."""
     from sft_fast.kernels import rms_norm_triton as kernels
@@ -163,6 +181,7 @@ def run_opcheck() -> None:
     rstd = torch.rand(4)
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (kernels.rms_norm_forward, (x, weight, EPS, False)),
+        (kernels.write_rms_norm, (torch.empty(4, 30), x, weight, EPS, False)),
         (kernels.add_rms_norm_forward, (x, residual, weight, EPS, True)),
         (kernels.rms_norm_add_forward, (x, residual, weight, EPS, False)),
         (kernels.rms_norm_backward, (x, residual, x, rstd, weight, False, torch.zeros(30))),
