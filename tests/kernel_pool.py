@@ -29,7 +29,7 @@ class KernelPool(RankPool):
         super().__init__(imports_ahead=False)
         self.native_module = native_module
 
-    def run(self, world_size: int, function: Callable[..., None], *args: Any) -> list[None]:
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if ON_GPU and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs")
         with mock.patch.dict(os.environ, ENVIRONMENT):
@@ -37,8 +37,8 @@ class KernelPool(RankPool):
 
 
 def run_poisoned(
-    native_module: Path | None, function: Callable[..., None], args: tuple[Any, ...]
-) -> None:
+    native_module: Path | None, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     """Shows what a kernel forgets to write."""
     if ON_GPU:
         torch.set_default_device("cuda")
@@ -47,7 +47,7 @@ def run_poisoned(
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
-    function(*args)
+    return function(*args)
 
 
 def missing_native() -> str | None:

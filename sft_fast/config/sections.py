@@ -115,6 +115,9 @@ class ModelConfig(Section):
     """Rows of tokens that the model's vocabulary does not have yet: mean = the mean of its rows."""
     attention: AttentionBackend = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Norms, rotary positions and gates of the layers; auto = triton on a GPU where it passes a
+    numeric test at start."""
     transformer_impl: Literal["auto", "te", "local"] = "auto"
     """Linear layers: of Transformer Engine or of megatron-core; auto = te where fp8 needs it."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
@@ -125,10 +128,11 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "block", "full"] = "none"
     """What the backward pass computes again to save memory: nothing; the parts of each layer in
     recompute_modules; the first recompute_layers layers of each pipeline stage; all layers."""
-    recompute_modules: Annotated[list[Literal["core_attn", "mlp", "moe"]], Field(min_length=1)] = [
-        "core_attn"
-    ]
-    """Parts for recompute selective; attention kernels other than sdpa do core_attn anyway."""
+    recompute_modules: Annotated[
+        list[Literal["core_attn", "norm", "activation", "mlp", "moe"]], Field(min_length=1)
+    ] = ["core_attn", "norm", "activation"]
+    """Parts for recompute selective. norm and activation are one kernel each and cost about 1 % of
+    the time; attention kernels other than sdpa do core_attn anyway."""
     recompute_layers: Positive | None = None
     """Layers of each (interleaved) pipeline stage for recompute block."""
     offload_layers: NotNegative = 0

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 from torch.nn import Parameter
 
-from sft_fast.kernels.backends import load_backend
+from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockKernels
 from sft_fast.kernels.expert_copies import CopyOrder, copies_of, sort_copies, sums_of
 from sft_fast.kernels.expert_mlp import expert_mlp
@@ -60,6 +60,7 @@ class GroupedExperts(MegatronModule):
     """[experts, 2 ffn / etp, h]: an expert's part of gate, and then of up"""
     down: Parameter
     """[experts, h, ffn / etp]"""
+    kernels: BlockKernels = block_torch
 
     def __init__(
         self,
@@ -92,10 +93,9 @@ class GroupedExperts(MegatronModule):
             order: of their experts, as numbers of this rank.
             probs: [rows, chosen] fp32.
         """
-        block: BlockKernels = load_backend("block", "auto", hidden.device.type)
 
         def activate(gate_up: Tensor, factors: Tensor) -> Tensor:
-            return block.gated_activation(gate_up, "silu", factors, False)
+            return self.kernels.gated_activation(gate_up, "silu", factors, False)
 
         return expert_mlp(hidden, self.gate_up, self.down, probs, order, activate), None
 

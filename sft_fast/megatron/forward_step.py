@@ -66,7 +66,12 @@ def loss_func(num_supervised: int, losses: Tensor) -> tuple[Tensor, Tensor, Repo
 def packed_samples(batch: MicroBatch, wants_outputs: bool = False) -> PackedSamples:
     """What the layers need to know of a micro-batch."""
     samples = pack_samples(
-        batch.seqlens, batch.cu_seqlens, batch.active_tokens, batch.weights, batch.layout.cp_size
+        batch.seqlens,
+        batch.cu_seqlens,
+        batch.active_tokens,
+        batch.weights,
+        batch.layout.cp_size,
+        batch.tokens.shape[1],
     )
     samples.wants_outputs, samples.sample_ids = wants_outputs, batch.sample_ids
     return samples

@@ -10,8 +10,10 @@ from typing import Any
 from sft_fast.config.sections import LoraConfig, ModelConfig, OptimConfig
 from sft_fast.megatron.parallel import Parallel
 
-FUSED_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
 ENGINE_MODULE = "transformer_engine"
+FUSED_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
+OWN_PARTS = ("norm", "activation")
+"""Parts of recompute_modules that our own layer computes again, not megatron-core."""
 
 
 def is_installed(module: str) -> bool:
@@ -25,7 +27,9 @@ def recompute_options(model: ModelConfig) -> dict[str, Any]:
     if kind == "none":
         return {}
     if kind == "selective":
-        modules = list(model.recompute_modules)
+        modules = [module for module in model.recompute_modules if module not in OWN_PARTS]
+        if not modules:
+            return {}
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     method, layers = "uniform", 1
     if kind == "block":
@@ -36,6 +40,13 @@ def recompute_options(model: ModelConfig) -> dict[str, Any]:
         "recompute_method": method,
         "recompute_num_layers": layers,
     }
+
+
+def recomputed_parts(model: ModelConfig) -> list[str]:
+    """Those of OWN_PARTS that this run computes again."""
+    if model.recompute != "selective":
+        return []
+    return [module for module in model.recompute_modules if module in OWN_PARTS]
 
 
 def fusion_obstacle(lora: LoraConfig, parallel: Parallel) -> str:

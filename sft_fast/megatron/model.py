@@ -22,9 +22,10 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import functional
 
 from sft_fast.config.sections import LoraConfig, LossConfig, ModelConfig, ParallelConfig
+from sft_fast.kernels import block_torch
+from sft_fast.kernels.block_backends import BlockChoice, BlockSizes, choose_block_kernels
 from sft_fast.kernels.loss_options import OPTION_NAMES
 from sft_fast.loss import (
     HeadSettings,
@@ -39,17 +40,17 @@ from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.attention.self_test import AttentionShape
 from sft_fast.megatron.experts import connect_dispatchers, experts_config, use_grouped_experts
-from sft_fast.megatron.memory import memory_options
-from sft_fast.megatron.norm import NormThenAdd, RMSNorm
+from sft_fast.megatron.layer import FusedSelfAttention, FusedTransformerLayer, use_kernels
+from sft_fast.megatron.memory import memory_options, recomputed_parts
+from sft_fast.megatron.norm import HeadNorm, NormThenAdd, ResidualNorm, RMSNorm
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.rotary import (
-    PerLayerRotaryAttention,
-    concentration_option,
     frequencies_by_length,
     longest_short_sample,
-    rotary_angles,
+    rotary_factor,
     rotary_frequencies,
-    rotary_kind,
+    rotary_tables,
+    rotated_channels,
 )
 from sft_fast.megatron.stage_head import StageHead, token_losses
 from sft_fast.megatron.transformer_engine import transformer_engine_options, use_transformer_engine
@@ -59,10 +60,6 @@ from sft_fast.stages import SFT_STAGE, Stage
 NO_SAMPLES = PackedSamples()
 """Of a caller of megatron's own, which knows neither active tokens nor weights."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ACTIVATIONS = {
-    "silu": functional.silu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-}
 
 
 class LossOutputLayer(ColumnParallelLinear):
@@ -154,9 +151,10 @@ def head_settings(
 
 
 class SFTModel(GPTModel):
-    """megatron-core's GPTModel; rotary angles follow position_ids, labels give per-token losses."""
+    """megatron-core's GPTModel; rotary tables follow position_ids, labels give per-token losses."""
 
     attention: AttentionChoice
+    kernels: BlockChoice
     output_layer: Any
     noise: Any = None
     """neftune.EmbeddingNoise in training runs that want it."""
@@ -171,6 +169,7 @@ class SFTModel(GPTModel):
     ):
         super().__init__(*args, **kwargs)
         self.rotary_frequencies = rotary_frequencies(architecture)
+        self.rotary_factor = rotary_factor(architecture)
         self.longest_short_sample = longest_short_sample(architecture)
         scale = architecture.embedding_scale
         self.embedding_scale = None if scale == 1.0 else torch.tensor(scale)
@@ -197,7 +196,7 @@ class SFTModel(GPTModel):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As megatron's, with the rotary angles of `position_ids` [b, s]: fp32 [s, b, 1, n]."""
+        """As megatron's, with the rotary tables of `position_ids` [b, s]; see rotary_tables."""
         # decoder_input [s, b, h]; None on later pipeline stages.
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.embedding_scale is not None and decoder_input is not None:
@@ -215,7 +214,8 @@ class SFTModel(GPTModel):
                 position_ids.shape[1],
                 self.config.context_parallel_size,
             )
-        return (decoder_input, rotary_angles(position_ids, frequencies), *rest)
+        tables = rotary_tables(position_ids, frequencies, self.rotary_factor)
+        return (decoder_input, tables, *rest)
 
     def _postprocess(
         self,
@@ -269,15 +269,15 @@ def block_spec(
     context: ContextGroup | None,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """megatron's local layers of this pipeline stage, with our attention core and our norm, and
-    where the config says so with Transformer Engine's linear layers."""
+    """Our layers of this pipeline stage around megatron's linear ones, or where the config says so
+    Transformer Engine's."""
     spec = get_gpt_layer_local_spec(architecture.num_experts or None, normalization="RMSNorm")
-    layer = spec.submodules
+    spec.module, layer = FusedTransformerLayer, spec.submodules
     if config.transformer_impl == "transformer_engine":
         use_transformer_engine(layer)
     if architecture.num_experts:
         use_grouped_experts(layer)
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = ResidualNorm
     if "self_attn_bda.weight" in architecture.layer:
         params = {
             "config": config,
@@ -289,10 +289,9 @@ def block_spec(
     core = {"attend": attend, "context": context, "scorings": scorings(architecture)}
     attention.core_attention = ModuleSpec(module=PackedAttention, params=core)
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if {rotary_kind(architecture, i) for i in range(architecture.num_layers)} != {0}:
-        layer.self_attention.module = PerLayerRotaryAttention
-        layer.self_attention.params["architecture"] = architecture
+        attention.q_layernorm = attention.k_layernorm = HeadNorm
+    layer.self_attention.module = FusedSelfAttention
+    layer.self_attention.params["architecture"] = architecture
     num_layers = get_num_layers_to_build(config, vp_stage, None)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
@@ -307,7 +306,7 @@ def transformer_config(
     """megatron's own config for this architecture and run."""
     dtype = DTYPES[model.dtype]
     on_gpu = parallel.device.type == "cuda"
-    made = TransformerConfig(
+    return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -317,7 +316,7 @@ def transformer_config(
         layernorm_epsilon=architecture.norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[architecture.activation],
+        activation_func=block_torch.ACTIVATIONS[architecture.activation],
         layernorm_zero_centered_gamma=architecture.has_zero_centered_norms,
         add_bias_linear=False,
         add_qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
@@ -341,14 +340,10 @@ def transformer_config(
         deallocate_pipeline_outputs=on_gpu or parallel.vp_size == 1,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu and architecture.activation == "silu",
         **memory_options(model, lora, parallel),
         **transformer_engine_options(model, parallel),
         **experts_config(architecture, parallel),
     )
-    if (concentration := concentration_option(architecture)) is not None:
-        made.yarn_rotary_scaling_factor = concentration
-    return made
 
 
 def build_model(
@@ -376,10 +371,35 @@ def build_model(
     if context is not None:
         further_test = partial(check_context, context, shape)
     attention = choose_attention(model.attention, shape, scorings(architecture), further_test)
-    return [
+    sizes = block_sizes(architecture, parallel)
+    kernels = choose_block_kernels(model.kernels, shape.device, shape.dtype, sizes)
+    chunks = [
         build_chunk(architecture, loss, stage, parallel, megatron_config, attention, number)
         for number in range(parallel.vp_size)
     ]
+    for chunk in chunks:
+        chunk.kernels = kernels
+        use_kernels(chunk, kernels.kernels, architecture.activation, recomputed_parts(model))
+    return chunks
+
+
+def block_sizes(architecture: Architecture, parallel: Parallel) -> BlockSizes:
+    """What the kernels of a rank's layers work on."""
+    a = architecture
+    mlp_ranks = parallel.etp_size if a.num_experts else parallel.tp_size
+    return BlockSizes(
+        hidden_size=a.hidden_size,
+        num_groups=a.num_key_value_heads // parallel.tp_size,
+        queries_per_group=a.num_attention_heads // a.num_key_value_heads,
+        head_dim=a.head_dim,
+        rotated_channels=rotated_channels(a),
+        has_qk_norm="self_attention.q_layernorm.weight" in a.layer,
+        ffn_size=a.ffn_hidden_size // mlp_ranks,
+        activation=a.activation,
+        has_scale=a.num_experts > 0,
+        is_zero_centered=a.has_zero_centered_norms,
+        eps=a.norm_eps,
+    )
 
 
 def build_chunk(

@@ -1,10 +1,11 @@
 """RMSNorm for megatron-core layer specs, without Transformer Engine or Apex."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from sft_fast.kernels import block_torch
+from sft_fast.kernels.block_backends import BlockKernels
+from sft_fast.megatron.recompute import free_until_backward
 
 
 class RMSNorm(nn.Module):
@@ -18,6 +19,8 @@ class RMSNorm(nn.Module):
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
 
+    kernels: BlockKernels = block_torch
+
     def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **kwargs: object):
         super().__init__()
         self.eps = eps
@@ -28,12 +31,35 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
-        shape = self.weight.shape
-        if not self.is_zero_centered:
-            return functional.rms_norm(hidden_states, shape, self.weight, self.eps)
-        weight = 1.0 + self.weight.float()
-        output = functional.rms_norm(hidden_states.float(), shape, weight, self.eps)
-        return output.type_as(hidden_states)
+        return self.kernels.rms_norm(hidden_states, self.weight, self.eps, self.is_zero_centered)
+
+
+class ResidualNorm(RMSNorm):
+    """Normalises the sum of its input and the residual, and hands the sum on."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Two [..., hidden_size] -> (norm of the sum, sum); without a residual of the input."""
+        return self.kernels.add_rms_norm(
+            hidden_states, residual, self.weight, self.eps, self.is_zero_centered
+        )
+
+    def free_until_backward(self, normed: Tensor, total: Tensor, result: Tensor) -> None:
+        """Frees the norm, which the backward pass makes of the sum again.
+
+        Args:
+            normed: [..., hidden_size], the norm that `forward` returned.
+            total: [..., hidden_size], the sum that it returned.
+            result: of the products that read the norm.
+        """
+        kept = total.detach()
+
+        def write(out: Tensor) -> None:
+            how = self.weight.detach(), self.eps, self.is_zero_centered
+            self.kernels.write_rms_norm(out, kept, *how)
+
+        free_until_backward(normed, write, result)
 
 
 class NormThenAdd(RMSNorm):
@@ -42,14 +68,19 @@ class NormThenAdd(RMSNorm):
     It stands where megatron-core has its function of bias, dropout and addition.
     """
 
-    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:  # type: ignore[override]
-        """Returns the function of (output and bias of the block, residual, dropout)."""
-        return self.add
+    def forward(self, output: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """Two [..., hidden_size] -> the sum."""
+        return self.kernels.rms_norm_add(
+            output, residual, self.weight, self.eps, self.is_zero_centered
+        )
 
-    def add(
-        self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
-    ) -> Tensor:
-        """Normalises the output [s, b, h] and adds it to the residual, like it."""
-        output, bias = output_with_bias
-        assert bias is None and dropout == 0.0, "no family has them"
-        return residual + super().forward(output)
+
+class HeadNorm(RMSNorm):
+    """The norm of the queries or the keys, which the kernel of the rotation computes.
+
+    Calling it gives the weight, so that DDP's parameter-gather hooks fire.
+    """
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """[head_dim]"""
+        return self.weight

@@ -1,13 +1,11 @@
-"""Rotary angles of packed positions, and attention layers that choose theirs.
+"""Rotary tables of packed positions.
 
 Source: Su et al. 2021, arXiv 2104.09864; scaling as transformers' modeling_rope_utils.
 """
 
 import math
-from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from sft_fast.models.architecture import Architecture
@@ -113,26 +111,28 @@ def frequencies_by_length(
     return frequencies[is_long.long()].unsqueeze(1)
 
 
-def concentration_option(architecture: Architecture) -> float | None:
-    """The `yarn_rotary_scaling_factor` with which megatron scales cosine and sine as asked for.
+def rotary_tables(position_ids: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    """Cosines, then sines, of every token's angles, times a factor: what the kernels rotate with.
 
-    It multiplies them by 0.1 * log(option) + 1, and has no option for the factor itself.
+    Args:
+        position_ids: [b, s].
+        frequencies: [kinds, n], or of each token [s, 1, n], one kind.
+        factor: the scaling's attention_factor.
+
+    Returns: fp32 [kinds, s * b, 2 n].
     """
+    frequencies = frequencies if frequencies.dim() == 3 else frequencies[:, None, None]
+    angles = position_ids.t()[..., None] * frequencies  # [kinds, s, b, n] or [s, b, n]
+    tables = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    if factor != 1.0:
+        tables *= factor
+    return tables.view(-1, position_ids.numel(), tables.shape[-1])
+
+
+def rotary_factor(architecture: Architecture) -> float:
+    """What multiplies cosines and sines."""
     scaling = architecture.rope_scaling
-    if scaling is None or scaling.attention_factor == 1.0:
-        return None
-    return math.exp((scaling.attention_factor - 1.0) / 0.1)
-
-
-def rotary_angles(position_ids: Tensor, frequencies: Tensor) -> Tensor:
-    """position_ids [b, s], frequencies [kinds, n] -> fp32 [s, b, 1, kinds * 2n], radians.
-
-    Frequencies may also be those of each token: [s, 1, n], one kind.
-    """
-    if frequencies.dim() == 3:
-        frequencies = frequencies.unsqueeze(1)
-    angles = position_ids.t()[:, :, None, None] * frequencies  # [s, b, kinds, n]
-    return torch.cat([angles, angles], dim=-1).flatten(2).unsqueeze(2)
+    return 1.0 if scaling is None else scaling.attention_factor
 
 
 def rotary_kind(architecture: Architecture, layer: int) -> int | None:
@@ -141,19 +141,3 @@ def rotary_kind(architecture: Architecture, layer: int) -> int | None:
         return None
     has_window = architecture.window(layer) is not None
     return int(has_window and architecture.local_rope_theta is not None)
-
-
-class PerLayerRotaryAttention(SelfAttention):
-    """megatron-core's self-attention with the rotary angles of this layer's kind, or none."""
-
-    def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.rotary_kind = rotary_kind(architecture, self.layer_number - 1)
-        self.num_kinds = 1 if architecture.local_rope_theta is None else 2
-
-    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
-        """As megatron's, with this layer's kind of `rotary_pos_emb` [s, b, 1, kinds * 2n]."""
-        angles = None
-        if self.rotary_kind is not None:
-            angles = rotary_pos_emb.chunk(self.num_kinds, dim=-1)[self.rotary_kind]
-        return super().forward(*args, rotary_pos_emb=angles, **kwargs)

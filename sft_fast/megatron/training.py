@@ -96,7 +96,8 @@ def build(job: Job, start: Start) -> Trainer:
         config, model.architecture, model.weights, start.num_steps, parallel, phases.tensor_done
     )
     memory = describe_memory(config.model, config.lora, parallel)
-    metrics.log(f"attention: {unwrap(run.model[0]).attention}; {memory}")
+    built = unwrap(run.model[0])
+    metrics.log(f"attention: {built.attention}; kernels: {built.kernels}; {memory}")
     add_noise(run.model, config.train, config.seed, job.inputs.store.lengths, parallel)
     if start.checkpoint is not None:
         load_checkpoint(

@@ -47,6 +47,12 @@ def loss_backend() -> Iterable[str]:
     return ("auto", *OPERATIONS["masked_cross_entropy"].modules)
 
 
+def kernels() -> Iterable[str]:
+    from sft_fast.kernels.backends import OPERATIONS
+
+    return ("auto", *OPERATIONS["block"].modules)
+
+
 def strategy() -> Iterable[str]:
     from sft_fast import _C
 
@@ -79,6 +85,7 @@ def fp8_recipe() -> Iterable[str]:
 IMPLEMENTED: dict[str, Callable[[], Iterable[str]]] = {
     "model.attention": attention,
     "model.dtype": dtype,
+    "model.kernels": kernels,
     "export.dtype": dtype,
     "model.fp8_recipe": fp8_recipe,
     "packing.strategy": strategy,

@@ -63,8 +63,13 @@ def test_the_options_exist_in_the_installed_megatron(monkeypatch: pytest.MonkeyP
     assert set(offload) <= {field.name for field in fields(OptimizerConfig)}
     known = {field.name for field in fields(TransformerConfig)}
     assert set(memory.memory_options(config.model, config.lora, GPU)) <= known
+    assert memory.recompute_options(make_config(model={"recompute": "selective"}).model) == {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn"],
+    }
     sections = (
         {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ["norm", "activation"]},
         {"recompute": "block", "recompute_layers": 2},
         {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
     )

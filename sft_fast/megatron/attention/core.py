@@ -73,12 +73,15 @@ class PackedAttention(MegatronModule):
         num_tokens = sum(packed_seq_params.seqlens) // context_size  # of this rank
         padding = query.shape[0] - num_tokens
         assert padding >= 0, (query.shape, packed_seq_params.seqlens)
-        if self.context is None:
-            query, key, value = (tensor[:num_tokens, 0] for tensor in (query, key, value))
-            output = self.attend(query, key, value, packed_seq_params, self.scoring)
-        else:
-            query, key, value = (tensor[:, 0] for tensor in (query, key, value))
+        query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
+        if self.context is not None:
             arguments = query, key, value, packed_seq_params, self.scoring, self.context
             output = attend_in_context(self.attend, *arguments)
+        else:
+            if padding:  # A slice of everything would cost its gradient a copy.
+                query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
+            output = self.attend(query, key, value, packed_seq_params, self.scoring)
+        if padding:
+            output = functional.pad(output, (0, 0, 0, 0, 0, padding))
         # [tokens, heads, head_dim] -> [s, 1, heads * head_dim]
-        return functional.pad(output.flatten(1), (0, 0, 0, padding)).unsqueeze(1)
+        return output.flatten(1).unsqueeze(1)

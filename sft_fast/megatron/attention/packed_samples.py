@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn import functional
 
 from sft_fast.constants import round_up
+
+MOST_PADDING = 1 / 8
+"""Share of a sequence up to which its padding is attended to as a sample."""
 
 
 @dataclass
@@ -71,8 +75,12 @@ def pack_samples(
     active_tokens: Tensor | None = None,
     token_weights: Tensor | None = None,
     cp_size: int = 1,
+    num_tokens: int = 0,
 ) -> PackedSamples:
     """The samples of a sequence.
+
+    A little padding after them counts as one more sample, from which nothing is used: attention
+    over the whole sequence needs no copy of a part of it. More padding would cost more than that.
 
     A sequence of padding alone is one sample of one token, or of the fewest that all ranks can
     share: it has to attend to something, because every weight must get its (zero) gradient, or DDP
@@ -84,11 +92,16 @@ def pack_samples(
         active_tokens: int64 [A], the tokens with a label; None = not known.
         token_weights: fp32 [1, T], factors of the loss; None = all 1.
         cp_size: context-parallel ranks that share the samples.
+        num_tokens: of the sequence with its padding; 0 = it has none.
     """
     if not seqlens:
         length = 1 if cp_size == 1 else 2 * cp_size
         edges = torch.tensor([0, length], dtype=torch.int32)
         seqlens, cu_seqlens = (length,), edges.to(cu_seqlens.device, non_blocking=True)
+    padding = num_tokens - sum(seqlens)
+    if cp_size == 1 and 0 < padding <= num_tokens * MOST_PADDING:
+        seqlens = (*seqlens, padding)
+        cu_seqlens = functional.pad(cu_seqlens, (0, 1), value=num_tokens)
     longest = max(seqlens)
     return PackedSamples(
         qkv_format="sbhd",

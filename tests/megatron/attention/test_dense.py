@@ -28,6 +28,19 @@ def test_windows_and_soft_caps_as_they_are_defined(
         torch.testing.assert_close(output[row, head], expected, atol=1e-6, rtol=1e-6)
 
 
+def test_a_little_padding_is_a_sample() -> None:
+    from sft_fast.megatron.attention.packed_samples import pack_samples
+
+    edges = torch.tensor([0, 5, 14], dtype=torch.int32)
+    samples = pack_samples((5, 9), edges, num_tokens=16)
+    assert samples.seqlens == (5, 9, 2)
+    assert samples.cu_seqlens_q.tolist() == samples.cu_seqlens_kv.tolist() == [0, 5, 14, 16]
+    assert samples.cu_seqlens_q.dtype == torch.int32 and samples.max_seqlen_q >= 9
+    for num_tokens, cp_size in ((14, 1), (17, 1), (0, 1), (16, 2)):
+        samples = pack_samples((5, 9), edges, cp_size=cp_size, num_tokens=num_tokens)
+        assert samples.seqlens == (5, 9) and samples.cu_seqlens_q.equal(edges)
+
+
 def test_nothing_crosses_from_sample_to_sample() -> None:
     from sft_fast.megatron.attention.dense import attend_sdpa
     from sft_fast.megatron.attention.packed_samples import ScoreOptions, pack_samples

@@ -1,0 +1,175 @@
+"""A transformer layer whose steps between the products are one kernel each.
+
+Parameters and checkpoint keys are megatron-core's. Every sum of the residual stream and a norm is
+one pass, forward and backward; queries, keys and values leave the projection normalised and
+rotated; gate and up become their product at once. kernels/README.md counts the bytes.
+"""
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from sft_fast.kernels import block_torch
+from sft_fast.kernels.block_backends import BlockKernels
+from sft_fast.megatron.experts import GroupedExperts
+from sft_fast.megatron.norm import NormThenAdd, RMSNorm
+from sft_fast.megatron.recompute import free_until_backward, trains
+from sft_fast.megatron.rotary import rotary_kind
+from sft_fast.models.architecture import Architecture
+
+
+class FusedSelfAttention(SelfAttention):
+    """megatron-core's self-attention with rotary tables of our own, chosen by layer."""
+
+    kernels: BlockKernels = block_torch
+
+    def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.rotary_kind = rotary_kind(architecture, self.layer_number - 1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary_tables: Tensor,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """The layer's attention, [s, b, h].
+
+        Args:
+            hidden_states: [s, b, h], normalised; s is this rank's part with sequence parallelism.
+            rotary_tables: [kinds, s * b, rotated channels] fp32, see rotary.rotary_tables.
+            packed_seq_params: the samples of the sequence.
+        """
+        qkv, _ = self.linear_qkv(hidden_states)
+        table = None if self.rotary_kind is None else rotary_tables[self.rotary_kind]
+        weights = None, None
+        if self.config.qk_layernorm:
+            weights = self.q_layernorm(), self.k_layernorm()
+        heads = self.kernels.rotate_qkv(
+            qkv,
+            table,
+            self.num_query_groups_per_partition,
+            self.hidden_size_per_attention_head,
+            *weights,
+            self.config.layernorm_epsilon,
+            self.config.layernorm_zero_centered_gamma,
+        )
+        attend = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            attend = self._checkpointed_attention_forward
+        output, _ = self.linear_proj(
+            attend(*heads, attention_mask=None, packed_seq_params=packed_seq_params)
+        )
+        return output
+
+
+class GatedMLP(MLP):
+    """megatron-core's MLP with one kernel for gate and up."""
+
+    kernels: BlockKernels = block_torch
+    activation: str
+    recomputes_activation = False
+    """The second product's input is not kept."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """([..., h], no bias).
+
+        Args:
+            hidden_states: [..., h].
+            **kwargs: what megatron's layer has for experts.
+        """
+        gate_up, _ = self.linear_fc1(hidden_states)
+        # Overwritten by its gradient: nobody else has seen it.
+        hidden = self.kernels.gated_activation(gate_up, self.activation, None, True)
+        output, _ = self.linear_fc2(hidden)
+        if self.recomputes_activation and trains(self.linear_fc2):
+            kept = gate_up.detach()
+
+            def write(out: Tensor) -> None:
+                self.kernels.write_gated_activation(out, kept, self.activation, None)
+
+            free_until_backward(hidden, write, output)
+        return output, None
+
+
+class FusedTransformerLayer(TransformerLayer):
+    """megatron-core's layer for decoders without biases, dropout and cross-attention."""
+
+    recomputes_norms = False
+    """The outputs of the two norms that products read are not kept."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+        context: None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(the layer's output [s, b, h], no context).
+
+        Args:
+            hidden_states: [s, b, h].
+            rotary_pos_emb: the rotary tables; the name is that of megatron's block.
+            packed_seq_params: the samples of the sequence.
+            context: of cross-attention, None.
+            padding_mask: for the router of experts.
+            **kwargs: what megatron's block passes for inference and cross-attention, all None.
+        """
+        normed, residual = self.input_layernorm(hidden_states)
+        attended = self.self_attention(normed, rotary_pos_emb, packed_seq_params)
+        if self.recomputes_norms and trains(self.self_attention.linear_qkv):
+            self.input_layernorm.free_until_backward(normed, residual, attended)
+        if isinstance(self.self_attn_bda, NormThenAdd):
+            normed, residual = self.pre_mlp_layernorm(self.self_attn_bda(attended, residual))
+        else:
+            normed, residual = self.pre_mlp_layernorm(attended, residual)
+        mlp = partial(self.mlp, padding_mask=padding_mask)
+        output, _ = self.checkpointed(mlp, normed) if self.recompute_mlp else mlp(normed)
+        if self.recomputes_norms and trains(self.mlp):
+            self.pre_mlp_layernorm.free_until_backward(normed, residual, output)
+        if isinstance(self.mlp_bda, NormThenAdd):
+            return self.mlp_bda(output, residual), context
+        return residual + output, context
+
+    def checkpointed(self, mlp: Any, normed: Tensor) -> Any:
+        """Calls the MLP so that the backward pass computes it again."""
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(mlp, False, normed)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return te_checkpoint(mlp, False, tracker, self.pg_collection.tp, normed)
+
+
+def use_kernels(
+    model: torch.nn.Module, kernels: BlockKernels, activation: str, recomputed: Collection[str]
+) -> None:
+    """Tells all layers of a model which kernels compute them.
+
+    Args:
+        model: whose layers they are.
+        kernels: of norms, rotary positions and gates.
+        activation: of the gate, as `gated_activation` of the kernels names it.
+        recomputed: what the backward pass computes again: norm, activation.
+    """
+    module: Any
+    for module in model.modules():
+        if type(module) is MLP:
+            # By its class, because megatron's releases name the MLP of a layer in two ways.
+            module.__class__ = GatedMLP
+            module.activation, module.recomputes_activation = activation, "activation" in recomputed
+        if isinstance(module, FusedTransformerLayer):
+            module.recomputes_norms = "norm" in recomputed
+        if isinstance(module, RMSNorm | FusedSelfAttention | GatedMLP | GroupedExperts):
+            module.kernels = kernels
