@@ -140,28 +140,44 @@ def stage_expert_parameters(architecture: Architecture, parallel: ParallelConfig
 
 
 def layer_bytes_per_token(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, is_fused: bool = True
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, is_gpu: bool = True
 ) -> float:
-    """What a layer keeps of a token: b * (4 h / s + (3 q + 2 k + 3 f) / t).
+    """What a layer keeps of a token: b * (4 h / s + (2 q + 2 k + 3 f) / t).
 
-    h: input and output of both norms. q: rotated queries, attention output, and its copy behind
-    the padding. k: rotated keys, values. f: gate and up (2 f) and their product. Without fused
-    norms and SwiGLU (a CPU) also 2 f / t, SiLU's output and a copy of its input, and 2 h / s, the
-    norms' unscaled outputs; with 16-bit parameters these are there in fp32 as well, 6 h / s.
-    Experts have `expert_widths` in place of 3 f.
+    h: input and output of both norms; without the outputs (2 h) where they are recomputed. q:
+    rotated queries, attention output. k: rotated keys, values. f: gate and up (2 f) and their
+    product, which may be recomputed too. A QK norm keeps its input: (q + k) / t. Attention on a CPU
+    or over context-parallel ranks has a copy of its output: q / t. Without fused kernels (a CPU, or
+    model.kernels torch) also SiLU's output, f / t, and the norms' unscaled outputs, 2 h / s; with
+    16-bit parameters these are there in fp32 as well, 6 h / s. Experts have `expert_widths` in
+    place of 3 f.
     """
     a, tensor = architecture, parallel.tensor
     sequence = tensor if parallel.sequence else 1
     query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     norms, silu = 0, 0
-    if not is_fused:
-        norms, silu = (2 if model.dtype == "fp32" else 6), 2
+    if not has_fused_kernels(model, is_gpu):
+        norms, silu = (2 if model.dtype == "fp32" else 6), 1
+    norms -= 2 * is_recomputed(model, "norm")
+    silu -= is_recomputed(model, "activation")
+    heads = 2 * query + 2 * key
+    heads += query + key if "self_attention.q_layernorm.weight" in a.layer else 0
+    heads += 0 if is_gpu and parallel.context == 1 else query
     hidden = (4 + norms) * a.hidden_size / sequence
     mlp = (3 + silu) * a.ffn_hidden_size
     if a.num_experts:
         mlp = expert_widths(a, parallel)[0]
-    split = (3 * query + 2 * key + mlp) / tensor
-    return DTYPE_BYTES[model.dtype] * (hidden + split)
+    return DTYPE_BYTES[model.dtype] * (hidden + (heads + mlp) / tensor)
+
+
+def has_fused_kernels(model: ModelConfig, is_gpu: bool) -> bool:
+    """Whether norms and gates are one kernel each, which keep their inputs only."""
+    return is_gpu and model.kernels != "torch"
+
+
+def is_recomputed(model: ModelConfig, part: str) -> bool:
+    """Whether the backward pass computes that part of every layer again."""
+    return model.recompute == "selective" and part in model.recompute_modules
 
 
 def expert_widths(
@@ -229,10 +245,12 @@ def estimate_memory(
     layers = a.num_layers // parallel.pipeline
     one_layer = layer_bytes_per_token(a, config.model, config.parallel, is_gpu) * tokens
     sequence = parallel.tensor if parallel.sequence else 1
-    # The gradients of gate, up and their product, and of two residual streams.
-    inside = 3 * a.ffn_hidden_size
+    # The gradients of two residual streams and of the product of gate and up; theirs take their
+    # place where the kernels are fused, and as much again as the product elsewhere.
+    is_fused = has_fused_kernels(config.model, is_gpu)
+    inside = (1 if is_fused else 2) * a.ffn_hidden_size
     if a.num_experts:
-        inside = expert_widths(a, parallel, is_gpu)[1]
+        inside = expert_widths(a, parallel, is_fused)[1]
     workspace = size * tokens * (inside / parallel.tensor + 2 * a.hidden_size)
     layer_input = size * a.hidden_size / sequence * tokens
     again = recomputed_layers(config.model, layers)
@@ -275,10 +293,10 @@ def recomputed_part(
 ) -> float:
     """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts, what
     experts keep with moe."""
-    width, name = 3 * architecture.ffn_hidden_size, "mlp"
+    width, name = (3 - is_recomputed(model, "activation")) * architecture.ffn_hidden_size, "mlp"
     if architecture.num_experts:
         width, name = expert_widths(architecture, parallel)[0], "moe"
-    if model.recompute != "selective" or name not in model.recompute_modules:
+    if not is_recomputed(model, name):
         return 0.0
     return DTYPE_BYTES[model.dtype] * tokens * width / parallel.tensor
 

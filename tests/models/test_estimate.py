@@ -167,12 +167,19 @@ def test_bytes_a_parameter_are_those_of_megatrons_table(
 
 
 def test_activations_of_a_layer_by_hand() -> None:
-    """Llama 3 8B, one token: 2 bytes x (4 x 4096 + 3 x 4096 + 2 x 1024 + 3 x 14336) = 147456."""
+    """Llama 3 8B, one token: 2 bytes x (4 x 4096 + 2 x 4096 + 2 x 1024 + 3 x 14336) = 139264."""
     memory = estimate_memory(LLAMA3_8B, llama3_config(), 1)
-    assert memory.activations == 147456 * 8192 * 32
+    assert memory.activations == 139264 * 8192 * 32
     tensor = {"tensor": 2, "sequence": True}
     split = estimate_memory(LLAMA3_8B, llama3_config(parallel=tensor), 2)
     assert split.activations == memory.activations / 2
+    # Without the outputs of the norms, 2 x 4096, and the product of gate and up.
+    parts = {"recompute": "selective", "recompute_modules": ["norm", "activation"]}
+    fewer = estimate_memory(LLAMA3_8B, llama3_config(model=parts), 1)
+    assert fewer.activations == (139264 - 2 * (2 * 4096 + 14336)) * 8192 * 32
+    # PyTorch keeps SiLU's output, and the norms' outputs without their weight in fp32.
+    plain = estimate_memory(LLAMA3_8B, llama3_config(model={"kernels": "torch"}), 1)
+    assert plain.activations == (139264 + 2 * (6 * 4096 + 14336)) * 8192 * 32
     # Without sequence parallelism the norms' 4 h are on every rank.
     whole = estimate_memory(LLAMA3_8B, llama3_config(parallel={"tensor": 2}), 2)
     assert whole.activations - split.activations == 2 * 2 * 4096 * 8192 * 32
@@ -352,9 +359,9 @@ def test_recomputation_of_parts_lies_between_none_and_all() -> None:
     nothing, everything = total(), total(recompute="full")
     block = total(recompute="block", recompute_layers=8)
     part = total(recompute="selective", recompute_modules=["mlp"])
-    # 8 of 32 layers keep 2 h bytes a token instead of 147456.
-    assert block[0] == 8192 * (24 * 147456 + 8 * 2 * 4096)
-    assert part[0] == 8192 * 32 * (147456 - 2 * 3 * 14336)
+    # 8 of 32 layers keep 2 h bytes a token instead of 139264.
+    assert block[0] == 8192 * (24 * 139264 + 8 * 2 * 4096)
+    assert part[0] == 8192 * 32 * (139264 - 2 * 3 * 14336)
     for memory, seconds in (block, part):
         assert everything[0] < memory < nothing[0]
         assert nothing[1] < seconds < everything[1]
@@ -364,7 +371,8 @@ def test_context_parallel_ranks_share_rows_and_optimizer_state() -> None:
     parallel = {"context": 2}
     config = llama3_config(parallel=parallel, packing={"capacity": 8192, "alignment": 4})
     two, one = estimate_memory(LLAMA3_8B, config, 8), estimate_memory(LLAMA3_8B, llama3_config(), 8)
-    assert two.activations == one.activations / 2
+    # Each rank has a copy of its part of the attention's output.
+    assert two.activations == one.activations / 2 + 2 * 4096 * 4096 * 32
     assert two.optimizer == one.optimizer and two.weights == one.weights
 
 
