@@ -109,8 +109,8 @@ def adds_to_wider_sum(device: torch.device, dtype: torch.dtype, sum_dtype: torch
         torch.ops.aten.addmm.dtype_out(total, factor, factor, sum_dtype, out=total)
     except (RuntimeError, NotImplementedError) as error:
         log.warning(
-            "LM head gradient: rounded to %s before it is added to main_grad, because this build "
-            "of torch cannot add the product itself: %s",
+            "weight gradients: rounded to %s before they are added to main_grad, because this "
+            "build of torch cannot add the product itself: %s",
             dtype,
             error,
         )

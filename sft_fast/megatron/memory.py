@@ -11,7 +11,6 @@ from sft_fast.config.sections import LoraConfig, ModelConfig, OptimConfig
 from sft_fast.megatron.parallel import Parallel
 
 ENGINE_MODULE = "transformer_engine"
-FUSED_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
 OWN_PARTS = ("norm", "activation")
 """Parts of recompute_modules that our own layer computes again, not megatron-core."""
 
@@ -55,8 +54,6 @@ def fusion_obstacle(lora: LoraConfig, parallel: Parallel) -> str:
         return "no GPU"
     if lora.rank > 0:
         return "LoRA freezes the large weights"
-    if not is_installed(FUSED_GRADIENT_MODULE):
-        return f"Apex's {FUSED_GRADIENT_MODULE} is not installed"
     return ""
 
 

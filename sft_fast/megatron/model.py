@@ -54,6 +54,7 @@ from sft_fast.megatron.rotary import (
 )
 from sft_fast.megatron.stage_head import StageHead, token_losses
 from sft_fast.megatron.transformer_engine import transformer_engine_options, use_transformer_engine
+from sft_fast.megatron.weight_gradients import provide_products
 from sft_fast.models.architecture import Architecture, padded_vocab_size
 from sft_fast.stages import SFT_STAGE, Stage
 
@@ -367,6 +368,8 @@ def build_model(
         architecture.num_key_value_heads // parallel.tp_size,
         architecture.head_dim,
     )
+    if megatron_config.gradient_accumulation_fusion:
+        provide_products()
     context, further_test = context_group(parallel), None
     if context is not None:
         further_test = partial(check_context, context, shape)

@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from tiny import make_config
+from rank_pool import RankPool
+from tiny import make_config, make_store, random_samples
 
 CPU: Any = SimpleNamespace(device=torch.device("cpu"))
 GPU: Any = SimpleNamespace(device=torch.device("cuda"))
@@ -33,9 +35,9 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="transformer_engine is not installed"):
         memory.memory_options(config.model, config.lora, GPU)
     plain = make_config()
-    without = {"gradient_accumulation_fusion": False}
-    assert memory.memory_options(plain.model, plain.lora, GPU) == without
-    assert "off (Apex's fused_weight" in memory.describe_memory(plain.model, plain.lora, GPU)
+    fused = {"gradient_accumulation_fusion": True}
+    assert memory.memory_options(plain.model, plain.lora, GPU) == fused
+    assert "off (no GPU)" in memory.describe_memory(plain.model, plain.lora, CPU)
 
     monkeypatch.setattr(memory, "is_installed", lambda module: True)
     options = memory.memory_options(config.model, config.lora, GPU)
@@ -77,3 +79,41 @@ def test_the_options_exist_in_the_installed_megatron(monkeypatch: pytest.MonkeyP
         config = make_config(model=section)
         options = memory.memory_options(config.model, config.lora, CPU)
         TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, **options)
+
+
+def gradients(is_fused: bool) -> dict[str, Any]:
+    """Of one global batch of several micro-batches, by name."""
+    from sft_fast.megatron import memory
+    from sft_fast.megatron.batches import open_batches
+    from sft_fast.megatron.forward_step import forward_step
+    from sft_fast.megatron.hf import RandomSource
+    from sft_fast.megatron.model import unwrap
+    from sft_fast.megatron.parallel import init_parallel
+    from sft_fast.megatron.schedule import run_schedule
+    from sft_fast.megatron.train_step import build_run
+    from sft_fast.models.architecture import architecture_from_shape
+    from sft_fast.packing.from_config import make_plan
+
+    config = make_config(parallel={"tensor": 2, "sequence": True})
+    parallel = init_parallel(config.parallel, config.train, config.seed)
+    architecture = architecture_from_shape(config.model.shape, vocab_size=131)
+    obstacle = "" if is_fused else "none is wanted"
+    with mock.patch.object(memory, "fusion_obstacle", return_value=obstacle):
+        weights = RandomSource(architecture, config.seed)
+        run = build_run(config, architecture, weights, 1, parallel)
+    assert unwrap(run.model[0]).config.gradient_accumulation_fusion is is_fused
+    run.model[0].zero_grad_buffer()
+    store = make_store(random_samples(7, seed=1))
+    plan = make_plan(store, config.packing, config.train, config.seed)
+    with open_batches(store, plan, range(1), run.shape, parallel) as batches:
+        run_schedule(run.model, batches, run.shape, forward_step)
+    return {name: p.main_grad.numpy().copy() for name, p in run.model.named_parameters()}
+
+
+def test_products_add_themselves_to_the_gradient_buffers(rank_pool: RankPool) -> None:
+    ranks = zip(rank_pool.run(2, gradients, True), rank_pool.run(2, gradients, False), strict=True)
+    for found, expected in ranks:
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert abs(gradient).max() > 0
+            assert abs(found[name] - gradient).max() <= 1e-6 * abs(gradient).max(), name
