@@ -16,6 +16,7 @@ et al. 2024 (arXiv 2402.09353).
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ from torch.nn import Parameter, functional
 
 from sft_fast.config.layout import adapted_projections
 from sft_fast.config.sections import LoraConfig, ModelConfig
+from sft_fast.kernels.head_gradient import add_product_
+from sft_fast.kernels.low_rank import BlockLayout, add_up, project_down
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -87,6 +90,8 @@ class LoraLinear(torch.nn.Module):
     scale: float
     dropout: float
     dora: bool
+    row_squares: Tensor
+    """[out] fp32, of DoRA: squared Euclidean length of this rank's part of each frozen row."""
     split_dims: dict[str, int | None]
     """Dimension over which tensor-parallel ranks split a, b and m; None = each has all of it."""
 
@@ -104,49 +109,39 @@ class LoraLinear(torch.nn.Module):
         """The projections that have an adapter."""
         return [projection for projection in self.projections if projection.is_adapted]
 
-    def stacked_a(self) -> Tensor:
-        """[n * rank, in]: A of all adapted projections."""
-        return torch.cat([self.pair(projection)[0] for projection in self.adapted()])
+    def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Every A [rank, in], and every B [num_rows, rank]."""
+        a, b = zip(*map(self.pair, self.adapted()), strict=True)
+        return a, b
 
-    def block_b(self) -> Tensor:
-        """[out, n * rank]: row i holds the B of its projection, zero in the others' columns."""
-        adapted = self.adapted()
-        rank = self.pair(adapted[0])[1].shape[1]
-        width = rank * len(adapted)
-        blocks = []
-        for projection in self.projections:
-            if projection.is_adapted:
-                before = adapted.index(projection) * rank
-                b = self.pair(projection)[1]
-                block = functional.pad(b, (before, width - before - rank))
-            else:
-                block = self.weight.new_zeros(projection.num_rows, width)
-            blocks.append(block)
-        return self.in_megatron_order(blocks)
-
-    def in_megatron_order(self, blocks: list[Tensor]) -> Tensor:
-        """Blocks [num_rows, ...] of each projection -> [out, ...], in megatron's order of rows.
-
-        Per query group its q, k and v.
-        """
-        grouped = [block.view(self.num_groups, -1, *block.shape[1:]) for block in blocks]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
+    @cached_property
+    def layout(self) -> BlockLayout:
+        """Where the rows of the projections are: per query group its q, k and v."""
+        numbers = iter(range(len(self.projections)))
+        return BlockLayout(
+            self.num_groups,
+            tuple(projection.num_rows // self.num_groups for projection in self.projections),
+            tuple(next(numbers) if item.is_adapted else None for item in self.projections),
+        )
 
     def by_projection(self, rows: Tensor) -> list[Tensor]:
-        """The inverse for one number per row: [out] -> [num_rows] of each projection."""
-        widths = [projection.num_rows // self.num_groups for projection in self.projections]
-        return [part.flatten() for part in rows.view(self.num_groups, -1).split(widths, dim=1)]
+        """[out] -> [num_rows] of each projection."""
+        parts = rows.view(self.num_groups, -1).split(self.layout.widths, dim=1)
+        return [part.flatten() for part in parts]
 
-    def low_rank(self, hidden: Tensor) -> Tensor:
-        """[s, b, n * rank]: A times hidden [s, b, in], with dropout of its own for each A."""
+    def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [s, b, in] for the frozen product, and A times it, [s, b, n * rank].
+
+        Each A has dropout of its own.
+        """
+        a, _ = self.matrices()
         if self.dropout == 0.0 or not self.training:
-            return functional.linear(hidden, self.stacked_a())
+            return project_down(hidden, a)
         with self.dropout_stream():
             parts = [
-                functional.linear(functional.dropout(hidden, self.dropout), self.pair(item)[0])
-                for item in self.adapted()
+                functional.linear(functional.dropout(hidden, self.dropout), each) for each in a
             ]
-        return torch.cat(parts, dim=-1)
+        return hidden, torch.cat(parts, dim=-1)
 
     def dropout_stream(self) -> contextlib.AbstractContextManager[None]:
         """Random numbers that tensor-parallel ranks share where they share the input."""
@@ -157,42 +152,53 @@ class LoraLinear(torch.nn.Module):
         bias = self.bias if self.dora and not self.skip_bias_add else None
         if bias is not None:
             output = output - bias
-        added = torch.addmm(
-            output.flatten(0, 1), low_rank.flatten(0, 1), self.block_b().t(), alpha=self.scale
-        ).view_as(output)
+        _, b = self.matrices()
+        added = add_up(output, low_rank, b, self.layout, self.scale)
         if self.dora:
-            added = added * self.row_factors(self.summed_weight()).to(added.dtype)
+            added = added * self.row_factors().to(added.dtype)
         return added if bias is None else added + bias
 
-    @torch.no_grad()
-    def summed_weight(self) -> Tensor:
-        """This rank's weight + scale * B A, fp32 [out, in]; a constant to DoRA's gradient."""
-        delta = self.block_b().float() @ self.stacked_a().float()
-        return torch.add(self.weight.float(), delta, alpha=self.scale)
-
-    def row_factors(self, summed_weight: Tensor) -> Tensor:
+    def row_factors(self) -> Tensor:
         """[out] fp32: m / length of the row; 1 for rows without an adapter."""
-        lengths = self.by_projection(self.row_lengths(summed_weight))
+        lengths = self.by_projection(self.row_lengths(self.summed_squares()))
         factors = [
             self.parameters_of(projection)["m"].float() / length
             if projection.is_adapted
             else torch.ones_like(length)
             for projection, length in zip(self.projections, lengths, strict=True)
         ]
-        return self.in_megatron_order(factors)
+        grouped = [factor.view(self.num_groups, -1) for factor in factors]
+        return torch.cat(grouped, dim=1).flatten()
 
-    def row_lengths(self, weight: Tensor) -> Tensor:
-        """[out]: Euclidean length of each row of `weight` [out, in], over all columns' ranks."""
-        squares = weight.square().sum(dim=1)
+    @torch.no_grad()
+    def summed_squares(self) -> Tensor:
+        """[out] fp32: squared lengths of this rank's rows of W + scale * B A.
+
+        A constant to DoRA's gradient. w^2 + 2 scale b (A w) + scale^2 b (A A^T) b for a row w, b,
+        which needs no matrix of W's size.
+        """
+        a, b = self.matrices()
+        every_a, every_b = torch.cat(a), self.layout.assemble(b).float() * self.scale
+        crossed = every_b.new_zeros(every_b.shape)
+        add_product_(crossed, self.weight, every_a.t())
+        every_a = every_a.float()
+        crossed.mul_(2).addmm_(every_b, every_a @ every_a.t())
+        return self.row_squares + (every_b * crossed).sum(dim=1)
+
+    def row_lengths(self, squares: Tensor) -> Tensor:
+        """[out]: lengths of whole rows, of squares [out] of the columns' ranks."""
         if self.split_dims["a"] == 1:
+            squares = squares.clone()
             dist.all_reduce(squares, group=self.tp_group)
-        return squares.sqrt_()
+        return squares.clamp(min=0).sqrt()
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """This rank's weight with the adapters merged, a new fp32 tensor [out, in]."""
-        weight = self.summed_weight()
-        return weight * self.row_factors(weight)[:, None] if self.dora else weight
+        a, b = self.matrices()
+        delta = self.layout.assemble(b).float() @ torch.cat(a).float()
+        weight = torch.add(self.weight.float(), delta, alpha=self.scale)
+        return weight * self.row_factors()[:, None] if self.dora else weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -227,8 +233,8 @@ class LoraColumnParallelLinear(LoraLinear, ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s, b, out/tp] of hidden [s, b, in], or of [s/tp, b, in] with sequence parallel."""
+        input_, low_rank = self.low_rank(input_)
         output, bias = super().forward(input_, *args, **kwargs)
-        low_rank = self.low_rank(input_)
         if self.sequence_parallel:
             # Gathered after A: n * rank numbers per token instead of the hidden size.
             low_rank = gather_from_sequence_parallel_region(low_rank, group=self.tp_group)
@@ -244,8 +250,8 @@ class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s, b, out], or [s/tp, b, out] with sequence parallel, of hidden [s, b, in/tp]."""
+        input_, low_rank = self.low_rank(input_)
         output, bias = super().forward(input_, *args, **kwargs)
-        low_rank = self.low_rank(input_)
         if self.sequence_parallel:
             low_rank = reduce_scatter_to_sequence_parallel_region(low_rank, group=self.tp_group)
         else:
@@ -317,10 +323,13 @@ def add_adapters(
             Projection(hf_name, width * rows_per_width, hf_name in targets)
             for hf_name, width in zip(hf_names, widths, strict=True)
         )
-        lengths = linear.by_projection(linear.row_lengths(linear.weight.float()))
-        for projection, length in zip(linear.projections, lengths, strict=True):
-            if projection.is_adapted:
-                add_parameters(linear, projection, length, lora, seed, parallel)
+        if linear.dora:
+            norms = torch.linalg.vector_norm(linear.weight, dim=1, dtype=torch.float32)
+            linear.row_squares = norms.square_()
+        for projection in linear.adapted():
+            add_parameters(linear, projection, lora, seed, parallel)
+        if linear.dora:
+            add_lengths(linear)
     if model_config.recompute != "none" and model.pre_process:
         # Recomputed layers get gradients only where their input asks for one.
         model.embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
@@ -329,29 +338,39 @@ def add_adapters(
 def add_parameters(
     linear: LoraLinear,
     projection: Projection,
-    length: Tensor,
     lora: LoraConfig,
     seed: int,
     parallel: Parallel,
 ) -> None:
-    """Adds A, B and with DoRA m, which begins as the `length` [num_rows] of the rows."""
+    """Adds A and B of a projection."""
     rank, num_columns = lora.rank, linear.weight.shape[1]
     is_split = linear.split_dims["a"] is not None
     num_inputs = num_columns * parallel.tp_size if is_split else num_columns
     a = initial_a(projection.hf_name, rank, num_inputs, seed)
     if is_split:
         a = a[:, part(num_inputs, parallel.tp_size, parallel.tp_rank)]
-    b = torch.zeros(projection.num_rows, rank)
-    values = {"a": a, "b": b, "m": length} if linear.dora else {"a": a, "b": b}
-    for letter, value in values.items():
-        dim = linear.split_dims[letter]
-        parameter = Parameter(value.to(linear.weight, copy=True).contiguous())
-        if dim is not None:
-            set_tensor_model_parallel_attributes(parameter, True, dim, stride=1)
-        else:
-            # Each rank sees its part of the sequence: megatron adds up gradients with this mark.
-            parameter.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
-        linear.register_parameter(parameter_name(letter, projection), parameter)
+    add_parameter(linear, "a", projection, a)
+    add_parameter(linear, "b", projection, torch.zeros(projection.num_rows, rank))
+
+
+def add_lengths(linear: LoraLinear) -> None:
+    """Adds DoRA's m of every projection, which begins as the lengths of the rows."""
+    lengths = linear.by_projection(linear.row_lengths(linear.row_squares))
+    for projection, length in zip(linear.projections, lengths, strict=True):
+        if projection.is_adapted:
+            add_parameter(linear, "m", projection, length)
+
+
+def add_parameter(linear: LoraLinear, letter: str, projection: Projection, value: Tensor) -> None:
+    """Adds a copy of this rank's part of a matrix or vector."""
+    dim = linear.split_dims[letter]
+    parameter = Parameter(value.to(linear.weight, copy=True).contiguous())
+    if dim is not None:
+        set_tensor_model_parallel_attributes(parameter, True, dim, stride=1)
+    else:
+        # Each rank sees its part of the sequence: megatron adds up gradients with this mark.
+        parameter.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
+    linear.register_parameter(parameter_name(letter, projection), parameter)
 
 
 def initial_a(hf_name: str, rank: int, num_inputs: int, seed: int) -> Tensor:
