@@ -304,6 +304,30 @@ def test_keys_beside_results_reach_the_template(text: list[dict[str, str]], at: 
     assert (messages[1 + at]["name"], messages[1 + at]["channel"]) == ("me", "web")
 
 
+@pytest.mark.parametrize("is_error", [True, False])
+def test_a_template_is_told_that_a_call_failed(is_error: bool) -> None:
+    status = "error" if is_error else "success"
+    parts = {
+        "is_error": {
+            "type": "tool_result",
+            "tool_use_id": "t1",
+            "content": "?",
+            "is_error": is_error,
+        },
+        "status": {"toolResult": {"toolUseId": "t1", "content": [{"text": "?"}], "status": status}},
+    }
+    asked = {"role": "user", "content": "q"}
+    called = {"role": "assistant", "tool_calls": [{"id": "t1", **CALL}]}
+    for key, part in parts.items():
+        turn = {"role": "user", "content": [part]}
+        row = {"messages": [asked, called, turn, {"role": "assistant", "content": "2 mm"}]}
+        result = read(row).messages[2].as_dict()
+        expected = {"is_error": {"is_error": True}, "status": {"status": "error"}}[key]
+        assert {name: result[name] for name in expected if name in result} == (
+            expected if is_error else {}
+        )
+
+
 def test_neighbouring_turns_of_one_call_each_are_one_turn() -> None:
     call = json.dumps({"name": "rain", "arguments": {"city": "Ulm"}})
     rows = [

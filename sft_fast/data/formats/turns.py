@@ -297,6 +297,8 @@ def _read_part(part: Mapping[str, Any], number: int, found: _Content) -> None:
     elif kind == "tool_result":
         known = ("tool_use_id", "content", "is_error")
         keys = {"tool_call_id": part["tool_use_id"]} if "tool_use_id" in part else {}
+        # A template may tell failed calls apart; where it does not, the report counts the key.
+        keys |= {"is_error": True} if part.get("is_error") else {}
         found.results.append((keys, _result_text(part.get("content"), number)))
     elif kind is None and "toolUse" in part:
         known = ("toolUse",)
@@ -305,6 +307,7 @@ def _read_part(part: Mapping[str, Any], number: int, found: _Content) -> None:
         known = ("toolResult",)
         result = part["toolResult"]
         keys = {"tool_call_id": _key(result, "toolUseId", number)}
+        keys |= {"status": "error"} if result.get("status") == "error" else {}
         found.results.append((keys, _result_text(result.get("content"), number)))
     elif kind is None and "functionCall" in part:
         known = ("functionCall", "thoughtSignature")
