@@ -320,9 +320,7 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
         ValueError: records that cannot be used or are too long, as `build_store`.
     """
     report = store.report
-    lines = store.rejected_path.read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    bad = [(entry["reason"], entry["message"]) for entry in entries]
+    bad = [(entry["reason"], entry["message"]) for entry in store.rejected()]
     ignored = (*_NOTES, *WANTED)
     bad = [entry for entry in bad if entry[0] not in ignored]
     _check_report(report, options, bad, store.rejected_path)

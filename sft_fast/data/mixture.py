@@ -171,5 +171,5 @@ def _copy(
     for name, number in part.unread.items():
         report.unread[name] = report.unread.get(name, 0) + number
     report.left_out += part.left_out
-    for line in store.rejected_path.read_text(encoding="utf-8").splitlines():
-        writer.reject(**json.loads(line))
+    for rejected in store.rejected():
+        writer.reject(**rejected)

@@ -26,7 +26,7 @@ import tempfile
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -210,6 +210,11 @@ class TokenStore:
     def rejected_path(self) -> Path:
         """The list of records that were dropped, truncated or split."""
         return self.path / REJECTED_FILE
+
+    def rejected(self) -> Iterator[dict[str, Any]]:
+        """Yields the entries of that list: file, line, reason, message."""
+        with self.rejected_path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
     def summary(self) -> str:
         """The report in a few lines of text, and where records that are not whole are listed."""
