@@ -289,7 +289,7 @@ def time_steps(scaling: Scaling, kind: str, size: int, balanced: bool = True) ->
         architecture.vocab_size, rows * scaling.capacity * 2, scaling.capacity, mean, sigma
     )
     plan = make_plan(store, config.packing, config.train, config.seed, architecture)
-    spread = steps.balance if balanced else assign_in_turn
+    spread = steps.balance if balanced else assign_round_robin
     with mock.patch.object(steps, "balance", spread):
         durations, _, waited = run_packed(config, parallel, run, store, plan)
     timed = range(len(durations) // 2, len(durations))
@@ -317,7 +317,7 @@ def release_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def assign_in_turn(costs: Any, dp_size: int, micro_batch_size: int) -> Any:
+def assign_round_robin(costs: Any, dp_size: int, micro_batch_size: int) -> Any:
     return round_robin(len(costs), dp_size, micro_batch_size)
 
 

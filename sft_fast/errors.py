@@ -1,4 +1,4 @@
-"""Errors that users can mend: every problem of a configuration at once, each with its place and its
+"""Errors that users can fix: every problem of a configuration at once, each with its place and its
 fix; and files that are damaged."""
 
 import difflib

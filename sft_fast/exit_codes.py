@@ -3,7 +3,7 @@
 FAILED = 1
 """A rank failed; of `check` and `preview`: there are problems."""
 USER_ERROR = 2
-"""The user can mend it; a message says how."""
+"""A user error that can be fixed; a message says how."""
 DAMAGED = 4
 """Files are not what they were when they were written."""
 HANG = 75

@@ -79,7 +79,7 @@ def changes(arguments: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Loads the config and runs its trainer.
 
-    Returns: 0, or after a message when the user can mend it a code of sft_fast.exit_codes.
+    Returns: 0, or after a message for a user error a code of sft_fast.exit_codes.
     """
     arguments = parse_arguments(argv)
     switch_off()

@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace) -> int:
     if problems:
         print(as_seen(str(ConfigError(problems, str(path))), sys.stderr), file=sys.stderr)
         return FAILED
-    print("\n".join([f"{path} is good", *(f"  {note}" for note in notes)]))
+    print("\n".join([f"{path}: no problems found", *(f"  {note}" for note in notes)]))
     return 0
 
 

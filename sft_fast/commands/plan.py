@@ -184,7 +184,7 @@ def figures(
             "steps": steps,
             "tokens": workload.tokens,
             "supervised_tokens": workload.supervised,
-            "samples_per_row": report.samples_per_bin,
+            "samples_per_pack": report.samples_per_bin,
             "packing_efficiency": report.efficiency,
             "padding": report.padding_share,
             "packing": report.strategy,
@@ -228,7 +228,7 @@ def as_text(found: dict[str, Any]) -> str:
             ),
             (
                 "packing",
-                f"{found['packing']}: {found['samples_per_row']:.1f} samples a row, "
+                f"{found['packing']}: {found['samples_per_pack']:.1f} samples a pack, "
                 f"{found['padding']:.2%} padding, {found['packing_efficiency']:.2%} of the bound",
             ),
             ("work", f"{found['flops']:.3g} FLOPs, forward and backward"),

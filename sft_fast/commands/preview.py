@@ -38,20 +38,20 @@ def add(commands: Commands) -> None:
     """Describes `preview` to argparse."""
     preview = commands.add_parser(
         "preview",
-        help="show what is trained, and how rows are packed",
-        description="Renders and packs the first rows as a run would. Exit status 1: none of them "
-        "can be used.",
+        help="show what is trained, and how samples are packed",
+        description="Renders and packs the first records as a run would. Exit status 1: none of "
+        "them can be used.",
     )
     add_config(preview)
     preview.add_argument(
         "-n", "--samples", type=not_negative, default=3, help="samples to show (3)"
     )
     preview.add_argument(
-        "--rows", type=positive, default=100, help="rows of each source to read (100)"
+        "--rows", type=positive, default=100, help="records of each source to read (100)"
     )
     preview.add_argument("--part", choices=get_args(Part), default="train")
     preview.add_argument("--html", type=Path, metavar="FILE", help="write all samples to a file")
-    preview.add_argument("--bins", type=not_negative, default=3, help="packed rows to show (3)")
+    preview.add_argument("--bins", type=not_negative, default=3, help="packs to show (3)")
     preview.set_defaults(run=run, hides_torch=True)
 
 
@@ -126,6 +126,6 @@ def show_bins(console: Console, preview: Preview, count: int) -> None:
     """Prints what each of the first packs holds."""
     if preview.bins is None:
         return
-    console.print(f"\nthese {len(preview.samples)} samples packed: {preview.bins.num_bins} rows")
+    console.print(f"\nthese {len(preview.samples)} samples in {preview.bins.num_bins} packs")
     for number in range(min(count, preview.bins.num_bins)):
-        console.print(f"  row {number + 1}: {preview.bin_summary(number)}")
+        console.print(f"  pack {number + 1}: {preview.bin_summary(number)}")

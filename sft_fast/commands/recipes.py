@@ -31,7 +31,7 @@ data:
   over_length: error          # or drop, truncate_right, split_turns, ...
 
 packing:
-  capacity: {capacity:<17} # tokens per row; samples of a row stay apart
+  capacity: {capacity:<17} # tokens per pack; samples of a pack stay apart
 
 train:
   epochs: 2

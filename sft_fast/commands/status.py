@@ -27,17 +27,17 @@ def run(parsed: argparse.Namespace) -> None:
         print(f"{name:<12}{value}")
 
 
-def lines(found: RunFiles) -> list[tuple[str, str]]:
+def lines(files: RunFiles) -> list[tuple[str, str]]:
     """(name, value) of what there is to say."""
     from sft_fast.metrics.format import duration
 
-    told = [("state", state(found))]
-    status, step, best = found.status or {}, found.last("step"), found.last("best")
+    told = [("state", state(files))]
+    status, step, best = files.status or {}, files.last("step"), files.last("best")
     if status.get("cause"):
         told.append(("cause", str(status["cause"])))
-    if found.error is not None and status.get("state") == "failed":
-        rank, phase = found.error.get("rank"), found.error.get("phase")
-        told.append(("failed on", f"rank {rank} in phase {phase}; see {found.path}/error.json"))
+    if files.error is not None and status.get("state") == "failed":
+        rank, phase = files.error.get("rank"), files.error.get("phase")
+        told.append(("failed on", f"rank {rank} in phase {phase}; see {files.path}/error.json"))
     if step is not None:
         of = f" of {status['num_steps']}" if "num_steps" in status else ""
         told.append(("step", f"{status.get('step', step['step'])}{of}"))
@@ -47,9 +47,9 @@ def lines(found: RunFiles) -> list[tuple[str, str]]:
         told.append(
             ("speed", f"{step['tokens_per_s']:,.0f} tokens/s, {step['elapsed_s']:.2f} s a step")
         )
-    if state(found).startswith("running") and status.get("eta_s") is not None:
+    if state(files).startswith("running") and status.get("eta_s") is not None:
         told.append(("eta", duration(status["eta_s"])))
-    evaluations = found.of_kind("eval")
+    evaluations = files.of_kind("eval")
     if evaluations:
         told.append(
             ("eval", ", ".join(f"{e['loss']:.4f} at {e['step']}" for e in evaluations[-3:]))
@@ -60,18 +60,18 @@ def lines(found: RunFiles) -> list[tuple[str, str]]:
         told.append(
             ("warning", f"saves that failed in a row: {status['failed_saves']}; see the log")
         )
-    names = [path.name for path in found.checkpoints]
+    names = [path.name for path in files.checkpoints]
     told.append(("checkpoints", ", ".join(names) or "none"))
-    if (found.path / "export" / "config.json").is_file():
-        told.append(("export", str(found.path / "export")))
+    if (files.path / "export" / "config.json").is_file():
+        told.append(("export", str(files.path / "export")))
     return told
 
 
-def state(found: RunFiles) -> str:
+def state(files: RunFiles) -> str:
     """The state in status.json; a run that says it runs but is silent has died."""
     from sft_fast.runtime.run_files import HEARTBEAT_LOST_S
 
-    status = found.status
+    status = files.status
     if status is None:
         return "unknown: no status.json"
     silent_s = time.time() - status.get("heartbeat", 0)

@@ -27,6 +27,7 @@ from megatron.core.enums import ModelType
 
 from sft_fast.config.schema import Config, load_config
 from sft_fast.data.store import TokenStore
+from sft_fast.exit_codes import USER_ERROR
 from sft_fast.megatron.batches import BatchShape, batch_shape, open_batches
 from sft_fast.megatron.device import init_device, install_cpu_shim
 from sft_fast.megatron.forward_step import forward_step
@@ -260,14 +261,14 @@ def start(training: Any, step: Callable[..., Any]) -> None:
 
 
 def main() -> int:
-    """Runs Megatron-LM's `pretrain()`; returns 0, or 2 where the input is wrong."""
+    """Runs Megatron-LM's `pretrain()`; returns 0, or USER_ERROR where the input is wrong."""
     # Megatron-LM asks for a GPU before it calls us for the first time.
     install_cpu_shim()
     try:
         start(import_megatron_training(), forward_step)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     return 0
 
 

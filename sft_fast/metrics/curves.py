@@ -19,14 +19,14 @@ BLUE, ORANGE, GREEN, RED = "#2f6fde", "#d9730d", "#2e8b57", "#c4314b"
 MEMORIES_A_RUN = 30
 
 
-def draw_curves(found: RunFiles) -> Figure:
+def draw_curves(run: RunFiles) -> Figure:
     """Four panels; raises ValueError where there is nothing to draw, or no matplotlib."""
-    steps = found.of_kind("step")
+    steps = run.of_kind("step")
     if not steps:
-        raise ValueError(f"{found.path} has no steps to draw yet")
+        raise ValueError(f"{run.path} has no steps to draw yet")
     figure = new_figure(11, 7)
     (loss, rate), (norm, speed) = figure.subplots(2, 2)
-    draw_loss(loss, steps, found.of_kind("eval"))
+    draw_loss(loss, steps, run.of_kind("eval"))
     rate.plot(*points(steps, "lr"), color=ORANGE)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     norm.plot(*points(steps, "grad_norm"), color=GREEN, linewidth=1)

@@ -42,37 +42,37 @@ def write_report(run_dir: Path) -> list[Path]:
     Raises:
         ValueError: it is no run directory, nothing was trained yet, or matplotlib is missing.
     """
-    found = read_run(run_dir)
-    curves = png(draw_curves(found))
+    run = read_run(run_dir)
+    curves = png(draw_curves(run))
     paths = [run_dir / "curves.png", run_dir / "report.html"]
     paths[0].write_bytes(curves)
-    paths[1].write_text(report_html(found, curves), encoding="utf-8")
+    paths[1].write_text(report_html(run, curves), encoding="utf-8")
     return paths
 
 
-def report_html(found: RunFiles, curves: bytes) -> str:
+def report_html(run: RunFiles, curves: bytes) -> str:
     """The document; nothing in it comes from elsewhere."""
     sections = [
-        ("", tiles(result_figures(found))),
+        ("", tiles(result_figures(run))),
         ("Curves", image(curves, "loss, learning rate, gradient norm, tokens per second")),
-        ("Samples", samples_section(found.path)),
-        ("Data", data_section(found)),
-        ("Packing", packing_section(found)),
-        ("Memory, planned and measured", memory_section(found)),
-        ("Configuration", config_section(found.path)),
+        ("Samples", samples_section(run.path)),
+        ("Data", data_section(run)),
+        ("Packing", packing_section(run)),
+        ("Memory, planned and measured", memory_section(run)),
+        ("Configuration", config_section(run.path)),
     ]
     body = "".join(
         f"<section>{f'<h2>{name}</h2>' if name else ''}\n{html}</section>\n"
         for name, html in sections
         if html
     )
-    about = f'<p class="soft">{escape(headline(found))}</p>\n'
-    return page(f"Run {found.path.resolve().name}", about + body)
+    about = f'<p class="soft">{escape(headline(run))}</p>\n'
+    return page(f"Run {run.path.resolve().name}", about + body)
 
 
-def headline(found: RunFiles) -> str:
+def headline(run: RunFiles) -> str:
     """When, where and how far."""
-    status, launch, last = found.status or {}, found.last("launch"), found.of_kind("step")[-1]
+    status, launch, last = run.status or {}, run.last("launch"), run.of_kind("step")[-1]
     words = [str(status.get("state", "")), f"{last['step']:,} steps"]
     if launch is not None:
         kind = "CPU" if launch["device"] == "cpu" else "GPU"
@@ -88,9 +88,9 @@ def image(content: bytes, meaning: str) -> str:
     return f'<img alt="{escape(meaning)}" src="data:image/png;base64,{data}">'
 
 
-def result_figures(found: RunFiles) -> list[tuple[str, str, str]]:
+def result_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     """(name, figure, remark) of what one wants to know first."""
-    steps, evaluations = found.of_kind("step"), found.of_kind("eval")
+    steps, evaluations = run.of_kind("step"), run.of_kind("eval")
     last = steps[-1]
     seconds = sum(record["elapsed_s"] for record in steps) / len(steps)
     figures = []
@@ -98,7 +98,7 @@ def result_figures(found: RunFiles) -> list[tuple[str, str, str]]:
         first, final = evaluations[0]["loss"], evaluations[-1]["loss"]
         figures.append(("evaluation loss", shown(final), f"from {shown(first)}"))
     figures.append(("training loss", shown(last["loss"]), f"from {shown(steps[0]['loss'])}"))
-    answers = found.last("exact_match")
+    answers = run.last("exact_match")
     if answers is not None:
         remark = f"of {answers['num_questions']} held-out questions"
         figures.append(("exact match", f"{answers['exact_match']:.1%}", remark))
@@ -115,9 +115,9 @@ def shown(value: float | None) -> str:
     return "NaN" if value is None else f"{value:.4f}"
 
 
-def data_section(found: RunFiles) -> str:
+def data_section(run: RunFiles) -> str:
     """The HTML table of what the data holds; "" where it is not known."""
-    data, lengths = found.last("data"), found.last("lengths")
+    data, lengths = run.last("data"), run.last("lengths")
     if data is None:
         return ""
     supervised = data["supervised_tokens"] / max(data["tokens"], 1)
@@ -136,16 +136,16 @@ def data_section(found: RunFiles) -> str:
     return html
 
 
-def packing_section(found: RunFiles) -> str:
+def packing_section(run: RunFiles) -> str:
     """The HTML table of how samples were packed; "" where it is not known."""
-    packing = found.last("packing")
+    packing = run.last("packing")
     if packing is None:
         return ""
     return table(
         [
             ("strategy", f"{packing['strategy']}: {packing['reason']}"),
             ("rows", f"{packing['num_bins']:,} of {packing['capacity']:,} tokens"),
-            ("samples a row", f"{packing['samples_per_bin']:.1f}"),
+            ("samples a pack", f"{packing['samples_per_bin']:.1f}"),
             ("padding", f"{packing['padding_share']:.2%}"),
             ("of the best possible", f"{packing['efficiency']:.2%}"),
             ("steps an epoch", f"{packing['num_steps']:,}"),
@@ -153,7 +153,7 @@ def packing_section(found: RunFiles) -> str:
     )
 
 
-def memory_section(found: RunFiles) -> str:
+def memory_section(run: RunFiles) -> str:
     """The estimate of `sft_fast plan` beside what was measured."""
     from dataclasses import asdict
 
@@ -161,12 +161,12 @@ def memory_section(found: RunFiles) -> str:
     from sft_fast.models.architecture import architecture_from_hf
     from sft_fast.models.estimate import estimate_memory
 
-    hf_config = read_json(found.path / "export" / "config.json")
-    launch, last = found.last("launch"), found.of_kind("step")[-1]
+    hf_config = read_json(run.path / "export" / "config.json")
+    launch, last = run.last("launch"), run.of_kind("step")[-1]
     if hf_config is None or launch is None:
         return ""
-    config = load_config(found.path / "config.yaml", [])
-    packing = found.last("packing") or {}
+    config = load_config(run.path / "config.yaml", [])
+    packing = run.last("packing") or {}
     memory = estimate_memory(
         architecture_from_hf(hf_config),
         config,
@@ -204,18 +204,18 @@ def config_section(run_dir: Path) -> str:
 
 def samples_section(run_dir: Path) -> str:
     """Held-out questions with the answers before and after; see samples.py."""
-    found = read_json(run_dir / SAMPLES_FILE)
-    if found is None:
+    saved = read_json(run_dir / SAMPLES_FILE)
+    if saved is None:
         return ""
     return "".join(
         table(
             [
                 ("question", sample["question"]),
                 ("expected", sample["expected"]),
-                (f"before ({found['before']})", readable(sample["before"])),
+                (f"before ({saved['before']})", readable(sample["before"])),
                 ("after", readable(sample["after"])),
             ],
             "sample",
         )
-        for sample in found["samples"]
+        for sample in saved["samples"]
     )

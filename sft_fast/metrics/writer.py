@@ -187,7 +187,7 @@ class MetricsWriter:
 class StepMeter:
     """Turns steps into lines.
 
-    A terminal gets one line that is drawn anew; anything else a line every `every_steps` steps.
+    A terminal gets one line that is redrawn; anything else a line every `every_steps` steps.
     """
 
     def __init__(

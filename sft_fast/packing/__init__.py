@@ -1,1 +1,1 @@
-"""Samples to packed rows to steps to micro-batches."""
+"""Samples to packs to steps to micro-batches."""

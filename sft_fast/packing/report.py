@@ -28,7 +28,7 @@ class PackingReport:
     num_bins: int
     """Bins that hold samples."""
     num_empty_bins: int
-    """Rows of padding that complete the last step."""
+    """Packs of padding that complete the last step."""
     capacity: int
     """Tokens per bin."""
     alignment_padding: int
@@ -46,7 +46,7 @@ class PackingReport:
     cost_imbalance: float
     """Time of a step over that with equal ranks, by the cost model, as bins are assigned."""
     cost_imbalance_round_robin: float
-    """The same if ranks took the bins in turn."""
+    """The same if ranks took the bins round robin."""
     num_steps: int
     """Steps per epoch."""
 
@@ -67,13 +67,13 @@ class PackingReport:
 
     @property
     def padding_share(self) -> float:
-        """Share of computed rows that hold no token, those of empty bins included."""
+        """Share of the capacity that holds no token, empty bins included."""
         padding = self.alignment_padding + self.tail_padding + self.empty_bin_padding
         return padding / self.capacity_tokens
 
     @property
     def capacity_tokens(self) -> int:
-        """Rows of an epoch, padding included."""
+        """Tokens that the bins of an epoch have room for."""
         return (self.num_bins + self.num_empty_bins) * self.capacity
 
     @property
@@ -97,8 +97,8 @@ class PackingReport:
     def brief(self) -> str:
         """What a run says of it."""
         return (
-            f"{self.num_bins} rows of {self.capacity} by {self.strategy}, "
-            f"{self.samples_per_bin:.1f} samples a row, {self.padding_share:.2%} padding "
+            f"{self.num_bins} packs of {self.capacity} by {self.strategy}, "
+            f"{self.samples_per_bin:.1f} samples a pack, {self.padding_share:.2%} padding "
             f"({self.causes()}), {self.num_steps} steps an epoch"
         )
 
@@ -106,7 +106,7 @@ class PackingReport:
         """Shares of padding by what it is for."""
         parts = {
             "alignment": self.alignment_padding,
-            "row ends": self.tail_padding,
+            "pack ends": self.tail_padding,
             "last step": self.empty_bin_padding,
         }
         return ", ".join(
@@ -117,14 +117,14 @@ class PackingReport:
         moved = "" if self.max_places_moved is None else f", moved <= {self.max_places_moved}"
         return (
             f"{self.num_samples} samples, {self.num_tokens} tokens "
-            f"({self.supervised_share:.1%} supervised) in {self.num_bins} rows of {self.capacity} "
+            f"({self.supervised_share:.1%} supervised) in {self.num_bins} packs of {self.capacity} "
             f"(bound {self.lower_bound}, efficiency {self.efficiency:.2%}), "
-            f"{self.samples_per_bin:.1f} samples per row (at most {self.max_samples_per_bin}), "
+            f"{self.samples_per_bin:.1f} samples per pack (at most {self.max_samples_per_bin}), "
             f"{self.padding_share:.2%} padding ({self.causes()}), "
             f"{self.num_steps} steps per epoch; {self.strategy}: {self.reason}; "
             f"length correlation {self.length_correlation:.2f}{moved}; "
             f"cost imbalance {self.cost_imbalance:.3f} "
-            f"(bins in turn: {self.cost_imbalance_round_robin:.3f})"
+            f"(round robin: {self.cost_imbalance_round_robin:.3f})"
         )
 
 
@@ -219,8 +219,12 @@ def plot_plan(plan: StepPlan, path: Path) -> None:
     report = packing_report(plan)
     panels = (
         (plan.lengths, "tokens per sample", f"{report.num_samples} samples"),
-        (tokens, f"tokens per row of {plan.capacity}", f"efficiency {report.efficiency:.2%}"),
-        (np.diff(bins.bin_offsets), "samples per row", f"{report.num_bins} rows ({plan.strategy})"),
+        (tokens, f"tokens per pack of {plan.capacity}", f"efficiency {report.efficiency:.2%}"),
+        (
+            np.diff(bins.bin_offsets),
+            "samples per pack",
+            f"{report.num_bins} packs ({plan.strategy})",
+        ),
     )
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, (values, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -228,6 +232,6 @@ def plot_plan(plan: StepPlan, path: Path) -> None:
         edges = np.arange(values.min(), values.max() + 2) - 0.5
         axes.hist(values, bins=edges if len(edges) <= 64 else 64)
         axes.set(xlabel=label, ylabel="count", title=title)
-        # A few rows that are not full would not be seen beside all that are.
+        # A few packs that are not full would not be seen beside all that are.
         axes.set_yscale("log")
     figure.savefig(path)

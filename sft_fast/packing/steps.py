@@ -45,7 +45,7 @@ class StepCounts:
     """Sum of the weights of these tokens, num_supervised where all are 1: the denominator of the
     step's loss."""
     capacity_tokens: int
-    """Tokens that the packed rows have room for."""
+    """Tokens that the packs have room for."""
     sum_squared_lengths: int
     """Of the samples: what attention computes."""
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sft_fast.data.source import Source
     from sft_fast.models.architecture import Architecture
 
-HEAD_ROWS = 50
+HEAD_RECORDS = 50
 LARGEST_LIST_BYTES = 32 << 20
 """A JSON list has to be read whole; larger ones are left to the run."""
 
@@ -43,7 +43,7 @@ class Findings:
 
     Attributes:
         problems: what would stop a run.
-        notes: what is good, and what was not looked at, in words.
+        notes: what was found right, and what was not looked at, in words.
         architecture: of the model, where its config.json is on this machine.
     """
 
@@ -215,32 +215,34 @@ def _check_source(
         return
     is_large_list = path.is_file() and path.stat().st_size > LARGEST_LIST_BYTES
     if is_large_list and path.suffix == ".json":
-        findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
+        findings.notes.append(f"{key}: {name} exists; its records were not looked at")
         return
     try:
-        # The split decides which rows are used; the head of the file shows what a row looks like.
+        # The split decides which records are used; the head of the file shows their form.
         rows = load_records(name, evaluation=path.suffix == "" and key.startswith("data.eval"))
         if any(KINDS.get(Path(file).suffix) in ("parquet", "arrow") for file in rows.files):
-            findings.notes.append(f"{key}: {name} exists; its rows were not looked at")
+            findings.notes.append(f"{key}: {name} exists; its records were not looked at")
             return
         bad = list(_bad_rows(Source(rows, format_name, fields), findings, key))
     except ValueError as error:
         is_there = path.exists() or "*" in name
-        expected = "rows that a format knows" if is_there else "a file, directory, glob or hub id"
+        expected = (
+            "records that a format knows" if is_there else "a file, directory, glob or hub id"
+        )
         yield Problem((key,), str(error), expected)
         return
     for message in bad:
-        yield Problem((key,), message, "rows that a format knows")
+        yield Problem((key,), message, "records that a format knows")
 
 
 def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
-    """Messages of the first rows that cannot be used, at most three."""
+    """Messages of the first records that cannot be used, at most three."""
     from sft_fast.data.formats import ConversationReader
     from sft_fast.data.json_records import BadRecord
 
     reader = ConversationReader(source.format_name, source.fields)
     messages, count = [], 0
-    for row in islice(source.records.scan(), HEAD_ROWS):
+    for row in islice(source.records.scan(), HEAD_RECORDS):
         count += 1
         try:
             if isinstance(row, BadRecord):
@@ -252,7 +254,9 @@ def _bad_rows(source: Source, findings: Findings, key: str) -> Iterator[str]:
                 break
     kinds = ", ".join(sorted({known.name for known in reader.files.values()}))
     if not messages:
-        findings.notes.append(f"{key}: the first {count} rows of {source.records.name} are {kinds}")
+        findings.notes.append(
+            f"{key}: the first {count} records of {source.records.name} are {kinds}"
+        )
     yield from messages
 
 

@@ -79,7 +79,7 @@ def test_a_good_configuration_says_what_was_seen(
 ) -> None:
     assert run(tmp_path, good(model, chats, tmp_path), "--ranks", "2") == 0
     text = capsys.readouterr().out
-    assert "is good" in text and "the first 1 rows" in text and "messages" in text
+    assert "no problems found" in text and "the first 1 records" in text and "messages" in text
     assert "2 ranks give data parallel size 2" in text and "are free" in text
 
 

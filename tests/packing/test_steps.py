@@ -623,7 +623,7 @@ def test_the_fingerprint_does_not_tell_who_computes_what() -> None:
 
 
 def test_report_by_hand() -> None:
-    # 9, 6+4 and 5+3+2 in rows of 10; steps of 2 rows need one empty row.
+    # 9, 6+4 and 5+3+2 in packs of 10; steps of 2 packs need one empty pack.
     lengths = np.array([6, 5, 4, 3, 2, 9], np.int32)
     plan = StepPlan(lengths, np.array([3, 1, 0, 0, 0, 1]), capacity=10, global_batch_size=2)
     report = packing_report(plan)
@@ -634,8 +634,8 @@ def test_report_by_hand() -> None:
     assert report.padding_share == pytest.approx(11 / 40)
     assert report.supervised_share == pytest.approx(5 / 29)
     assert (report.samples_per_bin, report.max_samples_per_bin) == (2.0, 3)
-    assert "6 samples, 29 tokens (17.2% supervised) in 3 rows of 10" in str(report)
-    assert "27.50% padding (alignment 0.00%, row ends 2.50%, last step 25.00%)" in str(report)
+    assert "6 samples, 29 tokens (17.2% supervised) in 3 packs of 10" in str(report)
+    assert "27.50% padding (alignment 0.00%, pack ends 2.50%, last step 25.00%)" in str(report)
     assert json.loads(json.dumps(report.record()))["efficiency"] == 1.0
 
 
