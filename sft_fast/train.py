@@ -5,6 +5,7 @@ registered for that pair does the work, for the default pair sft_fast/megatron/t
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -31,8 +32,9 @@ from sft_fast.registry import (  # noqa: E402
 )
 from sft_fast.runtime.kernel_cache import use_private_cache  # noqa: E402
 from sft_fast.runtime.processes import die_with_parent  # noqa: E402
+from sft_fast.runtime.run_directory import check_inputs  # noqa: E402
 from sft_fast.runtime.telemetry import switch_off  # noqa: E402
-from sft_fast.runtime.terminal import as_seen  # noqa: E402
+from sft_fast.runtime.terminal import as_seen, flush_streams  # noqa: E402
 from sft_fast.runtime.watchdog import watching  # noqa: E402
 
 # Before plugins, so that none can take these names.
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides + changes(arguments))
         load_plugins(config.plugins)
         use_private_cache()
+        inputs = {"model.path": config.model.path, "tokenizer.path": config.tokenizer.path}
+        check_inputs(Path(config.output_dir), inputs)
         with watching(Path(config.output_dir), config.parallel.hang_timeout_s) as phases:
             return find_trainer(config.backend, config.stage, arguments.export)(config, phases)
     except (ValueError, OSError) as error:
@@ -94,13 +98,15 @@ def main(argv: list[str] | None = None) -> int:
             print_traceback()
         elif is_first_to_fail():
             text = f"error: {redact(str(error))}\n(--debug shows where)"
-            print(as_seen(text, sys.stderr), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(as_seen(text, sys.stderr), file=sys.stderr, flush=True)
         return exit_code(error)
 
 
 def print_traceback() -> None:
     """The exception that is being handled, without the secrets that libraries put into theirs."""
-    print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
 
 
 def is_first_to_fail() -> bool:
@@ -120,8 +126,7 @@ if __name__ == "__main__":
         code = main()
     except Exception:  # recorded by the watchdog; connections and threads of a broken job may hang
         print_traceback()
-        sys.stdout.flush()
+        flush_streams()
         os._exit(FAILED)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     sys.exit(code)

@@ -138,6 +138,9 @@ def workplace(target: Path) -> tempfile.TemporaryDirectory[str]:
 
 def write_story(found: RunFiles, step: int, folder: Path) -> None:
     """Copies what the model card tells of: the configuration, and the run up to a step."""
+    from sft_fast.runtime.run_directory import RUN_MARKER
+
+    (folder / RUN_MARKER).touch()
     shutil.copy(found.path / "config.yaml", folder)
     until = [record for record in found.records if record.get("step", 0) <= step]
     lines = [json.dumps(record) + "\n" for record in until]

@@ -56,6 +56,7 @@ def run(parsed: argparse.Namespace) -> None:
     from sft_fast.config.layout import check_world_size
     from sft_fast.config.schema import load_config
     from sft_fast.preflight.machine_checks import require_data
+    from sft_fast.runtime.run_directory import check_output_dir
     from sft_fast.runtime.run_files import check_resume
 
     path = config_path(parsed)
@@ -64,15 +65,15 @@ def run(parsed: argparse.Namespace) -> None:
         # Before torch is imported, which takes seconds.
         require_data(config.data)
         check_resume(config.checkpoint.resume, Path(config.output_dir))
+        check_output_dir(Path(config.output_dir))
     processes = parsed.nproc_per_node or default_processes(config.parallel)
     given = {flag: getattr(parsed, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
     nodes = given["--nnodes"] or "1"
     # A range such as 1:4 is elastic: the ranks check the layout themselves.
     if nodes.isdecimal():
         check_world_size(config.parallel, config.train, int(nodes) * processes)
-    # With --debug torchrun itself, which tells more than most want to know.
-    launcher = ["torch.distributed.run"] if parsed.debug else ["sft_fast.runtime.launcher"]
-    launcher += [] if parsed.debug else [config.output_dir]
+    launcher = ["sft_fast.runtime.launcher", *(["--debug"] if parsed.debug else [])]
+    launcher.append(config.output_dir)
     # -P: a folder of our name in the working directory is not this package.
     command = [sys.executable, "-P", "-m", *launcher, "--nproc-per-node", str(processes)]
     command += [] if nodes != "1" or given["--rdzv-endpoint"] else ["--standalone"]

@@ -62,7 +62,7 @@ def check_machine(config: Config) -> Findings:
     problems += _check_tokenizer(config.model, config.tokenizer, findings)
     problems += _check_data(config.data, findings)
     problems += _check_resume(config.checkpoint.resume, Path(config.output_dir))
-    unwritable = _check_output_dir(Path(config.output_dir))
+    unwritable = _check_output_dir(config)
     problems += unwritable
     if findings.architecture is not None and not unwritable:
         needed = _bytes_to_write(
@@ -270,14 +270,22 @@ def _check_resume(resume: str, output_dir: Path) -> Iterator[Problem]:
         yield Problem(("checkpoint.resume",), found, expected)
 
 
-def _check_output_dir(folder: Path) -> list[Problem]:
-    from sft_fast.runtime.run_lock import check_output_dir
+def _check_output_dir(config: Config) -> list[Problem]:
+    from sft_fast.runtime.run_directory import check_inputs, check_output_dir
 
+    folder = Path(config.output_dir)
     try:
         check_output_dir(folder)
     except ValueError as error:
         found = str(error).removeprefix("output_dir: ")
-        return [Problem(("output_dir",), found, "a directory that can be written")]
+        expected = "a directory that can be written, and that is empty or a run's own"
+        return [Problem(("output_dir",), found, expected)]
+    inputs = {"model.path": config.model.path, "tokenizer.path": config.tokenizer.path}
+    try:
+        check_inputs(folder, inputs)
+    except ValueError as error:
+        key, _, found = str(error).partition(": ")
+        return [Problem((key, "output_dir"), found, "a model that the run does not replace")]
     return []
 
 

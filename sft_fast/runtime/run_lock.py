@@ -8,7 +8,6 @@ file system that holds them, and processes are told apart by their start since b
 import contextlib
 import json
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -130,23 +129,3 @@ def file_system_time(folder: Path) -> float:
     """The clock of the file system of `folder`, which may be another machine's; seconds."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
-
-
-def check_output_dir(folder: Path) -> None:
-    """Raises ValueError unless `folder`, or its first parent that exists, can be written."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ValueError(f"output_dir: {existing} is a file; expected a directory")
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        free = shutil.disk_usage(existing).free
-        raise ValueError(
-            f"output_dir: nothing can be written to {existing}: {error.strerror} ({free:,} bytes "
-            "free); choose another output_dir"
-        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import textwrap
 from typing import TextIO
 
@@ -50,3 +51,13 @@ def coloured(shown: str, name: str, is_title: bool) -> str:
     if shown.startswith("error: "):
         return f"{BOLD}{RED}error:{RESET}{BOLD}{shown[6:]}{RESET}"
     return f"{BOLD}{shown}{RESET}" if is_title else shown
+
+
+def flush_streams() -> None:
+    """Flushes what was printed, before the exit does: a terminal that was closed is no failure."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # What is left in the buffer must not fail at the exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

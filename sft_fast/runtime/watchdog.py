@@ -26,7 +26,8 @@ from sft_fast.runtime.hang import HangDetector
 from sft_fast.runtime.launch_files import LaunchFiles
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.processes import end_children
-from sft_fast.runtime.run_lock import HEARTBEAT_S, RunLock, check_output_dir
+from sft_fast.runtime.run_directory import claim
+from sft_fast.runtime.run_lock import HEARTBEAT_S, RunLock
 from sft_fast.runtime.signals import SIGNALS, SignalPipe
 
 POLL_S = 0.25
@@ -73,10 +74,10 @@ class Watchdog:
         """Takes the run directory, and starts the thread.
 
         Raises:
-            ValueError: the directory cannot be written, or another job uses it.
+            ValueError: the directory cannot be written, holds files of others, or another job
+                uses it.
         """
-        check_output_dir(self.output)
-        self.output.mkdir(parents=True, exist_ok=True)
+        claim(self.output)
         if self.rank == 0:
             self.lock = RunLock(self.output, self.files.job)
             self.files.tidy()
@@ -291,7 +292,7 @@ def watching(output: Path, hang_timeout_s: float) -> Iterator[Phases]:
     Yields: what the body tells its phases.
 
     Raises:
-        ValueError: `output` cannot be written, or another job uses it.
+        ValueError: `output` cannot be written, holds files of others, or another job uses it.
     """
     watchdog = Watchdog(output, hang_timeout_s)
     watchdog.start()

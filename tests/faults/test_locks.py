@@ -10,8 +10,10 @@ import psutil
 import pytest
 
 from faults.launcher import Launcher
+from sft_fast import cli
 from sft_fast.runtime.processes import start_of
-from sft_fast.runtime.run_lock import STALE_S, RunLock, check_output_dir
+from sft_fast.runtime.run_directory import RUN_MARKER, check_inputs, check_output_dir
+from sft_fast.runtime.run_lock import STALE_S, RunLock
 from sft_fast.runtime.watchdog import watching
 
 
@@ -118,6 +120,7 @@ def test_what_kills_left_half_written_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         if name != ".lock-of-now":
             os.utime(tmp_path / name, (long_ago, long_ago))
+    (tmp_path / RUN_MARKER).touch()
     (tmp_path / ".launch/old").mkdir(parents=True)
     os.utime(tmp_path / ".launch/old", (long_ago, long_ago))
     with watching(tmp_path, 60.0):
@@ -129,3 +132,53 @@ def test_what_kills_left_half_written_is_removed(tmp_path: Path) -> None:
 def test_an_output_directory_is_checked_without_being_made(tmp_path: Path) -> None:
     check_output_dir(tmp_path / "new" / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "stacks/mine.txt", "thesis.tex", "data/rows.jsonl"]
+)
+def test_a_directory_of_the_user_is_left_alone(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    config = launcher.config("theirs")
+    arguments = [str(config), f"output_dir={tmp_path / 'mine'}"]
+    assert cli.main(["check", *arguments]) == 1
+    assert name.split("/")[0] in capsys.readouterr().err
+    assert cli.main(["train", *arguments]) == 2
+    with (
+        pytest.raises(ValueError, match="holds files that no run made"),
+        watching(tmp_path / "mine", 60.0),
+    ):
+        pass
+    assert [path for path in (tmp_path / "mine").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.fault("F31")
+def test_the_root_of_the_file_system_is_no_output_directory() -> None:
+    with pytest.raises(ValueError, match="output_dir: "):
+        check_output_dir(Path("/"))
+
+
+@pytest.mark.fault("F31")
+def test_a_run_begins_beside_its_log_and_prepared_data_and_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "train.log").touch()
+    (tmp_path / "data" / f"{1:032x}").mkdir(parents=True)
+    for _ in range(2):
+        with watching(tmp_path, 60.0):
+            (tmp_path / "export").mkdir(exist_ok=True)
+    assert (tmp_path / RUN_MARKER).exists()
+
+
+@pytest.mark.fault("F31")
+def test_a_run_does_not_replace_the_model_that_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "export")
+    for path in (tmp_path / "run/export", tmp_path / "run/../run/export", tmp_path / "link"):
+        with pytest.raises(ValueError, match="model.path: .* replaces it"):
+            check_inputs(tmp_path / "run", {"model.path": str(path)})
+    check_inputs(tmp_path / "other", {"model.path": str(tmp_path / "link"), "tokenizer.path": None})
