@@ -167,9 +167,9 @@ def test_a_folder_of_our_name_is_not_taken_for_us(tmp_path: Path) -> None:
     (tmp_path / "sft_fast" / "launcher.py").write_text("raise SystemExit(7)")
     # The installed command does not look into the working directory either.
     command = [sys.executable, "-P", "-c", "from sft_fast.cli import main; main()"]
-    command += ["train", "demo", "output_dir=/proc/nothing"]
+    command += ["train", "demo", "plugins=[/no/where.py]"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and "error: output_dir" in result.stderr
+    assert result.returncode == 2 and "error: plugins[0]" in result.stderr
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:

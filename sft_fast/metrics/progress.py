@@ -56,8 +56,8 @@ class ProgressLine:
 
     def close(self) -> None:
         """Leaves the last lines on the terminal."""
-        self._live.stop()
         atexit.unregister(self._live.stop)
+        self._live.stop()
 
 
 def labelled(fields: list[Field]) -> Text:

@@ -12,7 +12,17 @@ from typing import Any
 
 from sft_fast.runtime.processes import die_with_parent
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What schedulers send before they take a machine away, Ctrl-C, and a terminal that is closed.
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
+
+
+def wanted_signals() -> tuple[signal.Signals, ...]:
+    """SIGNALS, without the one that `nohup` has told this process to ignore."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(one for one in SIGNALS if one is not signal.SIGHUP or not is_ignored)
 
 
 class SignalPipe:
@@ -24,7 +34,7 @@ class SignalPipe:
         self.old_handlers: dict[int, Any] = {}
         self.old_wakeup_fd: int | None = None
         if threading.current_thread() is threading.main_thread():
-            self.old_handlers = {number: signal.signal(number, ignore) for number in SIGNALS}
+            self.old_handlers = {one: signal.signal(one, ignore) for one in wanted_signals()}
             self.old_wakeup_fd = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self.reset_in_child)
 
@@ -47,7 +57,7 @@ class SignalPipe:
         """A forked child is no rank: it must die of SIGTERM, and with its parent."""
         if self.is_open:
             signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
+            for number in self.old_handlers:
                 signal.signal(number, signal.SIG_DFL)
             die_with_parent()
 
