@@ -17,6 +17,9 @@ from sft_fast.metrics.report import write_report
 from sft_fast.runtime.run_files import checkpoint_path
 from sft_fast.stages import stage_of
 
+# Of files that are gone or damaged by now; of devices, out of memory among them; of libraries.
+NO_FAILURE = (ValueError, OSError, RuntimeError, ImportError)
+
 
 def export(job: Job, run: Run, evaluator: Evaluator, state: TrainState) -> None:
     """Writes the trained model as a Hugging Face directory, and with LoRA the adapters."""
@@ -62,24 +65,33 @@ def load_best(job: Job, run: Run, state: TrainState) -> None:
 
 
 def finish(job: Job) -> None:
-    """Lets the exported model answer, and draws the report."""
-    config, output, is_main = job.config, job.output, job.parallel.is_main
-    if config.export.enabled and is_main and config.evaluation.exact_match_samples > 0:
-        report_exact_match(
-            output / "export", job.inputs, config.data, config.evaluation, job.metrics
-        )
-    if is_main and config.metrics.pictures:
+    """Lets the exported model answer, and draws the report.
+
+    The run is done: the other ranks leave, however long that takes, and nothing in it is a failure.
+    """
+    config, output, log = job.config, job.output, job.metrics.log
+    job.part()
+    if not job.parallel.is_main:
+        return
+    if config.export.enabled and config.evaluation.exact_match_samples > 0:
+        try:
+            report_exact_match(
+                output / "export", job.inputs, config.data, config.evaluation, job.metrics
+            )
+        except NO_FAILURE as error:
+            log(f"warning: no exact match: {error}")
+    if config.metrics.pictures:
         draw(job)
     if config.export.enabled and stage_of(config).writes_text:
-        job.metrics.log(f"talk to it: sft_fast chat {output}")
+        log(f"talk to it: sft_fast chat {output}")
 
 
 def draw(job: Job) -> None:
-    """Writes the pictures; a run that is done does not fail for want of them."""
+    """Writes the pictures."""
     config, log = job.config, job.metrics.log
     try:
         if config.metrics.samples > 0:
             write_samples(job.output, config.metrics.samples, config.evaluation.max_new_tokens)
         log(f"pictures: {', '.join(map(str, write_report(job.output)))}")
-    except (ValueError, OSError) as error:
-        log(f"report not written: {error}")
+    except NO_FAILURE as error:
+        log(f"warning: report not written: {error}")

@@ -72,11 +72,16 @@ class Job:
             self.metrics.write("data", **asdict(report))
             self.metrics.log(f"trained on {report.summary()}")
 
+    def part(self) -> None:
+        """Lets the ranks go their own ways; every rank calls it."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
     def close(self) -> None:
         """Ends the run on all ranks."""
         self.metrics.close()
-        dist.barrier()
-        dist.destroy_process_group()
+        self.part()
 
 
 def prepare(config: Config, phases: Phases) -> Job:

@@ -134,7 +134,7 @@ def loop(job: Job, start: Start, trainer: Trainer) -> TrainState:
     phases.heartbeat(step=state.step, num_steps=num_steps)
     evaluator.before_training(run.model, state.step)
     if job.parallel.is_main:
-        job.metrics.trackers = open_trackers(config)
+        job.metrics.trackers = open_trackers(config, job.metrics.log)
     architecture = job.inputs.model.architecture
     meter = step_meter(
         job.metrics, config.metrics, config.lora, architecture, num_steps, job.parallel

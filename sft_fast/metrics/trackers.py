@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import MetricsConfig
+from sft_fast.errors import first_line
 from sft_fast.metrics.choices import TrackerName
 from sft_fast.redact import redact_values
 
@@ -38,11 +39,20 @@ def check_trackers(metrics: MetricsConfig) -> None:
             )
 
 
-def open_trackers(config: Config) -> list[Tracker]:
-    """Starts the trackers of `metrics.trackers`."""
+def open_trackers(config: Config, log: Callable[[str], None]) -> list[Tracker]:
+    """Starts the trackers of `metrics.trackers`; one that does not start is told to `log`."""
     settings = dict(flat(redact_values(config.model_dump())))
-    metrics, output_dir = config.metrics, config.output_dir
-    return [TRACKERS[name](metrics, output_dir, settings) for name in metrics.trackers]
+    metrics, opened = config.metrics, []
+    for name in metrics.trackers:
+        try:
+            opened.append(TRACKERS[name](metrics, config.output_dir, settings))
+        # A service that is away must not keep a run from going on.
+        except Exception as error:
+            log(
+                f"warning: metrics.trackers: {name} did not start: {first_line(error)}; the run "
+                "goes on without it"
+            )
+    return opened
 
 
 class TensorBoard:

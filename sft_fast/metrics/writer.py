@@ -6,6 +6,7 @@ Only the main rank writes; on the others every method returns at once.
 import contextlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from sft_fast.errors import first_line
 from sft_fast.metrics.format import finite, line
 from sft_fast.packing.steps import StepCounts
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 GIB = 2**30
+MOST_TRACKER_FAILURES = 3
+"""In a row; each may have been waited for."""
 
 
 class StepReason(Enum):
@@ -122,9 +126,14 @@ class MetricsWriter:
         self.is_failing = False
         self.trackers = trackers or []
         self.progress: ProgressLine | None = None
+        self.tracker_failures: dict[int, int] = {}
+        """id of a tracker -> points in a row that it did not take."""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            if is_cut_off(Path(self.file.name)):
+                # What a crash left of a line must not take the next one with it.
+                self.file.write("\n")
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends one record; `kind` names it ("plan", "step", "eval", ...).
@@ -153,8 +162,24 @@ class MetricsWriter:
             for name, value in values.items()
             if isinstance(value, int | float) and name != "step" and math.isfinite(value)
         }
-        for tracker in self.trackers:
-            tracker.log(numbers, values["step"])
+        for tracker in tuple(self.trackers):
+            try:
+                tracker.log(numbers, values["step"])
+                self.tracker_failures.pop(id(tracker), None)
+            # It may raise anything, and only looks on.
+            except Exception as error:
+                self._give_up_if_often(tracker, error)
+
+    def _give_up_if_often(self, tracker: "Tracker", error: Exception) -> None:
+        """Warns of a tracker that failed, and leaves it out after some failures in a row."""
+        failures = self.tracker_failures.get(id(tracker), 0) + 1
+        self.tracker_failures[id(tracker)] = failures
+        is_last = failures == MOST_TRACKER_FAILURES
+        if is_last:
+            self.trackers.remove(tracker)
+        if is_last or failures == 1:
+            end = "; it is left out from now on" if is_last else ""
+            self.log(f"warning: {type(tracker).__name__} took no figures: {first_line(error)}{end}")
 
     def log(self, text: str) -> None:
         """Prints a line on the main rank; a full disk does not stop the run."""
@@ -167,21 +192,43 @@ class MetricsWriter:
             else:
                 print(text, flush=True)
 
+    def draw(self, step: int, figures: dict[str, Any]) -> None:
+        """Draws the progress line anew; a terminal that was closed does not stop the run."""
+        assert self.progress is not None
+        try:
+            self.progress.update(step, figures)
+        except OSError:
+            self.end_progress()
+
     def end_progress(self) -> None:
         """Leaves the line as it is; what is said later is printed below it."""
-        if self.progress is not None:
-            self.progress.close()
-            self.progress = None
+        progress, self.progress = self.progress, None
+        if progress is not None:
+            with contextlib.suppress(OSError):
+                progress.close()
 
     def close(self) -> None:
         """Ends progress line, trackers and file."""
         self.end_progress()
         for tracker in self.trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            # As above.
+            except Exception as error:
+                self.log(f"warning: {type(tracker).__name__} did not end: {first_line(error)}")
         self.trackers = []
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.close()
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether the last line of a file has no end."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 class StepMeter:
@@ -237,8 +284,8 @@ class StepMeter:
         speeds = self.window.speeds(self.peak_flops)
         eta_s = (self.num_steps - step) * (speeds["elapsed_s"] or 0.0)
         figures = {**outcome.figures(), **speeds, "memory_gib": peak_memory_gib(), "eta_s": eta_s}
-        if progress is not None and is_drawn:
-            progress.update(step, figures)
+        if is_drawn:
+            self.writer.draw(step, figures)
         if is_due:
             self.writer.write("step", step=step, **asdict(counts), **figures)
             if progress is None:

@@ -22,6 +22,7 @@ from sft_fast.runtime.run_files import MANIFEST_FILE
 
 TEMPORARY_PREFIX = ".incomplete_"
 REPLACED_PREFIX = ".replaced_"
+MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
 # Fits into a core's cache, so that the file system copies what the hash has just read.
@@ -48,6 +49,10 @@ class FileRecord:
     """Relative to its directory, with slashes."""
     num_bytes: int
     xxh3_128: str
+
+
+class LaterVersionError(ValueError):
+    """A manifest is of a later version than this code knows; what it lists may be whole."""
 
 
 @dataclass(frozen=True)
@@ -262,13 +267,17 @@ def manifest_text(records: dict[str, FileRecord]) -> str:
     """The manifest as JSON, with a checksum of itself."""
     files = {name: [r.num_bytes, r.xxh3_128] for name, r in sorted(records.items())}
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
-    return json.dumps({"version": 1, "files": files, "checksum": checksum}, indent=1) + "\n"
+    return (
+        json.dumps({"version": MANIFEST_VERSION, "files": files, "checksum": checksum}, indent=1)
+        + "\n"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """The files that `folder` must hold.
 
     Raises:
+        LaterVersionError: this code does not know its version.
         ValueError: the manifest is missing, damaged, or names files outside `folder`.
     """
     path = folder / MANIFEST_FILE
@@ -276,9 +285,18 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
+        document = json.loads(text)
+        version = document.get("version")
+        if isinstance(version, int) and version > MANIFEST_VERSION:
+            raise LaterVersionError(
+                f"{path} has format version {version}, this sft_fast reads {MANIFEST_VERSION}; use "
+                "the version that wrote it, or a later one"
+            )
+        files = document["files"]
         records = {name: FileRecord(name, *entry) for name, entry in files.items()}
         is_ours = manifest_text(records) == text
+    except LaterVersionError:
+        raise
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a manifest, found none") from None
     except OSError as error:
@@ -303,9 +321,14 @@ def find_damage(
         part: number of this share of the files.
         num_parts: how many shares there are, so that ranks can divide the work.
         hash_content: False = sizes only.
+
+    Raises:
+        LaterVersionError: this code does not know the version of the manifest.
     """
     try:
         records = read_manifest(folder)
+    except LaterVersionError:
+        raise
     except ValueError as error:
         why = str(error).partition(", found ")[2] or str(error)
         return [Damage(folder / MANIFEST_FILE, "a whole manifest", why)]

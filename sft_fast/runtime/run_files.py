@@ -94,11 +94,11 @@ def read_run(path: Path) -> RunFiles:
         raise ValueError(f"{path} is no run directory: {why_no_run(path)}")
     records = []
     if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
+        for line in metrics.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
-            except ValueError:
-                # The line that is being written, or where a crash cut it off.
+            except (ValueError, RecursionError):
+                # The line that is being written, or where a crash cut it off, or a disk spoiled it.
                 continue
             if isinstance(record, dict) and "kind" in record:
                 records.append(record)

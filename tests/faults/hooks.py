@@ -322,3 +322,17 @@ def no_memory(number: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     before(training, "train_step", fail, int(number))
+
+
+def delete_before_export(path: str) -> None:
+    before(finish, "export_model", pathlib.Path(path).unlink)
+
+
+def draw_forever(_: str) -> None:
+    """Pictures that take longer than any time limit."""
+
+    def draw() -> None:
+        print("drawing", flush=True)
+        time.sleep(3600)
+
+    before(finish, "draw", draw)

@@ -62,6 +62,18 @@ FAULTS = {
     ),
     "F28": ("out of device memory", "phase named, with what to change"),
     "F29": ("soak: saves and random faults without end", "memory and files flat, goodput measured"),
+    "F30": (
+        "SIGUSR1 and SIGHUP to `sft_fast train`, in a slow save too; a terminal that is closed",
+        "saved, status preempted; under nohup it goes on",
+    ),
+    "F31": (
+        "an output directory with files of others; `model.path` in the run's own export",
+        "refused before anything is written, by `check` too",
+    ),
+    "F32": (
+        "a tracker, pictures, metrics.jsonl, the evaluation file or a later manifest fails",
+        "said, and the run goes on; what is finished stays finished",
+    ),
 }
 
 

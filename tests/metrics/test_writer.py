@@ -227,7 +227,7 @@ def test_a_tracker_gets_the_figures_and_the_configuration(
     metrics = {"trackers": [name], "project": "p", "run_name": "r"}
     config = make_config(tmp_path, metrics=metrics)
     check_trackers(config.metrics)
-    writer = MetricsWriter(tmp_path, True, open_trackers(config))
+    writer = MetricsWriter(tmp_path, True, open_trackers(config, print))
     writer.write("eval", step=7, loss=2.0, perplexity=math.nan, name="text")
     writer.write("packing", capacity=3)
     writer.close()
@@ -245,7 +245,7 @@ def test_tensorboard_files_hold_the_figures(tmp_path: Path) -> None:
     from sft_fast.metrics.trackers import open_trackers
 
     config = make_config(tmp_path, metrics={"trackers": ["tensorboard"]})
-    writer = MetricsWriter(tmp_path, True, open_trackers(config))
+    writer = MetricsWriter(tmp_path, True, open_trackers(config, print))
     for step in (1, 2):
         writer.write("step", step=step, loss=2.0 / step)
     writer.close()
@@ -290,3 +290,61 @@ def test_only_the_main_rank_profiles(tmp_path: Path) -> None:
     window = ProfilerWindow(config.metrics, config.output_dir, is_main=False)
     window.before(1)
     assert window.after(1) is None and not list(tmp_path.iterdir())
+
+
+class Failing:
+    """A tracker that raises what no file system does."""
+
+    def __init__(self, fails_at: set[int]) -> None:
+        self.fails_at, self.steps = fails_at, []
+
+    def log(self, values: Any, step: int) -> None:
+        self.steps.append(step)
+        if step in self.fails_at:
+            raise RuntimeError("the service is away")
+
+    def close(self) -> None:
+        raise RuntimeError("still away")
+
+
+@pytest.mark.fault("F32")
+def test_a_tracker_that_fails_is_told_of_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shaky, dead = Failing({1, 3, 4}), Failing(set(range(9)))
+    writer = MetricsWriter(tmp_path, True, [shaky, dead])
+    for step in range(6):
+        writer.write("step", step=step, loss=1.0)
+    writer.close()
+    assert shaky.steps == list(range(6)) and dead.steps == [0, 1, 2]
+    said = capsys.readouterr().out
+    assert said.count("warning: Failing took no figures: the service is away") == 4
+    assert said.count("left out from now on") == 1 and "did not end: still away" in said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.fault("F32")
+def test_a_tracker_that_does_not_start_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_fast.metrics.trackers import open_trackers
+
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    config = make_config(tmp_path, metrics={"trackers": ["wandb"]})
+    assert open_trackers(config, print) == []
+    assert "metrics.trackers: wandb did not start" in capsys.readouterr().out
+
+
+@pytest.mark.fault("F32")
+def test_damaged_lines_of_the_metrics_cost_these_lines_only(tmp_path: Path) -> None:
+    from sft_fast.runtime.run_files import read_run
+
+    path = tmp_path / "metrics.jsonl"
+    deep = b'{"kind": "step", "step": 3, "x": ' + b"[" * 100_000 + b"\n"
+    path.write_bytes(b'{"kind": "step", "step": 1}\n{"kind": "\xff", "step": 2}\n' + deep)
+    with path.open("ab") as file:
+        file.write(b'{"kind": "step", "st')
+    writer = MetricsWriter(tmp_path, True)
+    writer.write("step", step=4)
+    writer.close()
+    assert [record["step"] for record in read_run(tmp_path).of_kind("step")] == [1, 4]

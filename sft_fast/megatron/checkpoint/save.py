@@ -28,6 +28,7 @@ from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.runtime.manifest import (
     REPLACED_PREFIX,
     TEMPORARY_PREFIX,
+    LaterVersionError,
     StagedDirectory,
     agree,
     remove_directory,
@@ -227,7 +228,7 @@ class CheckpointWriter:
         """
         newest = checkpoint_path(self.folder, step)
         until = [path for path in list_checkpoints(self.folder) if path.name <= newest.name]
-        whole = [path for path in until if not quick_damage(path)]
+        whole = [path for path in until if is_ours(path)]
         best = checkpoint_path(self.folder, best_step) if self.config.keep_best else None
         for old in whole[: -self.config.keep_last]:
             if old == best:
@@ -236,6 +237,14 @@ class CheckpointWriter:
                 remove_directory(old)
             except OSError as error:
                 self.warnings.append(f"warning: {old} could not be deleted: {error}")
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether it looks whole; one of a later version is not this run's to delete."""
+    try:
+        return not quick_damage(checkpoint)
+    except LaterVersionError:
+        return False
 
 
 def remove_leftovers(folder: Path) -> None:
