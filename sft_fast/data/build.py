@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +32,8 @@ from sft_fast.data.sample_maker import (
     make_all,
 )
 from sft_fast.data.source import Source
-from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
+from sft_fast.data.store import DataReport, StoreWriter, TokenStore
+from sft_fast.data.store_check import open_whole, store_path
 from sft_fast.data.tokenizer import tokenizer_digest
 from sft_fast.registry import SFT
 
@@ -146,17 +146,12 @@ def prepare_store(
     A damaged store is built anew. Arguments and errors are those of `build_store`.
     """
     fingerprint, _ = store_fingerprint(source, tokenizer, options)
-    path = Path(cache_dir) / fingerprint
-    if path.exists():
-        try:
-            store = open_store(path)
-        except ValueError:
-            shutil.rmtree(path)
-        else:
-            # Where the records are kept is no part of the fingerprint.
-            store.report.left_out = list(source.records.left_out)
-            check_store(store, options)
-            return store
+    path = store_path(cache_dir, fingerprint)
+    if (store := open_whole(path, progress)) is not None:
+        # Where the records are kept is no part of the fingerprint.
+        store.report.left_out = list(source.records.left_out)
+        check_store(store, options)
+        return store
     return build_store(source, tokenizer, options, path, processes=processes, progress=progress)
 
 
@@ -182,12 +177,17 @@ def build_store(
 
     Raises:
         ValueError: records that cannot be used or are too long, where the options say "error"; more
-            of them than `max_rejected`; or none is left. The message names file:line.
+            of them than `max_rejected`; or none is left. The message names file:line. Or the files
+            changed while they were read.
     """
     fingerprint, parts = store_fingerprint(source, tokenizer, options)
     with StoreWriter(path) as writer:
-        builder = _Builder(source, tokenizer, options, writer, progress)
-        store = writer.commit(fingerprint, parts, builder.run(processes))
+        report = _Builder(source, tokenizer, options, writer, progress).run(processes)
+        if source.records.content_digest() != parts["source"]:
+            raise ValueError(
+                f"{source.records.name} changed while it was read; start again when it is complete"
+            )
+        store = writer.commit(fingerprint, parts, report)
     check_store(store, options)
     return store
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +14,8 @@ import xxhash
 
 from sft_fast.data.build import BuildOptions, Progress, prepare_store
 from sft_fast.data.source import Source
-from sft_fast.data.store import DataReport, StoreWriter, TokenStore, open_store
+from sft_fast.data.store import DataReport, StoreWriter, TokenStore
+from sft_fast.data.store_check import open_whole, store_path
 from sft_fast.data.targets import members, sample_hash
 
 if TYPE_CHECKING:
@@ -56,12 +56,9 @@ def prepare_mixture(
         ]
     }
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
-    path = Path(cache_dir) / fingerprint
-    if path.exists():
-        try:
-            return open_store(path)
-        except ValueError:
-            shutil.rmtree(path)
+    path = store_path(cache_dir, fingerprint)
+    if (mixture := open_whole(path, progress)) is not None:
+        return mixture
     size = options.group_size
     counts = sample_counts([store.num_samples // size for store in stores], shares)
     with StoreWriter(path) as writer:

@@ -124,6 +124,10 @@ class Records:
 
     @cached_property
     def digest(self) -> str:
+        """`content_digest` when it was first asked for."""
+        return self.content_digest()
+
+    def content_digest(self) -> str:
         """xxh3_128 of the content and of the selected records, whatever the files are called."""
         chosen = self._selection or "" if self._share is None else f"{self._selection}{self._share}"
         hasher = xxhash.xxh3_128(chosen.encode())

@@ -8,7 +8,8 @@ A store is a directory:
     lengths.*.bin      column [N]            tokens of each sample
     lines.*.bin        column [N]            line of each sample's record, as the step from the last
     rejected.jsonl     the records that were dropped or truncated: file, line, reason, message
-    meta.json          version, fingerprint and what it was made of, sizes, files, report
+    meta.json          version, fingerprint and what it was made of, sizes and hashes of the arrays,
+                       files, report, and a checksum of these lines
 
 That is 4.125 bytes a token and, for the two columns (columns.py), 0.25 to 3.25 bytes a sample as a
 rule: at most 1.1 times the ids from 12 tokens a sample on, weights aside.
@@ -21,9 +22,7 @@ import logging
 import os
 import re
 import shutil
-import socket
 import tempfile
-import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -37,14 +36,18 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import psutil
+import xxhash
 
 from sft_fast.constants import ceil_div
 from sft_fast.data.columns import BLOCK_DTYPE, Column
 from sft_fast.data.targets import count_targets
+from sft_fast.files import sync_folder
+from sft_fast.runtime.processes import process_space
+from sft_fast.runtime.run_lock import file_system_time
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 MOST_REJECTED = 10_000
 FLUSH_TOKENS = 1 << 20
 """Tokens collected in memory before they are written; a multiple of 8."""
@@ -259,19 +262,10 @@ def open_store(path: str | Path) -> TokenStore:
 
     Raises:
         ValueError: there is no complete store of this version at `path`.
+        OSError: the disk does not answer; that says nothing of the store.
     """
     path = Path(path)
-    try:
-        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} is no token store: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path / META_FILE} is damaged: {error}; delete {path}") from error
-    if meta.get("version") != STORE_VERSION:
-        raise ValueError(
-            f"the token store {path} has version {meta.get('version')}, expected {STORE_VERSION}; "
-            "delete it and it is built anew"
-        )
+    meta = read_meta(path)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name in meta["bytes"]:
         file = path / f"{name}.bin"
@@ -286,6 +280,34 @@ def open_store(path: str | Path) -> TokenStore:
         # An empty file cannot be mapped.
         arrays[name] = np.memmap(file, dtype, "r") if expected else np.zeros(0, dtype)
     return TokenStore(path, meta, arrays)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The content of meta.json; raises as `open_store`."""
+    file = path / META_FILE
+    try:
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{path} is no token store: {error}") from error
+    try:
+        meta = json.loads(text)
+        version, checksum = meta["version"], meta.pop("checksum", None)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}; delete {path}") from error
+    if version != STORE_VERSION:
+        raise ValueError(
+            f"the token store {path} has version {version}, expected {STORE_VERSION}; "
+            "delete it and it is built anew"
+        )
+    if checksum != meta_checksum(meta):
+        raise ValueError(f"{file} is damaged: its checksum is another; delete {path}")
+    assert isinstance(meta, dict)
+    return meta
+
+
+def meta_checksum(meta: Mapping[str, Any]) -> str:
+    """xxh3_128 of what meta.json says."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
 class StoreWriter:
@@ -308,7 +330,7 @@ class StoreWriter:
             raise ValueError(f"{self._path} exists; a token store is written to a new directory")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead_builds(self._path.parent)
-        prefix = f".building-{socket.gethostname()}-{os.getpid()}-"
+        prefix = f".building-{_own_space()}-{os.getpid()}-"
         self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._path.parent))
         self._open_files = ExitStack()
         enter = self._open_files.enter_context
@@ -320,6 +342,7 @@ class StoreWriter:
         self._num_pending = 0
         self._num_written = 0
         self._weight_file: BinaryIO | None = None
+        self._hashers = {name: xxhash.xxh3_128() for name in ARRAYS}
         self._pending_weights: list[npt.NDArray[np.float16]] = []
         self._lengths = array("I")
         self._lines = array("I")
@@ -398,12 +421,13 @@ class StoreWriter:
             "lengths": np.frombuffer(self._lengths, np.uint32),
             "lines": (steps + STEP_BIAS).astype(np.uint32),
         }
-        for name, values in columns.items():
-            column = Column.of(values)
-            column.blocks.tofile(self._folder / f"{name}.blocks.bin")
-            column.data.tofile(self._folder / f"{name}.data.bin")
+        for name, numbers in columns.items():
+            column = Column.of(numbers)
+            for part, values in (("blocks", column.blocks), ("data", column.data)):
+                with (self._folder / f"{name}.{part}.bin").open("wb") as file:
+                    self._append(file, f"{name}.{part}", values)
         self._open_files.close()
-        meta = {
+        meta: dict[str, Any] = {
             "version": STORE_VERSION,
             "fingerprint": fingerprint,
             "parts": dict(parts),
@@ -413,10 +437,12 @@ class StoreWriter:
                 for name in ARRAYS
                 if name != "weights" or self._weight_file is not None
             },
-            "files": self._files,
+            "files": [[first, name] for first, name in self._files],
             "report": asdict(report),
         }
-        text = json.dumps(meta, indent=1, ensure_ascii=False)
+        meta["xxh3_128"] = {name: self._hashers[name].hexdigest() for name in meta["bytes"]}
+        # Escapes: a file name may be no UTF-8.
+        text = json.dumps(meta | {"checksum": meta_checksum(meta)}, indent=1)
         (self._folder / META_FILE).write_text(text, encoding="utf-8")
         for file_path in self._folder.iterdir():
             _sync(file_path)
@@ -438,15 +464,21 @@ class StoreWriter:
         tokens = np.concatenate(self._pending_tokens)
         bits = np.concatenate(self._pending_bits)
         count = len(tokens) if last else len(tokens) // 8 * 8
-        tokens[:count].tofile(self._token_file)
-        np.packbits(bits[:count], bitorder="little").tofile(self._bit_file)
+        self._append(self._token_file, "tokens", tokens[:count])
+        packed = np.packbits(bits[:count], bitorder="little")
+        self._append(self._bit_file, "supervised", packed)
         self._pending_tokens, self._pending_bits = [tokens[count:]], [bits[count:]]
         self._num_pending = len(tokens) - count
         self._num_written += count
         if self._weight_file is not None:
             weights = np.concatenate(self._pending_weights)
-            weights[:count].tofile(self._weight_file)
+            self._append(self._weight_file, "weights", weights[:count])
             self._pending_weights = [weights[count:]]
+
+    def _append(self, file: BinaryIO, name: str, values: npt.NDArray[Any]) -> None:
+        """Writes and hashes the next part of an array."""
+        self._hashers[name].update(np.ascontiguousarray(values).view(np.uint8).data)
+        values.tofile(file)
 
     def _start_weights(self) -> None:
         """Opens the file of weights, with 1 for every token that came before."""
@@ -456,7 +488,7 @@ class StoreWriter:
         remaining = self._num_written
         while remaining:
             count = min(remaining, FLUSH_TOKENS)
-            np.ones(count, np.float16).tofile(self._weight_file)
+            self._append(self._weight_file, "weights", np.ones(count, np.float16))
             remaining -= count
         self._pending_weights = [np.ones(self._num_pending, np.float16)]
 
@@ -491,15 +523,22 @@ class RejectedList:
             self._room = 0
 
 
+def _own_space() -> str:
+    """A short name of the processes that this one can see by their ids."""
+    return xxhash.xxh3_64_hexdigest(process_space().encode())
+
+
 def _remove_dead_builds(folder: Path) -> None:
     """Removes the temporary directories of builds whose process is gone."""
     for path in folder.glob(".building-*"):
         match = re.fullmatch(r"\.building-(.*)-(\d+)-[^-]*", path.name)
-        if match and match[1] == socket.gethostname():
+        if match and match[1] == _own_space():
             is_dead = not psutil.pid_exists(int(match[2]))
         else:
             try:
-                is_dead = time.time() - path.stat().st_mtime > OLD_BUILD_SECONDS
+                # Whoever builds writes to its files.
+                written = max(part.stat().st_mtime for part in (path, *path.iterdir()))
+                is_dead = file_system_time(folder) - written > OLD_BUILD_SECONDS
             except FileNotFoundError:
                 # Its own process was faster.
                 continue
@@ -509,8 +548,8 @@ def _remove_dead_builds(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Forces a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if path.is_dir():
+        sync_folder(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

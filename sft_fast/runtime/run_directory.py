@@ -15,7 +15,7 @@ SHOWN_NAMES = 3
 # Behind them nobody keeps what a run would replace: what is printed often goes to such a file.
 LOG_SUFFIXES = (".log", ".out", ".err")
 # A token store, one that is being built, the records that were left out.
-STORE_NAME = re.compile(r"[0-9a-f]{32}(\..*)?|\.building-.*")
+STORE_NAME = re.compile(r"[0-9a-f]{32}-\d+(\..*)?|\.(building|damaged)-.*")
 
 
 def claim(folder: Path) -> None:
