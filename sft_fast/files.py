@@ -1,12 +1,19 @@
 """Files that are read and written whole: JSON objects, and files that appear in one step."""
 
 import contextlib
+import errno
 import json
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
+"""How file systems say that they have no hard links."""
+
+NO_FOLDER_SYNC = (*NO_LINKS, errno.EBADF, errno.EISDIR, errno.EACCES)
+"""How file systems say that a directory cannot be synced."""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -44,3 +51,45 @@ def write_atomically(path: Path, mode: int = 0o666) -> Iterator[TextIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_first(path: Path, text: str) -> bool:
+    """Writes a UTF-8 text file that does not exist yet; False where it does.
+
+    Of several processes one succeeds. Where the file system has links nobody sees a part of it.
+    """
+    temporary = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _write_first_in_place(path, text)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_first_in_place(path: Path, text: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def sync_folder(path: Path) -> None:
+    """Writes a directory's entries through to the disk, where its file system can (fsync)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise

@@ -139,7 +139,11 @@ def launch(tmp_path: Path, ends: str) -> subprocess.Popen[str]:
     ("ends", "code", "said"),
     [
         ("print('error: mine', file=sys.stderr); sys.exit(2)", 2, "error: mine\n"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: rank 1 was ended by SIGKILL\n"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            1,
+            "error: rank 1 was ended by SIGKILL: by someone, or by the system for want of memory\n",
+        ),
     ],
 )
 def test_what_a_failing_rank_says_is_the_last_word(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,7 +18,7 @@ from sft_fast.config.layout import check_world_size
 from sft_fast.config.sections import ParallelConfig, TrainConfig
 from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
-from sft_fast.runtime.processes import start_of
+from sft_fast.runtime.processes import is_gone, process_space, start_of
 
 logger = logging.getLogger(__name__)
 SHORTEST_PAUSE_S = 0.02
@@ -200,7 +199,8 @@ def once_per_node(name: str, work: Callable[[Progress], Path], log: Progress = l
         log(text)
         store.set(f"{key}/progress", text)
 
-    store.set(f"{key}/worker", " ".join(map(str, this_process())))
+    worker = (os.getpid(), start_of(os.getpid()), process_space())
+    store.set(f"{key}/worker", " ".join(map(str, worker)))
     try:
         result = work(report)
     except BaseException as error:
@@ -221,10 +221,10 @@ def wait_for_node(store: dist.Store, key: str, name: str) -> Path:
                 shown = text
                 logger.info("waiting for %s: %s", name, text)
         if store.check([f"{key}/worker"]):
-            worker = store.get(f"{key}/worker").decode().split()
-            if is_gone(*worker) and not store.check([key]):
+            pid, started, space = store.get(f"{key}/worker").decode().split()
+            if is_gone(int(pid), float(started), space) and not store.check([key]):
                 raise ValueError(
-                    f"{name}: process {worker[0]}, which prepares it for this node, has ended "
+                    f"{name}: process {pid}, which prepares it for this node, has ended "
                     "without a word; it was killed, by the system perhaps for want of memory"
                 )
         time.sleep(pause_s)
@@ -255,23 +255,3 @@ def check_equal_on_all_ranks(name: str, value: str) -> None:
             f"{name}: rank {dist.get_rank()} on {socket.gethostname()} has {value}, rank 0 has "
             f"{expected}; give all nodes the same files and versions"
         )
-
-
-def this_process() -> tuple[int, float, str]:
-    """Process id, time of its start, and the namespace of process ids, where there are several."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = "-"
-    return os.getpid(), start_of(os.getpid()), namespace
-
-
-def is_gone(pid: str, started: str, namespace: str) -> bool:
-    """Whether a process, as `this_process` describes it, is known to have ended."""
-    if namespace != this_process()[2]:
-        return False
-    try:
-        is_zombie = psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
-        return is_zombie or start_of(int(pid)) != float(started)
-    except psutil.NoSuchProcess:
-        return True

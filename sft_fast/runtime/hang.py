@@ -8,12 +8,11 @@ one tensor after the other. Other phases have no limit.
 import contextlib
 import faulthandler
 import json
-import socket
 import time
 from typing import Any
 
 from sft_fast.runtime.launch_files import LaunchFiles
-from sft_fast.runtime.processes import is_stopped
+from sft_fast.runtime.processes import is_stopped, process_space
 
 # The first step compiles kernels; a tensor may be large, and far away.
 FIRST_STEP_FACTOR = LOADING_FACTOR = 10
@@ -101,11 +100,9 @@ class HangDetector:
     def suspects(self) -> str:
         """The ranks that are stopped, silent or behind, as text."""
         figure = "tensors" if self.is_loading else "step"
-        now, peers = time.time(), self.files.peers()
-        limit_s = 3 * self.files.publish_every_s
-        silent = [rank for rank, peer in peers if now - peer["time"] > limit_s]
-        host = socket.gethostname()
-        stopped = [r for r, peer in peers if peer["host"] == host and is_stopped(peer["pid"])]
+        peers, space = self.files.peers(), process_space()
+        silent = self.files.silent_peers(3 * self.files.publish_every_s)
+        stopped = [r for r, peer in peers if peer.get("space") == space and is_stopped(peer["pid"])]
         if stopped:
             return f"ranks that are stopped by a signal: {sorted(stopped)}"
         if silent:

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+import xxhash
 
-from sft_fast.files import read_json, write_json
-from sft_fast.runtime.processes import is_alive
+from sft_fast.files import read_json, write_first, write_json
+from sft_fast.runtime.processes import age_of, is_alive, process_space, start_of
+from sft_fast.runtime.run_lock import file_system_time
 
 PUBLISH_S = 2.0
 RANKS_THAT_WRITE_PER_S = 50
@@ -48,9 +50,9 @@ class LaunchFiles:
         self.launch, self.job = launch_name()
         self.folder = output / ".launch" / self.launch
         self.parent = os.getppid()
-        self.started = self.launched = time.time()
-        if "TORCHELASTIC_RUN_ID" in env:
-            self.launched = psutil.Process(self.parent).create_time()
+        self.started = time.time()
+        is_launched = "TORCHELASTIC_RUN_ID" in env
+        self.launched_ago_s = age_of(self.parent) if is_launched else 0.0
         self.phase = "start"
         self.progress: dict[str, Any] = {}
         self.stale: dict[str, dict[str, Any]] = {}
@@ -59,9 +61,11 @@ class LaunchFiles:
     def open(self) -> None:
         """Makes the launch's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # By the clock of the file system: those of the machines may differ.
+        launched = file_system_time(self.folder) - self.launched_ago_s
         for name in ANNOUNCEMENTS:
             record = read_json(self.folder / name)
-            if record is not None and record["time"] < self.launched:
+            if record is not None and written_at(self.folder / name) < launched:
                 self.stale[name] = record
 
     def tidy(self) -> None:
@@ -70,9 +74,10 @@ class LaunchFiles:
         # What a kill left between writing a file and giving it its name.
         for pattern in HALF_WRITTEN:
             old += self.output.glob(pattern)
+        now = file_system_time(self.output)
         for path in old:
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime >= self.started - OLD_LAUNCH_S:
+                if path.stat().st_mtime >= now - OLD_LAUNCH_S:
                     continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -89,6 +94,7 @@ class LaunchFiles:
             "rank": self.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "space": process_space(),
             "parent": self.parent,
             "phase": self.phase,
             "time": time.time(),
@@ -111,17 +117,13 @@ class LaunchFiles:
 
     def announce(self, name: str, record: dict[str, Any]) -> bool:
         """Makes the file `name`; False where another rank was first."""
-        path, temporary = self.folder / name, self.folder / f".{name}_{self.rank}"
+        path = self.folder / name
         try:
             if self.stale.get(name) is not None and read_json(path) == self.stale[name]:
                 path.unlink(missing_ok=True)
-            write_json(temporary, record)
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
+            return write_first(path, json.dumps(record, indent=2))
         except OSError:
             return True  # a full disk must not hide the failure
-        return True
 
     # --- the others
 
@@ -143,12 +145,18 @@ class LaunchFiles:
         records = [(int(path.stem.removeprefix("rank_")), read_json(path)) for path in paths]
         return [(rank, peer) for rank, peer in records if peer is not None and rank != self.rank]
 
+    def silent_peers(self, limit_s: float) -> list[int]:
+        """The ranks whose records are older than this rank's by `limit_s` or more."""
+        now = written_at(self.path_of(self.rank))
+        ages = {rank: now - written_at(self.path_of(rank)) for rank, _ in self.peers()}
+        return [rank for rank, age in ages.items() if age > limit_s]
+
     def meet(self) -> None:
         """Remembers the ranks on this machine that have the same parent process."""
         for rank in sorted(self.unmet):
             peer = read_json(self.path_of(rank))
             # A file of an earlier start has another parent.
-            if peer is not None and peer["parent"] == self.parent:
+            if peer is not None and peer.get("parent") == self.parent:
                 self.met[rank] = peer
                 self.unmet.remove(rank)
 
@@ -164,11 +172,27 @@ class LaunchFiles:
 
 
 def launch_name() -> tuple[str, str]:
-    """(name of this start of all ranks, name of the job that its restarts share)."""
+    """(name of this start of all ranks, name of the job that its restarts share).
+
+    All ranks give the same first name. The second is rank 0's alone; torchrun calls a job "none"
+    unless it is told a name, so there it is the launcher that makes the job.
+    """
     env = os.environ
-    if "TORCHELASTIC_RUN_ID" not in env:
-        own = f"process-{os.getpid()}"
-        return own, own
-    job = f"{env['TORCHELASTIC_RUN_ID']}-{env.get('MASTER_PORT', '')}"
-    job = re.sub(r"[^\w.-]", "_", job, flags=re.ASCII)
-    return f"{job}-attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", job
+    is_launched = "TORCHELASTIC_RUN_ID" in env
+    pid = os.getppid() if is_launched else os.getpid()
+    process = f"{xxhash.xxh3_64_hexdigest(process_space().encode())}-{pid}-{start_of(pid):.0f}"
+    if not is_launched:
+        return f"process-{process}", f"process-{process}"
+    run = env["TORCHELASTIC_RUN_ID"]
+    name = f"{run}-{env.get('MASTER_ADDR', '')}-{env.get('MASTER_PORT', '')}"
+    name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+    launch = f"{name}-attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return launch, name if run != "none" else f"{name}-{process}"
+
+
+def written_at(path: Path) -> float:
+    """When a file was written, by the clock of its file system; 0 where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -26,6 +26,11 @@ from sft_fast.runtime.signals import wanted_signals
 
 # They repeat that a rank failed, and that a signal has come.
 TORCHRUN_LOGGERS = ("multiprocessing.api", "agent.server.api")
+HINTS: dict[int, str] = {
+    signal.SIGBUS: ": a file that it reads from memory became shorter, or its disk does not answer "
+    "(token store in data.cache_dir, weights in model.path)",
+    signal.SIGKILL: ": by someone, or by the system for want of memory",
+}
 
 
 class SignalRelay:
@@ -94,6 +99,7 @@ def main(run_dir: Path, arguments: list[str], debug: bool = False) -> int:
             ended = f"rank {rank} ended with exit code {failure.exitcode}"
             if failure.exitcode < 0:
                 ended = f"rank {rank} was ended by {failure.signal_name()}"
+                ended += HINTS.get(-failure.exitcode, "")
             say(f"error: {recorded_failure(run_dir, began) or ended}")
         return max(failure.exitcode, FAILED)
     except SignalException as error:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import xxhash
 
+from sft_fast.files import sync_folder
 from sft_fast.runtime.run_files import MANIFEST_FILE
 
 TEMPORARY_PREFIX = ".incomplete_"
@@ -104,6 +105,9 @@ def hash_file(path: Path, name: str) -> FileRecord:
 
 def sync(path: Path) -> None:
     """Writes a file's content, or a directory's entries, through to the disk (fsync)."""
+    if path.is_dir():
+        sync_folder(path)
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,8 +2,11 @@
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -27,6 +30,39 @@ def start_of(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
     return float(fields[19])
+
+
+@cache
+def process_space() -> str:
+    """Names the processes that this one can see by their ids: a kernel since its boot, and in it a
+    namespace. Containers and virtual machines may have one host name, but not this."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{os.uname().nodename}/{psutil.boot_time():.0f}"
+
+
+def is_gone(pid: int, started: float, space: str) -> bool:
+    """Whether a process is known to have ended; one of another `process_space` is not."""
+    if space != process_space():
+        return False
+    try:
+        return not is_alive(pid) or start_of(pid) != started
+    except psutil.NoSuchProcess:
+        return True
+
+
+def age_of(pid: int) -> float:
+    """Seconds since a process started, whatever happened to the clock; suspension counts.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    if sys.platform != "linux":
+        return time.time() - psutil.Process(pid).create_time()
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_of(pid) / ticks_per_s
 
 
 def is_alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ from sft_fast.runtime.launch_files import LaunchFiles
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.processes import end_children
 from sft_fast.runtime.run_directory import claim
-from sft_fast.runtime.run_lock import HEARTBEAT_S, RunLock
+from sft_fast.runtime.run_lock import HEARTBEAT_S, STALE_S, RunLock
 from sft_fast.runtime.signals import SIGNALS, SignalPipe
 
 POLL_S = 0.25
@@ -67,6 +67,11 @@ class Watchdog:
         self.leave_at = math.inf
         self.interrupted_at = -math.inf
         self.lock: RunLock | None = None
+        self.next_publish = self.next_lock = self.next_look = 0.0
+        self.heard = b""
+        """The signals that came last."""
+        self.told: set[str] = set()
+        """Warnings of the thread itself."""
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self.run, name="sft_fast watchdog", daemon=True)
 
@@ -79,7 +84,10 @@ class Watchdog:
         """
         claim(self.output)
         if self.rank == 0:
-            self.lock = RunLock(self.output, self.files.job)
+            # The lock of a rank 0 that was killed elsewhere, for a restart on other machines.
+            is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            patience_s = STALE_S + HEARTBEAT_S if is_restart else 0.0
+            self.lock = RunLock(self.output, self.files.job, patience_s)
             self.files.tidy()
         self.files.open()
         status = read_json(self.output / "status.json") or {}
@@ -155,29 +163,58 @@ class Watchdog:
 
     def run(self) -> None:
         """The thread's loop: publishes, renews the lock, answers signals, looks for hangs."""
-        next_publish = next_lock = next_look = 0.0
+        duties = (
+            self.handle_signals,
+            self.publish,
+            self.keep_lock,
+            self.look_at_others,
+            self.look_for_triggers,
+            self.look_for_hang,
+        )
         while not self.is_closed.is_set():
-            now = time.monotonic()
-            if now >= next_publish:
-                next_publish = now + self.files.publish_every_s
-                self.files.publish("running")
-                self.hang.guard_against_stuck_interpreter()
-                if self.rank == 0 and not self.phases.is_unconfirmed:
-                    self.files.write_status("stopping" if self.phases.stop_requested else "running")
-            if self.lock is not None and now >= next_lock:
-                next_lock = now + HEARTBEAT_S
-                if not self.lock.renew():
-                    cause = "the lock of output_dir was taken by another job"
-                    self.fail(cause)
-                    self.leave("failed", FAILED, cause)
-            signals = self.signals.wait(POLL_S)
-            if signals or now >= next_look:
-                # A shared file system should not feel a large job.
-                next_look = now + self.files.world_size / RANKS_THAT_LOOK_PER_S
-                self.follow_others()
-            self.handle_signals(signals)
-            self.look_for_triggers()
-            self.look_for_hang()
+            self.heard = self.signals.wait(POLL_S)
+            for duty in duties:
+                self.attempt(duty)
+
+    def attempt(self, duty: Callable[[], None]) -> None:
+        """Does one of the thread's duties; whatever becomes of it, the others are still done."""
+        try:
+            duty()
+        # Without this thread nobody answers signals, renews the lock or sees a hang.
+        except Exception as error:
+            text = f"rank {self.rank}: warning: the watchdog met {type(error).__name__}: {error}"
+            if text not in self.told:
+                self.told.add(text)
+                log(text)
+
+    def publish(self) -> None:
+        """Says how far this rank is, when it is time to."""
+        now = time.monotonic()
+        if now < self.next_publish:
+            return
+        self.next_publish = now + self.files.publish_every_s
+        self.files.publish("running")
+        self.hang.guard_against_stuck_interpreter()
+        if self.rank == 0 and not self.phases.is_unconfirmed:
+            self.files.write_status("stopping" if self.phases.stop_requested else "running")
+
+    def keep_lock(self) -> None:
+        """Renews the lock, when it is time to."""
+        now = time.monotonic()
+        if self.lock is None or now < self.next_lock:
+            return
+        self.next_lock = now + HEARTBEAT_S
+        if not self.lock.renew():
+            cause = "the lock of output_dir was taken by another job"
+            self.fail(cause)
+            self.leave("failed", FAILED, cause)
+
+    def look_at_others(self) -> None:
+        """Follows the others, when it is time to look; a shared file system should not feel it."""
+        now = time.monotonic()
+        if self.heard or now >= self.next_look:
+            self.next_look = now + self.files.world_size / RANKS_THAT_LOOK_PER_S
+            self.follow_others()
 
     def follow_others(self, patient: bool = True) -> None:
         """Ends this process when another rank failed, left, or died without a record.
@@ -203,10 +240,10 @@ class Watchdog:
             self.fail(cause, peer["phase"], **facts)
             self.leave("failed", FAILED, cause)
 
-    def handle_signals(self, signals: bytes) -> None:
+    def handle_signals(self) -> None:
         """Asks the run to stop, or leaves at once at a second Ctrl-C."""
         now = time.monotonic()
-        for number in signals:
+        for number in self.heard:
             if number not in SIGNALS:
                 continue
             name = signal.Signals(number).name

@@ -74,6 +74,14 @@ FAULTS = {
         "a tracker, pictures, metrics.jsonl, the evaluation file or a later manifest fails",
         "said, and the run goes on; what is finished stays finished",
     ),
+    "F33": (
+        "jobs, containers and builds of one name; a spoiled or deleted lock; no links on the disk",
+        "told apart; the lock is written again, the watchdog lives, nobody's files are taken",
+    ),
+    "F34": (
+        "a token store with flipped bits, on a failing disk, or of rows that grow meanwhile",
+        "file named and the store built anew; nothing is deleted for a disk that does not answer",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from rank_pool import RankPool
-from sft_fast.runtime.processes import start_of
+from sft_fast.runtime.processes import process_space, start_of
 
 KEY = "sft_fast/0/the store/0"
 
@@ -105,11 +105,9 @@ def test_a_failure_of_any_kind_reaches_the_others(
 
 @pytest.mark.fault("F26")
 def test_a_killed_worker_is_noticed(store: dist.Store) -> None:
-    from sft_fast.megatron.parallel import this_process
-
     worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = start_of(worker.pid)
-    store.set(f"{KEY}/worker", f"{worker.pid} {started} {this_process()[2]}")
+    store.set(f"{KEY}/worker", f"{worker.pid} {started} {process_space()}")
     waiter = Waiter(store)
     waiter.join(0.2)
     assert waiter.is_alive()
