@@ -91,6 +91,9 @@ def run(parsed: argparse.Namespace) -> None:
     if processes > 1:
         # torchrun would set 1, and print a warning about it.
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    if nodes != "1":
+        place = given["--rdzv-endpoint"] or given["--master-addr"] or "its default address"
+        print(f"meeting the other machines ({nodes} in all) at {place}", file=sys.stderr)
     sys.stdout.flush()
     # In place of this process, so that signals reach torchrun.
     os.execv(sys.executable, command)

@@ -6,6 +6,7 @@ JSON, not pickles.
 
 import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -15,17 +16,34 @@ _answers: dict[str, str] = {}
 """Topic -> key of rank 0's last answer; the store would keep one for every save of a run."""
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Who shares a store."""
+
+    store: dist.Store
+    rank: int
+    """This one."""
+    world_size: int
+
+    @classmethod
+    def of_process_group(cls) -> "Ranks":
+        """The ranks that have joined the default process group."""
+        store = dist.distributed_c10d._get_default_store()
+        return cls(store, dist.get_rank(), dist.get_world_size())
+
+
 class StoreExchange:
     """One conversation among all ranks; see manifest.Exchange."""
 
-    def __init__(self, topic: str, timeout_s: float):
+    def __init__(self, topic: str, timeout_s: float, ranks: "Ranks | None" = None):
         """
         Args:
             topic: what it is about, the same on every rank; may be used again later.
             timeout_s: how long a rank waits for the others.
+            ranks: who takes part; None = those of the process group.
         """
-        self.store = dist.distributed_c10d._get_default_store()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        ranks = ranks or Ranks.of_process_group()
+        self.store, self.rank, self.world_size = ranks.store, ranks.rank, ranks.world_size
         serial = self.store.add(f"sft_fast/{topic}/{self.rank}", 1)
         self.subject = topic
         self.topic, self.timeout_s = f"sft_fast/{topic}/{serial}", timeout_s
@@ -39,10 +57,10 @@ class StoreExchange:
             values = [json.loads(self.wait_for(key)) for key in keys]
             self.store.set(f"{topic}/all", json.dumps(values))
             # Whoever says something new has read the last answer.
-            for key in (*keys, _answers.pop(self.subject, None)):
-                if key is not None:
-                    self.store.delete_key(key)
-            _answers[self.subject] = f"{topic}/all"
+            last, new = _answers.get(self.subject), f"{topic}/all"
+            for key in (*keys, *([last] if last not in (None, new) else [])):
+                self.store.delete_key(key)
+            _answers[self.subject] = new
             return values
         return json.loads(self.wait_for(f"{topic}/all"))
 

@@ -1,5 +1,6 @@
 """What a run is made of before there is a model: ranks, data, plan, and where it speaks."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from sft_fast.config.schema import Config
 from sft_fast.megatron.checkpoint.fingerprint import run_fields
+from sft_fast.megatron.join import agree, check_is_shared, settings
 from sft_fast.megatron.load_inputs import ExportSource, Inputs, read_inputs
 from sft_fast.megatron.lora import adapter_fingerprint
 from sft_fast.megatron.parallel import Parallel, init_parallel
@@ -88,10 +90,12 @@ def prepare(config: Config, phases: Phases) -> Job:
     """Joins the ranks, reads the inputs, and plans which samples make a step.
 
     Raises:
-        ValueError: the config does not fit the data, the model or the world size.
+        ValueError: the config does not fit the data, the model or the world size, or the machines
+            disagree about one of them.
     """
     phases.enter("join", can_leave=True)
-    parallel = init_parallel(config.parallel, config.train, config.seed)
+    parallel = init_parallel(config.parallel, config.train, config.seed, settings(config))
+    check_is_shared(Path(config.output_dir), config.parallel.timeout_minutes * 60)
     check_trackers(config.metrics)
     metrics = MetricsWriter(Path(config.output_dir), parallel.is_main)
     metrics.log(parallel.describe())
@@ -108,8 +112,9 @@ def prepare(config: Config, phases: Phases) -> Job:
         architecture,
         stage_of(config).group_size,
     )
-    adapters = adapter_fingerprint(config.lora, architecture, inputs.model.weights)
+    adapters = adapter_fingerprint(config.lora, inputs.model.weights)
     fields = run_fields(
         config.model, config.seed, inputs.store, inputs.tokenizer, plan, architecture, adapters
     )
+    agree("inputs", fields, math.inf)
     return Job(config, phases, parallel, metrics, inputs, plan, fields)

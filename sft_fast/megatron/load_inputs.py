@@ -1,6 +1,7 @@
 """What a run starts from: tokenizer, token stores, architecture and weights."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,8 @@ from sft_fast.megatron.hf import (
     SafetensorsSource,
     WeightSource,
 )
-from sft_fast.megatron.parallel import check_equal_on_all_ranks, once_per_node
+from sft_fast.megatron.join import agree
+from sft_fast.megatron.parallel import once_per_node
 from sft_fast.models.architecture import Architecture, architecture_to_hf, read_hf_config
 from sft_fast.models.hub import local_folder
 from sft_fast.models.locate import (
@@ -239,7 +241,7 @@ def read_stream(
     held_out = eval_store if config.data.eval_overlap == "error" else None
     rejected = Path(config.output_dir) / REJECTED_FILE if dist.get_rank() == 0 else None
     stream = open_stream(rows, tokenizer, options, config.data, config.seed, held_out, rejected)
-    check_equal_on_all_ranks("fingerprint of data.train", stream.fingerprint)
+    agree("data", {"fingerprint of data.train": stream.fingerprint}, math.inf)
     return stream
 
 
@@ -264,7 +266,8 @@ def read_store(
         apart_from: a store that may not have a sample of this one.
 
     Raises:
-        ValueError: the rows cannot be used, or are in the other store as well.
+        ValueError: the rows cannot be used, or are in the other store as well, or are others than
+            those of another machine.
     """
 
     def prepare(progress: Progress) -> Path:
@@ -274,5 +277,6 @@ def read_store(
         return store.path
 
     store = open_store(once_per_node(key, prepare, log))
-    check_equal_on_all_ranks(f"fingerprint of {key}", store.fingerprint)
+    # Another machine may still be preparing its data, however long that takes.
+    agree("data", {f"fingerprint of {key}": store.fingerprint}, math.inf)
     return store

@@ -2,9 +2,8 @@
 
 import logging
 import os
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,8 @@ from sft_fast.config.layout import check_world_size
 from sft_fast.config.sections import ParallelConfig, TrainConfig
 from sft_fast.data.build import Progress
 from sft_fast.megatron.device import distributed_backend, init_device
+from sft_fast.megatron.exchange import Ranks
+from sft_fast.megatron.join import agree, wait_for_all
 from sft_fast.runtime.processes import is_gone, process_space, start_of
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,19 @@ class Parallel:
         )
 
 
-def init_distributed(timeout_minutes: float) -> None:
+def init_distributed(timeout_minutes: float, facts: Mapping[str, str]) -> None:
     """Joins the process group that torchrun describes; a single process needs no torchrun.
 
     The store prefix carries the restart count: after `--max-restarts` the new ranks would otherwise
     read the dead ranks' addresses.
+
+    Args:
+        timeout_minutes: of a collective, and for all ranks to come.
+        facts: what must be equal on all ranks.
+
+    Raises:
+        ValueError: the ranks have other configurations, code or versions.
+        TimeoutError: not all ranks came.
     """
     if dist.is_initialized():
         return
@@ -113,17 +122,32 @@ def init_distributed(timeout_minutes: float) -> None:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", tcp_store)
+    ranks, timeout_s = Ranks(store, rank, world_size), timeout.total_seconds()
+    wait_for_all(ranks, timeout_s)
+    agree("settings", facts, timeout_s, ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def init_parallel(parallel: ParallelConfig, train: TrainConfig, seed: int) -> Parallel:
+def init_parallel(
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    seed: int,
+    facts: Mapping[str, str] | None = None,
+) -> Parallel:
     """Starts torch.distributed and megatron's groups, and seeds this rank.
+
+    Args:
+        parallel: sizes and time limits.
+        train: what the world size must fit.
+        seed: of the run.
+        facts: what must be equal on all ranks; see join.settings.
 
     Raises:
         ConfigError: the world size does not fit the layout.
+        ValueError, TimeoutError: as `init_distributed`.
     """
     device = init_device()
-    init_distributed(parallel.timeout_minutes)
+    init_distributed(parallel.timeout_minutes, facts or {})
     check_world_size(parallel, train, dist.get_world_size())
     virtual = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
@@ -234,24 +258,3 @@ def wait_for_node(store: dist.Store, key: str, name: str) -> Path:
     if status != "done":
         raise ValueError(answer)
     return Path(answer)
-
-
-def check_equal_on_all_ranks(name: str, value: str) -> None:
-    """Compares with rank 0, through the store: no collective has to wait for a slow node.
-
-    Raises:
-        ValueError: this rank has another value.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    key = f"sft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/equal/{name}"
-    if dist.get_rank() == 0:
-        store.set(key, value)
-        return
-    while not store.check([key]):
-        time.sleep(LONGEST_PAUSE_S)
-    expected = store.get(key).decode()
-    if value != expected:
-        raise ValueError(
-            f"{name}: rank {dist.get_rank()} on {socket.gethostname()} has {value}, rank 0 has "
-            f"{expected}; give all nodes the same files and versions"
-        )

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from rank_pool import RankPool
 from sft_fast.runtime.processes import process_space, start_of
 
 KEY = "sft_fast/0/the store/0"
@@ -125,22 +124,3 @@ def test_a_worker_that_is_out_of_sight_is_not_given_up(store: dist.Store) -> Non
     assert waiter.is_alive()
     store.set(KEY, "done /store")
     assert waiter.outcome() is None
-
-
-def compare(values: list[str]) -> str | None:
-    from sft_fast.megatron.parallel import check_equal_on_all_ranks
-
-    try:
-        check_equal_on_all_ranks("fingerprint of data.train", values[dist.get_rank()])
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def test_ranks_with_other_data_are_named(rank_pool: RankPool) -> None:
-    assert rank_pool.run(2, compare, ["a", "a"]) == [None, None]
-    first, second = rank_pool.run(2, compare, ["a", "b"])
-    assert first is None
-    assert second is not None
-    assert second.startswith("fingerprint of data.train: rank 1 on ")
-    assert " has b, rank 0 has a; give all nodes the same files" in second

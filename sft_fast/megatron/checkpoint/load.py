@@ -57,7 +57,7 @@ def newest_whole_checkpoint(
 
 def damage_of(checkpoint: Path, timeout_s: float) -> list[str]:
     """What is wrong with its files, as texts; every rank calls it, and reads a part."""
-    exchange = StoreExchange(f"verify/{checkpoint}", timeout_s)
+    exchange = StoreExchange(f"verify/{checkpoint.name}", timeout_s)
     damages = find_damage(checkpoint, exchange.rank, exchange.world_size)
     shares = exchange.all_gather("damage", [str(damage) for damage in damages])
     return sorted({text for share in shares for text in share})
