@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from sft_fast.data.store import STORE_VERSION, TokenStore, open_store, read_meta
 from sft_fast.errors import DamageError
-from sft_fast.files import read_json, write_json
 from sft_fast.runtime.manifest import hash_file
+from sft_fast.runtime.remembered import recall, remember, signature
 
 Say = Callable[[str], None]
 
@@ -57,41 +55,17 @@ def check_hashes(path: Path) -> None:
     Raises:
         DamageError: one is not what was written; names the file.
     """
-    meta = read_meta(path)
-    record = memory_of(path)
-    seen = {"checksum": meta["xxh3_128"], "files": signature(path, meta)}
-    if record is not None and read_json(record) == seen:
+    hashes: dict[str, str] = read_meta(path)["xxh3_128"]
+    files = signature(path / f"{name}.bin" for name in hashes)
+    digest = xxhash.xxh3_128_hexdigest("".join(hashes.values()).encode())
+    if recall(path, files) == digest:
         return
-    for name, expected in meta["xxh3_128"].items():
+    for name, expected in hashes.items():
         file = path / f"{name}.bin"
         found = hash_file(file, file.name).xxh3_128
         if found != expected:
             raise DamageError(f"{file} is damaged: expected xxh3_128 {expected}, found {found}")
-    # What was read may have been written meanwhile.
-    if record is not None and seen["files"] == signature(path, meta):
-        try:
-            write_json(record, seen)
-        except OSError:
-            return  # the next start hashes again
-
-
-def signature(path: Path, meta: dict[str, Any]) -> list[list[int]]:
-    """Of each array: device, inode, size and times of the last change, in nanoseconds."""
-    stats = [(path / f"{name}.bin").stat() for name in meta["bytes"]]
-    return [[s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats]
-
-
-def memory_of(path: Path) -> Path | None:
-    """Where this user remembers on this node that a store was whole; None = nowhere."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = home / "sft_fast" / f"verified-{os.getuid()}-{socket.gethostname()}"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # RuntimeError: a user without a home, as containers have them.
-    except (OSError, RuntimeError):
-        return None
-    key = xxhash.xxh3_128_hexdigest(os.fsencode(path.resolve()))
-    return folder / f"{key}.json"
+    remember(path, files, digest)
 
 
 def remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.samples import write_samples
+from sft_fast.files import write_json
 from sft_fast.megatron.checkpoint.load import load_checkpoint
 from sft_fast.megatron.checkpoint.train_state import TrainState
 from sft_fast.megatron.evaluation import Evaluator, report_exact_match
@@ -14,7 +15,7 @@ from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.optim import gather_parameters
 from sft_fast.megatron.train_step import Run
 from sft_fast.metrics.report import write_report
-from sft_fast.runtime.run_files import checkpoint_path
+from sft_fast.runtime.run_files import EXPORTED_FILE, checkpoint_path, export_record
 from sft_fast.stages import stage_of
 
 # Of files that are gone or damaged by now; of devices, out of memory among them; of libraries.
@@ -48,6 +49,9 @@ def export(job: Job, run: Run, evaluator: Evaluator, state: TrainState) -> None:
             export_adapter(
                 run.model, adapter, config.model, config.lora, config.export, job.parallel
             )
+        checkpoint = checkpoint_path(job.output / "checkpoints", state.step)
+        if job.parallel.is_main and checkpoint.is_dir():
+            write_json(job.output / EXPORTED_FILE, export_record(folder, checkpoint))
         job.metrics.log(f"exported to {folder}")
 
 

@@ -5,7 +5,9 @@ and how it is split over tensor-parallel ranks. Import reads only this rank's sl
 into the parameters; export/weights.py goes the other way.
 """
 
+import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +18,20 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.families import HEAD, MODEL, OUTPUT_HEAD, Rule
 from sft_fast.models.weight_files import open_safetensors, tensor_records
-from sft_fast.models.weights import check_records, head_rule, hf_rules, initial_value
+from sft_fast.models.weights import check_records, head_rule, hf_rules, hf_shapes, initial_value
 from sft_fast.runtime.phases import no_report
+from sft_fast.runtime.remembered import recall, remember, signature
 
 ADAPTER_PREFIX = "lora_"  # of parameters that no Hugging Face tensor stands for
 ALL = slice(None)
+HASHED_BYTES = 16 << 20
+LOCAL_RANKS = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 ROWS_AT_A_TIME = 4096
 
 
@@ -34,6 +40,9 @@ class WeightSource(Protocol):
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """The rows and columns of a matrix [rows, columns], or the rows of a vector [rows]."""
+
+    def digest(self) -> str:
+        """Names the numbers that are read; every rank calls it, and each machine reads them."""
 
 
 class SafetensorsSource:
@@ -46,6 +55,7 @@ class SafetensorsSource:
     def __init__(self, folder: Path, architecture: Architecture):
         self.records = tensor_records(folder)
         check_records(folder, self.records, architecture)
+        self.folder, self.names = folder, sorted(hf_shapes(architecture))
         self.open_files: dict[Path, Any] = {}
 
     def slice_of(self, name: str) -> Any:
@@ -59,6 +69,36 @@ class SafetensorsSource:
         """The rows and columns of a matrix [rows, columns], or the rows of a vector [rows]."""
         tensor = self.slice_of(name)
         return tensor[rows] if len(tensor.get_shape()) == 1 else tensor[rows, columns]
+
+    def digest(self) -> str:
+        """A hash of all tensors, however they are divided among files.
+
+        The ranks of a machine share the reading, and remember it until the files change.
+        """
+        files = signature(sorted({record.path for record in self.records.values()}))
+        known = recall(self.folder, files)
+        exchange = StoreExchange("digest of the weights", math.inf)
+        if all(exchange.all_gather("known", known is not None)):
+            assert known is not None
+            return known
+        node = int(os.environ.get("GROUP_RANK", "0"))
+        local, num_local = (int(os.environ.get(key, default)) for key, default in LOCAL_RANKS)
+        own = {name: self.digest_of(name) for name in self.names[local::num_local]}
+        shares = exchange.all_gather("hashes", [node, own])
+        hashes = {name: h for other, share in shares if other == node for name, h in share.items()}
+        assert sorted(hashes) == self.names, "the ranks of a machine have shared the tensors"
+        found = xxhash.xxh3_128_hexdigest(json.dumps(sorted(hashes.items())).encode())
+        if local == 0:
+            remember(self.folder, files, found)
+        return found
+
+    def digest_of(self, name: str) -> str:
+        """A hash of one tensor, of which a part is in memory at a time."""
+        record = self.records[name]
+        hasher = xxhash.xxh3_128(f"{name} {record.dtype} {record.shape}".encode())
+        for start in range(0, record.num_bytes, HASHED_BYTES):
+            hasher.update(record.read(start, HASHED_BYTES))
+        return hasher.hexdigest()
 
 
 class RandomSource:
@@ -86,6 +126,12 @@ class RandomSource:
         std = self.residual_std if rule.split == "columns" else self.std
         return torch.randn(shape, generator=generator).mul_(std)[rows, columns]
 
+    def digest(self) -> str:
+        """Which numbers they are."""
+        shapes = sorted((name, shape) for name, (_, shape) in self.tensors.items())
+        values = [self.seed, self.std, shapes]
+        return f"random {xxhash.xxh3_64_hexdigest(json.dumps(values).encode())}"
+
 
 class GrownSource:
     """A checkpoint with more tokens than it was trained with: the rows of the new ones, in the
@@ -111,6 +157,10 @@ class GrownSource:
         new = self.mean(name)[columns].to(weight.dtype).expand(num_new, -1)
         return torch.cat([weight, new])
 
+    def digest(self) -> str:
+        """The source's, and how many tokens there are."""
+        return f"{self.source.digest()} with {self.num_tokens} tokens"
+
     def mean(self, name: str) -> Tensor:
         """fp32 [hidden], the same on every rank; few rows are in memory at a time."""
         if name not in self.means:
@@ -133,6 +183,10 @@ class HeadSource:
         """As the source's; the head [num_outputs, hidden] is normal, from its name and the seed."""
         source = self.head if name in self.own else self.source
         return source.read(name, rows, columns)
+
+    def digest(self) -> str:
+        """The source's, and the head's."""
+        return f"{self.source.digest()} with a head, {self.head.digest()}"
 
 
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
@@ -178,6 +232,9 @@ def load_hf_weights(
         architecture: of both.
         parallel: this rank's place.
         tensor_done: called after each slice, see runtime.phases.
+
+    Raises:
+        ValueError: a weight is not finite.
     """
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
@@ -189,6 +246,11 @@ def load_hf_weights(
             # Not kept in a variable, or it would still be there while the next one is read.
             shard.view.copy_(source.read(shard.source, shard.rows, shard.columns).reshape(shape))
             tensor_done()
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"model.path: {', '.join(rule.sources)}: NaN or infinity among the weights, as "
+                f"{parameter.dtype}; the model is damaged, or its numbers do not fit model.dtype"
+            )
 
 
 def part(total: int, size: int, rank: int) -> slice:

@@ -13,10 +13,14 @@ from sft_fast.megatron.checkpoint.load import checkpoints_resumed_from, newest_w
 from sft_fast.megatron.checkpoint.save import remove_leftovers
 from sft_fast.megatron.checkpoint.train_state import TrainState, read_train_state
 from sft_fast.megatron.job import Job
+from sft_fast.megatron.join import agree, file_digest
 from sft_fast.packing.steps import StepPlan
 from sft_fast.packing.streaming import StreamPlan
 from sft_fast.runtime.manifest import MANIFEST_FILE
-from sft_fast.runtime.run_files import check_resume, list_checkpoints
+from sft_fast.runtime.run_files import check_resume, is_export_of, list_checkpoints
+
+SAME_CHECKPOINTS = 3
+"""Of the newest ones the ranks compare the manifests too."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class Start:
             return False
         if export is None:
             return True
-        made, saved = export / MANIFEST_FILE, self.checkpoint / MANIFEST_FILE
-        return made.is_file() and made.stat().st_mtime >= saved.stat().st_mtime
+        return is_export_of(export, self.checkpoint)
 
 
 def find_start(job: Job) -> Start:
@@ -94,7 +97,8 @@ def find_checkpoint(
     """The checkpoint that `checkpoint.resume` names; None = start at step 0.
 
     Raises:
-        ValueError: it is none, or damaged, or the run may not start anew beside others.
+        ValueError: it is none, or damaged, or the run may not start anew beside others, or the
+            machines see other checkpoints.
     """
     folder = output / "checkpoints"
     existing = list_checkpoints(folder)
@@ -106,10 +110,13 @@ def find_checkpoint(
     check_resume(options.resume, output)
     if options.resume not in ("auto", "never"):
         existing = checkpoints_resumed_from(Path(options.resume), existing)
+    timeout_s = options.timeout_minutes * 60
+    names = {path.name: file_digest(path / MANIFEST_FILE) for path in existing[-SAME_CHECKPOINTS:]}
+    agree("checkpoints", {"how many": str(len(existing))} | names, timeout_s)
     dist.barrier()  # every rank has seen the same folder before the main rank tidies it up
     if is_main:
         remove_leftovers(folder)
-    return newest_whole_checkpoint(existing, log, options.timeout_minutes * 60)
+    return newest_whole_checkpoint(existing, log, timeout_s)
 
 
 def resumed_state(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sft_fast.config.sections import ShapeConfig
 from sft_fast.constants import round_up
-from sft_fast.models.config_defaults import with_defaults
+from sft_fast.models.config_defaults import SIZES, with_defaults
 from sft_fast.models.families import FAMILIES, REFUSED, SIZE_FIELDS, Family, Rule, Traits
 from sft_fast.models.rope import RopeScaling, rope_scaling
 
@@ -97,6 +97,14 @@ class Architecture(Traits):
         return None if layer in self.layers_without_window else self.sliding_window
 
 
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+NUMBERS = (
+    *("rms_norm_eps", "initializer_range", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+"""Keys of a config.json; what they mean: `architecture_from_hf`."""
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory, without what makes transformers run code.
 
@@ -113,6 +121,8 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
     # Keys with an underscore are transformers' own attributes, some of which name kernels to fetch.
@@ -121,13 +131,28 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     }
 
 
+def check_numbers(config: dict[str, Any], sizes: tuple[str, ...]) -> None:
+    """Raises ValueError unless `sizes`, and what else is a number, are such in a config.json."""
+    for name in (*sizes, *OPTIONAL_SIZES, *NUMBERS):
+        value: Any = config.get(name)
+        if value is None and name not in sizes:
+            continue
+        is_size = name not in NUMBERS
+        is_number = isinstance(value, int if is_size else int | float)
+        if isinstance(value, bool) or not is_number or value < is_size:
+            found = repr(value) if name in config else "missing"
+            expected = "a whole number above 0" if is_size else "a number, 0 or more"
+            raise ValueError(f"config.json: {name} is {found}; expected {expected}")
+
+
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     """Translates a config.json of a supported family.
 
     Raises:
         ValueError: another architecture, or an option of it that we would compute wrongly.
     """
-    name = (config.get("architectures") or ["(missing)"])[0]
+    names = config.get("architectures") or ["(missing)"]
+    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else repr(names)
     if name not in FAMILIES:
         reason = f" ({REFUSED[name]})" if name in REFUSED else ""
         raise ValueError(
@@ -138,6 +163,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         # Most keys may also be null for "off".
         if (config.get(key, expected) or 0) != (expected or 0):
             raise ValueError(f"config.json: {key} is {config[key]!r}; supported: {expected!r}")
+    check_numbers(config, (*SIZES, *([family.experts_of] if family.experts_of else [])))
     heads = config["num_attention_heads"]
     architecture = Architecture(
         vocab_size=config["vocab_size"],

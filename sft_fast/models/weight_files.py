@@ -62,6 +62,11 @@ def tensor_records(folder: Path) -> dict[str, TensorRecord]:
                 f"{folder / file}: expected the tensors that {INDEX_FILE} names, found none of "
                 f"{shorten(lost)}; copy or download it again"
             )
+        if twice := [name for name in found if file_of.get(name, file) != file]:
+            raise ValueError(
+                f"model.path: {folder / file} holds {shorten(twice)} too, which {INDEX_FILE} says "
+                f"to be in {file_of[twice[0]]}; which is right? Remove the file that is wrong"
+            )
         records |= found
     return records
 
@@ -71,7 +76,7 @@ def read_index(folder: Path) -> dict[str, str]:
     index = folder / INDEX_FILE
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{index}: expected a weight_map, found damage ({error!r})") from None
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:

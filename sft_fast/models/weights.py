@@ -126,7 +126,8 @@ def quantisation(config: dict[str, Any], records: Mapping[str, TensorRecord]) ->
 def check_records(
     folder: Path, records: Mapping[str, TensorRecord], architecture: Architecture
 ) -> None:
-    """Raises ValueError for tensors that are missing, unexpected or of another shape."""
+    """Raises ValueError for tensors that are missing, unexpected, of another shape, or no
+    numbers."""
     expected = hf_shapes(architecture)
     # A tied checkpoint may still carry its head; old ones carry rotary buffers.
     optional = {LM_HEAD} if architecture.tie_word_embeddings else set()
@@ -138,6 +139,11 @@ def check_records(
             f"{shorten(missing)}; unexpected {shorten(unexpected)}"
         )
     for name, shape in expected.items():
+        if records[name].dtype not in NUMPY_TYPES:
+            raise ValueError(
+                f"model.path: {records[name].path}: {name} has type {records[name].dtype}; "
+                f"expected one of {', '.join(NUMPY_TYPES)}"
+            )
         if records[name].shape != shape:
             raise ValueError(
                 f"model.path: {records[name].path}: {name} has shape {records[name].shape}; "

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from sft_fast.files import read_json
 
 MANIFEST_FILE = "manifest.json"
 HEARTBEAT_LOST_S = 60.0
+EXPORTED_FILE = "exported.json"
+"""In a run directory: the `export_record` of its export."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,23 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def export_path(run: Path, step: int) -> Path:
     """Where `sft_fast export` puts the model of a step, in a run directory."""
     return run / f"export_{step}"
+
+
+def export_record(export: Path, checkpoint: Path) -> dict[str, str]:
+    """Of which checkpoint an export was made; both by their manifests, which hold all hashes.
+
+    Times of files would not do: copies have other ones.
+    """
+    files = {"export": export / MANIFEST_FILE, "checkpoint": checkpoint / MANIFEST_FILE}
+    return {name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for name, path in files.items()}
+
+
+def is_export_of(export: Path, checkpoint: Path) -> bool:
+    """Whether an export is the one that was made when the run was at a checkpoint."""
+    try:
+        return read_json(export.parent / EXPORTED_FILE) == export_record(export, checkpoint)
+    except OSError:
+        return False
 
 
 def later_exports(run: Path) -> list[Path]:

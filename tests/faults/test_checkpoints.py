@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sft_fast.runtime.manifest import (
     read_manifest,
     staged_directory,
 )
+from sft_fast.runtime.run_directory import RUN_MARKER
 
 STEPS = 6
 
@@ -160,7 +162,7 @@ def test_an_export_wants_weights_of_the_first_model_only_with_lora(
     exported = launcher.run("all-weights", *begin[:3], "--export", whole).output
     assert same_weights(unbroken, exported)
     job = launcher.start("lora-exported", *export)
-    assert job.wait() == [2] and "holds no *.safetensors" in job.said()
+    assert job.wait() == [2] and "has neither model.safetensors" in job.said()
 
 
 @pytest.mark.fault("F4")
@@ -187,6 +189,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_there_is(launcher: L
 def test_a_log_on_a_full_disk_does_not_end_the_run(launcher: Launcher, unbroken: Path) -> None:
     output = launcher.folder / "full-log"
     output.mkdir()
+    (output / RUN_MARKER).touch()
     (output / "metrics.jsonl").symlink_to("/dev/full")
     (output / "skipped").symlink_to("/proc/nowhere")
     job = launcher.run("full-log", hook="spoil:loss nan 3")
@@ -533,3 +536,21 @@ def test_a_directory_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
         (stage.path / "folder" / "e").write_text("f")
     assert sorted(read_manifest(tmp_path / "a")) == ["b", "folder/e"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.fault("F36")
+def test_a_copy_of_a_run_that_was_killed_before_its_export_exports(
+    launcher: Launcher,
+) -> None:
+    launcher.run("killed-late", steps=3)
+    job = launcher.start("killed-late", steps=STEPS, hook="die_before_export:")
+    assert job.wait() == [-signal.SIGKILL]
+    # Files of a copy are as old as the copy: the export may look newer than the checkpoint.
+    target = launcher.folder / "copied"
+    shutil.copytree(job.output, target, copy_function=shutil.copyfile)
+    os.utime(target / "export/manifest.json")
+    again = launcher.run("copied", steps=STEPS)
+    assert "nothing to do" not in again.said()
+    launcher.run("killed-late", steps=STEPS)
+    assert same_weights(job.output, target)
+    assert "nothing to do" in launcher.run("copied", steps=STEPS).said()

@@ -1,6 +1,7 @@
 """Weights in and out: a model imported at any layout computes what transformers computes."""
 
 import functools
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,28 @@ def test_import_has_one_tensor_in_memory_beside_the_parameters(
     for peak, share, largest in rank_pool.run(2, peak_of_import, str(models / name), SEQUENCE):
         assert 0 < peak <= largest
         assert share + peak <= 1.2 * share + largest
+
+
+def error_of_import(folder: str) -> str:
+    try:
+        peak_of_import(folder, {})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.fault("F36")
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_damaged_base_is_not_blamed_on_samples(
+    rank_pool: RankPool, models: Path, tmp_path: Path, value: float
+) -> None:
+    folder, name = tmp_path / "model", "model.layers.1.mlp.down_proj.weight"
+    shutil.copytree(models / "untied", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][1, 2] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (said,) = rank_pool.run(1, error_of_import, str(folder))
+    assert said.startswith(f"model.path: {name}: NaN or infinity among the weights, as torch.")
 
 
 def test_new_tokens_get_the_mean_of_the_old(models: Path) -> None:

@@ -218,3 +218,25 @@ def test_a_broken_config_json_names_its_line(tmp_path: Path) -> None:
     path.write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="JSON object"):
         read_hf_config(tmp_path)
+
+
+@pytest.mark.fault("F36")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": "32000"}, "vocab_size is '32000'; expected a whole number above 0"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"intermediate_size": -1}, "intermediate_size is -1"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; expected a number"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
+    ],
+)
+def test_odd_values_of_a_config_json_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        architecture_from_hf(LLAMA | change)
+    missing = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
+    with pytest.raises(ValueError, match="vocab_size is missing"):
+        architecture_from_hf(missing)

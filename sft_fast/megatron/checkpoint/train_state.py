@@ -49,7 +49,7 @@ def read_train_state(checkpoint: Path) -> TrainState:
         version = fields.pop("version", 1)
         if version == FORMAT_VERSION:
             return TrainState(**fields)
-    except (OSError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint.resume: {checkpoint} is not a checkpoint: {error}") from None
     raise ValueError(
         f"checkpoint.resume: {checkpoint} has format version {version}, this sft_fast reads "

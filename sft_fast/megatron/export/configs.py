@@ -79,7 +79,10 @@ def generation_config(origin: ExportSource) -> dict[str, Any]:
     if origin.model.folder is not None:
         path = origin.model.folder / "generation_config.json"
         if path.is_file():
-            generation |= json.loads(path.read_text(encoding="utf-8"))
+            try:
+                generation |= json.loads(path.read_text(encoding="utf-8"))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: expected a JSON object, found {error}") from None
     stops = generation.get("eos_token_id", [])
     stops = set(stops if isinstance(stops, list) else [stops]) | set(origin.data.end_ids)
     if stops:

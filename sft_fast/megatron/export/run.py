@@ -103,7 +103,7 @@ def check_origin(
         ValueError: one is another than in training, and `checkpoint.allow_change` does not name it.
     """
     architecture = origin.model.architecture
-    adapter = adapter_fingerprint(lora, architecture, origin.model.weights)
+    adapter = adapter_fingerprint(lora, origin.model.weights)
     present = model_fields(model, origin.tokenizer, architecture, adapter)
     fix = "say where it is (model.path, tokenizer.path), or checkpoint.allow_change=[{}]"
     changed_fields(saved, present, checkpoint_config.allow_change, checkpoint, fix)
