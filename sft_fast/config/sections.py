@@ -309,9 +309,9 @@ class ParallelConfig(Section):
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the next forward pass runs; needs the two keys above."""
-    timeout_minutes: Positive = 30
+    timeout_minutes: Annotated[int, Field(gt=0, le=525_600)] = 30
     """Time limit of a collective, in minutes."""
-    hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    hang_timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] = 120.0
     """Seconds without an ended step after which the run is ended with the stacks of all ranks; ten
     times as many for the first step, and for a tensor where weights are read or written; never less
     than ten of the slowest step so far."""
@@ -433,7 +433,7 @@ class CheckpointConfig(Section):
     asynchronous: bool = False
     """A thread writes, from a copy in host memory (in bf16, 14 bytes per parameter over all ranks)
     that a GPU makes beside the next step."""
-    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    timeout_minutes: Annotated[float, Field(gt=0, le=525_600)] = 30.0
     """Time limit of a save, for each of its phases."""
     max_failures: NotNegative = 3
     """Saves in a row that may fail (full disk, broken writer) before the run stops; the last one

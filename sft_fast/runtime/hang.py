@@ -8,6 +8,7 @@ one tensor after the other. Other phases have no limit.
 import contextlib
 import faulthandler
 import json
+import threading
 import time
 from typing import Any
 
@@ -18,13 +19,15 @@ from sft_fast.runtime.processes import is_stopped, process_space
 FIRST_STEP_FACTOR = LOADING_FACTOR = 10
 SLOW_STEP_FACTOR = 10
 MISSED_RENEWALS = 10
+# The watchdog's thread looks several times a second, unless the whole process did not run.
+LONGEST_GAP_S = 5.0
 
 
 class HangDetector:
     """Notices when this rank has done nothing for too long.
 
     `begin_phase`, `heartbeat` and `tensor_done` are called by the main thread, the others by the
-    watchdog's.
+    watchdog's. Time in which the process was suspended, stopped or frozen, does not count.
 
     Attributes:
         files: of the launch; `files.progress["tensors"]` counts the tensors that were done.
@@ -33,6 +36,8 @@ class HangDetector:
 
     def __init__(self, files: LaunchFiles, hang_timeout_s: float):
         self.files, self.hang_timeout_s = files, hang_timeout_s
+        self.clock_lock = threading.Lock()
+        self.last_tick, self.suspended_s = time.monotonic(), 0.0
         self.last_beat: float | None = None
         self.slowest_s = 0.0
         self.is_loading = False
@@ -43,6 +48,19 @@ class HangDetector:
         self.stuck: Any = None
         """The file for a stuck interpreter."""
 
+    def tick(self) -> None:
+        """Says that the process runs; a long time without is one in which it did not."""
+        with self.clock_lock:
+            now = time.monotonic()
+            gap_s = now - self.last_tick
+            if gap_s > LONGEST_GAP_S:
+                self.suspended_s += gap_s
+            self.last_tick = now
+
+    def awake_s(self) -> float:
+        """A clock that stands still while the process is suspended."""
+        return time.monotonic() - self.suspended_s
+
     def begin_phase(self, is_loading: bool = False, is_timed: bool = False) -> None:
         """Begins a phase.
 
@@ -50,8 +68,8 @@ class HangDetector:
             is_loading: `tensor_done` is called in it for each tensor.
             is_timed: its steps have the time limit from now on, not from the first `heartbeat` on.
         """
-        self.last_beat = time.monotonic() if is_timed else None
-        self.last_tensor_at, self.is_loading = time.monotonic(), is_loading
+        self.last_beat = self.awake_s() if is_timed else None
+        self.last_tensor_at, self.is_loading = self.awake_s(), is_loading
 
     @property
     def is_timed(self) -> bool:
@@ -60,7 +78,8 @@ class HangDetector:
 
     def heartbeat(self) -> None:
         """Ends a step; from now on the next one must end within the time limit."""
-        now = time.monotonic()
+        self.tick()
+        now = self.awake_s()
         if self.last_beat is not None:
             self.slowest_s = max(self.slowest_s, now - self.last_beat)
         self.last_beat = now
@@ -68,7 +87,7 @@ class HangDetector:
     def tensor_done(self) -> None:
         """Counts a tensor that was read or written."""
         self.files.progress["tensors"] = self.files.progress.get("tensors", 0) + 1
-        self.last_tensor_at = time.monotonic()
+        self.last_tensor_at = self.awake_s()
 
     def find_hang(self) -> str | None:
         """Why this rank counts as hanging; None = it does not."""
@@ -77,7 +96,7 @@ class HangDetector:
         last_beat = self.last_beat  # the main thread may begin a phase meanwhile
         if last_beat is None:
             return None
-        silent_s = time.monotonic() - last_beat
+        silent_s = self.awake_s() - last_beat
         limit_s = max(self.hang_timeout_s, SLOW_STEP_FACTOR * self.slowest_s)
         if self.slowest_s == 0.0:
             limit_s *= FIRST_STEP_FACTOR
@@ -87,13 +106,13 @@ class HangDetector:
 
     def find_standstill(self) -> str | None:
         """`find_hang` in a phase of loading."""
-        silent_s = time.monotonic() - self.last_tensor_at
+        silent_s = self.awake_s() - self.last_tensor_at
         if silent_s < LOADING_FACTOR * self.hang_timeout_s:
             return None
         # Another rank may have been moving, and this one waiting for it.
         tensors = {rank: peer.get("tensors", 0) for rank, peer in self.files.peers()}
         if tensors != self.seen:
-            self.seen, self.last_tensor_at = tensors, time.monotonic()
+            self.seen, self.last_tensor_at = tensors, self.awake_s()
             return None
         return f"no tensor was read or written for {silent_s:.0f} s"
 

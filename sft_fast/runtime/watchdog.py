@@ -10,6 +10,7 @@ to leave says so, and the others follow. Nothing here imports torch.
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sft_fast.errors import exit_code
+from sft_fast.errors import exit_code, first_line
 from sft_fast.exit_codes import FAILED, HANG, INTERRUPTED
 from sft_fast.files import read_json, write_json
 from sft_fast.redact import redact
@@ -29,6 +30,7 @@ from sft_fast.runtime.processes import end_children
 from sft_fast.runtime.run_directory import claim
 from sft_fast.runtime.run_lock import HEARTBEAT_S, STALE_S, RunLock
 from sft_fast.runtime.signals import SIGNALS, SignalPipe
+from sft_fast.runtime.terminal import printable
 
 POLL_S = 0.25
 RANKS_THAT_LOOK_PER_S = 500
@@ -39,6 +41,12 @@ ORPHAN_LEAVES_WITHIN_S = 4.0
 FOLLOW_S = 1.5
 # torchrun passes a Ctrl-C on that the rank has had from the terminal already.
 SECOND_INTERRUPT_S = 0.5
+# A rank of another machine that did not publish that often is taken for lost.
+SILENT_PUBLICATIONS = 3
+# How torch, gloo, NCCL and RCCL say that the other end of a connection is gone.
+LOST_CONNECTION = re.compile(
+    r"connection|peer|socket|nccl|gloo|broken pipe|timed? ?out|DistBackend|DistNetwork", re.I
+)
 # What a rank announces, the state that follows from it, and the exit code of who follows if it
 # names no other.
 FOLLOWED = (("failed", "failed", FAILED), ("left", "preempted", 0))
@@ -152,12 +160,41 @@ class Watchdog:
             while time.monotonic() < deadline:
                 self.follow_others(patient=False)
                 time.sleep(POLL_S / 5)
+            if self.blames_silent_rank(error):
+                return
         hint = OUT_OF_MEMORY_HINT if "OutOfMemory" in type(error).__name__ else ""
         text = f"{type(error).__name__}: {error}{hint}"
         if isinstance(error, ValueError | OSError):
             self.fail(text, is_refusal=True, exit_code=exit_code(error))
         else:
             self.fail(text)
+
+    def blames_silent_rank(self, error: RuntimeError) -> bool:
+        """Records a rank of another machine that fell silent, where `error` is a lost connection.
+
+        Of a machine that is cut off or has lost its power, nobody else tells.
+        """
+        others = self.files.world_size - len(self.files.met) - len(self.files.unmet) - 1
+        if others <= 0 or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
+            return False
+        limit_s = SILENT_PUBLICATIONS * self.files.publish_every_s
+        deadline = time.monotonic() + limit_s + self.files.publish_every_s
+        while time.monotonic() < deadline:
+            self.follow_others(patient=False)
+            time.sleep(POLL_S)
+        silent = set(self.files.silent_peers(limit_s))
+        lost = [(rank, peer) for rank, peer in self.files.peers() if rank in silent]
+        lost = [(rank, peer) for rank, peer in lost if peer.get("state") != "done"]
+        if not lost:
+            return False
+        rank, peer = lost[0]
+        hosts = ", ".join(sorted({str(peer.get("host")) for _, peer in lost}))
+        cause = (
+            f"ranks {sorted(rank for rank, _ in lost)} on {hosts} give no sign of life; rank "
+            f"{self.rank} lost the connection: {first_line(error)}"
+        )
+        self.fail(cause, peer.get("phase"), rank=rank, host=peer.get("host"), reported_by=self.rank)
+        return True
 
     # --- the thread
 
@@ -173,6 +210,7 @@ class Watchdog:
         )
         while not self.is_closed.is_set():
             self.heard = self.signals.wait(POLL_S)
+            self.hang.tick()
             for duty in duties:
                 self.attempt(duty)
 
@@ -319,7 +357,7 @@ def remove_trigger(path: Path) -> bool:
 def log(text: str) -> None:
     """Prints to standard error; a full disk does not stop the run."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -357,3 +357,13 @@ def test_alignment_divides_the_row():
 )
 def test_features_that_exclude_each_other_are_named(load, overrides, keys):
     assert keys in [problem.keys for problem in problems_of(load, BASE, *overrides)]
+
+
+@pytest.mark.fault("F37")
+@pytest.mark.parametrize("value", ["1e12", ".inf"])
+@pytest.mark.parametrize(
+    "key", ["parallel.hang_timeout_s", "parallel.timeout_minutes", "checkpoint.timeout_minutes"]
+)
+def test_time_limits_that_no_timer_can_take_are_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_config(None, [f"{key}={value}"])

@@ -218,6 +218,39 @@ def test_a_rank_that_waits_for_one_that_still_loads_is_not_hung(
     assert mine.find_hang() is None, "other phases have no limit"
 
 
+@pytest.mark.fault("F37")
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_suspended_time_is_no_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_loading: bool
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(hang.time, "monotonic", lambda: clock[0])
+    detector = HangDetector(LaunchFiles(tmp_path), hang_timeout_s=10.0)
+
+    def run(seconds: int) -> str | None:
+        for _ in range(seconds):
+            clock[0] += 1
+            detector.tick()
+            if (found := detector.find_hang()) is not None:
+                return found
+        return None
+
+    detector.begin_phase(is_loading)
+    for _ in range(2):
+        detector.tensor_done()
+        detector.heartbeat()
+        assert run(5) is None
+    for _ in range(3):
+        clock[0] += 1e5
+        detector.tick()
+        assert detector.find_hang() is None
+    clock[0] += 1e5
+    detector.heartbeat()  # the main thread may be the first to wake up
+    detector.tensor_done()
+    assert detector.slowest_s <= 15
+    assert run(5) is None and "for " in (run(300) or "")
+
+
 def restart(launcher: Launcher, name: str, times: int) -> None:
     """Kills a rank and starts all again with the same store, as torchrun does, and again."""
     rng = random.Random(5)
@@ -240,6 +273,18 @@ def restart(launcher: Launcher, name: str, times: int) -> None:
 @pytest.mark.fault("F8")
 def test_restarted_ranks_find_each_other(launcher: Launcher) -> None:
     restart(launcher, "elastic", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F37")
+def test_a_suspended_job_goes_on(launcher: Launcher, unbroken: Path) -> None:
+    job = launcher.start("suspended", "parallel.hang_timeout_s=2", steps=STEPS, hook="slow:step")
+    job.wait_until("slow step")
+    job.signal(signal.SIGSTOP)
+    time.sleep(10)
+    job.signal(signal.SIGCONT)
+    assert job.wait() == [0], job.said()
+    assert same_weights(unbroken, job.output)
 
 
 @pytest.mark.slow
