@@ -126,6 +126,9 @@ def read_yaml(path: Path) -> Document:
         where = document.name if line is None else f"{document.name}:{line}"
         return ConfigError([Problem((), found, expected, fix, where)], document.name)
 
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a pipe or a device"
+        raise fail(kind, "a regular file: every process of a run reads it")
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)

@@ -330,6 +330,10 @@ def _load_files(source: str, paths: Sequence[str], split: str | None) -> Records
 
 
 def _file_part(path: str) -> _Part:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(
+            f"{path} is a pipe or a device, and records are read more than once; expected a file"
+        )
     kind = _kind(path)
     if kind == "json":
         return JsonPart(path)

@@ -7,8 +7,10 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 SECONDS = 2.0
 MEMORY_BYTES = 256 << 20
@@ -18,6 +20,8 @@ LONGEST_BASE = 100_000
 MEMORY_IS_KNOWN_S = 0.05
 """Age up to which what this process occupies is not asked for again: that takes as long as to
 render a conversation."""
+MOST_BITS = 1 << 16
+"""Of a number that a template computes; a single operation on longer ones outlasts any signal."""
 _occupied = (-1.0, 0)
 """When it was asked for, and bytes."""
 
@@ -30,6 +34,7 @@ class TemplateLimits:
     """
 
     def __enter__(self) -> None:
+        bound_operators()
         self._is_main = threading.current_thread() is threading.main_thread()
         if self._is_main:
             self._handler = signal.signal(signal.SIGALRM, _stop)
@@ -56,6 +61,35 @@ class TemplateLimits:
             raise ValueError(
                 f"the chat template takes more than {MEMORY_BYTES >> 20} MiB for one conversation"
             ) from None
+
+
+@cache
+def bound_operators() -> None:
+    """Makes jinja's sandbox refuse to multiply its way to huge numbers.
+
+    Before templates are compiled: they call what is set at that time.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
+
+    SandboxedEnvironment.intercepted_binops = frozenset({"*", "**"})
+    SandboxedEnvironment.default_binop_table |= {"*": _multiply, "**": _power}
+
+
+def _multiply(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits(left.bit_length() + right.bit_length())
+    return left * right
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int):
+        _check_bits(base.bit_length() * abs(exponent))
+    return base**exponent
+
+
+def _check_bits(bits: int) -> None:
+    if bits > MOST_BITS:
+        raise ValueError(f"the chat template computes a number of more than {MOST_BITS} bits")
 
 
 def check_length(text: str, conversation: object) -> None:

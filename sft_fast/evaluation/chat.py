@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sft_fast.data.template_limits import TemplateLimits, check_length
 from sft_fast.errors import DamageError, first_line
+from sft_fast.runtime.terminal import printable
 
 
 class Chat:
@@ -70,14 +72,20 @@ class Chat:
         from transformers import TextStreamer
 
         self._turns.append({"role": "user", "content": question})
-        text = self._tokenizer.apply_chat_template(
-            self._turns, tokenize=False, add_generation_prompt=True
-        )
+        with TemplateLimits():
+            text = self._tokenizer.apply_chat_template(
+                self._turns, tokenize=False, add_generation_prompt=True
+            )
+        check_length(text, self._turns)
         inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
         inputs = {key: inputs[key].to(self._device) for key in ("input_ids", "attention_mask")}
         streamer = None
         if is_streamed:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+            show = streamer.on_finalized_text
+            streamer.on_finalized_text = lambda text, stream_end=False: show(
+                printable(text), stream_end
+            )
         with torch.no_grad():
             output = self._model.generate(**inputs, streamer=streamer, **self._options)
         new_tokens = output[0, inputs["input_ids"].shape[1] :]
