@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from sft_fast import __version__
@@ -27,6 +28,7 @@ from sft_fast.commands import (
 )
 from sft_fast.exit_codes import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 from sft_fast.redact import redact
+from sft_fast.registry import distrust
 from sft_fast.runtime.telemetry import switch_off
 
 # In the order in which a new user meets them.
@@ -90,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: 0, or a code of sft_fast.exit_codes.
     """
+    from sft_fast.runtime.terminal import open_streams
+
+    open_streams()
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes overrides in one block only; here they may stand on both sides of options.
@@ -101,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hide_torch()
     switch_off()
     try:
-        code: int = parsed.run(parsed) or 0
+        with printable_streams():
+            code: int = parsed.run(parsed) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -117,6 +123,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        # What a command was not trusted with is no matter of the next one in this process.
+        distrust(None)
+
+
+@contextlib.contextmanager
+def printable_streams() -> Iterator[None]:
+    """Keeps what names and data hold from being obeyed by the terminal."""
+    from sft_fast.runtime.terminal import PrintableStream
+
+    out, err = PrintableStream(sys.stdout), PrintableStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 def print_error(error: Exception) -> None:

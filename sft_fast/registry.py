@@ -103,6 +103,19 @@ def load_plugins(plugins: Sequence[str]) -> None:
         load_file(name, f"plugins[{index}]")
 
 
+_distrusted: list[str] = []
+"""The configuration whose code is not run; empty = any may be."""
+
+
+def distrust(config: Path | None) -> None:
+    """Refuses from now on to run Python files, which the configuration of a run may name.
+
+    Args:
+        config: the configuration, for the message; None = they may be run.
+    """
+    _distrusted[:] = [] if config is None else [str(config)]
+
+
 def load_file(name: str, key: str) -> str:
     """Runs a Python file, unless this process has; returns its full path.
 
@@ -114,7 +127,8 @@ def load_file(name: str, key: str) -> str:
         key: config key that holds it, for the message.
 
     Raises:
-        ValueError: it does not exist or is not a .py file.
+        ValueError: it does not exist, is not a .py file, or is named by a configuration that is not
+            trusted.
     """
     path = Path(name).expanduser().resolve()
     file, module_name = str(path), f"{PLUGIN_MODULE}{path}"
@@ -123,6 +137,11 @@ def load_file(name: str, key: str) -> str:
     if path.suffix != ".py" or not path.is_file():
         found = "is not a .py file" if path.exists() else "does not exist"
         raise ValueError(f"{key}: {name} {found}; expected a Python file ({path})")
+    if _distrusted:
+        raise ValueError(
+            f"{key}: {path} would be run, because {_distrusted[-1]}, the configuration of a run, "
+            "names it; look at it, and say --trust if it may"
+        )
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -1,8 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from sft_fast.redact import is_secret_name, redact, redact_values
+from sft_fast.redact import holds_secret, is_secret_name, redact, redact_values
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwx",
@@ -15,11 +16,13 @@ SECRET_NAMES = """
     HF_TOKEN hub_token token GITHUBTOKEN NPM_AUTHTOKEN token_1
     MYPASSWORD password db_passwd dbpasswd PGPASSWORD SSH_PASSPHRASE
     SECRET client_secret MySecretValue credential credentials AZURE_CREDENTIALS
+    GITHUB_PAT MYSQL_PWD SENTRY_DSN AUTH_JWT SESSION_COOKIE STORAGE_ACCOUNT_KEY ENCRYPTION_KEY
 """
 OTHER_NAMES = """
     tokenizer TOKENIZERS_PARALLELISM tokenizer_model tokens max_new_tokens add_tokens num_tokens_max
     experts_per_token num_experts_per_token calculate_per_token_loss bits_per_token
-    eos_token bos_token pad_token unk_token path keyboard accessible api key pass compass PWD
+    eos_token bos_token pad_token unk_token path keyboard accessible api key pass compass PWD OLDPWD
+    PATH pattern compat_mode dispatch keys_last sort_key dsnap
     HF_TOKEN_PATH GOOGLE_APPLICATION_CREDENTIALS_FILE SECRETS_DIR token_file
 """
 
@@ -91,3 +94,42 @@ def test_secrets_of_the_environment_are_cut_out(monkeypatch: pytest.MonkeyPatch)
 )
 def test_secrets_are_known_by_their_looks(text: str, expected: str) -> None:
     assert redact(f"x {text}.") in (f"x {expected}.", f"x {expected}")
+
+
+FORMS = (
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl",
+    "xoxb-123456789012-abcdefghij",
+    "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+    "sk_live_abcdefghijklmnop1234",
+    f"npm_{'a1' * 18}",
+    f"dapi{'0a' * 16}",
+    f"gsk_{'a1' * 12}",
+    f"pypi-{'Ag' * 30}",
+    f"nvapi-{'a-' * 12}",
+    "hvs.CAESIabcdefghijklmnop",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----",
+)
+
+
+@pytest.mark.parametrize("secret", FORMS)
+def test_tokens_are_known_by_their_form(secret: str) -> None:
+    assert redact(f"a {secret} b") == "a [redacted] b"
+    assert holds_secret(f"x {secret}")
+
+
+def test_the_saved_configuration_is_what_was_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft_fast.config.schema import load_config, save_config
+    from sft_fast.errors import ConfigError
+
+    monkeypatch.setenv("PGPASSWORD", "llamas")
+    config = load_config(None, ["output_dir=outputs/llamas"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", []) == config
+    # Nobody writes such a value by chance.
+    monkeypatch.setenv("MYSQL_PWD", "correct-horse-battery")
+    with pytest.raises(ConfigError, match="output_dir") as caught:
+        load_config(None, ["output_dir=correct-horse-battery"])
+    assert "a password (not shown)" in str(caught.value)
+    assert "correct-horse" not in str(caught.value)

@@ -26,6 +26,24 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="OUT", help="output_dir of a run")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the consent to run code that came with a run."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the Python files that the configuration of a run directory names",
+    )
+
+
+def heed_trust(parsed: argparse.Namespace, config: Path) -> None:
+    """Keeps the code that a run's configuration names from being run, unless `--trust` says so."""
+    from sft_fast.registry import distrust
+    from sft_fast.runtime.run_directory import RUN_MARKER
+
+    is_of_run = (config.parent / RUN_MARKER).exists()
+    distrust(config if is_of_run and not parsed.trust else None)
+
+
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) == 0:
@@ -58,7 +76,9 @@ def read_config(parsed: argparse.Namespace) -> Config:
     """
     from sft_fast.config.schema import load_config
 
-    return load_config(config_path(parsed), parsed.overrides)
+    path = config_path(parsed)
+    heed_trust(parsed, path)
+    return load_config(path, parsed.overrides)
 
 
 def config_tokenizer(model: ModelConfig, tokenizer: TokenizerConfig) -> Any:

@@ -25,6 +25,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Answers the questions of `--ask`, or talks until the input ends."""
     from sft_fast.evaluation.chat import Chat
     from sft_fast.runtime.run_files import model_folder
+    from sft_fast.runtime.terminal import printable
 
     chat = Chat(
         model_folder(parsed.model),
@@ -35,7 +36,7 @@ def run(parsed: argparse.Namespace) -> None:
     )
     if parsed.ask:
         for question in parsed.ask:
-            print(chat.answer(question))
+            print(printable(chat.answer(question)))
         return
     print("Ctrl-D ends, /new begins anew.")
     talk(chat)

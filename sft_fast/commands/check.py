@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sft_fast.commands.arguments import Commands, add_config, config_path, positive
+from sft_fast.commands.arguments import (
+    Commands,
+    add_config,
+    add_trust,
+    config_path,
+    heed_trust,
+    positive,
+)
 from sft_fast.exit_codes import FAILED
 
 
@@ -18,6 +25,7 @@ def add(commands: Commands) -> None:
         "Exit status 1: there are problems.",
     )
     add_config(check)
+    add_trust(check)
     check.add_argument(
         "--ranks", type=positive, metavar="N", help="also check the layout of N ranks"
     )
@@ -36,6 +44,7 @@ def run(parsed: argparse.Namespace) -> int:
     from sft_fast.runtime.terminal import as_seen
 
     path = config_path(parsed)
+    heed_trust(parsed, path)
     config, problems, tree = inspect_config(path, parsed.overrides)
     notes: list[str] = []
     if config is not None:

@@ -6,7 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from sft_fast.commands.arguments import Commands, add_config, config_tokenizer, read_config
+from sft_fast.commands.arguments import (
+    Commands,
+    add_config,
+    add_trust,
+    config_tokenizer,
+    read_config,
+)
 
 
 def add(commands: Commands) -> None:
@@ -34,6 +40,7 @@ def add(commands: Commands) -> None:
         "data-report", help="tokenise the data of a configuration and say what is in it"
     )
     add_config(report)
+    add_trust(report)
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(run=run_report, hides_torch=True)
 

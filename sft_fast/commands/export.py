@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from sft_fast.commands.arguments import Commands, add_run, positive
+from sft_fast.commands.arguments import Commands, add_run, add_trust, positive
 from sft_fast.commands.launch import TRAIN_SCRIPT
 from sft_fast.exit_codes import FAILED
 from sft_fast.models.choices import Dtype
@@ -36,6 +38,11 @@ OVERRIDES = (
     "parallel.sequence=false",
 )
 
+OF_RANKS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_|)(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|PET_\w+"
+)
+"""Variables that describe the ranks of a job."""
+
 
 def add(commands: Commands) -> None:
     """Describes `export` to argparse."""
@@ -46,6 +53,7 @@ def add(commands: Commands) -> None:
         "that model lies elsewhere by now: model.path=DIR. Exit status 4: it is damaged.",
     )
     add_run(export)
+    add_trust(export)
     export.add_argument("--step", type=positive, help="of the checkpoint; default: the newest")
     export.add_argument("--to", type=Path, metavar="DIR", help="default: OUT/export_STEP")
     export.add_argument("--dtype", choices=get_args(Dtype), help="default: as trained")
@@ -56,6 +64,8 @@ def add(commands: Commands) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Exports a checkpoint in a process of its own; returns its exit code."""
     from sft_fast.config.schema import load_config
+    from sft_fast.registry import distrust
+    from sft_fast.runtime.processes import die_with_parent
     from sft_fast.runtime.run_files import export_path, read_run
 
     found = read_run(parsed.run_dir)
@@ -64,6 +74,7 @@ def run(parsed: argparse.Namespace) -> int:
     if target.exists():
         raise ValueError(f"{target} exists; name another directory with --to")
     saved = found.path / "config.yaml"
+    distrust(None if parsed.trust else saved)
     config = load_config(saved, parsed.overrides)
     check_overrides(parsed.overrides)
     cache = config.data.cache_dir or found.path.absolute() / "data"
@@ -78,18 +89,37 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.dtype is not None:
         overrides.append(f"export.dtype={parsed.dtype}")
     with workplace(target) as work:
-        write_story(found, step, Path(work))
+        write_story(found, step, work)
         # -P: a folder of our name in the working directory is not this package.
         command = [sys.executable, "-P", str(TRAIN_SCRIPT), "--export", "--config", str(saved)]
         command += [*overrides, f"output_dir={work}", *(["--debug"] if parsed.debug else [])]
+        command += [] if parsed.trust else ["--distrust"]
         print(f"exporting step {step} of {found.path}", flush=True)
-        result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        result = subprocess.run(
+            command,
+            check=False,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=lone_environment(),
+            preexec_fn=die_with_parent,
+        )
         if result.returncode != 0:
             print(result.stdout, end="")
+            if not checkpoint.exists():
+                raise ValueError(
+                    f"the run deleted {checkpoint} meanwhile, as checkpoint.keep_last says; export "
+                    "a later one"
+                )
             return result.returncode if result.returncode > 0 else killed(-result.returncode)
-        os.rename(Path(work) / "export", target)
+        os.rename(work / "export", target)
     print(target)
     return 0
+
+
+def lone_environment() -> dict[str, str]:
+    """The environment without what says that this process is one of several, as it does in the
+    pods of an operator: the export would wait for the others."""
+    return {name: value for name, value in os.environ.items() if not OF_RANKS.fullmatch(name)}
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -125,15 +155,25 @@ def choose(found: RunFiles, step: int | None) -> tuple[int, Path]:
     return chosen, steps[chosen]
 
 
-def workplace(target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A directory on the file system of `target`, that it can be renamed from."""
+@contextlib.contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A directory on the file system of `target`, that it can be renamed from.
+
+    Raises:
+        ValueError: there can be none.
+    """
+    from sft_fast.runtime.workplaces import make_workplace
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_")
+        folder = make_workplace(target.parent, "export")
     except OSError as error:
         raise ValueError(
             f"{target} cannot be written ({error.strerror}); name one with --to"
         ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_story(found: RunFiles, step: int, folder: Path) -> None:

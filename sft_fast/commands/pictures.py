@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from sft_fast.commands.arguments import Commands, add_run, not_negative, positive
+from sft_fast.commands.arguments import Commands, add_run, add_trust, not_negative, positive
 
 
 def add(commands: Commands) -> None:
     """Describes `plot` to argparse."""
     plot = commands.add_parser("plot", help="draw a run: curves.png and report.html")
     add_run(plot)
+    add_trust(plot)
     plot.add_argument(
         "--samples",
         type=not_negative,
@@ -28,7 +29,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     if parsed.samples > 0:
         from sft_fast.evaluation.samples import write_samples
+        from sft_fast.registry import distrust
 
+        distrust(None if parsed.trust else parsed.run_dir / "config.yaml")
         write_samples(parsed.run_dir, parsed.samples, parsed.max_new_tokens)
     for path in write_report(parsed.run_dir):
         print(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sft_fast.commands.arguments import (
     Commands,
     add_config,
+    add_trust,
     config_tokenizer,
     positive,
     read_config,
@@ -30,6 +31,7 @@ def add(commands: Commands) -> None:
     """Describes `plan` to argparse."""
     plan = commands.add_parser("plan", help="say what fits, how long it takes, and what would help")
     add_config(plan)
+    add_trust(plan)
     plan.add_argument("--gpu", default="MI300X", help=f"one of {', '.join(GPUS)}")
     plan.add_argument(
         "--ranks", type=positive, metavar="N", help="GPUs; default: the smallest layout"

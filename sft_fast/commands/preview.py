@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from sft_fast.commands.arguments import (
     Commands,
     add_config,
+    add_trust,
     config_tokenizer,
     not_negative,
     positive,
@@ -43,6 +44,7 @@ def add(commands: Commands) -> None:
         "them can be used.",
     )
     add_config(preview)
+    add_trust(preview)
     preview.add_argument(
         "-n", "--samples", type=not_negative, default=3, help="samples to show (3)"
     )

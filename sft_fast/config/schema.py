@@ -34,7 +34,6 @@ from sft_fast.config.yaml_source import dump_yaml, read_yaml
 from sft_fast.errors import ConfigError, Problem
 from sft_fast.evaluation.choices import BUILT_IN_METRICS
 from sft_fast.files import write_atomically
-from sft_fast.redact import redact_values
 from sft_fast.registry import SFT, load_plugins, stages, trainers
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -192,4 +191,4 @@ def save_config(config: Config, path: Path) -> None:
     passwords in URLs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
-        file.write(dump_yaml(redact_values(config.model_dump())))
+        file.write(dump_yaml(config.model_dump()))

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from sft_fast.config.yaml_source import Document, KeyPath, dotted, key_path, parse_value
 from sft_fast.errors import ConfigError, Problem, nearest, nearest_key, show
-from sft_fast.redact import SECRET_VALUE, is_secret_name
+from sft_fast.redact import holds_secret, is_secret_name
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -303,7 +303,7 @@ def _secret_values(tree: Tree, value: Any, path: KeyPath) -> Iterator[Problem]:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _secret_values(tree, item, (*path, index))
-    elif isinstance(value, str) and SECRET_VALUE.search(value):
+    elif isinstance(value, str) and holds_secret(value):
         yield Problem(
             (tree.name(path),),
             "a value that looks like an access token or a password (not shown)",

@@ -21,6 +21,10 @@ import xxhash
 
 CONTEXT_CHARACTERS = 80
 IDENTITY_BYTES = 1 << 16
+LONGEST_LINE_BYTES = 32 << 20
+"""A record needs many times its size while it is read, and a small compressed file can hold any."""
+LONGEST_LIST_BYTES = 4 << 30
+TOO_LONG = f"the line has more than {LONGEST_LINE_BYTES >> 20} MiB; split the record"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _PYTHON_LIST = re.compile(r"\s*[\[{]+\s*'")
@@ -130,12 +134,17 @@ class JsonPart:
         with self._open() as stream:
             if self._content is None and self.name.endswith(tuple(COMPRESSIONS)):
                 # Compressed data has no way in but the beginning.
-                for _ in islice(stream, start.line):
+                for _ in islice(lines_of(stream), start.line):
                     pass
             else:
                 stream.seek(offset)
-            for line, raw in enumerate(stream, start.line + 1):
-                offset += len(raw)
+            for line, (raw, num_bytes) in enumerate(lines_of(stream), start.line + 1):
+                offset += num_bytes
+                if num_bytes > LONGEST_LINE_BYTES:
+                    number += 1
+                    head = raw[:CONTEXT_CHARACTERS].decode("latin-1")
+                    yield Place(number, line, offset), self._bad(line, 1, TOO_LONG, head)
+                    continue
                 if line == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.isspace():
@@ -163,7 +172,12 @@ class JsonPart:
 
     def _read_list(self, start: Place) -> Placed:
         with self._open() as stream:
-            raw = stream.read().removeprefix(b"\xef\xbb\xbf")
+            raw = stream.read(LONGEST_LIST_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > LONGEST_LIST_BYTES:
+            raise ValueError(
+                f"{self.name}: the list has more than {LONGEST_LIST_BYTES >> 30} GiB, and would be "
+                "read at once; write one object a line"
+            )
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -231,6 +245,17 @@ def open_content(path: str) -> BinaryIO:
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), compression))
+
+
+def lines_of(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file, and how many bytes they have: of one that has more than
+    LONGEST_LINE_BYTES only its first part is kept."""
+    while line := stream.readline(LONGEST_LINE_BYTES + 1):
+        num_bytes, rest = len(line), line
+        while len(rest) > LONGEST_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_LINE_BYTES + 1)
+            num_bytes += len(rest)
+        yield line, num_bytes
 
 
 def count_lines(stream: BinaryIO) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sft_fast.errors import first_line
 from sft_fast.metrics.format import finite, line
 from sft_fast.packing.steps import StepCounts
+from sft_fast.runtime.terminal import printable
 
 if TYPE_CHECKING:
     from sft_fast.metrics.progress import ProgressLine
@@ -185,6 +186,7 @@ class MetricsWriter:
         """Prints a line on the main rank; a full disk does not stop the run."""
         if not self.is_main:
             return
+        text = printable(text)
         # Standard output may be a file on a full disk, or a pipe that nobody reads any more.
         with contextlib.suppress(OSError):
             if self.progress is not None:

@@ -23,6 +23,7 @@ import psutil
 from sft_fast.exit_codes import DAMAGED, FAILED, USER_ERROR
 from sft_fast.files import read_json
 from sft_fast.runtime.signals import wanted_signals
+from sft_fast.runtime.terminal import open_streams, printable
 
 # They repeat that a rank failed, and that a signal has come.
 TORCHRUN_LOGGERS = ("multiprocessing.api", "agent.server.api")
@@ -112,7 +113,7 @@ def main(run_dir: Path, arguments: list[str], debug: bool = False) -> int:
 def say(text: str) -> None:
     """Prints to standard error, which may be a terminal that was closed."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def recorded_failure(run_dir: Path, began: float) -> str:
@@ -126,6 +127,7 @@ def recorded_failure(run_dir: Path, began: float) -> str:
 
 
 if __name__ == "__main__":
+    open_streams()
     is_debug = sys.argv[1] == "--debug"
     run_dir, *torchrun_arguments = sys.argv[1 + is_debug :]
     raise SystemExit(main(Path(run_dir), torchrun_arguments, is_debug))

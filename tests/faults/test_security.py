@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import stat
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,10 @@ TEMPLATES = {
     "{% for m in messages %}{{ m.content | center(10 ** 9) }}{% endfor %}": "256 MiB",
     "{% for a in range(90000) %}{{ messages[0].content }}{% endfor %}": "characters of",
     "{{ messages.__class__.__mro__ }}": "unsafe",
+    "{{ 3 ** (10 ** 9) }}": "65536 bits",
+    "{% set n = namespace(x=3) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}": (
+        "65536 bits"
+    ),
 }
 
 
@@ -457,3 +462,97 @@ def test_s16_libraries_are_told_not_to_report(monkeypatch: pytest.MonkeyPatch) -
         assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
         assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
         assert os.environ["DO_NOT_TRACK"] == "0", "the user's own choice stays"
+
+
+ORDERS = "\x1b]0;title\x07\x1b[2Jgone\rover\x9b2K\u202eback\n\tkept \x1b[31mred"
+
+
+def test_s18_a_terminal_does_not_obey_what_is_quoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    from sft_fast.metrics.writer import MetricsWriter
+    from sft_fast.runtime.terminal import PrintableStream, as_seen, printable
+
+    shown = "\\x1b]0;title\\x07\\x1b[2Jgone\\rover\\x9b2K\\u202eback\n\tkept "
+    assert printable(ORDERS) == shown + "\\x1b[31mred"
+    assert "\x1b" not in as_seen(f"error: {ORDERS}", sys.stderr)
+    stream = io.StringIO()
+    print(ORDERS, end="", file=PrintableStream(stream))
+    assert stream.getvalue() == shown + "\x1b[31mred", "colours are our own"
+    MetricsWriter(tmp_path, True).log(ORDERS)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_s18_a_column_named_like_an_order_is_quoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_fast import cli
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"\x1b[2Jmessages": 1}) + "\n")
+    assert cli.main(["preview", "demo", f"data.train={rows}"]) != 0
+    said = capsys.readouterr()
+    assert "\x1b[2J" not in said.out + said.err and "x1b[2Jmessages" in said.out + said.err
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "plan"])
+def test_s19_the_code_of_a_run_directory_is_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    from sft_fast import cli
+    from sft_fast.runtime.run_directory import RUN_MARKER
+
+    (tmp_path / RUN_MARKER).touch()
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": []}) + "\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"output_dir: {tmp_path}\ntokenizer: {{path: demo}}\n"
+        f"data: {{train: {rows}, format: {tmp_path / 'theirs.py'}}}\ntrain: {{steps: 1}}\n"
+        "packing: {capacity: 64}\n"
+        "model: {shape: {hidden_size: 16, num_layers: 1, num_attention_heads: 1, "
+        "num_key_value_heads: 1, ffn_hidden_size: 16, max_position_embeddings: 64}}\n"
+    )
+    assert cli.main([command, str(config)]) != 0
+    assert not (tmp_path / "ran").exists()
+    assert "say --trust if it may" in capsys.readouterr().err
+    assert cli.main([command, str(config), "--trust"]) != 0, "it registers no format"
+    assert (tmp_path / "ran").exists()
+
+
+def test_s19_the_process_of_an_export_may_be_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_fast import registry, train
+
+    plugin = tmp_path / "theirs.py"
+    plugin.write_text("raise SystemExit('ran')")
+    try:
+        assert train.main([f"plugins=[{plugin}]", "--distrust"]) == 2
+    finally:
+        registry.distrust(None)
+    assert "say --trust if it may" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_s20_a_line_without_end_is_bounded(tmp_path: Path, suffix: str) -> None:
+    import gzip
+
+    from sft_fast.data import json_records
+    from sft_fast.data.source import load_records
+
+    path = tmp_path / f"rows.jsonl{suffix}"
+    size = json_records.LONGEST_LINE_BYTES
+    good = b'{"text": "good"}\n'
+    with gzip.open(path, "wb", 1) if suffix else path.open("wb") as file:
+        for length in (size, size + 1, 2 * size + 2, 3 * size):
+            file.write(good + b" " * (length - 1) + b"\n")
+        file.write(good + b"x" * (2 * size))
+    found = list(load_records(str(path)).scan())
+    bad = [record for record in found if isinstance(record, json_records.BadRecord)]
+    assert [record.line for record in bad] == [4, 6, 8, 10]
+    assert all("more than 32 MiB" in record.message for record in bad)
+    assert [record.line for record in found if record not in bad] == [1, 3, 5, 7, 9]
