@@ -25,18 +25,21 @@ from sft_fast.registry import (  # noqa: E402
     SFT,
     LateTrainer,
     Trainer,
+    distrust,
     get_trainer,
     load_plugins,
     register_trainer,
     stages,
 )
 from sft_fast.runtime.kernel_cache import use_private_cache  # noqa: E402
-from sft_fast.runtime.processes import die_with_parent  # noqa: E402
+from sft_fast.runtime.manifest import explain  # noqa: E402
+from sft_fast.runtime.processes import die_with_parent, raise_file_limit  # noqa: E402
 from sft_fast.runtime.run_directory import check_inputs  # noqa: E402
 from sft_fast.runtime.telemetry import switch_off  # noqa: E402
-from sft_fast.runtime.terminal import as_seen, flush_streams  # noqa: E402
+from sft_fast.runtime.terminal import as_seen, flush_streams, open_streams  # noqa: E402
 from sft_fast.runtime.watchdog import watching  # noqa: E402
 
+DEMO = Path("demo")
 # Before plugins, so that none can take these names.
 register_trainer(backend="megatron", stage=SFT)(LateTrainer("sft_fast.megatron.training:train"))
 EXPORT = LateTrainer("sft_fast.megatron.export.run:export")
@@ -44,7 +47,7 @@ EXPORT = LateTrainer("sft_fast.megatron.export.run:export")
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line of train.py."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="train.py", description="Trains a model.")
     parser.add_argument("--config", type=Path, help="YAML file; without it the embedded demo runs")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
@@ -54,6 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     # What `sft_fast export` runs in place of the trainer.
     parser.add_argument("--export", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--distrust", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to replace")
     # Overrides may stand before and behind options.
     return parser.parse_intermixed_args(argv)
@@ -85,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     switch_off()
+    raise_file_limit()
     try:
+        distrust((arguments.config or DEMO) if arguments.distrust else None)
         config = load_config(arguments.config, arguments.overrides + changes(arguments))
         load_plugins(config.plugins)
         use_private_cache()
@@ -97,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             print_traceback()
         elif is_first_to_fail():
-            text = f"error: {redact(str(error))}\n(--debug shows where)"
+            found = explain(error) if isinstance(error, OSError) and error.errno else str(error)
+            text = f"error: {redact(found)}\n(--debug shows where)"
             with contextlib.suppress(OSError):
                 print(as_seen(text, sys.stderr), file=sys.stderr, flush=True)
         return exit_code(error)
@@ -119,6 +126,7 @@ def is_first_to_fail() -> bool:
 
 
 if __name__ == "__main__":
+    open_streams()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A killed torchrun must not leave its ranks behind; they save if they can.
         die_with_parent(signal.SIGTERM)

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -452,6 +453,11 @@ def _make_elsewhere(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process that prepares the data has ended without a word: it was killed, by the "
+            "system perhaps for want of memory; data.num_processes sets how many there are"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

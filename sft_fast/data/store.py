@@ -20,9 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
-import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -35,15 +33,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import xxhash
 
 from sft_fast.constants import ceil_div
 from sft_fast.data.columns import BLOCK_DTYPE, Column
 from sft_fast.data.targets import count_targets
 from sft_fast.files import sync_folder
-from sft_fast.runtime.processes import process_space
-from sft_fast.runtime.run_lock import file_system_time
+from sft_fast.runtime.workplaces import make_workplace
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +60,6 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 }
 STEP_BIAS = 1 << 31
 """Added to the steps of line numbers: another file starts again at line 1."""
-OLD_BUILD_SECONDS = 24 * 3600
-"""Age at which a build that was left behind by another machine is removed."""
 
 
 @dataclass
@@ -328,10 +322,7 @@ class StoreWriter:
         self._path = Path(path)
         if self._path.exists():
             raise ValueError(f"{self._path} exists; a token store is written to a new directory")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead_builds(self._path.parent)
-        prefix = f".building-{_own_space()}-{os.getpid()}-"
-        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._path.parent))
+        self._folder = make_workplace(self._path.parent, "building")
         self._open_files = ExitStack()
         enter = self._open_files.enter_context
         self._token_file = enter((self._folder / "tokens.bin").open("wb"))
@@ -357,8 +348,17 @@ class StoreWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._open_files.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            self._open_files.close()
+        except OSError:
+            # What could not be written when the disk was full; that is the error already.
+            if error is None:
+                raise
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # A failed write does not say of which file.
+            error.filename = str(self._folder)
 
     def add(
         self,
@@ -477,8 +477,9 @@ class StoreWriter:
 
     def _append(self, file: BinaryIO, name: str, values: npt.NDArray[Any]) -> None:
         """Writes and hashes the next part of an array."""
-        self._hashers[name].update(np.ascontiguousarray(values).view(np.uint8).data)
-        values.tofile(file)
+        data = np.ascontiguousarray(values).view(np.uint8).data
+        self._hashers[name].update(data)
+        file.write(data)
 
     def _start_weights(self) -> None:
         """Opens the file of weights, with 1 for every token that came before."""
@@ -521,29 +522,6 @@ class RejectedList:
         except OSError as error:
             logger.warning("warning: %s is not written: %s", self._path, error.strerror)
             self._room = 0
-
-
-def _own_space() -> str:
-    """A short name of the processes that this one can see by their ids."""
-    return xxhash.xxh3_64_hexdigest(process_space().encode())
-
-
-def _remove_dead_builds(folder: Path) -> None:
-    """Removes the temporary directories of builds whose process is gone."""
-    for path in folder.glob(".building-*"):
-        match = re.fullmatch(r"\.building-(.*)-(\d+)-[^-]*", path.name)
-        if match and match[1] == _own_space():
-            is_dead = not psutil.pid_exists(int(match[2]))
-        else:
-            try:
-                # Whoever builds writes to its files.
-                written = max(part.stat().st_mtime for part in (path, *path.iterdir()))
-                is_dead = file_system_time(folder) - written > OLD_BUILD_SECONDS
-            except FileNotFoundError:
-                # Its own process was faster.
-                continue
-        if is_dead:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -94,7 +94,9 @@ def prepare(config: Config, phases: Phases) -> Job:
             disagree about one of them.
     """
     phases.enter("join", can_leave=True)
-    parallel = init_parallel(config.parallel, config.train, config.seed, settings(config))
+    parallel = init_parallel(
+        config.parallel, config.train, config.seed, settings(config.model_dump())
+    )
     check_is_shared(Path(config.output_dir), config.parallel.timeout_minutes * 60)
     check_trackers(config.metrics)
     metrics = MetricsWriter(Path(config.output_dir), parallel.is_main)

@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 import sft_fast
-from sft_fast.config.schema import Config
 from sft_fast.megatron.exchange import Ranks, StoreExchange
 from sft_fast.metrics.trackers import flat
 
@@ -106,11 +106,15 @@ def agree(
     )
 
 
-def settings(config: Config) -> dict[str, str]:
-    """What must be equal on all machines before the data is read: configuration, code, versions."""
-    facts = {key: json.dumps(value, default=str) for key, value in flat(config.model_dump())}
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal on all machines before the data is read: configuration, code, versions.
+
+    Args:
+        config: the configuration, as `model_dump` gives it.
+    """
+    facts = {key: json.dumps(value, default=str) for key, value in flat(config)}
     facts = {key: value for key, value in facts.items() if key not in OF_ONE_MACHINE}
-    facts |= {f"contents of {path}": file_digest(Path(path)) for path in config.plugins}
+    facts |= {f"contents of {path}": file_digest(Path(path)) for path in config["plugins"]}
     versions = {name: version_of(name) for name in PACKAGES}
     python = ".".join(platform.python_version_tuple()[:2])
     return facts | versions | {"python": python, "sft_fast": code_version()}

@@ -212,8 +212,16 @@ def explain(error: BaseException) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
         folder = Path(error.filename).absolute().parent
         if folder.is_dir():
-            text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
+            text += f" ({room_in(folder)})"
     return text
+
+
+def room_in(folder: Path) -> str:
+    """What is left on the file system of a directory, in words."""
+    system = os.statvfs(folder)
+    text = f"{system.f_bavail * system.f_frsize:,} bytes free"
+    # Some file systems count no files.
+    return text + (", but no more files" if system.f_files and not system.f_favail else "")
 
 
 def prepare(temporary: Path, needed_bytes: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -85,6 +86,12 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Makes Linux send this process a signal when its parent ends; elsewhere does nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as it may: a model can have hundreds."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def end_children() -> None:

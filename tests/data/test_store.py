@@ -129,7 +129,7 @@ def set_version(store: Path) -> None:
         (damage_file("lines.data.bin", lambda content: None), r"lines\.data\.bin has no bytes"),
         (damage_file(META_FILE, lambda content: content[:-9]), r"meta\.json is damaged"),
         (damage_file(META_FILE, lambda content: None), "is no token store"),
-        (set_version, "has version 99, expected 3"),
+        (set_version, "has version 99, expected 4"),
     ],
 )
 def test_damaged_store_names_the_file(

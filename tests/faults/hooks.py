@@ -336,3 +336,15 @@ def draw_forever(_: str) -> None:
         time.sleep(3600)
 
     before(finish, "draw", draw)
+
+
+def other_setting(override: str) -> None:
+    """This rank's machine has another configuration."""
+    from sft_fast import train
+
+    original = train.load_config
+    train.load_config = lambda path, overrides: original(path, [*overrides, override])
+
+
+def die_before_export(_: str) -> None:
+    before(finish, "export_model", die)

@@ -82,6 +82,23 @@ FAULTS = {
         "a token store with flipped bits, on a failing disk, or of rows that grow meanwhile",
         "file named and the store built anew; nothing is deleted for a disk that does not answer",
     ),
+    "F35": (
+        "machines with other settings, versions, data, checkpoints or directories; a late one",
+        "all ranks end before the first step, or say who is missing; key and values named",
+    ),
+    "F36": (
+        "a copied run, a base model that changed, quantized or doubled tensors, odd config.json",
+        "known by hashes and refused before the first step",
+    ),
+    "F37": ("a job is suspended for longer than its time limits", "it goes on; no hang is seen"),
+    "F38": (
+        "pipes in place of files, templates without end, variables of a job that is none",
+        "refused, or bounded, or not heard; nothing waits",
+    ),
+    "F39": (
+        "other users, disks without room for files, a machine that is gone, closed streams, -OO",
+        "said with path and culprit; nothing is left behind",
+    ),
 }
 
 

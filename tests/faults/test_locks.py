@@ -319,3 +319,19 @@ def test_an_announcement_counts_by_the_clock_of_the_file_system(
     later = LaunchFiles(tmp_path)
     later.open()
     assert later.announced("failed") is None
+
+
+@pytest.mark.fault("F35")
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optim.weight_decay=0.7", "optim.weight_decay: 0.1 on rank 0"),
+        ("seed=8", "seed: 7 on rank 0"),
+    ],
+)
+def test_machines_that_disagree_do_not_begin(launcher: Launcher, setting: str, said: str) -> None:
+    hooks = ["", f"other_setting:{setting}"]
+    job = launcher.start(f"disagree-{setting.split('=')[0]}", ranks=2, hook=hooks)
+    assert job.wait() == [2, 2], job.said()
+    assert said in job.said() and job.said().count("error: ") == 1
+    assert not list(job.output.glob("checkpoints/*"))

@@ -107,7 +107,8 @@ def test_settings_hold_all_but_what_belongs_to_one_machine(tmp_path: Path) -> No
     from sft_fast.megatron.join import settings
 
     def differing(*overrides: str) -> set[str]:
-        first, other = settings(load_config(None, [])), settings(load_config(None, [*overrides]))
+        configs = (load_config(None, []), load_config(None, [*overrides]))
+        first, other = (settings(config.model_dump()) for config in configs)
         return {key for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
 
     assert differing("optim.lr=3e-5", "optim.weight_decay=0.3") == {
@@ -118,6 +119,5 @@ def test_settings_hold_all_but_what_belongs_to_one_machine(tmp_path: Path) -> No
     plugin = tmp_path / "plugin.py"
     plugin.touch()
     assert f"contents of {plugin}" in differing(f"plugins=[{plugin}]")
-    assert {"torch", "megatron-core", "python", "sft_fast"} <= settings(
-        load_config(None, [])
-    ).keys()
+    facts = settings(load_config(None, []).model_dump())
+    assert {"torch", "megatron-core", "python", "sft_fast"} <= facts.keys()
