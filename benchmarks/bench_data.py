@@ -2,9 +2,9 @@
 
 Run: `pytest benchmarks/bench_data.py`. `extra_info` has rows, tokens and bytes per second, the time
 that the tokenizer alone needs for the same texts as a share of ours, and, where TRL is installed,
-its rows per second on the same rows and tokenizer in the same run. SFT_FAST_BENCH_ROWS names a
-.jsonl file of messages to use beside the generated ones, whose words come again more often than
-those of a language.
+its rows per second on the same rows and tokenizer in the same run. SFT_FAST_BENCH_ROWS names
+.jsonl files of messages, with colons between, to use beside the generated ones, whose words come
+again more often than those of a language.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sft_fast.data.store import TokenStore, open_store
 OPTIONS = BuildOptions(capacity=1 << 20)
 # conversations, turns of each
 SHAPES = {"single_turn": (2000, 2), "ten_turns": (400, 10), "160_turns": (25, 160)}
-OWN_ROWS = [os.environ["SFT_FAST_BENCH_ROWS"]] if "SFT_FAST_BENCH_ROWS" in os.environ else []
+OWN_ROWS = [name for name in os.environ.get("SFT_FAST_BENCH_ROWS", "").split(os.pathsep) if name]
 # TRL finds the answers with these marks, we without them.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
@@ -74,7 +74,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """A byte-level BPE of 8000 tokens for this language: 4 characters a token, as for English.
+    """A byte-level BPE of 8000 tokens for this language, and 24000 more for that of own rows.
 
     SFT_FAST_BENCH_TOKENIZER names another one, with the tokens of ChatML.
     """
@@ -87,10 +87,13 @@ def tokenizer() -> Any:
         return own
     rng = random.Random(1)
     texts = [" ".join(rng.choices(vocabulary(), k=20_000))]
+    for name in OWN_ROWS:
+        rows = (json.loads(line)["messages"] for line in Path(name).open(encoding="utf-8"))
+        texts += [turn["content"] for turns in rows for turn in turns]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=8000,
+        vocab_size=32_000 if OWN_ROWS else 8000,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sft_fast.commands.arguments import (
     Commands,
@@ -13,6 +14,9 @@ from sft_fast.commands.arguments import (
     config_tokenizer,
     read_config,
 )
+
+if TYPE_CHECKING:
+    from sft_fast.data.store import TokenStore
 
 
 def add(commands: Commands) -> None:
@@ -42,6 +46,11 @@ def add(commands: Commands) -> None:
     add_config(report)
     add_trust(report)
     report.add_argument("--json", action="store_true", help="print one JSON object")
+    report.add_argument(
+        "--near-duplicates",
+        action="store_true",
+        help="count samples that are nearly the same as another; needs datasketch",
+    )
     report.set_defaults(run=run_report, hides_torch=True)
 
 
@@ -76,6 +85,7 @@ def run_report(parsed: argparse.Namespace) -> None:
         stage_options,
     )
     from sft_fast.data.mixture import check_eval_is_not_train
+    from sft_fast.data.near_duplicates import near_duplicates, with_choice
     from sft_fast.data.statistics import store_statistics
 
     config = read_config(parsed)
@@ -87,7 +97,8 @@ def run_report(parsed: argparse.Namespace) -> None:
         )
     tokenizer = config_tokenizer(config.model, config.tokenizer)
     options = build_options(config.model, config.data, config.packing, stage=stage_options(config))
-    stores, found = {}, {}
+    stores: dict[str, TokenStore] = {}
+    found: dict[str, dict[str, Any]] = {}
     for part in ("train", "eval"):
         sources = find_sources(config.data, part)
         if sources is None:
@@ -101,19 +112,38 @@ def run_report(parsed: argparse.Namespace) -> None:
             config.output_dir,
             print_progress,
         )
+        others = stores["train"] if part == "eval" else None
+        store = stores[part] = with_choice(store, config.data.near_duplicates, others)
         trains_answers = options.stage.rules().trains_answers
         statistics = store_statistics(
             store, tokenizer, config.packing.capacity, trains_answers=trains_answers
         )
         found[part] = {"build": asdict(store.report), "store": asdict(statistics)}
+        near = near_duplicates(store, others) if parsed.near_duplicates else None
+        if near is not None:
+            origins = [[store.origin(n), (others or store).origin(m)] for n, m in near]
+            found[part]["near_duplicates"] = origins
         if not parsed.json:
-            print(f"data.{part}\n{store.summary()}\n{statistics.summary()}\n")
+            text = f"data.{part}\n{store.summary()}\n{statistics.summary()}\n"
+            print(text if near is None else f"{text}{near_text(origins, part)}\n")
     if parsed.json:
         print(json.dumps(found, ensure_ascii=False))
     for store in stores.values():
         check_store(store, options)
     if "eval" in stores and config.data.eval_overlap == "error":
         check_eval_is_not_train(stores["train"], stores["eval"])
+
+
+def near_text(pairs: list[list[str]], part: str) -> str:
+    """What is said of samples that are nearly another, each with what it is like."""
+    what = "an earlier sample" if part == "train" else "a training sample"
+    if not pairs:
+        return f"  0 samples are nearly {what}\n"
+    shown = ", ".join(f"{sample} ({like})" for sample, like in pairs[:3])
+    return (
+        f"! {len(pairs)} samples are nearly {what}, first {shown}; data.near_duplicates: drop "
+        "leaves them out\n"
+    )
 
 
 def print_progress(text: str) -> None:

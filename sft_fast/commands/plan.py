@@ -96,6 +96,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
         open_stream,
         stage_options,
     )
+    from sft_fast.data.near_duplicates import with_choice
     from sft_fast.packing.from_config import make_training_plan
 
     sources = find_sources(config.data, "train")
@@ -107,7 +108,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
     if config.data.streaming:
         data = open_stream(sources, tokenizer, options, config.data, config.seed)
     else:
-        data = open_data_store(
+        store = open_data_store(
             sources,
             tokenizer,
             options,
@@ -115,6 +116,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
             config.output_dir,
             lambda text: print(text, file=sys.stderr),
         )
+        data = with_choice(store, config.data.near_duplicates)
     plan = make_training_plan(
         data,
         config.packing,

@@ -17,7 +17,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sft_fast.data.choices import ChangingHistory, OnBadRecord, OverLength, TrainOn
+from sft_fast.data.choices import (
+    ChangingHistory,
+    NearDuplicates,
+    OnBadRecord,
+    OverLength,
+    TrainOn,
+)
 from sft_fast.kernels.loss_options import LossBackend, LossOptions, Policy
 from sft_fast.metrics.choices import TrackerName
 from sft_fast.models.choices import FP8_MULTIPLES, AttentionBackend, Dtype, Fp8Recipe
@@ -217,6 +223,9 @@ class DataConfig(Section):
     """Share of the rows of `train` that is held out for evaluation; equal rows stay together."""
     eval_overlap: Literal["error", "allow"] = "error"
     """What happens when evaluation samples are training samples too."""
+    near_duplicates: NearDuplicates = "keep"
+    """drop = leave out training samples that are nearly an earlier one, and evaluation samples that
+    are nearly a training sample; needs datasketch (the extra `dedup`)."""
     streaming: bool = False
     """Read `train` while it trains and store nothing of it, so it may be larger than the disk or
     have no end; needs train.steps. Slices are record numbers only."""

@@ -32,7 +32,7 @@ from sft_fast.data.sample_maker import (
     make_all,
 )
 from sft_fast.data.source import Source
-from sft_fast.data.store import DataReport, StoreWriter, TokenStore
+from sft_fast.data.store import NEAR_DUPLICATE, DataReport, StoreWriter, TokenStore
 from sft_fast.data.store_check import open_whole, store_path
 from sft_fast.data.tokenizer import tokenizer_digest
 from sft_fast.registry import SFT
@@ -48,7 +48,7 @@ PROGRESS_SECONDS = 1.0
 Progress = Callable[[str], None]
 # Reasons in the list of rejected records that are no rejections, or follow from a chosen policy.
 _NOTES = ("truncated", "split")
-WANTED = ("too long",)
+WANTED = ("too long", NEAR_DUPLICATE)
 TRUNCATED = "nothing to learn"
 
 

@@ -16,3 +16,6 @@ OverLength = Literal["error", "drop", "truncate_right", "truncate_left", "split_
 
 OnBadRecord = Literal["error", "skip"]
 """Value of `data.on_bad_row`: a record that cannot be used stops the run, or is left out."""
+
+NearDuplicates = Literal["keep", "drop"]
+"""Value of `data.near_duplicates`: what happens to samples that are nearly the same as another."""

@@ -48,6 +48,8 @@ MOST_REJECTED = 10_000
 FLUSH_TOKENS = 1 << 20
 """Tokens collected in memory before they are written; a multiple of 8."""
 META_FILE = "meta.json"
+NEAR_DUPLICATE = "near duplicate"
+"""Reason of samples that `data.near_duplicates` leaves out."""
 REJECTED_FILE = "rejected.jsonl"
 ARRAYS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype(np.uint32),

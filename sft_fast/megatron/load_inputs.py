@@ -23,6 +23,7 @@ from sft_fast.data.from_config import (
     stage_options,
 )
 from sft_fast.data.mixture import check_eval_is_not_train
+from sft_fast.data.near_duplicates import with_choice
 from sft_fast.data.source import Source
 from sft_fast.data.store import REJECTED_FILE, TokenStore, open_store
 from sft_fast.data.stream import SampleStream, TrainingData
@@ -272,6 +273,7 @@ def read_store(
 
     def prepare(progress: Progress) -> Path:
         store = open_data_store(rows, tokenizer, options, config.data, config.output_dir, progress)
+        store = with_choice(store, config.data.near_duplicates, apart_from)
         if apart_from is not None and config.data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
         return store.path
