@@ -14,8 +14,10 @@ from sft_fast.commands.arguments import (
     config_tokenizer,
     read_config,
 )
+from sft_fast.exit_codes import FAILED
 
 if TYPE_CHECKING:
+    from sft_fast.config.sections import DataConfig, DataSource
     from sft_fast.data.store import TokenStore
 
 
@@ -51,6 +53,12 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="count samples that are nearly the same as another; needs datasketch",
     )
+    report.add_argument(
+        "--fix",
+        action="store_true",
+        help="print the lines of YAML that make the data read right, and write files anew, as "
+        "NAME.fixed.jsonl in this folder, where no lines do",
+    )
     report.set_defaults(run=run_report, hides_torch=True)
 
 
@@ -72,8 +80,8 @@ def run_convert(parsed: argparse.Namespace) -> None:
     print(f"{parsed.output}: {written} rows" + (f", {rejected} rejected" if rejected else ""))
 
 
-def run_report(parsed: argparse.Namespace) -> None:
-    """Prints the statistics of the data of a configuration."""
+def run_report(parsed: argparse.Namespace) -> int:
+    """Prints the statistics of the data of a configuration; returns 1 where --fix finds none."""
     import json
     from dataclasses import asdict
 
@@ -89,6 +97,8 @@ def run_report(parsed: argparse.Namespace) -> None:
     from sft_fast.data.statistics import store_statistics
 
     config = read_config(parsed)
+    if parsed.fix:
+        return print_fixes(config.data)
     if config.data.streaming:
         raise ValueError(
             "data.streaming: a report needs all samples, and a stream may have no end; take a part "
@@ -132,6 +142,51 @@ def run_report(parsed: argparse.Namespace) -> None:
         check_store(store, options)
     if "eval" in stores and config.data.eval_overlap == "error":
         check_eval_is_not_train(stores["train"], stores["eval"])
+    return 0
+
+
+def print_fixes(data: DataConfig) -> int:
+    """Prints, as YAML, what makes each source read right; returns 1 where nothing does."""
+    import yaml
+
+    from sft_fast.data.fix import find_fix, write_fix
+    from sft_fast.data.from_config import find_sources
+
+    is_lost = False
+    for part in ("train", "eval"):
+        configured = getattr(data, part)
+        # What is held out of the training data is read as they are.
+        sources = [] if configured is None else find_sources(data, part) or []
+        for number, source in enumerate(sources):
+            key = f"data.{part}" + ("" if isinstance(configured, str) else f"[{number}]")
+            try:
+                fix = find_fix(source)
+            except ValueError as error:
+                print(f"# {key}: nothing was found for: {error}")
+                is_lost = True
+                continue
+            if fix is None:
+                print(f"# {key}: all is read")
+                continue
+            print(f"# {key}: {fix.why}")
+            settings = {name: value for name, value in fix.settings.items() if value}
+            name = configured if isinstance(configured, str) else source_path(configured[number])
+            if fix.records:
+                output = Path(f"{Path(source.records.files[0]).name.split('.')[0]}.fixed.jsonl")
+                written, rejected = write_fix(fix, output)
+                left_out = f", {rejected} left out: {output}.rejected" if rejected else ""
+                print(f"# {written} records written{left_out}")
+                name = str(output)
+            lines: Any = [{"path": name, **settings}]
+            if isinstance(configured, str):
+                lines = {"data": {part: name, **settings}}
+            print(yaml.safe_dump(lines, sort_keys=False, allow_unicode=True), end="")
+    return FAILED if is_lost else 0
+
+
+def source_path(entry: str | DataSource) -> str:
+    """What an entry of a list of sources names."""
+    return entry if isinstance(entry, str) else entry.path
 
 
 def near_text(pairs: list[list[str]], part: str) -> str:

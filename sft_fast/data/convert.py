@@ -41,7 +41,7 @@ def convert(source: Source, path: str | Path, skip_bad_records: bool = False) ->
                 if isinstance(record, BadRecord):
                     raise ValueError(record.message)
                 values = messages_record(reader(record))
-                line = _json_line(values, record.origin)
+                line = json_line(values, record.origin)
             except ValueError as error:
                 if not skip_bad_records:
                     raise
@@ -59,7 +59,8 @@ def convert(source: Source, path: str | Path, skip_bad_records: bool = False) ->
     return written, len(rejected)
 
 
-def _json_line(values: dict[str, Any], origin: str) -> str:
+def json_line(values: dict[str, Any], origin: str) -> str:
+    """A line of JSON; ValueError, which begins with `origin`, where a value has no form in JSON."""
     try:
         return json.dumps(values, ensure_ascii=False, default=as_json) + "\n"
     except TypeError as error:
