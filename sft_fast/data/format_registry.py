@@ -152,7 +152,8 @@ class Format:
             group = tuple(_with_options(one, values, record) for one in group)
             unread = record.unread(values)
             _check_unread(group, unread, values, record)
-            group = tuple(replace(one, unread=unread) for one in group)
+            if unread:
+                group = tuple(replace(one, unread=unread) for one in group)
         for conversation in group:
             conversation.check()
         return group

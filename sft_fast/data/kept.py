@@ -68,7 +68,7 @@ class TemplateKeys:
 
     def unread(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """Keys of turns that have no effect, sorted."""
-        if self._reads_all:
+        if self._reads_all or not any(message.extra for message in messages):
             return ()
         keys = {key for message in messages for key in message.extra}
         return tuple(sorted(keys - self._words))
@@ -95,7 +95,8 @@ def check_answer(message: Message, answer: str) -> None:
     """
     if not answer.strip() and not message.tool_calls and not message.reasoning:
         raise ValueError("the chat template renders an answer as nothing")
-    parts = _without(answer, [message.reasoning])
+    reasoning = message.reasoning
+    parts = _without(answer, [reasoning]) if reasoning else [answer]
     if parts is None:
         raise ValueError(
             f"the chat template leaves out the reasoning of an answer, {_shown(message.reasoning)}"
@@ -134,9 +135,15 @@ def _without(answer: str, parts: Sequence[str]) -> list[str] | None:
     """What stands around texts in an answer that has them in this order; None where it does not."""
     rest, position = [], 0
     for part in parts:
+        part = part.strip()
+        place = answer.find(part, position)
+        if place >= 0:
+            rest.append(answer[position:place])
+            position = place + len(part)
+            continue
         found = [
             (place, -len(form))
-            for form in _forms(part.strip())
+            for form in _forms(part)
             if (place := answer.find(form, position)) >= 0
         ]
         if not found:

@@ -139,7 +139,7 @@ class ChatRenderer:
         self._keys_of: dict[str, TemplateKeys] = {}
         self._has_eos_behind_all: dict[str, bool] = {}
         self._special = _special_tokens(tokenizer)
-        self._token_of_name = tokenizer.special_tokens_map
+        self._token_of_name = dict(tokenizer.special_tokens_map)
         self._text_tokenizer = TextTokenizer(tokenizer, self._special)
         self._special_names = tuple(sorted(self._special, key=len, reverse=True))
         any_special = "|".join(map(re.escape, self._special_names)) or r"(?!)"

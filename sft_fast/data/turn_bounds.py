@@ -13,7 +13,10 @@ To render every prefix takes time that grows with the square of the number of tu
 2. A chat is proven by prefixes of its own where a skeleton may not stand for it: there are tool
    calls, a content holds a string that the template mentions (`</think>`), or the whole is not what
    the skeleton says.
-3. Of many answers, in a skeleton or a chat, each is rendered behind its last turns alone. The whole
+3. A template whose code only writes contents (template_flow.py) makes of a skeleton all that there
+   is to know: the text is its texts with the contents of the chat in between, and nothing is
+   rendered. The first CHECKED_CHATS of a structure are rendered all the same and must be that.
+4. Of many answers, in a skeleton or a chat, each is rendered behind its last turns alone. The whole
    must be exactly the texts that this gives, one after another, and the prefixes up to the last
    answer, the one in the middle before it, and so on, must be what they say. Where it is not so,
    every prefix is rendered: a template that is refused is refused for a prefix of the chat itself.
@@ -26,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sft_fast.data.conversation import Message
+from sft_fast.data.template_flow import only_writes_contents
 
 Apply = Callable[[Sequence[Message], bool], str]
 """(turns, whether the generation prompt follows) -> text."""
@@ -35,6 +39,7 @@ Bounds = list[tuple[int, int]]
 MOST_LAYOUTS = 4096
 FEW_ANSWERS = 8
 """As many answers are proven by all of their prefixes; that is as fast."""
+CHECKED_CHATS = 4
 _PLACE_CHARACTERS = 40
 _EXPRESSION = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
 _LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
@@ -67,12 +72,14 @@ class TurnBounds:
         """`eos`: the EOS token, that a template may put behind the last turn only."""
         self._eos = eos or ""
         self._layouts: dict[object, _Layout | None] = {}
+        self._num_checked: dict[object, int] = {}
         code = " ".join(_EXPRESSION.findall(template))
         found = (single or double for single, double in _LITERAL.findall(code))
         marks = {text.replace("\\n", "\n").strip() for text in found}
         self._marks = tuple(
             mark for mark in marks if len(mark) >= _SHORTEST_MARK and not mark.isalnum()
         )
+        self._only_writes = only_writes_contents(template, self._marks)
 
     def find(
         self, messages: Sequence[Message], answers: Sequence[int], tools: str, apply: Apply
@@ -90,9 +97,21 @@ class TurnBounds:
         Raises:
             UnstableTemplateError: a prefix is not one; the message shows the place.
         """
-        text = apply(messages, False)
         # With one answer its own prefixes are as cheap.
-        layout = self._layout(messages, answers, tools, apply) if len(answers) > 1 else None
+        is_helpful = len(answers) > 1 or self._only_writes
+        key = self._structure(messages, answers, tools) if is_helpful else None
+        layout = None if key is None else self._layout(key, messages, answers, apply)
+        if layout is not None and self._only_writes:
+            composed = _compose(layout, messages)
+            if composed is not None:
+                if self._num_checked.setdefault(key, 0) >= CHECKED_CHATS:
+                    return composed
+                self._num_checked[key] += 1
+                text = apply(messages, False)
+                if composed != (text, self._prove(messages, answers, text, apply)):
+                    self._layouts[key] = None
+                return text, self._prove(messages, answers, text, apply)
+        text = apply(messages, False)
         bounds = None if layout is None else _fit(layout, messages, text)
         if bounds is None:
             return text, self._prove(messages, answers, text, apply)
@@ -102,22 +121,39 @@ class TurnBounds:
             messages, answers, text, apply
         )
 
-    def _layout(
-        self, messages: Sequence[Message], answers: Sequence[int], tools: str, apply: Apply
-    ) -> _Layout | None:
+    def _structure(
+        self, messages: Sequence[Message], answers: Sequence[int], tools: str
+    ) -> object | None:
+        """What a chat has in common with others of one layout; None where it has none."""
         # Calls are rarely the same twice, so their skeletons would serve one chat each.
         if any(message.tool_calls for message in messages):
             return None
         if any(mark in message.content for message in messages for mark in self._marks):
             return None
-        skeleton = [
-            replace(message, content=_placeholder(number)) if message.content.strip() else message
-            for number, message in enumerate(messages)
-        ]
-        key = (tools, tuple(answers), *(repr(message.as_dict()) for message in skeleton))
+        turns = tuple(
+            (
+                message.role,
+                message.name,
+                repr(message.extra) if message.extra else "",
+                "" if message.content.strip() else message.content + "|",
+            )
+            for message in messages
+        )
+        return (tools, tuple(answers), turns)
+
+    def _layout(
+        self, key: object, messages: Sequence[Message], answers: Sequence[int], apply: Apply
+    ) -> _Layout | None:
         if key not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:
                 self._layouts.clear()
+                self._num_checked.clear()
+            skeleton = [
+                replace(message, content=_placeholder(number))
+                if message.content.strip()
+                else message
+                for number, message in enumerate(messages)
+            ]
             self._layouts[key] = self._measure(skeleton, answers, apply)
         return self._layouts[key]
 
@@ -310,6 +346,24 @@ def _fit(layout: _Layout, messages: Sequence[Message], text: str) -> Bounds | No
     if position != len(text):
         return None
     return [
+        (starts[first] + start, starts[second] + limit)
+        for (first, start), (second, limit) in layout.bounds
+    ]
+
+
+def _compose(layout: _Layout, messages: Sequence[Message]) -> tuple[str, Bounds] | None:
+    """The text that a layout makes of a chat, and its bounds; None: white space is in doubt."""
+    contents = [messages[number].content for number in layout.contents]
+    if any(content[0].isspace() or content[-1].isspace() for content in contents):
+        return None
+    pieces = [layout.between[0]]
+    starts, position = [0], len(layout.between[0])
+    for content, following in zip(contents, layout.between[1:], strict=True):
+        position += len(content)
+        starts.append(position)
+        position += len(following)
+        pieces += (content, following)
+    return "".join(pieces), [
         (starts[first] + start, starts[second] + limit)
         for (first, start), (second, limit) in layout.bounds
     ]
