@@ -123,7 +123,8 @@ def run_report(parsed: argparse.Namespace) -> int:
             print_progress,
         )
         others = stores["train"] if part == "eval" else None
-        store = stores[part] = with_choice(store, config.data.near_duplicates, others)
+        choice, size = config.data.near_duplicates, options.group_size
+        store = stores[part] = with_choice(store, choice, others, size)
         trains_answers = options.stage.rules().trains_answers
         statistics = store_statistics(
             store, tokenizer, config.packing.capacity, trains_answers=trains_answers

@@ -116,7 +116,7 @@ def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> 
             config.output_dir,
             lambda text: print(text, file=sys.stderr),
         )
-        data = with_choice(store, config.data.near_duplicates)
+        data = with_choice(store, config.data.near_duplicates, group_size=options.group_size)
     plan = make_training_plan(
         data,
         config.packing,

@@ -182,6 +182,13 @@ def stream_problems(
             "data.eval, which is stored",
             "data.eval_fraction=null data.eval=<source>",
         )
+    if data.near_duplicates != "keep":
+        yield Problem(
+            ("data.streaming", "data.near_duplicates"),
+            f"{data.near_duplicates} for a stream, whose samples are not known before",
+            "keep, or data that is stored",
+            "data.near_duplicates=keep, or data.streaming=false",
+        )
     if packing.strategy not in ("auto", "window"):
         yield Problem(
             ("data.streaming", "packing.strategy"),

@@ -79,7 +79,10 @@ def near_duplicates(
 
 
 def with_choice(
-    store: TokenStore, choice: NearDuplicates, others: TokenStore | None = None
+    store: TokenStore,
+    choice: NearDuplicates,
+    others: TokenStore | None = None,
+    group_size: int = 1,
 ) -> TokenStore:
     """A store as `data.near_duplicates` has it; the one without them is put beside it.
 
@@ -87,11 +90,19 @@ def with_choice(
         store: of the training samples, or of the evaluation's.
         choice: of the configuration.
         others: the training samples, for the evaluation's.
+        group_size: samples of a record that stay together.
 
     Raises:
-        ValueError: as `without_near_duplicates`.
+        ValueError: samples stay together; or as `without_near_duplicates`.
     """
-    return without_near_duplicates(store, store.path.parent, others) if choice == "drop" else store
+    if choice == "keep":
+        return store
+    if group_size > 1:
+        raise ValueError(
+            f"data.near_duplicates: {choice} looks at samples one by one, and {group_size} of a "
+            "record stay together in this stage; set it to keep"
+        )
+    return without_near_duplicates(store, store.path.parent, others)
 
 
 def without_near_duplicates(

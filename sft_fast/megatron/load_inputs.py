@@ -273,7 +273,8 @@ def read_store(
 
     def prepare(progress: Progress) -> Path:
         store = open_data_store(rows, tokenizer, options, config.data, config.output_dir, progress)
-        store = with_choice(store, config.data.near_duplicates, apart_from)
+        choice, size = config.data.near_duplicates, options.group_size
+        store = with_choice(store, choice, apart_from, size)
         if apart_from is not None and config.data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
         return store.path

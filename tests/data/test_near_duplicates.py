@@ -10,6 +10,7 @@ import pytest
 from sft_fast.cli import main
 from sft_fast.data.near_duplicates import (
     near_duplicates,
+    with_choice,
     without_near_duplicates,
 )
 from sft_fast.data.store import NEAR_DUPLICATE, DataReport, StoreWriter, TokenStore
@@ -109,6 +110,21 @@ def test_stores_without_near_duplicates(tmp_path: Path) -> None:
     alone = store_of(tmp_path / "f", held_out[:1], [11])
     with pytest.raises(ValueError, match="every sample of rows is nearly a training sample"):
         without_near_duplicates(alone, tmp_path / "cache", kept)
+
+
+def test_samples_that_stay_together_are_not_taken_apart(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", [[1, 2, 3], [1, 2, 4]], [1, 1])
+    assert with_choice(store, "keep", group_size=2) is store
+    with pytest.raises(ValueError, match="2 of a record stay together"):
+        with_choice(store, "drop", group_size=2)
+
+
+def test_a_stream_has_no_near_duplicates_to_leave_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["data.streaming=true", "data.near_duplicates=drop", "train.epochs=null"]
+    assert main(["check", "demo", *options, "train.steps=50"]) == 1
+    assert "drop for a stream, whose samples are not known before" in capsys.readouterr().err
 
 
 def test_the_report_counts_them_and_the_option_leaves_them_out(
