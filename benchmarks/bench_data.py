@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ from sft_fast.data.store import TokenStore, open_store
 
 OPTIONS = BuildOptions(capacity=1 << 20)
 # conversations, turns of each
-SHAPES = {"single_turn": (2000, 2), "ten_turns": (400, 10), "160_turns": (25, 160)}
+SHAPES = {"single_turn": (5000, 2), "ten_turns": (1500, 10), "160_turns": (50, 160)}
 OWN_ROWS = [name for name in os.environ.get("SFT_FAST_BENCH_ROWS", "").split(os.pathsep) if name]
 # TRL finds the answers with these marks, we without them.
 TEMPLATE = (
@@ -88,7 +90,8 @@ def tokenizer() -> Any:
     rng = random.Random(1)
     texts = [" ".join(rng.choices(vocabulary(), k=20_000))]
     for name in OWN_ROWS:
-        rows = (json.loads(line)["messages"] for line in Path(name).open(encoding="utf-8"))
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        rows = (json.loads(line)["messages"] for line in lines)
         texts += [turn["content"] for turns in rows for turn in turns]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -237,6 +240,44 @@ def test_bench_cost_of_a_turn(
         rounds=3,
     )
     benchmark.extra_info["microseconds_a_turn"] = round(benchmark.stats.stats.min / 6400 * 1e6, 1)
+
+
+MEASURE_MEMORY = """\
+import resource, sys, tempfile
+from sft_fast.data.build import BuildOptions, build_store
+from sft_fast.data.demo import demo_tokenizer
+from sft_fast.data.source import Source, load_records
+with tempfile.TemporaryDirectory() as folder:
+    store = build_store(
+        Source(load_records(sys.argv[1])), demo_tokenizer(), BuildOptions(256), folder + "/store",
+        processes=1,
+    )
+    print(store.num_samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_bench_memory_of_short_rows(benchmark: Any, tmp_path: Path) -> None:
+    """Peak memory of a process that prepares few and many short rows: the slope is what counts."""
+    peaks = {}
+    for count in (20_000, 120_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            for number in range(count):
+                # Few words: the cache of pieces has a limit of its own.
+                first, second = number % 700, number // 700
+                row = {"question": f"{first} + {second}?", "answer": f"{first + second}"}
+                file.write(json.dumps(row) + "\n")
+        command = [sys.executable, "-c", MEASURE_MEMORY, str(path)]
+        samples, peak = subprocess.check_output(command, text=True).split()
+        assert int(samples) == count
+        peaks[count] = int(peak)
+    (few, low), (many, high) = peaks.items()
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info.update(
+        peak_mib_of_20000=low >> 20,
+        bytes_a_row=round((high - low) / (many - few), 1),
+        mib_of_5_million_rows=round((low + (high - low) / (many - few) * 5e6) / 2**20),
+    )
 
 
 def test_bench_read_rows(benchmark: Any, source: Path) -> None:
