@@ -16,6 +16,7 @@ from sft_fast.config import Config
 from sft_fast.data.convert import messages_record
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.formats import ConversationReader, get_format
+from sft_fast.data.formats.turns import TurnKeys, read_turns
 from sft_fast.data.from_config import build_options, find_sources, open_data_store
 from sft_fast.data.json_records import SourceRecord
 from sft_fast.data.render import ChatRenderer
@@ -345,6 +346,18 @@ def test_neighbouring_turns_of_one_call_each_are_one_turn() -> None:
         "assistant",
     ]
     assert conversation.messages[1].tool_calls == (CALL, CALL)
+
+
+@pytest.mark.parametrize("role", ["user", "Human", " assistant ", "GPT", "tool_call", "nobody", ""])
+@pytest.mark.parametrize("text", ["q", "", " a\n", '{"name": "f"}', "é", "\ud800", None, 3])
+def test_a_plain_turn_is_read_as_one_with_more_keys(role: str, text: Any) -> None:
+    def messages(**more: Any) -> Any:
+        try:
+            return read_turns([{"role": role, "content": text, **more}], TurnKeys())
+        except ValueError as error:
+            return str(error)
+
+    assert messages() == messages(name=None)
 
 
 def test_calls_that_answer_a_query() -> None:

@@ -108,6 +108,11 @@ def read_turns(turns: Sequence[Any], keys: TurnKeys, first: int = 1) -> list[Mes
     messages: list[Message] = []
     was_call = False
     for number, turn in enumerate(turns, start=first):
+        plain = _plain_message(turn, keys)
+        if plain is not None:
+            messages.append(plain)
+            was_call = False
+            continue
         is_call = _role(turn, keys, number)[1].strip().lower() in CALLER_ROLES
         new = list(_messages(turn, keys, number))
         if is_call and was_call:
@@ -117,6 +122,16 @@ def read_turns(turns: Sequence[Any], keys: TurnKeys, first: int = 1) -> list[Mes
             messages += new
         was_call = is_call
     return messages
+
+
+def _plain_message(turn: Any, keys: TurnKeys) -> Message | None:
+    """The message of a turn that is a role and an ASCII text, as most are; None for any other."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    role, content = turn.get(keys.role[0]), turn.get(keys.content[0])
+    if type(role) is not str or type(content) is not str or not content.isascii():
+        return None
+    return None if role.strip().lower() in CALLER_ROLES else Message(keys.role_of(role), content)
 
 
 def turn_list(turns: Any, label: str) -> list[Any]:
