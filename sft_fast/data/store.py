@@ -70,7 +70,7 @@ class DataReport:
 
     Attributes:
         source: name of the source and its split.
-        formats: file -> format that it was read in, its columns, and those that are not read.
+        formats: file -> format that it was read in, and the columns that are.
         template: which chat template was used.
         rows: records read.
         samples: samples stored.

@@ -624,7 +624,7 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
         config.data,
         config.output_dir,
     )
-    assert "question_answer (columns question, answer; not read: id, at)" in store.summary()
+    assert "question_answer (columns question, answer)" in store.summary()
     assert store.report.unread == {"at": 2, "by": 1, "id": 1}
     assert "in records, without effect: at (2), by (1), id (1)" in store.summary()
 

@@ -38,8 +38,7 @@ class FileFormat:
 
     def __str__(self) -> str:
         read = [column for column in self.types if column not in self.unread]
-        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
-        return f"{self.name} (columns {', '.join(read)}{unread})"
+        return f"{self.name} (columns {', '.join(read)})"
 
 
 class ConversationReader:
