@@ -119,6 +119,9 @@ class ModelConfig(Section):
     """Architecture when `path` is null."""
     new_embeddings: Literal["error", "mean"] = "error"
     """Rows of tokens that the model's vocabulary does not have yet: mean = the mean of its rows."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Before the first step compute one row: weights that know nothing of it stop the run, and so
+    do other logits than transformers'; auto = loads it with transformers up to 4e9 parameters."""
     attention: AttentionBackend = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
     kernels: Literal["auto", "triton", "torch"] = "auto"

@@ -61,6 +61,8 @@ class Model:
     """Its Hugging Face directory; None for a model that begins with this run."""
     hf_config: dict[str, Any]
     """The config.json of its export."""
+    num_known: int
+    """Tokens, from 0, whose embeddings come from there."""
 
 
 @dataclass(frozen=True)
@@ -186,15 +188,16 @@ def read_model(
     architecture = with_tokens(known, num_tokens, model, lora)
     random = RandomSource(architecture, seed)
     if folder is None:
-        return Model(architecture, random, None, architecture_to_hf(architecture))
+        hf_config = architecture_to_hf(architecture)
+        return Model(architecture, random, None, hf_config, architecture.vocab_size)
     hf_config = read_hf_config(folder) | {"vocab_size": architecture.vocab_size}
     if model.random_init:
-        return Model(architecture, random, folder, hf_config)
+        return Model(architecture, random, folder, hf_config, architecture.vocab_size)
     check_weights(folder, hf_config, known)
     weights: WeightSource = SafetensorsSource(folder, known)
     if num_tokens > known.vocab_size:
         weights = GrownSource(weights, known.vocab_size, num_tokens)
-    return Model(architecture, weights, folder, hf_config)
+    return Model(architecture, weights, folder, hf_config, known.vocab_size)
 
 
 def with_head(model: Model, num_outputs: int, seed: int) -> Model:

@@ -27,6 +27,8 @@ from sft_fast.megatron.memory import describe_memory
 from sft_fast.megatron.meter import step_meter
 from sft_fast.megatron.model import unwrap
 from sft_fast.megatron.neftune import add_noise, begin_step
+from sft_fast.megatron.optim import gather_parameters
+from sft_fast.megatron.source_check import check_source
 from sft_fast.megatron.start import Start, find_start
 from sft_fast.megatron.train_step import Run, build_run, train_step
 from sft_fast.metrics.profiling import ProfilerWindow
@@ -99,7 +101,9 @@ def build(job: Job, start: Start) -> Trainer:
     built = unwrap(run.model[0])
     metrics.log(f"attention: {built.attention}; kernels: {built.kernels}; {memory}")
     add_noise(run.model, config.train, config.seed, job.inputs.store.lengths, parallel)
-    if start.checkpoint is not None:
+    if start.checkpoint is None:
+        check_start(job, run)
+    else:
         load_checkpoint(
             start.checkpoint, run.model, run.optimizer, run.schedule, phases.tensor_done
         )
@@ -121,6 +125,22 @@ def build(job: Job, start: Start) -> Trainer:
         phases,
     )
     return Trainer(run, guard, evaluator, checkpoints)
+
+
+def check_start(job: Job, run: Run) -> None:
+    """Compares the model before the first step with its source; see source_check.py.
+
+    Raises:
+        ValueError: it is none that can be trained on.
+    """
+    gather_parameters(run.model)
+    models = [unwrap(chunk) for chunk in run.model]
+    with job.phases.paused("compare with transformers", can_leave=True):
+        seen = check_source(
+            models, job.config.model, job.inputs.model, job.inputs.store, job.parallel
+        )
+    if seen:
+        job.metrics.log(seen)
 
 
 def loop(job: Job, start: Start, trainer: Trainer) -> TrainState:

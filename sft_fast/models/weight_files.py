@@ -49,6 +49,10 @@ def tensor_records(folder: Path) -> dict[str, TensorRecord]:
         return header(folder / WEIGHTS_FILE)
     if not (folder / INDEX_FILE).is_file():
         others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not others:
+            raise ValueError(
+                f"model.path: {folder} holds no *.safetensors; convert the model first"
+            )
         raise ValueError(
             f"model.path: {folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}, but "
             f"{shorten(others, 3)}; expected weights as transformers saves them"

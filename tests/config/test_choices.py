@@ -109,7 +109,8 @@ COMPARED = {
     "loss.policy": ("../kernels/memory_plan.py", ""),
     "optim.decay": ("megatron/optim.py", "cosine linear constant"),
     "guard.on_spike": ("megatron/guard.py", "skip"),
-    "export.verify": ("megatron/export/check.py", "auto"),
+    "model.verify": ("megatron/compare.py", "auto"),
+    "export.verify": ("megatron/compare.py", "auto"),
     "checkpoint.allow_change": ("megatron/checkpoint/fingerprint.py", ""),
 }
 

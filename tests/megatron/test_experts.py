@@ -11,7 +11,7 @@ from tiny import vary_vectors
 
 CONFIG = """\
 output_dir: {output}
-model: {{path: {model}, dtype: fp32}}
+model: {{path: {model}, dtype: fp32, verify: never}}
 data: {{train: {train}}}
 packing: {{capacity: 64}}
 train: {{steps: 4, global_batch_size: 4}}

@@ -376,7 +376,7 @@ def test_dropout_masks_are_shared_where_the_input_is(rank_pool: RankPool, llama:
 SMALL = """
 output_dir: {output}
 seed: 7
-model: {{path: {model}, dtype: {dtype}}}
+model: {{path: {model}, dtype: {dtype}, verify: never}}
 data: {{train: {train}}}
 packing: {{capacity: 128}}
 train: {{steps: 4, global_batch_size: 4}}

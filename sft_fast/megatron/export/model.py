@@ -8,8 +8,9 @@ import torch.distributed as dist
 from sft_fast.config.schema import load_config
 from sft_fast.config.sections import ExportConfig, ModelConfig
 from sft_fast.files import write_json
+from sft_fast.megatron.compare import is_compared
 from sft_fast.megatron.exchange import StoreExchange
-from sft_fast.megatron.export.check import check_export, is_checked
+from sft_fast.megatron.export.check import check_export
 from sft_fast.megatron.export.configs import generation_config, hf_config
 from sft_fast.megatron.export.tokenizer import export_tokenizer
 from sft_fast.megatron.export.weights import export_weights
@@ -57,7 +58,7 @@ def export_model(
             write_json(stage.path / "config.json", hf_config(origin, dtype))
             write_json(stage.path / "generation_config.json", generation_config(origin))
             write_card(stage.path, origin.data.fingerprint, Path(output_dir))
-        if is_checked(origin, export, parallel):
+        if is_compared(export.verify, origin.model.architecture, parallel):
             dist.barrier()  # the weights are there
             check_export(models, stage.path, origin, model, export, parallel)
 
