@@ -77,7 +77,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
     written, rejected = convert(
         Source(rows, parsed.format, fields), parsed.output, parsed.skip_bad_rows
     )
-    print(f"{parsed.output}: {written} rows" + (f", {rejected} rejected" if rejected else ""))
+    print(f"{parsed.output}: {written} records" + (f", {rejected} rejected" if rejected else ""))
 
 
 def run_report(parsed: argparse.Namespace) -> int:

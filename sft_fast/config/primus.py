@@ -256,7 +256,7 @@ class _Translation:
 
     def _translate_packing(self) -> None:
         if as_flag(self._value("enable_packed_sequences")) is True:
-            reason = "samples of a packed row never see each other here"
+            reason = "samples of a pack never see each other here"
             self._check_fixed({"use_packed_attention": Fixed((True,), reason)})
 
     def _translate_sequence_parallel(self) -> None:

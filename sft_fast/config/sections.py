@@ -118,9 +118,9 @@ class ModelConfig(Section):
     shape: ShapeConfig | None = None
     """Architecture when `path` is null."""
     new_embeddings: Literal["error", "mean"] = "error"
-    """Rows of tokens that the model's vocabulary does not have yet: mean = the mean of its rows."""
+    """Embeddings of tokens that are new to the model's vocabulary: mean = the mean of its own."""
     verify: Literal["auto", "always", "never"] = "auto"
-    """Before the first step compute one row: weights that know nothing of it stop the run, and so
+    """Before the first step compute one sequence: weights that know nothing of it stop the run, so
     do other logits than transformers'; auto = loads it with transformers up to 4e9 parameters."""
     attention: AttentionBackend = "auto"
     """Kernel; auto = the first that this device has and that passes a numeric test at start."""
@@ -223,7 +223,7 @@ class DataConfig(Section):
     eval_split: Text | None = None
     """Split or split expression of `eval`; null = the source decides."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the rows of `train` that is held out for evaluation; equal rows stay together."""
+    """Share of the records of `train` that is held out for evaluation; equal ones stay together."""
     eval_overlap: Literal["error", "allow"] = "error"
     """What happens when evaluation samples are training samples too."""
     near_duplicates: NearDuplicates = "keep"
@@ -236,7 +236,7 @@ class DataConfig(Section):
     """Samples of a stream that the next one is drawn from; every checkpoint has them. 1 = in the
     order of the source."""
     format: Text = "auto"
-    """Formatter of a row (alpaca, chatml, openai, messages, sharegpt, ...) or a file with your own,
+    """Format of a record (alpaca, chatml, openai, messages, sharegpt, ...) or a file with your own,
     my_format.py or my_formats.py:name; auto = by columns."""
     fields: dict[str, str | None] = {}
     """Our field -> the source's column, e.g. {instruction: question, response: answer}; a column ->
@@ -257,9 +257,9 @@ class DataConfig(Section):
     over_length: OverLength = "error"
     """What happens to a sample longer than packing.capacity."""
     on_bad_row: OnBadRecord = "error"
-    """A row that cannot be used stops the run, or is left out, counted and listed."""
+    """A record that cannot be used stops the run, or is left out, counted and listed."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of rows that may be left out because they cannot be used."""
+    """Largest share of records that may be left out because they cannot be used."""
     cache_dir: PathText | None = None
     """Directory of the tokenised data; null = <output_dir>/data."""
     num_processes: Positive | None = None
@@ -267,17 +267,17 @@ class DataConfig(Section):
 
 
 class PackingConfig(Section):
-    """How samples share a row of tokens."""
+    """How samples share packs."""
 
     strategy: Annotated[Strategy, Field(description=STRATEGY_HELP)] = "auto"
     capacity: Annotated[int, Field(ge=2, le=MAX_CAPACITY)] = 2048
-    """Length of a row, in tokens."""
+    """Tokens of a pack."""
     alignment: Positive = 1
-    """A sample takes up a multiple of this many tokens of its row; divides capacity."""
+    """A sample takes up a multiple of this many tokens of its pack; divides capacity."""
     max_samples_per_bin: Annotated[int, Field(ge=1, le=MAX_SAMPLES_PER_BIN)] | None = None
-    """Most samples that share a row; null = no limit."""
+    """Most samples that share a pack; null = no limit."""
     pool_size: Annotated[int, Field(ge=1, le=MAX_POOL_SIZE)] = 1000
-    """Samples that window chooses from, at least; more where they are less than 8 rows' worth."""
+    """Samples that window chooses from, at least; more where they are less than 8 packs' worth."""
 
 
 class TrainConfig(Section):
@@ -306,7 +306,7 @@ class ParallelConfig(Section):
     virtual_pipeline: Positive = 1
     """Interleaved stages of each pipeline rank; more = smaller bubble, more communication."""
     context: Positive = 1
-    """Context-parallel size: ranks that share each packed row. Needs packing.alignment to be a
+    """Context-parallel size: ranks that share each pack. Needs packing.alignment to be a
     multiple of twice this size."""
     expert: Positive = 1
     """Expert-parallel size: ranks that the experts of a layer are spread over, out of the tensor-

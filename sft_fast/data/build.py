@@ -57,7 +57,7 @@ class BuildOptions:
     """What, beside the source and the tokenizer, decides the content of a store.
 
     Attributes:
-        capacity: tokens of a packed row; no sample is longer.
+        capacity: tokens of a pack; no sample is longer.
         over_length: what happens to longer samples: "error" stops with their list, "drop" leaves
             them out, "truncate_right" and "truncate_left" cut their end or start off,
             "split_turns" makes several conversations of one.

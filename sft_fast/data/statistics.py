@@ -29,7 +29,7 @@ class StoreStatistics:
         lengths: percentile ("p50", and "min", "mean", "max") -> tokens of a sample.
         supervised_share: the same percentiles of each sample's supervised share, 0 to 1.
         answers: supervised runs of a sample -> samples.
-        too_long: samples longer than a packed row.
+        too_long: samples longer than a pack.
         duplicates: samples whose tokens an earlier sample of another record has as well.
         double_bos: samples that start with two BOS tokens.
         inner_bos: samples with a BOS token behind the first one, where turns do not begin with it.

@@ -80,23 +80,23 @@ def generate(
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
-def chance_accuracy(rows: Iterable[SourceRecord]) -> float:
-    """Exact match to expect on demo rows from a guesser that knows each task but sees no operand.
+def chance_accuracy(records: Iterable[SourceRecord]) -> float:
+    """Exact match on demo records of a guesser that knows each task but sees no operand.
 
     Args:
-        rows: rows of the demo, in any of its formats; the last question of each counts.
+        records: of the demo, in any of its formats; the last question of each counts.
 
     Raises:
-        ValueError: a question is not of the demo, or there are no rows.
+        ValueError: a question is not of the demo, or there are no records.
     """
     reader = ConversationReader("auto")
     chances = []
-    for row in rows:
-        questions = [turn.content for turn in reader(row).messages if turn.role == "user"]
+    for record in records:
+        questions = [turn.content for turn in reader(record).messages if turn.role == "user"]
         task = next((task for task in TASKS if questions[-1].startswith(task.question)), None)
         if task is None:
-            raise ValueError(f"{row.origin}: {questions[-1]!r} is no question of the demo")
+            raise ValueError(f"{record.origin}: {questions[-1]!r} is no question of the demo")
         chances.append(task.chance)
     if not chances:
-        raise ValueError("no rows, so there is no chance accuracy")
+        raise ValueError("no records, so there is no chance accuracy")
     return sum(chances) / len(chances)

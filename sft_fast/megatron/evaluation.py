@@ -351,44 +351,46 @@ class AnswerTally:
 
 
 def whole_answers(
-    active: Tensor, labels: Tensor, slots: Tensor, positions: Tensor, parallel: Parallel
+    active: Tensor, labels: Tensor, sample_index: Tensor, positions: Tensor, parallel: Parallel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joins what the context-parallel ranks know of the samples that they share.
 
     Args:
         active: [3, A], as for `custom_sums`, of this rank's tokens.
         labels: int64 [A].
-        slots: int64 [A], ascending.
-        positions: int64 [A], of the rows in their samples.
+        sample_index: int64 [A], ascending.
+        positions: int64 [A], of the tokens in their samples.
         parallel: the layout.
 
-    Returns: the first three, of all ranks' rows.
+    Returns: the first three, of all ranks' tokens.
     """
     parts: list[Any] = [None] * parallel.cp_size
-    own = active.cpu(), labels.cpu(), slots, positions.cpu()
+    own = active.cpu(), labels.cpu(), sample_index, positions.cpu()
     dist.all_gather_object(parts, own, group=parallel.cp_group)
-    active, labels, slots, positions = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    active, labels, sample_index, positions = (
+        torch.cat(part, -1) for part in zip(*parts, strict=True)
+    )
     # Sample by sample, and in each by position.
     order = positions.argsort(stable=True)
-    order = order[slots[order].argsort(stable=True)]
-    return active[:, order], labels[order], slots[order]
+    order = order[sample_index[order].argsort(stable=True)]
+    return active[:, order], labels[order], sample_index[order]
 
 
 def custom_sums(
-    custom: list[Metric], active: Tensor, labels: Tensor, slots: Tensor, *, num_samples: int
+    custom: list[Metric], active: Tensor, labels: Tensor, sample_index: Tensor, *, num_samples: int
 ) -> Tensor:
     """fp64 [num_samples, 2 * metrics]: numerator and denominator of each metric for each sample.
 
     Args:
         custom: the user's metrics.
-        active: [3, A], as the outputs of `eval_step`, of the supervised rows.
+        active: [3, A], as the outputs of `eval_step`, of the supervised tokens.
         labels: int64 [A].
-        slots: int64 [A], ascending: which sample of the row.
+        sample_index: int64 [A], ascending: which sample of the sequence.
         num_samples: samples of the sequence.
     """
     sums = torch.zeros(num_samples, 2 * len(custom), dtype=torch.float64)
     active, labels = active.float().cpu(), labels.cpu()
-    counts = torch.bincount(slots, minlength=num_samples).tolist()
+    counts = torch.bincount(sample_index, minlength=num_samples).tolist()
     parts = zip(active.split(counts, dim=1), labels.split(counts), strict=True)
     for number, (outputs, sample_labels) in enumerate(parts):
         if len(sample_labels) == 0:
@@ -414,8 +416,8 @@ def report_exact_match(
     metrics: MetricsWriter,
 ) -> None:
     """Lets transformers answer held-out questions with the exported model."""
-    assert inputs.eval_rows is not None, "the config demands data.eval for exact_match_samples"
-    questions = read_questions(inputs.eval_rows, evaluation.exact_match_samples)
+    assert inputs.eval_sources is not None, "the config demands data.eval for exact_match_samples"
+    questions = read_questions(inputs.eval_sources, evaluation.exact_match_samples)
     if not questions:
         metrics.log("no exact match: the evaluation rows hold no question with an answer in words")
         return

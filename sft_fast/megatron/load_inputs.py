@@ -81,7 +81,7 @@ class Inputs:
     tokenizer: Any
     store: TrainingData
     eval_store: TokenStore | None
-    eval_rows: list[Source] | None
+    eval_sources: list[Source] | None
     model: Model
 
     @property
@@ -98,23 +98,23 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
         log: told about once a second how far this rank is with a store.
 
     Raises:
-        ValueError: a file, a row, the tokenizer or the model is not what it should be.
+        ValueError: a file, a record, the tokenizer or the model is not what it should be.
     """
     tokenizer, model = read_start(config)
     options = build_options(
         config.model, config.data, config.packing, model.architecture, stage_options(config)
     )
-    rows, eval_rows = find_rows(config.data)
+    sources, eval_sources = find_run_sources(config.data)
     store: TokenStore | None = None
     eval_store: TokenStore | None = None
     if not config.data.streaming:
-        store = read_store("data.train", rows, config, tokenizer, options, log)
-    if eval_rows is not None:
+        store = read_store("data.train", sources, config, tokenizer, options, log)
+    if eval_sources is not None:
         eval_store = read_store(
-            "data.eval", eval_rows, config, tokenizer, options, log, apart_from=store
+            "data.eval", eval_sources, config, tokenizer, options, log, apart_from=store
         )
-    data = store or read_stream(rows, config, tokenizer, options, eval_store)
-    return Inputs(tokenizer, data, eval_store, eval_rows, model)
+    data = store or read_stream(sources, config, tokenizer, options, eval_store)
+    return Inputs(tokenizer, data, eval_store, eval_sources, model)
 
 
 def read_export_source(
@@ -223,46 +223,46 @@ def with_head(model: Model, num_outputs: int, seed: int) -> Model:
     return replace(model, architecture=architecture, weights=weights, hf_config=hf_config)
 
 
-def find_rows(data: DataConfig) -> tuple[list[Source], list[Source] | None]:
+def find_run_sources(data: DataConfig) -> tuple[list[Source], list[Source] | None]:
     """The sources of the training and of the evaluation data."""
-    rows = find_sources(data, "train")
-    assert rows is not None, "data.train is required"
-    return rows, find_sources(data, "eval")
+    sources = find_sources(data, "train")
+    assert sources is not None, "data.train is required"
+    return sources, find_sources(data, "eval")
 
 
 def read_stream(
-    rows: Sequence[Source],
+    sources: Sequence[Source],
     config: Config,
     tokenizer: Any,
     options: BuildOptions,
     eval_store: TokenStore | None,
 ) -> SampleStream:
-    """Opens the stream of `rows`, every rank its own; no sample of `eval_store` is in it.
+    """Opens the stream of `sources`, every rank its own; no sample of `eval_store` is in it.
 
     Raises:
         ValueError: the sources cannot be streamed, or differ between ranks.
     """
     held_out = eval_store if config.data.eval_overlap == "error" else None
     rejected = Path(config.output_dir) / REJECTED_FILE if dist.get_rank() == 0 else None
-    stream = open_stream(rows, tokenizer, options, config.data, config.seed, held_out, rejected)
+    stream = open_stream(sources, tokenizer, options, config.data, config.seed, held_out, rejected)
     agree("data", {"fingerprint of data.train": stream.fingerprint}, math.inf)
     return stream
 
 
 def read_store(
     key: str,
-    rows: Sequence[Source],
+    sources: Sequence[Source],
     config: Config,
     tokenizer: Any,
     options: BuildOptions,
     log: Progress = logger.info,
     apart_from: TokenStore | None = None,
 ) -> TokenStore:
-    """Opens the token store of `rows`; one rank per node builds it where it is missing.
+    """Opens the token store of `sources`; one rank per node builds it where it is missing.
 
     Args:
-        key: the key of the configuration that names the rows.
-        rows: the sources.
+        key: the key of the configuration that names them.
+        sources: what is read.
         config: says where stores are kept.
         tokenizer: of the run.
         options: what decides the content of the store.
@@ -270,12 +270,14 @@ def read_store(
         apart_from: a store that may not have a sample of this one.
 
     Raises:
-        ValueError: the rows cannot be used, or are in the other store as well, or are others than
-            those of another machine.
+        ValueError: the records cannot be used, or are in the other store as well, or are others
+            than those of another machine.
     """
 
     def prepare(progress: Progress) -> Path:
-        store = open_data_store(rows, tokenizer, options, config.data, config.output_dir, progress)
+        store = open_data_store(
+            sources, tokenizer, options, config.data, config.output_dir, progress
+        )
         choice, size = config.data.near_duplicates, options.group_size
         store = with_choice(store, choice, apart_from, size)
         if apart_from is not None and config.data.eval_overlap == "error":

@@ -1,4 +1,4 @@
-"""Which samples share a packed row: the planners, their limits and the plan of an epoch."""
+"""Which samples share a pack: the planners, their limits and the plan of an epoch."""
 
 from dataclasses import dataclass, fields, replace
 from typing import get_args
@@ -12,7 +12,7 @@ from sft_fast.data.targets import members
 from sft_fast.packing.choices import MAX_CAPACITY, MAX_POOL_SIZE, MAX_SAMPLES_PER_BIN, Strategy
 
 Bin = NDArray[np.int64]
-"""The ids of the samples that share one packed row; empty for a row of padding."""
+"""The ids of the samples that share one pack; empty for a pack of padding."""
 
 
 # Enough for the share of unfilled bins to be known to better than the limit below.

@@ -1,4 +1,4 @@
-"""Which samples share a packed row, and which rows make a step.
+"""Which samples share a pack, and which packs make a step.
 
 A plan is a pure function of (lengths, capacity, strategy, seed, epoch). Every rank computes the
 same one, so ranks agree on every step without talking to each other, and a run can resume at any
@@ -113,7 +113,7 @@ class StepPlan:
     """Every optimizer step of a run, epoch after epoch.
 
     A step is `global_batch_size` consecutive bins of its epoch's plan. The last step of an epoch is
-    completed with empty bins: no sample is dropped or seen twice, and rows without supervised
+    completed with empty bins: no sample is dropped or seen twice, and packs without supervised
     tokens do not change a loss that is divided by the supervised tokens of the step.
     All epochs have the same number of steps. One that "window" would give another number than the
     first epoch takes the first epoch's bins instead, in an order of its own.

@@ -79,7 +79,7 @@ class Preview:
         samples: in the order of the rows.
         rejected: messages of rows that cannot be used or are too long.
         bins: the samples packed; indices into `samples`.
-        capacity: tokens of a packed row.
+        capacity: tokens of a pack.
         template: which chat template was used, in words.
     """
 

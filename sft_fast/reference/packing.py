@@ -212,46 +212,46 @@ def fill_sequence(
     cp_rank: int = 0,
     token_weights: NDArray[np.float16] | None = None,
 ) -> FilledSequence:
-    """Concatenates the slots of samples, pads, and takes one context-parallel rank's share.
+    """Concatenates padded samples, pads, and takes one context-parallel rank's share.
 
     Args:
         store_tokens: uint32 [total].
         supervised_bits: uint8 [ceil(total / 8)], little-endian bits; 1 = token is a target.
         offsets: int64 [num_samples + 1].
-        sample_ids: the samples of the row, in order.
-        seq_length: length of the row over all ranks, at least the slots' total.
-        alignment: a slot is a sample padded to a multiple of this.
-        cp_size: ranks that share the row; a rank has two of the 2 * cp_size chunks of each slot.
+        sample_ids: the samples of the sequence, in order.
+        seq_length: over all ranks, at least the total of the padded samples.
+        alignment: samples are padded to a multiple of this.
+        cp_size: ranks that share; each has two of the 2 * cp_size chunks of a padded sample.
         cp_rank: the rank whose share is returned.
         token_weights: float16 [total], of each token as a target; None = 1.
     """
     supervised = np.unpackbits(supervised_bits, bitorder="little").astype(bool)
-    # Columns: token, label, position, weight; a block of rows per slot, and one for the padding.
+    # Columns: token, label, position, weight; a block per sample, and one for the padding.
     blocks = []
     for sample in sample_ids:
         span = slice(offsets[sample], offsets[sample + 1])
         length = span.stop - span.start
-        slot = round_up(length, alignment)
-        block = np.zeros((slot, 4))
+        padded_length = round_up(length, alignment)
+        block = np.zeros((padded_length, 4))
         block[:length, 0] = store_tokens[span]
         block[:, 1] = IGNORE_INDEX
         block[: length - 1, 1] = np.where(supervised[span], block[:length, 0], IGNORE_INDEX)[1:]
-        block[:, 2] = np.arange(slot)
+        block[:, 2] = np.arange(padded_length)
         block[: length - 1, 3] = 1 if token_weights is None else token_weights[span][1:]
         blocks.append(block)
-    slots = [len(block) for block in blocks]
-    padding = np.tile([0.0, IGNORE_INDEX, 0.0, 0.0], (seq_length - sum(slots), 1))
+    padded_lengths = [len(block) for block in blocks]
+    padding = np.tile([0.0, IGNORE_INDEX, 0.0, 0.0], (seq_length - sum(padded_lengths), 1))
     if cp_size > 1:
         chunks = [np.split(block, 2 * cp_size) for block in blocks]
         blocks = [part for one in chunks for part in (one[cp_rank], one[-1 - cp_rank])]
         padding = padding[: len(padding) // cp_size]
-    row = np.concatenate([*blocks, padding])
-    has_label = row[:, 1] != IGNORE_INDEX
+    sequence = np.concatenate([*blocks, padding])
+    has_label = sequence[:, 1] != IGNORE_INDEX
     return FilledSequence(
-        tokens=row[:, 0].astype(np.int64),
-        labels=row[:, 1].astype(np.int64),
-        position_ids=row[:, 2].astype(np.int64),
-        cu_seqlens=np.cumsum([0, *slots], dtype=np.int32),
+        tokens=sequence[:, 0].astype(np.int64),
+        labels=sequence[:, 1].astype(np.int64),
+        position_ids=sequence[:, 2].astype(np.int64),
+        cu_seqlens=np.cumsum([0, *padded_lengths], dtype=np.int32),
         active_tokens=np.flatnonzero(has_label),
-        weights=np.where(has_label, row[:, 3], 0).astype(np.float32),
+        weights=np.where(has_label, sequence[:, 3], 0).astype(np.float32),
     )

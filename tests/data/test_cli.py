@@ -31,7 +31,7 @@ def test_converted_rows_are_the_same_conversations(
 ) -> None:
     source, output = write_rows([CHAT]), tmp_path / "out" / "chats.jsonl"
     assert main(["convert", source, str(output)]) == 0
-    assert capsys.readouterr().out == f"{output}: 1 rows\n"
+    assert capsys.readouterr().out == f"{output}: 1 records\n"
     first, second = (list(read_conversations(load_records(str(path)))) for path in (source, output))
     assert [chat for _, chat in first] == [chat for _, chat in second]
     assert json.loads(output.read_text()) == CHAT

@@ -87,7 +87,7 @@ def test_chance_of_rows_is_the_mean_over_their_questions() -> None:
     foreign = SourceRecord({"question": "why", "answer": "so"}, "a.jsonl", 3)
     with pytest.raises(ValueError, match="a.jsonl:3: 'why' is no question of the demo"):
         chance_accuracy([foreign])
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="no records"):
         chance_accuracy([])
 
 
