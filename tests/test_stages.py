@@ -221,7 +221,9 @@ def test_the_head_is_exported_again_and_does_not_chat(
     import torch
     from safetensors.torch import load_file
 
-    assert main(["export", str(rewarded), "--to", str(tmp_path / "again")]) == 0
+    again = ["export", str(rewarded), "--to", str(tmp_path / "again")]
+    assert main(again) == 2 and "say --trust" in capsys.readouterr().err
+    assert main([*again, "--trust"]) == 0
     first = load_file(rewarded / "export/model.safetensors")
     again = load_file(tmp_path / "again/model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
