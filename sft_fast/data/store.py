@@ -503,27 +503,37 @@ def rejected_line(file: str, line: int, reason: str, message: str) -> str:
 
 
 class RejectedList:
-    """The records that a stream does not use, or not whole, as lines of a file.
+    """The records that a stream does not use, or not whole, as lines of a file, each once.
 
-    It takes the first MOST_REJECTED of a launch: a stream has no end, and all of them are counted.
+    A record comes again in the next pass, and after a resume. The file has MOST_REJECTED at most: a
+    stream has no end, and all of them are counted.
     """
 
     def __init__(self, path: Path) -> None:
-        """Writes nothing yet; what is there stays."""
+        """Reads and writes nothing yet; what is there stays."""
         self._path = path
-        self._room = MOST_REJECTED
+        self._is_writable = True
+
+    @cached_property
+    def _lines(self) -> set[str]:
+        try:
+            with self._path.open(encoding="utf-8") as stream:
+                return set(stream)
+        except FileNotFoundError:
+            return set()
 
     def add(self, file: str, line: int, reason: str, message: str) -> None:
         """Lists a record; a list that cannot be written stops no training."""
-        if self._room == 0:
-            return
-        self._room -= 1
+        entry = rejected_line(file, line, reason, message)
         try:
+            if not self._is_writable or entry in self._lines or len(self._lines) >= MOST_REJECTED:
+                return
             with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(rejected_line(file, line, reason, message))
-        except OSError as error:
-            logger.warning("warning: %s is not written: %s", self._path, error.strerror)
-            self._room = 0
+                stream.write(entry)
+            self._lines.add(entry)
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("warning: %s is not written: %s", self._path, error)
+            self._is_writable = False
 
 
 def _sync(path: Path) -> None:

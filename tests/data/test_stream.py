@@ -16,6 +16,7 @@ from sft_fast.data.build import BuildOptions, build_store
 from sft_fast.data.json_records import START, SourceRecord
 from sft_fast.data.memory_store import MemoryStore, StreamSample
 from sft_fast.data.source import Position, Source, load_records
+from sft_fast.data.store import RejectedList
 from sft_fast.data.stream import IN_EVAL, SampleStream, StreamState
 from sft_fast.data.targets import sample_hash
 
@@ -376,3 +377,25 @@ def test_files_without_a_split_are_named(make_stream: MakeStream, tmp_path: Path
     take(stream, 3)
     resumed = make_stream(str(tmp_path), state=saved(stream.state()))
     assert resumed.report == stream.report
+
+
+def test_a_record_that_is_not_used_is_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft_fast.data.store.MOST_REJECTED", 3)
+    path = tmp_path / "rejected.jsonl"
+    for _ in range(2):  # a run and its resume
+        rejected = RejectedList(path)
+        for line in (1, 2, 1, 3, 4):
+            rejected.add("a.jsonl", line, "too long", f"a.jsonl:{line}: 9 tokens\u2028")
+    entries = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+    assert [entry["line"] for entry in entries] == [1, 2, 3]
+
+
+def test_a_list_that_cannot_be_written_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rejected = RejectedList(tmp_path / "nowhere" / "rejected.jsonl")
+    for line in (1, 2):
+        rejected.add("a.jsonl", line, "too long", "a message")
+    assert caplog.text.count("rejected.jsonl is not written") == 1
