@@ -186,6 +186,7 @@ def figures(
         )
         found |= {
             "steps": steps,
+            "extract_samples": len(plan.lengths) if plan.is_extract else None,
             "tokens": workload.tokens,
             "supervised_tokens": workload.supervised,
             "samples_per_pack": report.samples_per_bin,
@@ -224,10 +225,12 @@ def as_text(found: dict[str, Any]) -> str:
     total = memory.pop("total")
     lines = [("model", f"{count_text(found['parameters'])} parameters")]
     if "steps" in found:
+        extract = found["extract_samples"]
+        about = "" if extract is None else f"if all are as the first {extract:,} samples: "
         lines += [
             (
                 "data",
-                f"{found['tokens']:,} tokens in {found['steps']:,} steps, "
+                f"{about}{found['tokens']:,} tokens in {found['steps']:,} steps, "
                 f"{found['supervised_tokens'] / max(found['tokens'], 1):.1%} of them trained",
             ),
             (

@@ -74,6 +74,8 @@ def test_plan_expects_of_the_rest_what_the_first_samples_are(
     assert (found["steps"], found["packing"]) == (10, "window")
     # 40 packs of at most 128 tokens.
     assert 40 * 100 < found["tokens"] <= 40 * 128
+    assert main(["plan", config]) == 0
+    assert "if all are as the first 50 samples: " in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
