@@ -72,7 +72,7 @@ class Job:
         """Says what became of the records before a step, where that is known only then."""
         if (report := self.plan.report_before(data_step)) is not None:
             self.metrics.write("data", **asdict(report))
-            self.metrics.log(f"trained on {report.summary()}")
+            self.metrics.log(f"read in all, what waits in the buffer included: {report.summary()}")
 
     def part(self) -> None:
         """Lets the ranks go their own ways; every rank calls it."""

@@ -102,7 +102,7 @@ def unbroken(rank_pool: RankPool, tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("streaming") / "unbroken"
     said = train(rank_pool, 1, folder, "owner/name")
     assert "read so far; the rest comes while it trains" in said
-    assert "trained on owner/name[train]: " in said
+    assert "what waits in the buffer included: owner/name[train]: " in said
     return folder
 
 
