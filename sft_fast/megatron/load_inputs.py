@@ -108,12 +108,23 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
     store: TokenStore | None = None
     eval_store: TokenStore | None = None
     if not config.data.streaming:
-        store = read_store("data.train", sources, config, tokenizer, options, log)
+        store = read_store(
+            "data.train", sources, config.data, config.output_dir, tokenizer, options, log
+        )
     if eval_sources is not None:
         eval_store = read_store(
-            "data.eval", eval_sources, config, tokenizer, options, log, apart_from=store
+            "data.eval",
+            eval_sources,
+            config.data,
+            config.output_dir,
+            tokenizer,
+            options,
+            log,
+            apart_from=store,
         )
-    data = store or read_stream(sources, config, tokenizer, options, eval_store)
+    data = store or read_stream(
+        sources, config.data, config.output_dir, config.seed, tokenizer, options, eval_store
+    )
     return Inputs(tokenizer, data, eval_store, eval_sources, model)
 
 
@@ -232,7 +243,9 @@ def find_run_sources(data: DataConfig) -> tuple[list[Source], list[Source] | Non
 
 def read_stream(
     sources: Sequence[Source],
-    config: Config,
+    data: DataConfig,
+    output_dir: str,
+    seed: int,
     tokenizer: Any,
     options: BuildOptions,
     eval_store: TokenStore | None,
@@ -242,9 +255,9 @@ def read_stream(
     Raises:
         ValueError: the sources cannot be streamed, or differ between ranks.
     """
-    held_out = eval_store if config.data.eval_overlap == "error" else None
-    rejected = Path(config.output_dir) / REJECTED_FILE if dist.get_rank() == 0 else None
-    stream = open_stream(sources, tokenizer, options, config.data, config.seed, held_out, rejected)
+    held_out = eval_store if data.eval_overlap == "error" else None
+    rejected = Path(output_dir) / REJECTED_FILE if dist.get_rank() == 0 else None
+    stream = open_stream(sources, tokenizer, options, data, seed, held_out, rejected)
     agree("data", {"fingerprint of data.train": stream.fingerprint}, math.inf)
     return stream
 
@@ -252,7 +265,8 @@ def read_stream(
 def read_store(
     key: str,
     sources: Sequence[Source],
-    config: Config,
+    data: DataConfig,
+    output_dir: str,
     tokenizer: Any,
     options: BuildOptions,
     log: Progress = logger.info,
@@ -263,7 +277,8 @@ def read_store(
     Args:
         key: the key of the configuration that names them.
         sources: what is read.
-        config: says where stores are kept.
+        data: section of the configuration.
+        output_dir: of the run.
         tokenizer: of the run.
         options: what decides the content of the store.
         log: told how far this rank is; the node's other ranks log it.
@@ -275,12 +290,10 @@ def read_store(
     """
 
     def prepare(progress: Progress) -> Path:
-        store = open_data_store(
-            sources, tokenizer, options, config.data, config.output_dir, progress
-        )
-        choice, size = config.data.near_duplicates, options.group_size
+        store = open_data_store(sources, tokenizer, options, data, output_dir, progress)
+        choice, size = data.near_duplicates, options.group_size
         store = with_choice(store, choice, apart_from, size)
-        if apart_from is not None and config.data.eval_overlap == "error":
+        if apart_from is not None and data.eval_overlap == "error":
             check_eval_is_not_train(apart_from, store)
         return store.path
 

@@ -62,7 +62,7 @@ def check_machine(config: Config) -> Findings:
     problems += _check_tokenizer(config.model, config.tokenizer, findings)
     problems += _check_data(config.data, findings)
     problems += _check_resume(config.checkpoint.resume, Path(config.output_dir))
-    unwritable = _check_output_dir(config)
+    unwritable = _check_output_dir(Path(config.output_dir), config.model, config.tokenizer)
     problems += unwritable
     if findings.architecture is not None and not unwritable:
         needed = _bytes_to_write(
@@ -270,17 +270,18 @@ def _check_resume(resume: str, output_dir: Path) -> Iterator[Problem]:
         yield Problem(("checkpoint.resume",), found, expected)
 
 
-def _check_output_dir(config: Config) -> list[Problem]:
+def _check_output_dir(
+    folder: Path, model: ModelConfig, tokenizer: TokenizerConfig
+) -> list[Problem]:
     from sft_fast.runtime.run_directory import check_inputs, check_output_dir
 
-    folder = Path(config.output_dir)
     try:
         check_output_dir(folder)
     except ValueError as error:
         found = str(error).removeprefix("output_dir: ")
         expected = "a directory that can be written, and that is empty or a run's own"
         return [Problem(("output_dir",), found, expected)]
-    inputs = {"model.path": config.model.path, "tokenizer.path": config.tokenizer.path}
+    inputs = {"model.path": model.path, "tokenizer.path": tokenizer.path}
     try:
         check_inputs(folder, inputs)
     except ValueError as error:
