@@ -157,12 +157,12 @@ class SelfTest(NamedTuple):
 
 def self_tests(kernels: BlockKernels, sizes: BlockSizes, table: Tensor | None) -> list[SelfTest]:
     """What a layer does; table: [NUM_TEST_TOKENS, rotated channels]."""
-    how = sizes.eps, sizes.is_zero_centered
+    norm_options = sizes.eps, sizes.is_zero_centered
     dims = sizes.num_groups, sizes.head_dim
 
     def rotate(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         q_weight, k_weight = weights or (None, None)
-        return kernels.rotate_qkv(qkv, table, *dims, q_weight, k_weight, *how)
+        return kernels.rotate_qkv(qkv, table, *dims, q_weight, k_weight, *norm_options)
 
     def activate(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
         return kernels.gated_activation(gate_up, sizes.activation, scale, False)
@@ -173,10 +173,16 @@ def self_tests(kernels: BlockKernels, sizes: BlockSizes, table: Tensor | None) -
     gates = [(NUM_TEST_TOKENS, 2 * sizes.ffn_size), *[(NUM_TEST_TOKENS,)] * sizes.has_scale]
     added = [rows, rows, weight]
     return [
-        SelfTest("norm", lambda x, w: kernels.rms_norm(x, w, *how), [rows, weight]),
-        SelfTest("sum and norm", lambda x, r, w: kernels.add_rms_norm(x, r, w, *how), added),
-        SelfTest("norm beside x", lambda x, w: kernels.add_rms_norm(x, None, w, *how), added[1:]),
-        SelfTest("norm and sum", lambda x, r, w: kernels.rms_norm_add(x, r, w, *how), added),
+        SelfTest("norm", lambda x, w: kernels.rms_norm(x, w, *norm_options), [rows, weight]),
+        SelfTest(
+            "sum and norm", lambda x, r, w: kernels.add_rms_norm(x, r, w, *norm_options), added
+        ),
+        SelfTest(
+            "norm beside x", lambda x, w: kernels.add_rms_norm(x, None, w, *norm_options), added[1:]
+        ),
+        SelfTest(
+            "norm and sum", lambda x, r, w: kernels.rms_norm_add(x, r, w, *norm_options), added
+        ),
         SelfTest("rotation", rotate, qkv),
         SelfTest("gated activation", activate, gates),
     ]

@@ -342,11 +342,11 @@ class AddRmsNorm(torch.autograd.Function):
         is_zero_centered: bool,
     ) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual), each [..., h]."""
-        how = weight, eps, is_zero_centered
+        options = weight, eps, is_zero_centered
         if residual is None:
-            total, (normed, rstd) = x, rms_norm_forward(x, *how)
+            total, (normed, rstd) = x, rms_norm_forward(x, *options)
         else:
-            normed, total, rstd = add_rms_norm_forward(x, residual, *how)
+            normed, total, rstd = add_rms_norm_forward(x, residual, *options)
         ctx.save_for_backward(total, rstd, weight)
         ctx.is_zero_centered, ctx.needs_weight_grad = is_zero_centered, ctx.needs_input_grad[2]
         return normed, total

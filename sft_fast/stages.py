@@ -1,4 +1,4 @@
-"""What a run trains: the stage `sft`, and the base of stages of your own.
+"""What a run trains: the stage `sft`, and the base of custom stages.
 
 A stage says how a record becomes samples, what stands on the hidden states, the loss of the tokens
 that train, and what an evaluation reports. Everything else is the same for all of them: the store,

@@ -68,16 +68,16 @@ def run(parsed: argparse.Namespace) -> int:
     from sft_fast.runtime.processes import die_with_parent
     from sft_fast.runtime.run_files import export_path, read_run
 
-    found = read_run(parsed.run_dir)
-    step, checkpoint = choose(found, parsed.step)
-    target = parsed.to or export_path(found.path, step)
+    files = read_run(parsed.run_dir)
+    step, checkpoint = choose(files, parsed.step)
+    target = parsed.to or export_path(files.path, step)
     if target.exists():
         raise ValueError(f"{target} exists; name another directory with --to")
-    saved = found.path / "config.yaml"
+    saved = files.path / "config.yaml"
     distrust(None if parsed.trust else saved)
     config = load_config(saved, parsed.overrides)
     check_overrides(parsed.overrides)
-    cache = config.data.cache_dir or found.path.absolute() / "data"
+    cache = config.data.cache_dir or files.path.absolute() / "data"
     overrides = [
         *parsed.overrides,
         *OVERRIDES,
@@ -89,12 +89,12 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.dtype is not None:
         overrides.append(f"export.dtype={parsed.dtype}")
     with workplace(target) as work:
-        write_story(found, step, work)
+        write_story(files, step, work)
         # -P: a folder of our name in the working directory is not this package.
         command = [sys.executable, "-P", str(TRAIN_SCRIPT), "--export", "--config", str(saved)]
         command += [*overrides, f"output_dir={work}", *(["--debug"] if parsed.debug else [])]
         command += [] if parsed.trust else ["--distrust"]
-        print(f"exporting step {step} of {found.path}", flush=True)
+        print(f"exporting step {step} of {files.path}", flush=True)
         result = subprocess.run(
             command,
             check=False,
@@ -138,7 +138,7 @@ def killed(number: int) -> int:
     return FAILED
 
 
-def choose(found: RunFiles, step: int | None) -> tuple[int, Path]:
+def choose(files: RunFiles, step: int | None) -> tuple[int, Path]:
     """The checkpoint of a step, or the newest, with its step.
 
     Raises:
@@ -146,9 +146,9 @@ def choose(found: RunFiles, step: int | None) -> tuple[int, Path]:
     """
     from sft_fast.runtime.run_files import checkpoint_step
 
-    steps = {checkpoint_step(path) or 0: path for path in found.checkpoints}
+    steps = {checkpoint_step(path) or 0: path for path in files.checkpoints}
     if not steps or (step is not None and step not in steps):
-        folder, of = found.path / "checkpoints", "" if step is None else f" of step {step}"
+        folder, of = files.path / "checkpoints", "" if step is None else f" of step {step}"
         there = ", ".join(map(str, steps)) or "none"
         raise ValueError(f"{folder} holds no checkpoint{of}; there are: {there}")
     chosen = max(steps) if step is None else step
@@ -176,12 +176,12 @@ def workplace(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_story(found: RunFiles, step: int, folder: Path) -> None:
+def write_story(files: RunFiles, step: int, folder: Path) -> None:
     """Copies what the model card tells of: the configuration, and the run up to a step."""
     from sft_fast.runtime.run_directory import RUN_MARKER
 
     (folder / RUN_MARKER).touch()
-    shutil.copy(found.path / "config.yaml", folder)
-    until = [record for record in found.records if record.get("step", 0) <= step]
+    shutil.copy(files.path / "config.yaml", folder)
+    until = [record for record in files.records if record.get("step", 0) <= step]
     lines = [json.dumps(record) + "\n" for record in until]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -74,14 +74,14 @@ def run(parsed: argparse.Namespace) -> None:
     if problems:
         raise ConfigError(problems, f"the layout of {ranks} ranks")
     plan = None if parsed.no_data else packing_plan(config, tokenizer, architecture)
-    found = figures(config, architecture, plan, gpu, ranks, parsed.mfu)
+    plan_figures = figures(config, architecture, plan, gpu, ranks, parsed.mfu)
     if parsed.plot is not None:
         if plan is None:
             raise ValueError("--plot needs the data; leave --no-data out")
         from sft_fast.packing.report import plot_plan
 
         plot_plan(plan, parsed.plot)
-    print(json.dumps(found) if parsed.json else as_text(found))
+    print(json.dumps(plan_figures) if parsed.json else as_text(plan_figures))
 
 
 def packing_plan(config: Config, tokenizer: Any, architecture: Architecture) -> StepPlan:
@@ -161,7 +161,7 @@ def figures(
     from sft_fast.packing.from_config import warm_up_warning
 
     share, workload = 1.0, Workload(1, 0, 1)
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "gpu": gpu.name,
         "ranks": ranks,
         "parameters": num_parameters(architecture),
@@ -184,7 +184,7 @@ def figures(
             gpu.bf16_tflops,
             mfu,
         )
-        found |= {
+        values |= {
             "steps": steps,
             "extract_samples": len(plan.lengths) if plan.is_extract else None,
             "tokens": workload.tokens,
@@ -199,9 +199,9 @@ def figures(
             "mfu": mfu,
         }
     memory = estimate_memory(architecture, config, ranks, share)
-    found["memory"] = asdict(memory) | {"total": memory.total}
-    found["fits"] = memory.total <= gpu.memory_gb * 1e9
-    found["suggestions"] = [
+    values["memory"] = asdict(memory) | {"total": memory.total}
+    values["fits"] = memory.total <= gpu.memory_gb * 1e9
+    values["suggestions"] = [
         asdict(suggestion)
         for suggestion in best_suggestions(
             *(
@@ -216,45 +216,45 @@ def figures(
             )
         )
     ]
-    return found
+    return values
 
 
-def as_text(found: dict[str, Any]) -> str:
+def as_text(values: dict[str, Any]) -> str:
     """The figures as aligned lines for a terminal."""
-    memory, limit = dict(found["memory"]), found["memory_limit"]
+    memory, limit = dict(values["memory"]), values["memory_limit"]
     total = memory.pop("total")
-    lines = [("model", f"{count_text(found['parameters'])} parameters")]
-    if "steps" in found:
-        extract = found["extract_samples"]
+    lines = [("model", f"{count_text(values['parameters'])} parameters")]
+    if "steps" in values:
+        extract = values["extract_samples"]
         about = "" if extract is None else f"if all are as the first {extract:,} samples: "
         lines += [
             (
                 "data",
-                f"{about}{found['tokens']:,} tokens in {found['steps']:,} steps, "
-                f"{found['supervised_tokens'] / max(found['tokens'], 1):.1%} of them trained",
+                f"{about}{values['tokens']:,} tokens in {values['steps']:,} steps, "
+                f"{values['supervised_tokens'] / max(values['tokens'], 1):.1%} of them trained",
             ),
             (
                 "packing",
-                f"{found['packing']}: {found['samples_per_pack']:.1f} samples a pack, "
-                f"{found['padding']:.2%} padding, {found['packing_efficiency']:.2%} of the bound",
+                f"{values['packing']}: {values['samples_per_pack']:.1f} samples a pack, "
+                f"{values['padding']:.2%} padding, {values['packing_efficiency']:.2%} of the bound",
             ),
-            ("work", f"{found['flops']:.3g} FLOPs, forward and backward"),
+            ("work", f"{values['flops']:.3g} FLOPs, forward and backward"),
             (
                 "time",
-                f"{time_text(found['hours'] * 3600)} on {found['ranks']} x {found['gpu']} at "
-                f"{found['mfu']:.0%} of its bf16 rate (assumed)",
+                f"{time_text(values['hours'] * 3600)} on {values['ranks']} x {values['gpu']} at "
+                f"{values['mfu']:.0%} of its bf16 rate (assumed)",
             ),
         ]
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    verdict = "fits" if values["fits"] else "DOES NOT FIT"
     text = f"{size_text(total)} of {limit / 1e9:.0f} GB on the fullest rank: {verdict}"
     lines.append(("memory", text))
     lines += [("", f"{size_text(size):>9}  {name}") for name, size in memory.items() if size]
-    for number, suggestion in enumerate(found["suggestions"]):
-        time = f", {time_text(suggestion['seconds'])}" if "steps" in found else ""
+    for number, suggestion in enumerate(values["suggestions"]):
+        time = f", {time_text(suggestion['seconds'])}" if "steps" in values else ""
         text = f"{size_text(suggestion['memory_bytes']):>9}{time}  {suggestion['overrides']}"
         lines.append(("would help" if number == 0 else "", text))
-    if found.get("warning"):
-        lines.append(("", found["warning"]))
+    if values.get("warning"):
+        lines.append(("", values["warning"]))
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 

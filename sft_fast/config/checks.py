@@ -349,7 +349,7 @@ def evaluation_problems(
         yield Problem(
             ("evaluation.metrics",),
             f"{name}, which is always there",
-            "names of metrics of your own",
+            "names of custom metrics",
             f"leave {name} out",
         )
     names = (*reported, *evaluation.metrics)

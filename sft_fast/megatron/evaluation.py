@@ -1,4 +1,4 @@
-"""Evaluation during training: loss, accuracy, perplexity and metrics of your own, per source.
+"""Evaluation during training: loss, accuracy, perplexity and custom metrics, per source.
 
 The loss is the cross-entropy of the supervised tokens, without weights, label smoothing, z-loss or
 custom loss, so that runs with other training losses can be compared. A stage with a loss of its own

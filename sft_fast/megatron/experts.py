@@ -78,8 +78,8 @@ class GroupedExperts(MegatronModule):
 
     def matrices(self, *shape: int, split_dim: int) -> Parameter:
         """Undefined values; they are loaded."""
-        how = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
-        parameter: Any = Parameter(torch.empty(shape, **how))
+        placement = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
+        parameter: Any = Parameter(torch.empty(shape, **placement))
         set_tensor_model_parallel_attributes(parameter, True, split_dim, stride=1)
         # Other ranks have the same experts than have the rest of the layer.
         parameter.allreduce = False

@@ -46,12 +46,12 @@ VERSIONS = ("sft-fast", "megatron-core", "torch", "transformers", "datasets")
 CURVES_FILE = "curves.png"
 
 
-def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_size: int) -> str:
+def model_card(config: Config, run: RunFiles, data_fingerprint: str, world_size: int) -> str:
     """The card in the hub's format: YAML between dashes, then Markdown.
 
     Args:
         config: of the run.
-        found: the run so far.
+        run: the run so far.
         data_fingerprint: of the token store that was trained on.
         world_size: ranks.
     """
@@ -75,7 +75,7 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
         f"---\n{dump_yaml(head)}---\n\n# {title}\n\n"
         f"Fine-tuned from {start} with sft_fast: {aim}"
         f"{', LoRA adapters merged' if config.lora.rank > 0 else ''}.\n\n"
-        f"{facts(config.data, config.seed, found, data_fingerprint)}\n\n"
+        f"{facts(config.data, config.seed, run, data_fingerprint)}\n\n"
         f"![training curves]({CURVES_FILE})\n\n"
         f"## Use\n\n{WRITE if writes_text else SCORE}\n\n"
         f"## How it was made\n\n```bash\nsft_fast train config.yaml --nproc-per-node {world_size}"
@@ -84,11 +84,11 @@ def model_card(config: Config, found: RunFiles, data_fingerprint: str, world_siz
     )
 
 
-def facts(data_config: DataConfig, seed: int, found: RunFiles, data_fingerprint: str) -> str:
+def facts(data_config: DataConfig, seed: int, run: RunFiles, data_fingerprint: str) -> str:
     """A table of figures."""
     rows = [("data", ", ".join(f"`{name}`" for name in source_names(data_config)))]
     rows.append(("data fingerprint (xxh3_128)", f"`{data_fingerprint}`"))
-    data, step, evaluation = (found.last(kind) for kind in ("data", "step", "eval"))
+    data, step, evaluation = (run.last(kind) for kind in ("data", "step", "eval"))
     if data is not None:
         share = data["supervised_tokens"] / max(data["tokens"], 1)
         text = f"{data['samples']:,} samples, {data['tokens']:,} tokens, {share:.1%} trained"
