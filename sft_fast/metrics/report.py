@@ -158,7 +158,7 @@ def memory_section(run: RunFiles) -> str:
     from dataclasses import asdict
 
     from sft_fast.config.schema import load_config
-    from sft_fast.models.architecture import architecture_from_hf
+    from sft_fast.models.architecture import exported_architecture
     from sft_fast.models.estimate import estimate_memory
 
     hf_config = read_json(run.path / "export" / "config.json")
@@ -168,7 +168,7 @@ def memory_section(run: RunFiles) -> str:
     config = load_config(run.path / "config.yaml", [])
     packing = run.last("packing") or {}
     memory = estimate_memory(
-        architecture_from_hf(hf_config),
+        exported_architecture(hf_config),
         config,
         launch["world_size"],
         packing.get("supervised_share", 1.0),

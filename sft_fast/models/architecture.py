@@ -186,6 +186,20 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     return replace(architecture, **family.own_fields(config))
 
 
+def exported_architecture(config: dict[str, Any]) -> Architecture:
+    """Translates the config.json of an export, which may have the head of a stage.
+
+    Raises:
+        ValueError: as `architecture_from_hf`.
+    """
+    (name,) = config["architectures"]
+    family = name.replace("ForSequenceClassification", "ForCausalLM")
+    architecture = architecture_from_hf({**config, "architectures": [family]})
+    if name == family:
+        return architecture
+    return replace(architecture, num_outputs=len(config["id2label"]), tie_word_embeddings=False)
+
+
 def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The fields of sliding windows."""
     # Qwen writes the key down even where use_sliding_window turns it off.
