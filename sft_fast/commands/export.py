@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace) -> int:
     saved = files.path / "config.yaml"
     distrust(None if parsed.trust else saved)
     config = load_config(saved, parsed.overrides)
-    check_overrides(parsed.overrides)
+    check_overrides(parsed.overrides, config.stage)
     cache = config.data.cache_dir or files.path.absolute() / "data"
     overrides = [
         *parsed.overrides,
@@ -122,10 +122,13 @@ def lone_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not OF_RANKS.fullmatch(name)}
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raises ValueError for a key that an export sets itself."""
+def check_overrides(overrides: list[str], stage: str) -> None:
+    """Raises ValueError for a key that an export sets itself.
+
+    The plugin of a stage may be elsewhere by now.
+    """
     own = {text.partition("=")[0] for text in OVERRIDES}
-    own |= {"stage", "plugins", "output_dir", "checkpoint.resume"}
+    own |= {"stage", "output_dir", "checkpoint.resume", *(["plugins"] if stage == SFT else [])}
     for key in (text.partition("=")[0] for text in overrides):
         if key in own:
             raise ValueError(f"{key}: an export sets it itself; there are --to DIR and --step N")
