@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sft_fast.errors import nearest
@@ -127,8 +128,8 @@ def load_file(name: str, key: str) -> str:
         key: config key that holds it, for the message.
 
     Raises:
-        ValueError: it does not exist, is not a .py file, or is named by a configuration that is not
-            trusted.
+        ValueError: it does not exist, is not a .py file, is named by a configuration that is not
+            trusted, or fails when it is run.
     """
     path = Path(name).expanduser().resolve()
     file, module_name = str(path), f"{PLUGIN_MODULE}{path}"
@@ -149,12 +150,29 @@ def load_file(name: str, key: str) -> str:
     Registry.running.append(file)
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         forget(file)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"{key}: {place_of(error, file)}: {as_said(error)}") from error
     finally:
         Registry.running.pop()
     return file
+
+
+def place_of(error: BaseException, file: str) -> str:
+    """The line of the file, given by its full path, at which it failed."""
+    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    return f"{file}:{lines[-1]}" if lines else file
+
+
+def as_said(error: Exception) -> str:
+    """What an error says; with its type, unless it is one that says what to do."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def forget(file: str) -> None:
@@ -179,12 +197,20 @@ def register_stage(name: str) -> Callable[[StageT], StageT]:
         name: Config key `stage` of the runs it is for, and the key of its section.
 
     Raises:
-        ValueError: The name is taken, or no name of a section.
+        ValueError: The name is taken, or no name of a section, or what has it is no stage.
     """
-    if not name.isidentifier():
-        raise ValueError(f"a stage was registered as {name!r}; expected letters, digits and _")
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+        raise ValueError(
+            f"a stage was registered as {name!r}; expected letters, digits and _, as in "
+            '@register_stage("mine")'
+        )
 
     def register(stage: StageT) -> StageT:
+        faults: Any = getattr(stage, "faults", None)
+        if faults is None:
+            raise ValueError(f"the stage {name!r} is no subclass of sft_fast.stages.Stage")
+        for fault in faults():
+            raise ValueError(f"the stage {name!r}: {fault}")
         stages.add(name, stage)
         return stage
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from sft_fast.data.tokens import Sample
 
 
+RESERVED_MEASURES = frozenset(("loss", "kind", "time", "step", "by_source"))
+"""Of the record of an evaluation."""
+
+
 @dataclass(frozen=True)
 class ActiveTokens:
     """The A tokens of a micro-batch that train, in order, sample after sample."""
@@ -32,6 +36,33 @@ class ActiveTokens:
     sample_index: Tensor
     """int64 [A], ascending: which sample of the micro-batch each belongs to. The samples of a group
     are neighbours."""
+    num_samples: int
+    """Samples up to the last that has an active token here: without context parallelism all."""
+    longest: int
+    """Active tokens of the sample that has most of them."""
+    places: Tensor
+    """int64 [A]: where each stands in a table [num_samples, longest]."""
+
+    @classmethod
+    def of(cls, labels: Tensor, sample_index: Tensor) -> ActiveTokens:
+        """Those with these labels [A], A at least 1, on their device.
+
+        sample_index [A] is on the CPU, so that the sizes are known without asking a device.
+        """
+        import torch
+
+        counts = torch.bincount(sample_index)  # [num_samples]
+        longest = int(counts.max())
+        places = torch.arange(len(sample_index)) - (counts.cumsum(0) - counts)[sample_index]
+        both = torch.stack([sample_index, sample_index * longest + places])
+        index, places = both.to(labels.device, non_blocking=True)
+        return cls(labels, index, len(counts), longest, places)
+
+    def sum_by_sample(self, values: Tensor) -> Tensor:
+        """[num_samples]: sums of [A], the same bits in every run."""
+        # No index_add, whose order of additions a GPU does not keep.
+        table = values.new_zeros(self.num_samples * self.longest)
+        return table.index_copy(0, self.places, values).view(self.num_samples, -1).sum(dim=1)
 
 
 class Stage:
@@ -67,6 +98,29 @@ class Stage:
     def has_loss(self) -> bool:
         """Whether it has a loss of its own."""
         return type(self).loss is not Stage.loss
+
+    @classmethod
+    def faults(cls) -> Iterator[str]:
+        """Yields what the class says that no stage can be."""
+        if not is_count(cls.group_size):
+            yield f"group_size is {cls.group_size!r}; expected a number of 1 or more"
+        if cls.num_outputs is not None and not is_count(cls.num_outputs):
+            yield f"num_outputs is {cls.num_outputs!r}; expected None or a number of 1 or more"
+        section: object = cls.section
+        if section is not None and not (isinstance(section, type) and issubclass(section, Section)):
+            yield f"section is {section!r}; expected a subclass of sft_fast.config.sections.Section"
+        measures: object = cls.measures
+        if not isinstance(measures, Mapping):
+            yield f"measures is {measures!r}; expected names, and whether a greater value is better"
+            return
+        for name in sorted(RESERVED_MEASURES.intersection(measures)):
+            yield f"measures has {name!r}, which every evaluation has; choose another name"
+        if cls.num_outputs is not None and cls.loss is Stage.loss:
+            yield "num_outputs is a head of its own, which needs a loss"
+        if bool(measures) != (cls.measure is not Stage.measure):
+            yield "measures lists what measure() returns; there is only one of them"
+        elif measures and cls.loss is Stage.loss:
+            yield "measures have no effect without a loss"
 
     @classmethod
     def reported(cls) -> Mapping[str, bool]:
@@ -120,12 +174,12 @@ class Stage:
 
         Args:
             outputs: fp32 [A, num_outputs] of the head; with the LM head fp32 [A], the log
-                probabilities of the labels. A may be 0.
+                probabilities of the labels. A is at least 1.
             tokens: the A tokens.
 
         Returns: fp32 [A].
         """
-        raise NotImplementedError("a stage with a head of its own needs a loss")
+        raise AssertionError("only a stage with a loss of its own is asked for it")
 
     def measure(self, outputs: Tensor, tokens: ActiveTokens) -> Mapping[str, Tensor]:
         """What an evaluation reports beside the loss: the mean of [A] for each of `measures`.
@@ -136,6 +190,11 @@ class Stage:
 
 
 SFT_STAGE = Stage(None)
+
+
+def is_count(value: object) -> bool:
+    """Whether it is an integer from 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def stage_of(config: Config) -> Stage:

@@ -170,7 +170,7 @@ def test_the_extensions_of_the_documentation_work() -> None:
     assert (losses.diff() < 0).all()
     assert get_metric("whole_answer").function is names["whole_answer"]
     stage = names["Ending"](names["EndingConfig"](token_id=3))
-    tokens = ActiveTokens(torch.tensor([3, 5]), torch.tensor([0, 1]))
+    tokens = ActiveTokens.of(torch.tensor([3, 5]), torch.tensor([0, 1]))
     outputs = torch.tensor([[4.0], [-4.0]])
     assert (stage.loss(outputs, tokens) < 0.02).all() and (stage.loss(-outputs, tokens) > 4).all()
     assert stage.measure(outputs, tokens)["accuracy"].tolist() == [1, 1]

@@ -53,6 +53,44 @@ class Nll(Stage):
 '''
 
 
+PREFERENCE = '''
+"""SimPO: mean log probabilities of two answers, compared."""
+from torch.nn.functional import softplus
+
+from sft_fast.config.sections import Section
+from sft_fast.registry import register_stage
+from sft_fast.stages import Stage
+
+
+class SimpoConfig(Section):
+    beta: float
+    gamma: float
+
+
+@register_stage("simpo")
+class Simpo(Stage):
+    section = SimpoConfig
+    group_size = 2
+    measures = {"accuracy": True}
+
+    def targets(self, sample):
+        return sample.with_shared_weight()
+
+    def margins(self, outputs, tokens):
+        counts = tokens.sum_by_sample(outputs.new_ones(outputs.shape))
+        chosen, rejected = (tokens.sum_by_sample(outputs) / counts).view(-1, 2).unbind(1)
+        return chosen - rejected
+
+    def loss(self, outputs, tokens):
+        losses = softplus(self.options.gamma - self.options.beta * self.margins(outputs, tokens))
+        return losses.repeat_interleave(2)[tokens.sample_index]
+
+    def measure(self, outputs, tokens):
+        better = (self.margins(outputs, tokens) > 0).float()
+        return {"accuracy": better.repeat_interleave(2)[tokens.sample_index]}
+'''
+
+
 def comparisons(folder: Path, count: int = 24) -> Path:
     """Questions whose better answer is in capitals, of different lengths."""
     path = folder / "pairs.jsonl"
@@ -232,6 +270,7 @@ def test_the_head_is_exported_again_and_does_not_chat(
     assert config["id2label"] == {"0": "LABEL_0"}
     card = (rewarded / "export/README.md").read_text()
     assert "AutoModelForSequenceClassification" in card and "text-classification" in card
+    assert "Memory, planned and measured" in (rewarded / "report.html").read_text()
     capsys.readouterr()
     assert main(["chat", str(rewarded), "--ask", "upper ab"]) == 2
     assert "scores texts" in capsys.readouterr().err
@@ -299,6 +338,47 @@ def test_a_loss_of_log_probabilities_is_that_of_supervised_fine_tuning(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert 0 < records(tmp_path / "own", "eval")[-1]["confidence"] < 1
+
+
+def test_a_preference_of_whole_answers_is_the_formula_s(
+    rank_pool: RankPool, pairs: Path, tmp_path: Path
+) -> None:
+    """On two tensor-parallel ranks, beside log probabilities by transformers of the export."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plugin = tmp_path / "simpo.py"
+    plugin.write_text(PREFERENCE)
+    config = write_config(tmp_path, pairs)
+    text = config.read_text().replace("stage: reward", "stage: simpo")
+    text = text.replace("reward: {margin: 0.1, centre: 0.05}", "simpo: {beta: 2.0, gamma: 0.5}")
+    config.write_text(text.replace(f"[{PLUGIN}]", f"[{PLUGIN}, {plugin}]"))
+    train(rank_pool, 2, "--config", str(config), "parallel.tensor=2", "train.micro_batch_size=2")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/export")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
+    means = []
+    for line in pairs.read_text().splitlines():
+        record = json.loads(line)
+        user = {"role": "user", "content": record["prompt"]}
+        for name in ("chosen", "rejected"):
+            chat = [user, {"role": "assistant", "content": record[name]}]
+            ids, asked = (
+                tokenizer.apply_chat_template(turns, return_dict=True, **more)["input_ids"]
+                for turns, more in ((chat, {}), (chat[:1], {"add_generation_prompt": True}))
+            )
+            # The template's tokens behind the answer's end are not trained.
+            end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+            tokens = torch.tensor(ids[:end])
+            with torch.no_grad():
+                logprobs = model(tokens[None]).logits[0, :-1].double().log_softmax(-1)
+            of_labels = logprobs.gather(1, tokens[1:, None])[:, 0]
+            means.append(of_labels[len(asked) - 1 :].mean())
+    chosen, rejected = torch.stack(means).view(-1, 2).unbind(1)
+    losses = torch.nn.functional.softplus(0.5 - 2 * (chosen - rejected))
+    said = records(tmp_path / "run", "eval")[-1]
+    # Shared weights are float16.
+    assert said["loss"] == pytest.approx(losses.mean().item(), rel=2e-3)
+    assert said["accuracy"] == pytest.approx((chosen > rejected).double().mean().item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "window", "sequential", "auto"])
@@ -373,6 +453,23 @@ def test_too_long_pairs_follow_the_policy(
         arguments = [f"data.over_length={policy}", "data.max_rejected=1", f"output_dir={run}"]
         train(rank_pool, 1, "--config", str(config), *arguments, "train.steps=2")
         assert records(run, "data")[-1]["samples"] == samples, policy
+
+
+@pytest.mark.parametrize(("policy", "samples"), [("drop", 2), ("truncate_left", 4)])
+def test_pairs_fit_with_their_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, samples: int
+) -> None:
+    """Lengths that fit as they are, and no more when each is padded to the alignment."""
+    rows = tmp_path / "rows.jsonl"
+    long = GOOD | {"prompt": "upper " + "ab" * 17, "chosen": "AB" * 12}
+    rows.write_text(json.dumps(GOOD) + "\n" + json.dumps(long) + "\n")
+    config = write_config(tmp_path, rows)
+    overrides = ["packing.alignment=64", f"data.over_length={policy}", "data.max_rejected=1"]
+    assert main(["data-report", str(config), "--json", *overrides]) == 0
+    report = json.loads(capsys.readouterr().out)["train"]["build"]
+    assert report["samples"] == samples
+    assert main(["plan", str(config), *overrides]) == 0
+    assert main(["preview", str(config), *overrides]) == 0
 
 
 def test_a_mixture_by_weight_keeps_pairs_together(

@@ -147,7 +147,11 @@ def config_class(tree: Tree) -> type[Config]:
         load_plugins(plugins)
     except ValueError as error:
         where = tree.origin(("plugins",)).where
-        tree.problems.append(Problem(("plugins",), str(error), "files that exist", where=where))
+        if name not in Config.model_fields:
+            # Whether its section is right, nobody can say.
+            tree.data.pop(name, None)
+        expected = "files that exist and can be run"
+        tree.problems.append(Problem(("plugins",), str(error), expected, where=where))
         return Config
     where = tree.origin(("stage",)).where
     if name not in stages.entries:
@@ -156,12 +160,13 @@ def config_class(tree: Tree) -> type[Config]:
             expected = f"one of {known}; others are registered by a file named in plugins"
             tree.problems.append(Problem(("stage",), name, expected, where=where))
         return Config
-    section: type[BaseModel] | None = getattr(stages.entries[name], "section", None)
-    if section is None:
-        return Config
-    if name in Config.model_fields:
-        found = f"{name}, whose section would have the name of another key"
+    if name in Config.model_fields or hasattr(Config, name) or name in primus.TOP_KEYS:
+        found = f"{name}, which is the name of something else in a configuration"
         tree.problems.append(Problem(("stage",), found, "a stage of another name", where=where))
+        return Config
+    stage: Any = stages.entries[name]
+    section: type[BaseModel] | None = stage.section
+    if section is None:
         return Config
     is_required = any(field.is_required() for field in section.model_fields.values())
     default: Any = ... if is_required else section()

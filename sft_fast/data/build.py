@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import xxhash
 
+from sft_fast.constants import round_up
 from sft_fast.data.choices import OnBadRecord, OverLength
 from sft_fast.data.format_registry import (
     code_digest,
     code_of_function,
     format_names,
+    is_ours,
     load_format,
 )
 from sft_fast.data.json_records import BadRecord, SourceRecord
@@ -68,6 +70,7 @@ class BuildOptions:
         mask: what is supervised.
         row_functions: registered functions that each conversation goes through, in order.
         stage: what it says of samples.
+        alignment: tokens that a sample takes up a multiple of, where several share a pack.
     """
 
     capacity: int
@@ -77,6 +80,7 @@ class BuildOptions:
     mask: MaskOptions = field(default_factory=MaskOptions)
     row_functions: tuple[str, ...] = ()
     stage: StageOptions = SFT_OPTIONS
+    alignment: int = 1
 
     @property
     def group_size(self) -> int:
@@ -126,10 +130,20 @@ def store_fingerprint(
     if options.over_length != "error":
         parts |= {"over_length": options.over_length, "capacity": options.capacity}
     if options.stage.name != SFT:
-        rules = type(options.stage.rules())
-        section = dict(options.stage.section)
-        parts["stage"] = [options.stage.name, section, code_of_function(rules.targets)]
+        parts["stage"] = stage_parts(options.stage)
+    if options.group_size > 1 and options.alignment > 1:
+        parts["alignment"] = options.alignment
     return _digest(parts), parts
+
+
+def stage_parts(stage: StageOptions) -> list[Any]:
+    """What a store's content depends on of a stage; its loss and its measures are no part of it."""
+    rules = stage.rules()
+    targets: Any = type(rules).targets
+    parts = [stage.name, rules.group_size]
+    if not is_ours(targets):
+        parts += [dict(stage.section), code_of_function(targets)]
+    return parts
 
 
 def prepare_store(
@@ -286,6 +300,7 @@ def maker_options(source: Source, options: BuildOptions) -> MakerOptions:
         options.capacity,
         options.over_length,
         options.stage,
+        options.alignment,
     )
 
 
@@ -326,7 +341,8 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
     _check_report(report, options, bad, store.rejected_path)
     if options.over_length == "error" and report.longest > options.capacity:
         size = options.group_size
-        lengths = store.lengths.reshape(-1, size).sum(axis=1)
+        alignment = options.alignment if size > 1 else 1
+        lengths = round_up(store.lengths.astype(np.int64), alignment).reshape(-1, size).sum(axis=1)
         too_long = np.flatnonzero(lengths > options.capacity)
         shown = [f"{store.origin(i * size)}: {lengths[i]} tokens" for i in too_long[:SHOWN_RECORDS]]
         *others, last = [policy for policy in get_args(OverLength) if policy != "error"]

@@ -436,7 +436,7 @@ def code_digest(format_names: Sequence[str], row_functions: Sequence[str]) -> st
     """
     functions = [get_format(name).build for name in format_names]
     functions += [load_row_function(name) for name in row_functions]  # type: ignore[misc]
-    codes = [code_of_function(function) for function in functions if not _is_ours(function)]
+    codes = [code_of_function(function) for function in functions if not is_ours(function)]
     return xxhash.xxh3_128_hexdigest("\0".join(codes).encode()) if codes else ""
 
 
@@ -444,7 +444,7 @@ def can_be_loaded_elsewhere(format_names: Sequence[str], row_functions: Sequence
     """Whether another process finds these: they are ours, named with their file, or a plugin's."""
     ours = all(":" in name or name.endswith(".py") for name in row_functions)
     return ours and all(
-        ".py" in name or name in formats.files or _is_ours(get_format(name).build)
+        ".py" in name or name in formats.files or is_ours(get_format(name).build)
         for name in format_names
     )
 
@@ -470,7 +470,8 @@ def _resolve(reference: str, registry: Registry[Any]) -> str:
     return names[0]
 
 
-def _is_ours(function: Any) -> bool:
+def is_ours(function: Any) -> bool:
+    """Whether a function comes with sft_fast."""
     return str(function.__module__).startswith("sft_fast.")
 
 

@@ -80,6 +80,7 @@ def build_options(
         ),
         row_functions=tuple(data.row_functions),
         stage=stage,
+        alignment=packing.alignment,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+from sft_fast.constants import round_up
 from sft_fast.data.choices import OverLength
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.format_registry import (
@@ -132,6 +133,7 @@ class MakerOptions:
     capacity: int
     over_length: OverLength
     stage: StageOptions = SFT_OPTIONS
+    alignment: int = 1
 
     def can_be_made_elsewhere(self) -> bool:
         """Whether other processes find the formats and row functions."""
@@ -228,7 +230,8 @@ class SampleMaker:
     ) -> None:
         samples: list[Sample | ValueError]
         try:
-            samples = list(self._renderer.tokenize([chat for _, _, chat in chats]))
+            made = self._renderer.tokenize([chat for _, _, chat in chats])
+            samples = [self._with_targets(sample) for sample in made]
         except ValueError:
             # One chat is at fault: find it, the others are good.
             samples = [self._tokenize_one(chat) for _, _, chat in chats]
@@ -239,8 +242,7 @@ class SampleMaker:
                 origin = f"{outcome.file}:{outcome.line}"
                 outcome.rejected = ("not tokenized", f"{origin}: {sample}")
             else:
-                entry = (conversation, self._rules.targets(sample))
-                groups.setdefault(number, []).append(entry)
+                groups.setdefault(number, []).append((conversation, sample))
         for number, group in groups.items():
             if outcomes[number].rejected is None:
                 self._fit_record(outcomes[number], group)
@@ -251,9 +253,23 @@ class SampleMaker:
 
     def _tokenize_one(self, chat: RenderedChat) -> Sample | ValueError:
         try:
-            return self._renderer.tokenize([chat])[0]
+            return self._with_targets(self._renderer.tokenize([chat])[0])
         except ValueError as error:
             return error
+
+    def _with_targets(self, sample: Sample) -> Sample:
+        """The sample with the targets of the stage; ValueError where the stage makes no sample."""
+        made: object = self._rules.targets(sample)
+        if made is sample:
+            return sample
+        try:
+            if not isinstance(made, Sample):
+                raise ValueError(f"{type(made).__name__}; expected a Sample")
+            made.check()
+        except ValueError as error:
+            name = self._options.stage.name
+            raise ValueError(f"targets() of the stage {name!r} returned {error}") from None
+        return made
 
     def _fit_record(self, outcome: Outcome, group: Sequence[tuple[Conversation, Sample]]) -> None:
         """Adds the samples of a record, or what the policy makes of those that are too long."""
@@ -262,8 +278,8 @@ class SampleMaker:
             for conversation, sample in group:
                 self._fit(outcome, origin, conversation, sample, capacity)
             return
-        length = sum(len(sample.input_ids) for _, sample in group)
-        policy = self._options.over_length
+        alignment, policy = self._options.alignment, self._options.over_length
+        length = sum(round_up(len(sample.input_ids), alignment) for _, sample in group)
         outcome.longest = length
         if length > capacity and policy in ("drop", "split_turns"):
             why = "together" if policy == "drop" else "together, which cannot be split"
@@ -271,7 +287,7 @@ class SampleMaker:
             return
         if length > capacity and policy != "error":
             # Each gets an equal part of the room.
-            capacity //= outcome.group_size
+            capacity = capacity // (outcome.group_size * alignment) * alignment
         for conversation, sample in group:
             self._fit(outcome, origin, conversation, sample, capacity)
         outcome.longest = length
@@ -341,7 +357,7 @@ class SampleMaker:
                 continue
             part = replace(conversation, messages=half)
             for made in self._renderer.tokenize(self._renderer.render_samples(part)):
-                sample = self._rules.targets(made)
+                sample = self._with_targets(made)
                 fits = len(sample.input_ids) <= self._options.capacity
                 fitting = [sample] if fits else self._split(part)
                 if not fitting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unicodedata import is_normalized, normalize
 
 import numpy as np
@@ -86,6 +86,44 @@ class Sample:
         weights = None if weight == 1 else np.where(supervised, weight, 0).astype(np.float16)
         input_ids = np.append(self.input_ids, self.input_ids[-1:])
         return Sample(input_ids, supervised, 0, weights)
+
+    def with_shared_weight(self, total: float = 256.0) -> Sample:
+        """The sample whose supervised tokens share a weight, so that long ones count no more.
+
+        Weights are relative; a large total keeps those of long samples exact in float16.
+
+        Args:
+            total: of the weights, beside those that the tokens have already.
+        """
+        targets = self.supervised.copy()
+        targets[:1] = False  # no token before it predicts it
+        own = 1.0 if self.weights is None else self.weights.astype(np.float32)
+        weights = np.where(targets, own, 0) * (total / max(int(targets.sum()), 1))
+        return Sample(self.input_ids, targets, self.boundary_tokens, weights.astype(np.float16))
+
+    def check(self) -> None:
+        """Raises ValueError for arrays that no token store can hold."""
+        size = len(self.input_ids)
+        arrays: dict[str, tuple[npt.NDArray[Any], type]] = {
+            "input_ids": (self.input_ids, np.uint32),
+            "supervised": (self.supervised, np.bool_),
+        }
+        if self.weights is not None:
+            arrays["weights"] = self.weights, np.float16
+        for name, (array, dtype) in arrays.items():
+            if array.dtype != dtype or array.shape != (size,):
+                raise ValueError(
+                    f"{name} is {array.dtype} {list(array.shape)}; expected "
+                    f"{np.dtype(dtype)} {[size]}"
+                )
+        if self.weights is None:
+            return
+        wrong = self.weights[self.supervised & ~((self.weights > 0) & np.isfinite(self.weights))]
+        if wrong.size:
+            raise ValueError(
+                f"the weight of a supervised token is {wrong[0]} in float16; expected a number "
+                "above 0 that this holds"
+            )
 
     def part(self, start: int, stop: int) -> Sample:
         """Tokens start to stop - 1."""

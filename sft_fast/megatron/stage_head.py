@@ -1,6 +1,6 @@
 """The end of the model in a stage with a loss or a head of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,23 +72,53 @@ def token_losses(stage: Stage, outputs: Tensor, labels: Tensor, samples: PackedS
     assert samples.active_tokens is not None, "a micro-batch has them"
     active = samples.active_tokens.to(labels.device, non_blocking=True)  # [A]
     flat_labels = labels.t().flatten().index_select(0, active).long()  # [A]
-    tokens = ActiveTokens(flat_labels, sample_index(samples).to(labels.device, non_blocking=True))
-    losses = checked(stage, "loss", stage.loss(outputs, tokens), active)
+    if not len(active):
+        # Zeros that hang on the outputs: every parameter has a gradient in every micro-batch.
+        nothing = spread(outputs.flatten(), active, labels)
+        return nothing.expand(1 + len(stage.measures), -1, -1) if samples.wants_outputs else nothing
+    tokens = ActiveTokens.of(flat_labels, sample_index(samples))
+    losses = checked(stage, "loss()", stage.loss(outputs, tokens), active)
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise ValueError(
+            f"{type(stage).__name__}: loss() does not depend on the outputs, so nothing would be "
+            "learnt; compute it from them, without detach() or no_grad()"
+        )
     if samples.wants_outputs:
-        measured = stage.measure(outputs, tokens)
-        columns = [checked(stage, name, measured[name], active) for name in stage.measures]
+        columns = measures_of(stage, outputs, tokens, active)
         return torch.stack([spread(column, active, labels) for column in (losses, *columns)])
     if samples.token_weights is not None:
         losses = losses * samples.token_weights.t().flatten().index_select(0, active)
     return spread(losses, active, labels)
 
 
-def checked(stage: Stage, name: str, values: Tensor, active: Tensor) -> Tensor:
+def measures_of(
+    stage: Stage, outputs: Tensor, tokens: ActiveTokens, active: Tensor
+) -> list[Tensor]:
+    """fp32 [A] for each of the stage's measures.
+
+    Raises:
+        ValueError: the stage returned others than it lists.
+    """
+    measured: object = stage.measure(outputs, tokens)
+    if not isinstance(measured, Mapping) or measured.keys() != stage.measures.keys():
+        found = ", ".join(measured) if isinstance(measured, Mapping) else type(measured).__name__
+        raise ValueError(
+            f"{type(stage).__name__}: measure() returned {found or 'nothing'}, but measures lists "
+            f"{', '.join(stage.measures) or 'nothing'}"
+        )
+    return [checked(stage, f"measure() {name}", measured[name], active) for name in stage.measures]
+
+
+def checked(stage: Stage, name: str, values: object, active: Tensor) -> Tensor:
     """[A] fp32; raises ValueError where the stage returned anything else than a number a token."""
+    expected = f"expected one number for each active token, {list(active.shape)}"
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"{type(stage).__name__}: {name} returned {type(values).__name__}; {expected}"
+        )
     if values.shape != active.shape:
         raise ValueError(
-            f"{type(stage).__name__}: {name} has shape {list(values.shape)}, expected one number "
-            f"for each active token, {list(active.shape)}"
+            f"{type(stage).__name__}: {name} has shape {list(values.shape)}; {expected}"
         )
     return values.float()
 

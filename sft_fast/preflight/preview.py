@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import DataConfig, PackingConfig
+from sft_fast.constants import round_up
 from sft_fast.data.build import maker_options
 from sft_fast.data.choices import Part
 from sft_fast.data.from_config import build_options, find_sources, stage_options
@@ -165,7 +166,8 @@ def samples_of(
     size = outcome.group_size
     for first in range(0, len(outcome.samples), size):
         group = outcome.samples[first : first + size]
-        length = sum(len(sample.input_ids) for sample in group)
+        alignment = packing.alignment if size > 1 else 1
+        length = sum(round_up(len(sample.input_ids), alignment) for sample in group)
         if length <= packing.capacity:
             fitting += group
         else:
