@@ -24,7 +24,12 @@ from sft_fast.megatron.attention.library_errors import (
     from_library,
     is_from_library,
 )
-from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
+from sft_fast.megatron.attention.packed_samples import (
+    AttentionFn,
+    PackedSamples,
+    ScoreOptions,
+    pack_samples,
+)
 from sft_fast.megatron.attention.self_test import AttentionShape, WrongResult, check_attention
 from sft_fast.models.choices import AttentionBackend
 
@@ -75,8 +80,25 @@ def load_torch_varlen() -> AttentionFn:
         options = {"window_size": (-1, 0)}
     if "enable_gqa" in known:
         return varlen_backend(varlen_attn, "scale", None, **options, enable_gqa=True)
-    # Older releases want as many heads of keys as of queries.
-    return repeat_heads(varlen_backend(varlen_attn, "scale", None, **options))
+    attend = varlen_backend(varlen_attn, "scale", None, **options)
+    return attend if shares_heads(attend) else repeat_heads(attend)
+
+
+def shares_heads(attend: AttentionFn) -> bool:
+    """Whether several query heads may share a key head; tried, for releases do not tell."""
+    if not torch.cuda.is_available():
+        return False
+    device = torch.device("cuda", torch.cuda.current_device())
+    edges = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    try:
+        query, key, value = (
+            torch.ones((8, heads, 64), dtype=torch.bfloat16, device=device, requires_grad=True)
+            for heads in (4, 2, 2)
+        )
+        attend(query, key, value, pack_samples((8,), edges), ScoreOptions(1.0)).sum().backward()
+    except (RuntimeError, ValueError):
+        return False
+    return key.grad is not None and key.grad.shape == key.shape
 
 
 def repeat_heads(attend: AttentionFn) -> AttentionFn:
