@@ -3,6 +3,7 @@
 Several projections can share a matrix, each with a pair A [r, in], B [rows, r]. One product makes
 what all their A's say of the input, another adds what all their B's make of it to the output, in
 place. The backward pass adds the gradient of the input to that of the frozen product, in place too.
+Where nothing is exchanged between these products they are one operation, `adapted_product`.
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,32 @@ class BlockLayout:
         return [block.flatten(0, 1) for block in self.blocks(every)]
 
 
+def adapted_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: tuple[Tensor, ...],
+    b: tuple[Tensor, ...],
+    layout: BlockLayout,
+    scale: float,
+) -> Tensor:
+    """x W^T + bias + scale * x A^T B^T, the frozen product added to that of the adapters.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], frozen.
+        bias: [out], frozen; None = 0.
+        a: of each adapter, [r, in].
+        b: of each adapter, [rows, r].
+        layout: of the rows.
+        scale: a factor.
+
+    Returns:
+        [..., out]
+    """
+    return cast(Tensor, AdaptedProduct.apply(x, weight, bias, layout, scale, *a, *b))
+
+
 def project_down(x: Tensor, a: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """x itself, for the frozen product, and what the adapters make of it.
 
@@ -88,6 +115,46 @@ def add_up(
         scale: a factor.
     """
     return cast(Tensor, AddUp.apply(output, low_rank, layout, scale, *b))
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """(x, weight, bias, layout, scale, *a, *b) -> output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        *pairs: Tensor,
+    ) -> Tensor:
+        """[..., out]."""
+        a, b = pairs[: layout.num_adapters], pairs[layout.num_adapters :]
+        every_a, every_b = torch.cat(a) if len(a) > 1 else a[0], layout.assemble(b)
+        rows = x.flatten(0, -2)
+        low_rank = rows @ every_a.t()
+        ctx.save_for_backward(rows, weight, low_rank, every_a, every_b)
+        ctx.layout, ctx.scale = layout, scale
+        # The large product reads what it adds to in its epilogue.
+        output = scaled_product(low_rank, every_b.t(), scale, bias).addmm_(rows, weight.t())
+        return output.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x [..., in], of every A [r, in] and of every B [rows, r]."""
+        x, weight, low_rank, every_a, every_b = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_low_rank = scaled_product(rows, every_b, ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_low_rank @ every_a).addmm_(rows, weight)
+            grad_x = grad_x.unflatten(0, grad.shape[:-1])
+        grad_a = (grad_low_rank.t() @ x).chunk(ctx.layout.num_adapters)
+        grad_b = ctx.layout.take_apart(scaled_product(rows.t(), low_rank, ctx.scale))
+        return grad_x, None, None, None, None, *grad_a, *grad_b
 
 
 class ProjectDown(torch.autograd.Function):
@@ -148,7 +215,11 @@ class AddUp(torch.autograd.Function):
         return grad, grad_low_rank, None, None, *ctx.layout.take_apart(grad_every)
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left [n, m] @ right [m, k], in one operation."""
+def scaled_product(
+    left: Tensor, right: Tensor, scale: float, added: Tensor | None = None
+) -> Tensor:
+    """scale * left [n, m] @ right [m, k] + added [k], in one operation."""
+    if added is not None:
+        return torch.addmm(added, left, right, alpha=scale)
     ignored = right.new_empty(right.shape[1])
     return torch.addmm(ignored, left, right, beta=0, alpha=scale)

@@ -40,7 +40,7 @@ from torch.nn import Parameter, functional
 from sft_fast.config.layout import adapted_projections
 from sft_fast.config.sections import LoraConfig, ModelConfig
 from sft_fast.kernels.head_gradient import add_product_
-from sft_fast.kernels.low_rank import BlockLayout, add_up, project_down
+from sft_fast.kernels.low_rank import BlockLayout, adapted_product, add_up, project_down
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -125,6 +125,23 @@ class LoraLinear(torch.nn.Module):
         """[out] -> [num_rows] of each projection."""
         parts = rows.view(self.num_groups, -1).split(self.layout.widths, dim=1)
         return [part.flatten() for part in parts]
+
+    @property
+    def is_one_operation(self) -> bool:
+        """Nothing happens between the products of the matrix and of its adapters."""
+        has_dropout = self.dropout > 0.0 and self.training
+        return self.tp_group.size() == 1 and not has_dropout
+
+    def product(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What megatron's linear layers return, of hidden [s, b, in]."""
+        bias = None if self.skip_bias_add or self.dora else self.bias
+        a, b = self.matrices()
+        output = adapted_product(hidden, self.weight, bias, a, b, self.layout, self.scale)
+        if self.dora:
+            output = output * self.row_factors().to(output.dtype)
+            if self.bias is not None and not self.skip_bias_add:
+                output = output + self.bias
+        return output, self.bias if self.skip_bias_add else None
 
     def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [s, b, in] for the frozen product, and A times it, [s, b, n * rank].
@@ -230,6 +247,8 @@ class LoraColumnParallelLinear(LoraLinear, ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s, b, out/tp] of hidden [s, b, in], or of [s/tp, b, in] with sequence parallel."""
+        if self.is_one_operation:
+            return self.product(input_)
         input_, low_rank = self.low_rank(input_)
         output, bias = super().forward(input_, *args, **kwargs)
         if self.sequence_parallel:
@@ -247,6 +266,8 @@ class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s, b, out], or [s/tp, b, out] with sequence parallel, of hidden [s, b, in/tp]."""
+        if self.is_one_operation:
+            return self.product(input_)
         input_, low_rank = self.low_rank(input_)
         output, bias = super().forward(input_, *args, **kwargs)
         if self.sequence_parallel:

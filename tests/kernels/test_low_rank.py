@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from closeness import assert_no_worse
-from kernel_pool import ON_GPU, seeded
-from sft_fast.kernels.low_rank import BlockLayout, add_up, project_down
+from kernel_pool import ON_GPU
+from sft_fast.kernels.low_rank import BlockLayout, adapted_product, add_up, project_down
 
 SCALE = 0.7
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -66,7 +66,12 @@ def make_inputs(
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
-def ours(layout: BlockLayout, x: Tensor, weight: Tensor, *pairs: Tensor) -> Tensor:
+def in_one(layout: BlockLayout, x: Tensor, weight: Tensor, *pairs: Tensor) -> Tensor:
+    a, b = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    return adapted_product(x, weight, None, a, b, layout, SCALE)
+
+
+def in_two(layout: BlockLayout, x: Tensor, weight: Tensor, *pairs: Tensor) -> Tensor:
     a, b = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     x, low_rank = project_down(x, a)
     output = Passed.apply(FrozenProduct.apply(x, weight))
@@ -104,13 +109,15 @@ def results(function: Any, layout: BlockLayout, inputs: list[Tensor]) -> list[Te
     """The output, and the gradients of all but the weight."""
     leaves = [tensor.clone().requires_grad_(i != 1) for i, tensor in enumerate(inputs)]
     output = function(layout, *leaves)
-    upstream = torch.randn(output.shape, generator=seeded(0), device=DEVICE).to(inputs[0].dtype)
+    generator = torch.Generator().manual_seed(0)
+    upstream = torch.randn(output.shape, generator=generator).to(DEVICE, inputs[0].dtype)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     return [output.detach(), *torch.autograd.grad(output, wanted, upstream.to(output.dtype))]
 
 
+@pytest.mark.parametrize("ours", [in_one, in_two])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_is_the_product_with_the_sum(layout: BlockLayout) -> None:
+def test_it_is_the_product_with_the_sum(layout: BlockLayout, ours: Any) -> None:
     inputs = make_inputs(layout, torch.float64)
     x, weight, *pairs = inputs
     expected = x @ (weight + SCALE * delta(layout, weight, *pairs)).t()
@@ -120,8 +127,9 @@ def test_it_is_the_product_with_the_sum(layout: BlockLayout) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ours", [in_one, in_two])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_is_no_worse_than_eager(layout: BlockLayout, dtype: torch.dtype) -> None:
+def test_it_is_no_worse_than_eager(layout: BlockLayout, dtype: torch.dtype, ours: Any) -> None:
     # So large that chance evens out.
     layout = replace(layout, widths=tuple(30 * width for width in layout.widths))
     inputs = make_inputs(layout, dtype, 500, 264)
@@ -132,7 +140,8 @@ def test_it_is_no_worse_than_eager(layout: BlockLayout, dtype: torch.dtype) -> N
         assert_no_worse(result, same_dtype, true, orders=(2,))
 
 
-def test_without_a_gradient_of_the_input() -> None:
+@pytest.mark.parametrize("ours", [in_one, in_two])
+def test_without_a_gradient_of_the_input(ours: Any) -> None:
     layout = LAYOUTS[1]
     x, weight, *pairs = make_inputs(layout, torch.float64)
     pairs = [pair.requires_grad_() for pair in pairs]
@@ -146,3 +155,11 @@ def test_taken_apart_and_put_together_it_is_the_same(layout: BlockLayout) -> Non
     b = tuple(make_inputs(layout, torch.float32)[2 + layout.num_adapters :])
     for part, expected in zip(layout.take_apart(layout.assemble(b)), b, strict=True):
         assert part.equal(expected)
+
+
+def test_a_bias_is_added() -> None:
+    layout = LAYOUTS[0]
+    x, weight, *pairs = make_inputs(layout, torch.float64)
+    a, b, bias = tuple(pairs[:2]), tuple(pairs[2:]), weight[:, 0].clone()
+    found = adapted_product(x, weight, bias, a, b, layout, SCALE)
+    torch.testing.assert_close(found, eager(layout, x, weight, *pairs) + bias)
