@@ -59,6 +59,8 @@ class Case:
     capacity: int = CAPACITY
     is_full: bool = False
     """Every row is one sample, of which every token trains."""
+    recomputes: bool = False
+    """Norms and activations are written again in our backward pass."""
 
     @property
     def global_batch_size(self) -> int:
@@ -93,6 +95,7 @@ CASES = (
     {
         "8B LoRA": Case(LLAMA_8B, lora_rank=16, padded_samples=8),
         "1B all weights": Case(LLAMA_1B, padded_samples=16),
+        "1B all weights, recomputed": Case(LLAMA_1B, recomputes=True),
         "experts all weights": Case(EXPERTS_30B),
         "8B LoRA, full rows": Case(LLAMA_8B, lora_rank=16, capacity=4096, is_full=True),
     }
@@ -163,6 +166,9 @@ def make_config(case: Case, **sections: dict[str, Any]) -> Config:
         # So small that both sides see the same weights in every step.
         "optim": {"lr": 1e-12, "min_lr": 0.0},
     }
+    if case.recomputes:
+        parts = ["norm", "activation"]
+        values["model"] |= {"recompute": "selective", "recompute_modules": parts}
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return Config.model_validate(values)

@@ -39,6 +39,7 @@ from sft_fast.megatron.attention.context_parallel import ContextGroup, check_con
 from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.attention.self_test import AttentionShape
+from sft_fast.megatron.embedding import use_row_embedding
 from sft_fast.megatron.experts import connect_dispatchers, experts_config, use_grouped_experts
 from sft_fast.megatron.layer import FusedSelfAttention, FusedTransformerLayer, use_kernels
 from sft_fast.megatron.memory import memory_options, recomputed_parts
@@ -54,7 +55,7 @@ from sft_fast.megatron.rotary import (
 )
 from sft_fast.megatron.stage_head import StageHead, token_losses
 from sft_fast.megatron.transformer_engine import transformer_engine_options, use_transformer_engine
-from sft_fast.megatron.weight_gradients import provide_products
+from sft_fast.megatron.without_apex import provide_products
 from sft_fast.models.architecture import Architecture, padded_vocab_size
 from sft_fast.stages import SFT_STAGE, Stage
 
@@ -174,6 +175,9 @@ class SFTModel(GPTModel):
         self.longest_short_sample = longest_short_sample(architecture)
         scale = architecture.embedding_scale
         self.embedding_scale = None if scale == 1.0 else torch.tensor(scale)
+        if self.pre_process:
+            has_head = self.post_process and stage.num_outputs is None
+            use_row_embedding(self, has_head and self.share_embeddings_and_output_weights)
         if not self.post_process:
             return
         layer: Any = self.output_layer

@@ -20,6 +20,7 @@ from sft_fast.config.sections import ModelConfig, OptimConfig, ParallelConfig
 from sft_fast.megatron.memory import optimizer_offload_options
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.megatron.without_apex import provide_clipping
 
 # fp16 only; the loss is a sum over tokens, so megatron's 2**32 would overflow for many steps.
 INITIAL_LOSS_SCALE = 2.0**16
@@ -63,7 +64,8 @@ def build_optimizer(
     parallel: Parallel,
 ) -> MegatronOptimizer:
     """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on."""
-    optim, dtype = optim, DTYPES[model_config.dtype]
+    dtype = DTYPES[model_config.dtype]
+    provide_clipping()
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
