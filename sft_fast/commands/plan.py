@@ -48,6 +48,7 @@ def run(parsed: argparse.Namespace) -> None:
     import json
 
     from sft_fast.config.layout import layout_problems, rank_problem
+    from sft_fast.data.tokenizer import new_token_ids
     from sft_fast.errors import ConfigError, nearest
     from sft_fast.models.locate import model_folder, read_architecture, with_tokens
 
@@ -63,9 +64,9 @@ def run(parsed: argparse.Namespace) -> None:
     tokenizer = None
     if config.model.path is None or not parsed.no_data:
         tokenizer = config_tokenizer(config.model, config.tokenizer)
-    num_tokens = 0 if tokenizer is None else len(tokenizer)
-    known = read_architecture(config.model, model_folder(config.model), num_tokens)
-    architecture = with_tokens(known, num_tokens, config.model, config.lora)
+    new = range(0) if tokenizer is None else new_token_ids(tokenizer)
+    known = read_architecture(config.model, model_folder(config.model), new.stop)
+    architecture = with_tokens(known, new, config.model, config.lora)
     of_ranks = rank_problem(config.parallel, config.train, ranks)
     problems = [] if of_ranks is None else [of_ranks]
     problems += layout_problems(

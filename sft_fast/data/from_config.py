@@ -132,6 +132,7 @@ def open_stream(
     seed: int,
     held_out: TokenStore | None = None,
     rejected: Path | None = None,
+    num_known: int | None = None,
 ) -> SampleStream:
     """The samples of these sources for `data.streaming`; nothing is read yet.
 
@@ -143,6 +144,7 @@ def open_stream(
         seed: of the run.
         held_out: samples that may not train.
         rejected: file for the records that are not used, or not whole; None: they are only counted.
+        num_known: token ids that the model has; None: all.
 
     Raises:
         ValueError: several sources without weights, or a source with a `repeat`.
@@ -156,6 +158,7 @@ def open_stream(
         processes=data.num_processes or 1,
         held_out=frozenset() if held_out is None else sample_hashes(held_out),
         reject=None if rejected is None else RejectedList(rejected).add,
+        num_known=num_known,
     )
 
 

@@ -29,6 +29,7 @@ from sft_fast.data.build import (
 )
 from sft_fast.data.formats import FileFormat
 from sft_fast.data.json_records import BadRecord, SourceRecord
+from sft_fast.data.known_ids import check_ids
 from sft_fast.data.memory_store import MemoryStore, StreamSample
 from sft_fast.data.sample_maker import Outcome, SampleMaker, make_all
 from sft_fast.data.source import Position, Source
@@ -194,6 +195,7 @@ class SampleStream(Iterator[StreamSample]):
         processes: int = 1,
         held_out: Collection[int] = (),
         reject: Reject | None = None,
+        num_known: int | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -206,6 +208,7 @@ class SampleStream(Iterator[StreamSample]):
             processes: how many tokenise; 1 = this one.
             held_out: `sample_hash` of samples that may not train.
             reject: told of every record that is not used, or not whole.
+            num_known: token ids that the model has; None = all.
 
         Raises:
             ValueError: several sources without weights, or with a `repeat`.
@@ -221,7 +224,7 @@ class SampleStream(Iterator[StreamSample]):
                 "begins anew, as often as train.steps asks for"
             )
         self._options, self._buffer_size, self._seed = options, buffer_size, seed
-        self._held_out, self._reject = held_out, reject
+        self._held_out, self._reject, self._num_known = held_out, reject, num_known
         self._readers = [_SourceReader(source, tokenizer, options, processes) for source in sources]
         self.parts = stream_parts(sources, tokenizer, options) | {"buffer": buffer_size}
         self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(self.parts).encode())
@@ -307,6 +310,9 @@ class SampleStream(Iterator[StreamSample]):
             room = min(self._buffer_size, NUM_ENDS_KEPT) - len(self._last_tokens)
             self._last_tokens += [int(sample.input_ids[-1]) for sample in samples[: max(room, 0)]]
             origin = f"{outcome.file}:{outcome.line}"
+            if self._num_known is not None:
+                for sample in samples:
+                    check_ids(sample.input_ids, self._num_known, origin)
             self._waiting = [
                 StreamSample(sample.input_ids, sample.supervised, sample.weights, origin)
                 for sample in samples

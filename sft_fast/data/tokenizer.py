@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -46,7 +46,7 @@ def load_tokenizer(
             f"tokenizer.path: {path} gives a slow tokenizer ({type(tokenizer).__name__}); "
             "expected one with a tokenizer.json"
         )
-    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
+    tokenizer.num_new_tokens = tokenizer.add_tokens(list(add_tokens), special_tokens=True)
     if chat_template is not None:
         tokenizer.chat_template = find_template(chat_template, tokenizer)
         check_control_tokens(chat_template, tokenizer)
@@ -54,6 +54,15 @@ def load_tokenizer(
         tokenizer.chat_template = fitted_template("chatml", tokenizer)
         logger.warning("the tokenizer %s has no chat template: using the embedded ChatML", path)
     return tokenizer
+
+
+def new_token_ids(tokenizer: Any) -> range:
+    """The ids of those of `add_tokens` that the tokenizer did not have: its last ones.
+
+    They end at the number of ids, of which there may be more than tokens.
+    """
+    num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    return range(num_ids - tokenizer.num_new_tokens, num_ids)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -136,39 +136,45 @@ class RandomSource:
 class GrownSource:
     """A checkpoint with more tokens than it was trained with: the rows of the new ones, in the
     embedding and the LM head, are the mean of the old rows, so that they are as likely as any.
+    Some may have had rows, which were never used.
 
     Source: Hewitt 2021, "Initializing new word embeddings for pretrained language models".
     """
 
-    def __init__(self, source: WeightSource, num_known: int, num_tokens: int):
-        self.source, self.num_known, self.num_tokens = source, num_known, num_tokens
+    def __init__(self, source: WeightSource, num_rows: int, new: range):
+        """Args:
+        source: the checkpoint.
+        num_rows: of its embedding.
+        new: ids of the new tokens; the old ones are those below.
+        """
+        self.source, self.num_rows, self.new = source, num_rows, new
         self.means: dict[str, Tensor] = {}
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """As the source's, [rows, columns]; rows of new tokens are the mean of the old ones."""
         if name not in ("model.embed_tokens.weight", "lm_head.weight"):
             return self.source.read(name, rows, columns)
-        start, stop, _ = rows.indices(self.num_tokens)
-        known = slice(min(start, self.num_known), min(stop, self.num_known))
-        weight = self.source.read(name, known, columns)
-        num_new = stop - start - len(weight)
-        if num_new == 0:
-            return weight
-        new = self.mean(name)[columns].to(weight.dtype).expand(num_new, -1)
-        return torch.cat([weight, new])
+        first, end = self.new.start, self.new.stop
+        start, stop, _ = rows.indices(max(self.num_rows, end))
+        old = self.source.read(name, slice(min(start, first), min(stop, first)), columns)
+        num_new = max(0, min(stop, end) - max(start, first))
+        new = self.mean(name)[columns].to(old.dtype).expand(num_new, -1) if num_new else old[:0]
+        if stop <= end:
+            return torch.cat([old, new])
+        return torch.cat([old, new, self.source.read(name, slice(max(start, end), stop), columns)])
 
     def digest(self) -> str:
-        """The source's, and how many tokens there are."""
-        return f"{self.source.digest()} with {self.num_tokens} tokens"
+        """The source's, and which tokens are new."""
+        return f"{self.source.digest()} with tokens {self.new.start} to {self.new.stop}"
 
     def mean(self, name: str) -> Tensor:
         """fp32 [hidden], the same on every rank; few rows are in memory at a time."""
         if name not in self.means:
             total = torch.zeros((), dtype=torch.float64)
-            for start in range(0, self.num_known, ROWS_AT_A_TIME):
-                rows = slice(start, min(start + ROWS_AT_A_TIME, self.num_known))
+            for start in range(0, self.new.start, ROWS_AT_A_TIME):
+                rows = slice(start, min(start + ROWS_AT_A_TIME, self.new.start))
                 total = total + self.source.read(name, rows, ALL).sum(0, dtype=torch.float64)
-            self.means[name] = (total / self.num_known).float()
+            self.means[name] = (total / self.new.start).float()
         return self.means[name]
 
 

@@ -22,12 +22,13 @@ from sft_fast.data.from_config import (
     open_stream,
     stage_options,
 )
+from sft_fast.data.known_ids import check_store
 from sft_fast.data.mixture import check_eval_is_not_train
 from sft_fast.data.near_duplicates import with_choice
 from sft_fast.data.source import Source
 from sft_fast.data.store import REJECTED_FILE, TokenStore, open_store
 from sft_fast.data.stream import SampleStream, TrainingData
-from sft_fast.data.tokenizer import load_tokenizer
+from sft_fast.data.tokenizer import load_tokenizer, new_token_ids
 from sft_fast.megatron.hf import (
     GrownSource,
     HeadSource,
@@ -41,6 +42,7 @@ from sft_fast.models.architecture import Architecture, architecture_to_hf, read_
 from sft_fast.models.hub import local_folder
 from sft_fast.models.locate import (
     model_folder,
+    new_rows,
     read_architecture,
     tokenizer_source,
     with_tokens,
@@ -122,8 +124,20 @@ def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
             log,
             apart_from=store,
         )
+    vocab_size = model.architecture.vocab_size
+    has_unknown = new_token_ids(tokenizer).stop > vocab_size
+    for own in (store, eval_store):
+        if own is not None and has_unknown:
+            check_store(own, vocab_size)
     data = store or read_stream(
-        sources, config.data, config.output_dir, config.seed, tokenizer, options, eval_store
+        sources,
+        config.data,
+        config.output_dir,
+        config.seed,
+        tokenizer,
+        options,
+        eval_store,
+        vocab_size if has_unknown else None,
     )
     return Inputs(tokenizer, data, eval_store, eval_sources, model)
 
@@ -167,7 +181,7 @@ def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
     tokenizer = load_tokenizer(
         source, config.tokenizer.chat_template, add_tokens=config.tokenizer.add_tokens
     )
-    read = read_model(model, config.lora, config.seed, folder, len(tokenizer))
+    read = read_model(model, config.lora, config.seed, folder, new_token_ids(tokenizer))
     check_layout(read.architecture, model, config.packing, config.parallel, config.lora)
     num_outputs = stage_of(config).num_outputs
     if num_outputs is not None:
@@ -181,7 +195,7 @@ def fetch(path: str, revision: str | None, key: str, with_weights: bool) -> Path
 
 
 def read_model(
-    model: ModelConfig, lora: LoraConfig, seed: int, folder: Path | None, num_tokens: int
+    model: ModelConfig, lora: LoraConfig, seed: int, folder: Path | None, new: range
 ) -> Model:
     """Reads architecture and weights.
 
@@ -190,13 +204,13 @@ def read_model(
         lora: section of the configuration.
         seed: of random weights.
         folder: the model's directory; None for `model.shape`.
-        num_tokens: of the tokenizer.
+        new: from `new_token_ids`.
 
     Raises:
-        ValueError: the model is not supported, or the tokenizer has ids the model does not know.
+        ValueError: the model is not supported, or gets tokens that it does not know.
     """
-    known = read_architecture(model, folder, num_tokens)
-    architecture = with_tokens(known, num_tokens, model, lora)
+    known = read_architecture(model, folder, new.stop)
+    architecture = with_tokens(known, new, model, lora)
     random = RandomSource(architecture, seed)
     if folder is None:
         hf_config = architecture_to_hf(architecture)
@@ -206,9 +220,11 @@ def read_model(
         return Model(architecture, random, folder, hf_config, architecture.vocab_size)
     check_weights(folder, hf_config, known)
     weights: WeightSource = SafetensorsSource(folder, known)
-    if num_tokens > known.vocab_size:
-        weights = GrownSource(weights, known.vocab_size, num_tokens)
-    return Model(architecture, weights, folder, hf_config, known.vocab_size)
+    fresh = new_rows(known.vocab_size, new, model)
+    if fresh:
+        weights = GrownSource(weights, known.vocab_size, fresh)
+    num_known = fresh.start if fresh else known.vocab_size
+    return Model(architecture, weights, folder, hf_config, num_known)
 
 
 def with_head(model: Model, num_outputs: int, seed: int) -> Model:
@@ -249,6 +265,7 @@ def read_stream(
     tokenizer: Any,
     options: BuildOptions,
     eval_store: TokenStore | None,
+    num_known: int | None = None,
 ) -> SampleStream:
     """Opens the stream of `sources`, every rank its own; no sample of `eval_store` is in it.
 
@@ -257,7 +274,7 @@ def read_stream(
     """
     held_out = eval_store if data.eval_overlap == "error" else None
     rejected = Path(output_dir) / REJECTED_FILE if dist.get_rank() == 0 else None
-    stream = open_stream(sources, tokenizer, options, data, seed, held_out, rejected)
+    stream = open_stream(sources, tokenizer, options, data, seed, held_out, rejected, num_known)
     agree("data", {"fingerprint of data.train": stream.fingerprint}, math.inf)
     return stream
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sft_fast.config.sections import LoraConfig, ModelConfig, TokenizerConfig
 from sft_fast.errors import ConfigError, Problem
+from sft_fast.files import read_json
 from sft_fast.models.architecture import (
     Architecture,
     architecture_from_hf,
@@ -83,6 +84,19 @@ def check_tokenizer_files(folder: Path, key: str) -> None:
     )
 
 
+def file_token_ids(folder: Path) -> dict[str, int] | None:
+    """Token -> id, as tokenizer.json says; None where there is none or it is of another form."""
+    state = read_json(folder / "tokenizer.json")
+    model = (state or {}).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        return None
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # of pieces and their scores
+        vocab = {piece[0]: number for number, piece in enumerate(vocab)}
+    assert state is not None
+    return vocab | {entry["content"]: entry["id"] for entry in state.get("added_tokens") or ()}
+
+
 def read_architecture(model: ModelConfig, folder: Path | None, num_tokens: int) -> Architecture:
     """The architecture that config.json or `model.shape` describes.
 
@@ -105,25 +119,34 @@ def read_architecture(model: ModelConfig, folder: Path | None, num_tokens: int) 
 
 
 def with_tokens(
-    known: Architecture, num_tokens: int, model: ModelConfig, lora: LoraConfig
+    known: Architecture, new: range, model: ModelConfig, lora: LoraConfig
 ) -> Architecture:
-    """An architecture with a vocabulary that has room for the tokenizer's.
+    """An architecture with a vocabulary that has room for the tokens of the tokenizer.
+
+    Tokens beyond the vocabulary that the tokenizer had before are no problem until one occurs;
+    those that the configuration adds are there to occur.
+
+    Args:
+        known: what config.json or `model.shape` says.
+        new: ids that `tokenizer.add_tokens` made, which end at the number of ids.
+        model: section of the configuration.
+        lora: section of the configuration.
 
     Raises:
-        ConfigError: it grows, and the configuration does not say so.
+        ConfigError: tokens are new to the model, and the configuration does not say so.
     """
-    num_new = num_tokens - known.vocab_size
-    if num_new <= 0:
+    fresh = new_rows(known.vocab_size, new, model)
+    if not fresh:
         return known
     if model.new_embeddings == "error":
         raise ConfigError(
             [
                 Problem(
-                    ("tokenizer.path", "model.new_embeddings"),
-                    f"the tokenizer has {num_tokens} tokens, vocab_size of the model is "
-                    f"{known.vocab_size}",
-                    "the model's own tokenizer",
-                    f"if it is that with {num_new} more tokens: model.new_embeddings=mean",
+                    ("tokenizer.add_tokens", "model.new_embeddings"),
+                    f"{len(fresh)} tokens that the model has no trained embeddings of, of "
+                    f"{new.stop}; its vocab_size is {known.vocab_size}",
+                    "the model's own tokens",
+                    f"if it is to learn {len(fresh)} more tokens: model.new_embeddings=mean",
                 )
             ]
         )
@@ -132,13 +155,31 @@ def with_tokens(
             [
                 Problem(
                     ("lora.rank", "model.new_embeddings"),
-                    f"{lora.rank}: the embeddings of {num_new} new tokens would never be trained",
+                    f"{lora.rank}: the embeddings of {len(fresh)} new tokens would never be "
+                    "trained",
                     "all weights trained, or the model's own tokens",
                     "lora.rank=0",
                 )
             ]
         )
-    return replace(known, vocab_size=num_tokens)
+    return replace(known, vocab_size=max(known.vocab_size, fresh.stop))
+
+
+def new_rows(vocab_size: int, new: range, model: ModelConfig) -> range:
+    """Rows of the embedding that were never trained, and are to be.
+
+    Args:
+        vocab_size: of the model.
+        new: as for `with_tokens`.
+        model: section of the configuration.
+    """
+    if model.path is None:
+        return range(0)  # the vocabulary is the tokenizer's
+    if model.new_embeddings == "mean":
+        return range(min(new.start, vocab_size), new.stop) if new else range(vocab_size, new.stop)
+    if model.random_init and new.stop <= vocab_size:
+        return range(0)
+    return new
 
 
 def known_architecture(model: ModelConfig) -> Architecture | None:

@@ -59,7 +59,7 @@ def check_machine(config: Config) -> Findings:
     problems += _check_plugins(config.plugins)
     problems += _check_model(config.model, config.packing, config.parallel, config.lora, findings)
     _note_transformer_engine(config.model, findings)
-    problems += _check_tokenizer(config.model, config.tokenizer, findings)
+    problems += _check_tokenizer(config.model, config.tokenizer, config.lora, findings)
     problems += _check_data(config.data, findings)
     problems += _check_resume(config.checkpoint.resume, Path(config.output_dir))
     unwritable = _check_output_dir(Path(config.output_dir), config.model, config.tokenizer)
@@ -135,7 +135,7 @@ def _check_weights(
 
 
 def _check_tokenizer(
-    model: ModelConfig, tokenizer: TokenizerConfig, findings: Findings
+    model: ModelConfig, tokenizer: TokenizerConfig, lora: LoraConfig, findings: Findings
 ) -> Iterator[Problem]:
     from sft_fast.data.templates import TEMPLATES
     from sft_fast.models.hub import is_downloaded, known_folder
@@ -150,6 +150,7 @@ def _check_tokenizer(
         folder = None if path == "demo" else known_folder(path, revision, key)
         if folder is not None and not is_downloaded(path):
             check_tokenizer_files(folder, key)
+            _check_vocabulary(folder, model, tokenizer, lora, findings)
         elif path != "demo":
             findings.notes.append(_not_looked_at(key, path))
     except ConfigError as error:
@@ -163,6 +164,29 @@ def _check_tokenizer(
             f"{template} is no file and no template",
             f"a Jinja file, or one of {', '.join(TEMPLATES)}",
             f"did you mean {near}?" if near else "",
+        )
+
+
+def _check_vocabulary(
+    folder: Path,
+    model: ModelConfig,
+    tokenizer: TokenizerConfig,
+    lora: LoraConfig,
+    findings: Findings,
+) -> None:
+    """Notes ids that the model does not have; raises ConfigError as `with_tokens`."""
+    from sft_fast.models.locate import file_token_ids, with_tokens
+
+    known = file_token_ids(folder)
+    if known is None or findings.architecture is None:
+        return
+    num_ids = max(known.values(), default=-1) + 1
+    added = [token for token in dict.fromkeys(tokenizer.add_tokens) if token not in known]
+    grown = with_tokens(findings.architecture, range(num_ids, num_ids + len(added)), model, lora)
+    if num_ids > grown.vocab_size:
+        findings.notes.append(
+            f"the tokenizer has {num_ids} ids, the model {grown.vocab_size}: a run stops where one "
+            "of the others occurs in the data"
         )
 
 

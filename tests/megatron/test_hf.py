@@ -385,7 +385,7 @@ def test_new_tokens_get_the_mean_of_the_old(models: Path) -> None:
 
     folder = models / "untied"
     source = hf.SafetensorsSource(folder, architecture_from_hf(read_hf_config(folder)))
-    grown = hf.GrownSource(source, VOCAB_SIZE, VOCAB_SIZE + 5)
+    grown = hf.GrownSource(source, VOCAB_SIZE, range(VOCAB_SIZE, VOCAB_SIZE + 5))
     original = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         old = original[name]
@@ -395,6 +395,21 @@ def test_new_tokens_get_the_mean_of_the_old(models: Path) -> None:
         assert torch.equal(grown.read(name, slice(0, VOCAB_SIZE), slice(None)), old)
     other = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(grown.read(other, slice(3, 9), slice(None)), original[other][3:9])
+
+
+def test_new_tokens_take_rows_that_were_never_used(models: Path) -> None:
+    """Of a vocabulary that was rounded up: those beyond the new ones stay as they are."""
+    from sft_fast.megatron import hf
+    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
+
+    folder = models / "untied"
+    source = hf.SafetensorsSource(folder, architecture_from_hf(read_hf_config(folder)))
+    grown = hf.GrownSource(source, VOCAB_SIZE, range(120, 124))
+    old = load_file(folder / "model.safetensors")["lm_head.weight"]
+    mean = old[:120].mean(0, keepdim=True).expand(4, -1)
+    expected = torch.cat([old[:120], mean, old[124:]])
+    for rows in (slice(None), slice(100, 122), slice(121, 131), slice(121, 122), slice(125, 131)):
+        torch.testing.assert_close(grown.read("lm_head.weight", rows, slice(None)), expected[rows])
 
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:

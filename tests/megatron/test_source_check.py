@@ -37,7 +37,7 @@ def look(
         parallel=parallel_section,
     )
     parallel = init_parallel(config.parallel, config.train, config.seed)
-    source = read_model(config.model, config.lora, 0, Path(folder), VOCAB_SIZE)
+    source = read_model(config.model, config.lora, 0, Path(folder), range(VOCAB_SIZE, VOCAB_SIZE))
     sections = (config.model, config.parallel, config.lora, config.loss)
     models = build_model(source.architecture, *sections, parallel)
     for model in models:

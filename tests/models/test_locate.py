@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sft_fast.cli import main
 from sft_fast.config.schema import Config, load_config
@@ -21,6 +23,7 @@ from sft_fast.models.architecture import (
 )
 from sft_fast.models.flops import num_parameters
 from sft_fast.models.locate import known_architecture
+from sft_fast.models.weights import hf_shapes
 
 SHAPE = (
     "{hidden_size: 16, num_layers: 2, num_attention_heads: 2, "
@@ -220,15 +223,59 @@ def test_a_vocabulary_that_grows(
     folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     more = [f"model.path={folder}", "model.random_init=true", "tokenizer.add_tokens=[<a>, <b>]"]
-    expected = "with 2 more tokens: model.new_embeddings=mean"
-    assert_one_problem(run(*more), expected, tmp_path, monkeypatch, capsys, commands=("plan",))
+    both = ("check", "plan")
+    expected = "learn 2 more tokens: model.new_embeddings=mean"
+    assert_one_problem(run(*more), expected, tmp_path, monkeypatch, capsys, both)
     config = run(*more, "model.new_embeddings=mean")
     assert trainer(config, monkeypatch).vocab_size == len(demo_tokenizer()) + 2
     assert_one_answer(config, tmp_path, monkeypatch, capsys)
     config = run(*more, "model.new_embeddings=mean", "lora.rank=2")
-    assert_one_problem(
-        config, "would never be trained", tmp_path, monkeypatch, capsys, commands=("plan",)
-    )
+    expected = "embeddings of 2 new tokens would never be trained"
+    assert_one_problem(config, expected, tmp_path, monkeypatch, capsys, both)
+
+
+def of_vocabulary(folder: Path, copy: Path, vocab_size: int) -> Path:
+    """The model with another vocabulary, the tokenizer unchanged, and weights of its own."""
+    shutil.copytree(folder, copy)
+    config = hf_config(vocab_size)
+    (copy / "config.json").write_text(json.dumps(config))
+    shapes = hf_shapes(architecture_from_hf(config))
+    weights = {name: np.full(shape, 0.5, np.float16) for name, shape in shapes.items()}
+    save_file(weights, copy / "model.safetensors")
+    return copy
+
+
+def test_tokens_in_unused_rows_are_new_all_the_same(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    num_tokens = len(demo_tokenizer())
+    wide = of_vocabulary(folder, tmp_path / "wide", num_tokens + 50)
+    more = [f"model.path={wide}", "tokenizer.add_tokens=[<a>, <|im_end|>]"]
+    both = ("check", "plan")
+    expected = "learn 1 more tokens: model.new_embeddings=mean"
+    assert_one_problem(run(*more), expected, tmp_path, monkeypatch, capsys, both)
+    more.append("model.new_embeddings=mean")
+    assert trainer(run(*more), monkeypatch).vocab_size == num_tokens + 50
+    assert_one_answer(run(*more), tmp_path, monkeypatch, capsys)
+    expected = "embeddings of 1 new tokens would never be trained"
+    assert_one_problem(run(*more, "lora.rank=2"), expected, tmp_path, monkeypatch, capsys, both)
+    config = run(f"model.path={wide}", "tokenizer.add_tokens=[<|im_end|>]", "lora.rank=2")
+    assert trainer(config, monkeypatch).vocab_size == num_tokens + 50
+
+
+def test_a_token_too_many_is_none_until_it_occurs(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As in Gemma 3, whose tokenizer has one for images."""
+    num_tokens = len(demo_tokenizer())
+    narrow = of_vocabulary(folder, tmp_path / "narrow", num_tokens - 1)
+    config = run(f"model.path={narrow}")
+    assert trainer(config, monkeypatch).vocab_size == num_tokens - 1
+    assert call(tmp_path, "check") == 0
+    told = capsys.readouterr().out
+    assert f"has {num_tokens} ids, the model {num_tokens - 1}: a run stops where" in told
+    config = run(f"model.path={narrow}", "model.new_embeddings=mean")
+    assert trainer(config, monkeypatch).vocab_size == num_tokens
 
 
 def test_no_command_but_the_trainer_downloads_weights(
