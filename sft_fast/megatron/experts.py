@@ -34,6 +34,7 @@ from sft_fast.kernels.block_backends import BlockKernels
 from sft_fast.kernels.expert_copies import CopyOrder, copies_of, sort_copies, sums_of
 from sft_fast.kernels.expert_mlp import expert_mlp
 from sft_fast.kernels.router import choose_experts, router_logits
+from sft_fast.megatron.collectives import all_gather_single
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
 
@@ -214,7 +215,7 @@ class Dispatcher(MoETokenDispatcher):
         every = arriving
         if self.tp_size > 1:
             every = arriving.new_empty((self.tp_size * self.ep_size, self.num_local_experts))
-            dist.all_gather_into_tensor(every, arriving, group=self.tp_group)
+            all_gather_single(every, arriving, group=self.tp_group)
         of_ranks = every.view(self.tp_size, -1).sum(1)
         sizes = torch.cat([counts.sum(1), arriving.sum(1), of_ranks]).tolist()
         self.sent, self.received = sizes[: self.ep_size], sizes[self.ep_size : 2 * self.ep_size]
@@ -233,7 +234,7 @@ class Dispatcher(MoETokenDispatcher):
         if self.config.tensor_model_parallel_size % self.tp_size == 0:
             return [num_rows] * self.tp_size
         counts = self.experts.new_empty(self.tp_size)
-        dist.all_gather_into_tensor(counts, counts.new_full((1,), num_rows), group=self.tp_group)
+        all_gather_single(counts, counts.new_full((1,), num_rows), group=self.tp_group)
         sizes: list[int] = counts.tolist()
         return sizes
 

@@ -47,7 +47,13 @@ def export(job: Job, run: Run, evaluator: Evaluator, state: TrainState) -> None:
         if config.lora.rank > 0:
             adapter = job.output / "adapter"
             export_adapter(
-                run.model, adapter, config.model, config.lora, config.export, job.parallel
+                run.model,
+                adapter,
+                job.origin.tokenizer,
+                config.model,
+                config.lora,
+                config.export,
+                job.parallel,
             )
         checkpoint = checkpoint_path(job.output / "checkpoints", state.step)
         if job.parallel.is_main and checkpoint.is_dir():

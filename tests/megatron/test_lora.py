@@ -154,10 +154,21 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
             assert got == pytest.approx(expected, rel=1e-5 * (step + 1))
 
 
+def check_adapter(model: Any, folder: Path, parallel: Any) -> None:
+    """All that was trained, and the tokenizer: nothing has to be found in the base."""
+    from safetensors.torch import load_file
+
+    if parallel.is_main and parallel.pp_size == 1:
+        num_trained = sum(parameter.requires_grad for parameter in model.parameters())
+        assert len(load_file(folder / "adapter_model.safetensors")) == num_trained
+        assert (folder / "tokenizer.json").is_file()
+
+
 def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Tensors:
     """PEFT name -> gradient of one global batch; also exports adapter and merged model."""
     import torch
 
+    from sft_fast.data.demo import demo_tokenizer
     from sft_fast.megatron.batches import open_batches
     from sft_fast.megatron.export.adapter import PEFT_NAMES, export_adapter
     from sft_fast.megatron.export.weights import export_weights
@@ -183,8 +194,15 @@ def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Ten
             name = f"base_model.model.{projection.hf_name}.{PEFT_NAMES[letter]}"
             found[name] = whole.clone().numpy()
     export_adapter(
-        run.model, Path(output) / "adapter", config.model, config.lora, config.export, parallel
+        run.model,
+        Path(output) / "adapter",
+        demo_tokenizer(),
+        config.model,
+        config.lora,
+        config.export,
+        parallel,
     )
+    check_adapter(run.model, Path(output) / "adapter", parallel)
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     architecture = architecture_from_hf(read_hf_config(Path(folder)))
     merged = Path(output) / "merged"

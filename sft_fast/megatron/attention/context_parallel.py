@@ -33,6 +33,7 @@ from sft_fast.megatron.attention.self_test import (
     WrongResult,
     run_with_gradients,
 )
+from sft_fast.megatron.collectives import all_gather_single, reduce_scatter_single
 from sft_fast.megatron.parallel import Parallel
 
 
@@ -136,7 +137,7 @@ class GatherKeys(torch.autograd.Function):
         """
         own = torch.stack([key, value], dim=1)  # [T / cp_size, 2, kv_heads, head_dim]
         gathered = own.new_empty(context.size * len(own), *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own, group=context.group)
+        all_gather_single(gathered, own, group=context.group)
         ctx.share, ctx.context, ctx.own_shape = share, context, own.shape
         keys, values = (gathered[:, part].index_select(0, share.places) for part in (0, 1))
         return keys, values
@@ -152,7 +153,7 @@ class GatherKeys(torch.autograd.Function):
             for part in (share.second, share.first):
                 total[:, place].index_add_(0, share.places[part], grad[part])
         own = total.new_empty(shape)
-        dist.reduce_scatter_tensor(own, total, group=context.group)
+        reduce_scatter_single(own, total, group=context.group)
         return own[:, 0], own[:, 1], None, None
 
 

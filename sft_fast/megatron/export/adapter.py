@@ -12,6 +12,7 @@ from sft_fast.config.sections import ExportConfig, LoraConfig, ModelConfig
 from sft_fast.files import write_json
 from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.export.model import EXPORT_TIMEOUT_S
+from sft_fast.megatron.export.tokenizer import export_tokenizer
 from sft_fast.megatron.export.weights import save_tensors
 from sft_fast.megatron.hf import gather_shards
 from sft_fast.megatron.lora import LoraLinear
@@ -26,12 +27,16 @@ PEFT_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_v
 def export_adapter(
     model: ModuleList,
     folder: Path,
+    tokenizer: Any,
     model_config: ModelConfig,
     lora: LoraConfig,
     export: ExportConfig,
     parallel: Parallel,
 ) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors; every rank calls it.
+    """Writes adapter_config.json, adapter_model.safetensors and the tokenizer; every rank calls it.
+
+    All that was trained is in there, so nothing has to be found in the base's directory again: new
+    embeddings, which PEFT leaves out where that is gone, are never trained beside adapters.
 
     `folder` is replaced when it exists, after everything is written; see manifest.py.
     """
@@ -41,6 +46,7 @@ def export_adapter(
             tensors = gather_stages(whole_adapters(model, dtype, parallel), parallel)
             if parallel.is_main:
                 save_tensors(tensors, stage.path / "adapter_model.safetensors")
+                export_tokenizer(tokenizer, stage.path)
                 write_json(
                     stage.path / "adapter_config.json",
                     peft_config(list(tensors), model_config, lora),
