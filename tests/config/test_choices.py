@@ -101,7 +101,7 @@ COMPARED = {
     "model.recompute": ("models/estimate.py", "none"),
     "model.recompute_modules": ("models/estimate.py", "core_attn moe"),
     "data.eval_overlap": ("megatron/load_inputs.py", "allow"),
-    "data.near_duplicates": ("data/near_duplicates.py", "keep"),
+    "data.near_duplicates": ("data/near_duplicates.py", "drop"),
     "data.train_on": ("data/render.py", ""),
     "data.changing_history": ("data/render.py", "error"),
     "data.over_length": ("data/build.py data/sample_maker.py", ""),
