@@ -9,6 +9,10 @@ import pytest
 import warm_start
 from rank_pool import RankPool
 
+# Workers and their ranks share the cores: OpenMP threads that spin would starve each other. Set
+# before any of them imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def imports_ahead(request: pytest.FixtureRequest) -> None:

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from filelock import FileLock
 
 import emulated_gpu
 from rank_pool import RankPool
@@ -58,8 +59,19 @@ def missing_native() -> str | None:
 
 
 def build_native(folder: Path) -> Path | None:
-    """The emulated module, where it is needed and can be built."""
-    return None if ON_GPU or emulated_gpu.missing() else emulated_gpu.build(folder)
+    """The emulated module, where it is needed and can be built; pytest's workers share one."""
+    if ON_GPU or emulated_gpu.missing():
+        return None
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return emulated_gpu.build(folder)
+    # A worker's folders are below those of the session.
+    shared = folder.parents[1] / "emulated"
+    with FileLock(shared.with_suffix(".lock")):
+        if not shared.exists():
+            shared.mkdir()
+            return emulated_gpu.build(shared)
+    (module,) = shared.glob("_gpu*")
+    return module
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -22,7 +22,7 @@ import pytest
 import warm_start
 
 TIMEOUT_S = 300
-MAX_THREADS = 400
+MAX_THREADS = 150
 
 
 def load_function(file: str, name: str) -> Callable[..., Any]:
