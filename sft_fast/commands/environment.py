@@ -6,12 +6,13 @@ import argparse
 import os
 import platform
 import sys
-from importlib import metadata, util
+from importlib import util
 from typing import get_args
 
 from sft_fast.commands.arguments import Commands
 from sft_fast.metrics.choices import TrackerName
 from sft_fast.models.choices import AttentionBackend
+from sft_fast.runtime.versions import installed_version
 
 PACKAGES = (
     *("sft-fast", "torch", "megatron-core", "transformers", "datasets", "tokenizers"),
@@ -45,20 +46,12 @@ def lines() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()}  {sys.executable}"),
         ("system", f"{platform.platform()}, {os.cpu_count()} cores"),
     ]
-    found += [(name, version) for name in PACKAGES if (version := package_version(name))]
+    found += [(name, version) for name in PACKAGES if (version := installed_version(name))]
     for name in ("_C", "_gpu"):
         is_built = util.find_spec(f"sft_fast.{name}") is not None
         found.append((f"sft_fast.{name}", "built" if is_built else "not built"))
     found += devices()
     return found + [(name, os.environ[name]) for name in VARIABLES if name in os.environ]
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package; None where it is not."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def devices() -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import xxhash
 import sft_fast
 from sft_fast.megatron.exchange import Ranks, StoreExchange
 from sft_fast.metrics.trackers import flat
+from sft_fast.runtime.versions import installed_version
 
 logger = logging.getLogger(__name__)
 TELL_EVERY_S = 15.0
@@ -115,17 +115,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     facts = {key: json.dumps(value, default=str) for key, value in flat(config)}
     facts = {key: value for key, value in facts.items() if key not in OF_ONE_MACHINE}
     facts |= {f"contents of {path}": file_digest(Path(path)) for path in config["plugins"]}
-    versions = {name: version_of(name) for name in PACKAGES}
+    versions = {name: installed_version(name) or "not installed" for name in PACKAGES}
     python = ".".join(platform.python_version_tuple()[:2])
     return facts | versions | {"python": python, "sft_fast": code_version()}
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def code_version() -> str:

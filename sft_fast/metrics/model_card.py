@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sft_fast.models.hub import HUB_ID
 from sft_fast.redact import redact
 from sft_fast.registry import SFT
 from sft_fast.runtime.run_files import RunFiles
+from sft_fast.runtime.versions import installed_version
 from sft_fast.stages import stage_of
 
 WRITE = """```python
@@ -99,7 +99,7 @@ def facts(data_config: DataConfig, seed: int, run: RunFiles, data_fingerprint: s
     if evaluation is not None and evaluation.get("loss") is not None:
         rows.append(("evaluation loss", f"{evaluation['loss']:.4f}"))
     rows.append(("seed", str(seed)))
-    rows += [(name, version) for name in VERSIONS if (version := version_of(name))]
+    rows += [(name, version) for name in VERSIONS if (version := installed_version(name))]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines)
 
@@ -114,11 +114,3 @@ def is_hub_id(name: str) -> bool:
     """True for `owner/name`, with or without a configuration and a revision."""
     plain = re.split("[:@]", name)[0]
     return "/" in plain and HUB_ID.fullmatch(plain) is not None and not Path(name).exists()
-
-
-def version_of(package: str) -> str | None:
-    """The version of an installed package; None where it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
