@@ -30,7 +30,7 @@ from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
 from sft_fast.metrics.writer import MetricsWriter
 from sft_fast.packing.from_config import make_plan
-from sft_fast.packing.micro_batch import MicroBatch
+from sft_fast.packing.micro_batch import MicroBatch, sample_index
 from sft_fast.packing.steps import StepPlan
 from sft_fast.registry import Metric, SampleOutputs, get_metric, is_greater_better
 from sft_fast.runtime.phases import Phases
@@ -180,9 +180,9 @@ def evaluate(
     size = (len(names), tally.num_sums)
     total = torch.zeros(size, dtype=torch.float64, device=parallel.device)
     model.eval()
+    step = partial(eval_step, partial(count_by_source, tally, source_of, len(names)))
     with open_batches(store, plan, steps, shape, parallel) as batches:
         for _ in steps:
-            step = partial(eval_step, partial(count_by_source, tally, source_of, len(names)))
             reports = run_schedule(model, batches, shape, step, forward_only=True)
             added, votes = sum_over_ranks(reports, "tally", size, parallel, phases.votes())
             total += added
@@ -243,9 +243,8 @@ def count_by_source(
 
     Returns: fp64 [num_sources, tally.num_sums].
     """
-    edges = torch.tensor(batch.seqlens, dtype=torch.int64).cumsum(0) // batch.layout.cp_size
     active = batch.active_tokens.cpu()
-    index = torch.searchsorted(edges, active, right=True)  # [A]: each token's sample
+    index = sample_index(active, batch.seqlens, batch.layout.cp_size)  # [A]
     assert batch.sample_ids is not None, "fill_micro_batch knows them"
     sources = torch.from_numpy(source_of[batch.sample_ids])  # [samples]
     columns = outputs[:, 0].index_select(1, active.to(outputs.device)).double()  # [n, A]

@@ -1,7 +1,6 @@
 """The end of the model in a stage with a loss or a head of its own."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from sft_fast.megatron.attention.packed_samples import PackedSamples
+from sft_fast.packing.micro_batch import sample_index
 from sft_fast.stages import ActiveTokens, Stage
 
 
@@ -76,7 +76,8 @@ def token_losses(stage: Stage, outputs: Tensor, labels: Tensor, samples: PackedS
         # Zeros that hang on the outputs: every parameter has a gradient in every micro-batch.
         nothing = spread(outputs.flatten(), active, labels)
         return nothing.expand(1 + len(stage.measures), -1, -1) if samples.wants_outputs else nothing
-    tokens = ActiveTokens.of(flat_labels, sample_index(samples))
+    index = sample_index(samples.active_tokens, samples.seqlens, samples.cp_size)
+    tokens = ActiveTokens.of(flat_labels, index)
     losses = checked(stage, "loss()", stage.loss(outputs, tokens), active)
     if torch.is_grad_enabled() and not losses.requires_grad:
         raise ValueError(
@@ -128,16 +129,3 @@ def spread(values: Tensor, active: Tensor, labels: Tensor) -> Tensor:
     batch, sequence = labels.shape
     flat = values.new_zeros(sequence * batch).index_copy(0, active, values)
     return flat.view(sequence, batch).t()
-
-
-def sample_index(samples: PackedSamples) -> Tensor:
-    """int64 [A] on the CPU: the number of each active token's sample in the sequence."""
-    assert samples.active_tokens is not None, "a micro-batch has them"
-    share = samples.cp_size
-    ends = torch.tensor(samples.seqlens, dtype=torch.int64).cumsum(0) // share
-    return torch.searchsorted(ends, samples.active_tokens.cpu(), right=True)
-
-
-def stage_parameters(modules: Iterable[Any]) -> list[Parameter]:
-    """The weights of stage heads, which LoRA trains beside its adapters."""
-    return [m.weight for module in modules for m in module.modules() if isinstance(m, StageHead)]

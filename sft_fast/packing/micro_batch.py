@@ -183,6 +183,18 @@ class MicroBatch:
             )
 
 
+def sample_index(tokens: Tensor, seqlens: Sequence[int], cp_size: int) -> Tensor:
+    """int64 [n] on the CPU: which sample of its sequence each token belongs to.
+
+    Args:
+        tokens: int64 [n], places in a rank's share of the sequence, none in padding at its end.
+        seqlens: length of each padded sample, over all ranks.
+        cp_size: ranks that share every sample.
+    """
+    ends = torch.tensor(seqlens, dtype=torch.int64).cumsum(0) // cp_size
+    return torch.searchsorted(ends, tokens.cpu(), right=True)
+
+
 def require(name: str, holds: bool | Tensor, problem: str) -> None:
     """Raises ValueError about the micro-batch's tensor `name` unless `holds`."""
     if not holds:
