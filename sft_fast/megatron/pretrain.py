@@ -31,11 +31,10 @@ from sft_fast.exit_codes import USER_ERROR
 from sft_fast.megatron.batches import BatchShape, batch_shape, open_batches
 from sft_fast.megatron.device import init_device, install_cpu_shim
 from sft_fast.megatron.forward_step import forward_step
-from sft_fast.megatron.hf import load_hf_weights
 from sft_fast.megatron.load_inputs import Inputs, read_inputs
-from sft_fast.megatron.lora import add_adapters
-from sft_fast.megatron.model import SFTModel, build_model
+from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel, current_parallel
+from sft_fast.megatron.starting_model import starting_model
 from sft_fast.packing.from_config import make_plan
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.packing.steps import StepPlan
@@ -163,17 +162,8 @@ class Providers:
     @cached_property
     def modules(self) -> list[SFTModel]:
         """The chunks of this rank, with their weights."""
-        architecture, config = self.inputs.model.architecture, self.config
-        modules = build_model(
-            architecture, config.model, config.parallel, config.lora, config.loss, self.parallel
-        )
-        for module in modules:
-            load_hf_weights(module, self.inputs.model.weights, architecture, self.parallel)
-            if config.lora.rank > 0:
-                add_adapters(
-                    module, architecture, config.model, config.lora, config.seed, self.parallel
-                )
-        return modules
+        model = self.inputs.model
+        return starting_model(self.config, model.architecture, model.weights, self.parallel)
 
     def datasets(
         self, num_samples: Any, vp_stage: int | None = None

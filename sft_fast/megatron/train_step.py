@@ -13,9 +13,7 @@ from sft_fast.megatron.batches import BatchShape, batch_shape
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.guard import Guard
-from sft_fast.megatron.hf import WeightSource, load_hf_weights
-from sft_fast.megatron.lora import add_adapters
-from sft_fast.megatron.model import build_model
+from sft_fast.megatron.hf import WeightSource
 from sft_fast.megatron.optim import (
     build_lr_schedule,
     build_optimizer,
@@ -28,12 +26,12 @@ from sft_fast.megatron.optim import (
 )
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.schedule import ForwardStep, run_schedule, sum_over_ranks
+from sft_fast.megatron.starting_model import starting_model
 from sft_fast.metrics.writer import StepOutcome, StepReason
 from sft_fast.models.architecture import Architecture
 from sft_fast.packing.micro_batch import MicroBatch
 from sft_fast.packing.steps import StepCounts
 from sft_fast.runtime.phases import Phases, no_report
-from sft_fast.stages import stage_of
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,7 @@ def build_run(
     tensor_done: Callable[[], None] = no_report,
 ) -> Run:
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
-    modules = build_model(
-        architecture,
-        config.model,
-        config.parallel,
-        config.lora,
-        config.loss,
-        parallel,
-        stage_of(config),
-    )
-    for module in modules:
-        load_hf_weights(module, weights, architecture, parallel, tensor_done)
-        if config.lora.rank > 0:
-            add_adapters(module, architecture, config.model, config.lora, config.seed, parallel)
+    modules = starting_model(config, architecture, weights, parallel, tensor_done)
     model = wrap_model(modules, config.model, config.parallel)
     optimizer = build_optimizer(model, config.model, config.parallel, config.optim, parallel)
     connect_schedule(model, optimizer)

@@ -17,13 +17,11 @@ from sft_fast.megatron.checkpoint.fingerprint import changed_fields, model_field
 from sft_fast.megatron.checkpoint.load import damage_of, load_trained_weights
 from sft_fast.megatron.checkpoint.train_state import read_train_state
 from sft_fast.megatron.export.model import export_model
-from sft_fast.megatron.hf import load_hf_weights
 from sft_fast.megatron.load_inputs import ExportSource, read_export_source
-from sft_fast.megatron.lora import adapter_fingerprint, add_adapters
-from sft_fast.megatron.model import build_model
+from sft_fast.megatron.lora import adapter_fingerprint
 from sft_fast.megatron.parallel import init_parallel
+from sft_fast.megatron.starting_model import starting_model
 from sft_fast.runtime.phases import Phases
-from sft_fast.stages import stage_of
 
 
 def export(config: Config, phases: Phases) -> int:
@@ -50,20 +48,12 @@ def export(config: Config, phases: Phases) -> int:
     state = read_train_state(checkpoint)
     origin = read_export_source(config, state.data)
     check_origin(origin, state.fields, checkpoint, config.model, config.lora, config.checkpoint)
-    architecture = origin.model.architecture
     phases.enter("model", can_leave=True, is_loading=True)
-    models = build_model(
-        architecture,
-        config.model,
-        config.parallel,
-        config.lora,
-        config.loss,
-        parallel,
-        stage_of(config),
+    # A checkpoint of LoRA holds no weights of the model itself, any other all of them.
+    weights = origin.model.weights if config.lora.rank > 0 else None
+    models = starting_model(
+        config, origin.model.architecture, weights, parallel, phases.tensor_done
     )
-    for model in models if config.lora.rank > 0 else ():
-        load_hf_weights(model, origin.model.weights, architecture, parallel, phases.tensor_done)
-        add_adapters(model, architecture, config.model, config.lora, config.seed, parallel)
     load_trained_weights(checkpoint, ModuleList(models), phases.tensor_done)
     phases.enter("export", can_leave=True)
     export_model(
