@@ -14,6 +14,7 @@ from sft_fast.config.schema import load_config
 from sft_fast.errors import ConfigError
 from sft_fast.packing.bins import PackingOptions
 from sft_fast.packing.steps import StepPlan
+from trainer_calls import call_main
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples/reward/reward.py"
@@ -113,21 +114,8 @@ def write_config(folder: Path, pairs: Path, name: str = "run", text: str = SMALL
     return path
 
 
-def run_trainer(arguments: list[str]) -> tuple[int, str, str]:
-    """Runs the trainer inside a pool rank."""
-    import contextlib
-    import io
-
-    from sft_fast.train import main as train_main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = train_main(arguments)
-    return code, out.getvalue(), err.getvalue()
-
-
 def train(pool: RankPool, world_size: int, *arguments: str) -> str:
-    results = pool.run(world_size, run_trainer, list(arguments))
+    results = pool.run(world_size, call_main, list(arguments))
     assert all(code == 0 for code, _, _ in results), [error for _, _, error in results]
     out: str = results[0][1]
     return out
@@ -435,7 +423,7 @@ def test_bad_records_are_named(
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(GOOD) + "\n" + json.dumps(bad) + "\n")
     config = write_config(tmp_path, rows)
-    ((code, _, err),) = rank_pool.run(1, run_trainer, ["--config", str(config)])
+    ((code, _, err),) = rank_pool.run(1, call_main, ["--config", str(config)])
     assert code == 2 and "rows.jsonl:2" in err and message in err
 
 
@@ -446,7 +434,7 @@ def test_too_long_pairs_follow_the_policy(
     long = GOOD | {"prompt": "upper " + "ab" * 40}
     rows.write_text(json.dumps(GOOD) + "\n" + json.dumps(long) + "\n")
     config = write_config(tmp_path, rows)
-    ((code, _, err),) = rank_pool.run(1, run_trainer, ["--config", str(config)])
+    ((code, _, err),) = rank_pool.run(1, call_main, ["--config", str(config)])
     assert code == 2 and "1 of 2 groups of samples" in err and "rows.jsonl:2: 190 tokens" in err
     for policy, samples in (("drop", 2), ("split_turns", 2), ("truncate_left", 4)):
         run = tmp_path / policy
@@ -528,12 +516,12 @@ def test_formats_and_stages_that_do_not_fit_are_named(
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     chats.write_text(json.dumps({"messages": turns}) + "\n")
     arguments = ["--config", str(config), f"data.train={chats}", "data.format=auto"]
-    ((code, _, err),) = rank_pool.run(1, run_trainer, arguments)
+    ((code, _, err),) = rank_pool.run(1, call_main, arguments)
     assert code == 2 and "gives 1 conversations a record, but the stage 'reward' takes 2" in err
     text = config.read_text().replace("stage: reward", "").replace("reward: {margin", "# ")
     sft = tmp_path / "sft.yaml"
     sft.write_text(text.replace("best_by: accuracy", "best_by: loss"))
-    ((code, _, err),) = rank_pool.run(1, run_trainer, ["--config", str(sft)])
+    ((code, _, err),) = rank_pool.run(1, call_main, ["--config", str(sft)])
     assert code == 2 and "gives 2 conversations a record, but the stage 'sft' takes 1" in err
 
 

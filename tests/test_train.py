@@ -1,7 +1,5 @@
 """The trainer from its command line: whole runs, exact resume, and what a wrong input answers."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from rank_pool import RankPool
+from trainer_calls import call_main
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -30,16 +29,6 @@ optim: {{lr: 1e-2, warmup_steps: 1}}
 checkpoint: {{every_steps: 2, keep_last: 3}}
 """
 FOUR_LAYERS = "model.shape.num_layers=4"
-
-
-def call_main(arguments: list[str]) -> tuple[int, str, str]:
-    """Runs the trainer inside a pool rank; returns (exit code, stdout, stderr)."""
-    from sft_fast.train import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 
 from rank_pool import RankPool
 from tiny import vary_vectors
+from trainer_calls import call_main
 
 CONFIG = """\
 output_dir: {output}
@@ -22,22 +23,9 @@ EXPERTS = ["parallel.expert=2"]
 SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
 
 
-def call_main(arguments: list[str]) -> tuple[int, str]:
-    """Runs the trainer inside a pool rank; returns (exit code, stderr)."""
-    import contextlib
-    import io
-
-    from sft_fast.train import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, err.getvalue()
-
-
 def train(pool: RankPool, world_size: int, config: Path, *overrides: str) -> None:
     arguments = ["--config", str(config), *overrides]
-    for code, err in pool.run(world_size, call_main, arguments):
+    for code, _, err in pool.run(world_size, call_main, arguments):
         assert code == 0, err
 
 
@@ -124,7 +112,7 @@ def test_the_export_is_the_trained_model(rank_pool: RankPool, config: Path, run:
         assert not tensor.equal(before[name]), name
 
 
-def broken_export(arguments: list[str]) -> tuple[int, str]:
+def broken_export(arguments: list[str]) -> tuple[int, str, str]:
     """A run whose export loses the order of query heads."""
     from sft_fast.megatron.export import weights
 
@@ -145,7 +133,7 @@ def test_an_export_that_computes_something_else_is_refused(
     rank_pool: RankPool, config: Path, tmp_path: Path
 ) -> None:
     arguments = ["--config", str(config), f"output_dir={tmp_path}", "train.steps=1"]
-    ((code, err),) = rank_pool.run(1, broken_export, arguments)
+    ((code, _, err),) = rank_pool.run(1, broken_export, arguments)
     assert code != 0 and "the logits of the exported model are off" in err
     assert not (tmp_path / "export").exists()
 
@@ -154,10 +142,10 @@ def test_adapters_go_beside_attention_only(
     rank_pool: RankPool, config: Path, run: Path, tmp_path: Path
 ) -> None:
     arguments = ["--config", str(config), f"output_dir={tmp_path}", "lora.rank=2", "train.steps=2"]
-    ((code, err),) = rank_pool.run(1, call_main, arguments)
+    ((code, _, err),) = rank_pool.run(1, call_main, arguments)
     assert code != 0 and "down_proj: selects no projection, and experts get no adapters" in err
     arguments += ["lora.targets=[q_proj,k_proj,v_proj,o_proj]", *EXPERTS]
-    for code, err in rank_pool.run(2, call_main, arguments):
+    for code, _, err in rank_pool.run(2, call_main, arguments):
         assert code == 0, err
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     first, second = step_losses(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 
 from rank_pool import RankPool
 from tiny import make_config, make_store, random_samples, save_tiny_llama, vary_vectors
+from trainer_calls import call_main
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["model.layers.[13].self_attn.[qv]_proj", "down_proj"]
@@ -402,19 +403,6 @@ optim: {{lr: 1e-2, eps: 1e-3}}
 lora: {{rank: 4, dropout: {dropout}, dora: {dora}}}
 checkpoint: {{every_steps: 2, keep_last: 3}}
 """
-
-
-def call_main(arguments: list[str]) -> tuple[int, str, str]:
-    """Runs the trainer inside a pool rank; returns (exit code, stdout, stderr)."""
-    import contextlib
-    import io
-
-    from sft_fast.train import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
 
 
 def train(pool: RankPool, world_size: int, *arguments: str) -> None:

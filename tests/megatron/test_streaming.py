@@ -1,7 +1,5 @@
 """Runs whose data is never stored: endless sources, exact resume, the same order in any layout."""
 
-import contextlib
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from rank_pool import RankPool
+from trainer_calls import call_main
 
 CONFIG = """
 output_dir: {output}
@@ -57,21 +56,17 @@ def run_main(arguments: list[str]) -> tuple[int, str, str]:
     import datasets
 
     from sft_fast.data.store import StoreWriter
-    from sft_fast.train import main
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a stream is not stored")
 
-    out, err = io.StringIO(), io.StringIO()
     kept = datasets.load_dataset_builder, StoreWriter.__init__
     datasets.load_dataset_builder = lambda *_, **__: EndlessHub()
     StoreWriter.__init__ = refuse  # type: ignore[method-assign, assignment]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(arguments)
+        return call_main(arguments)
     finally:
         datasets.load_dataset_builder, StoreWriter.__init__ = kept  # type: ignore[method-assign]
-    return code, out.getvalue(), err.getvalue()
 
 
 def train(pool: RankPool, world_size: int, folder: Path, source: str, *options: str) -> str:
