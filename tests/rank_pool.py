@@ -4,10 +4,12 @@ On a machine with a GPU for each rank, collectives of GPU tensors go through NCC
 """
 
 import atexit
+import faulthandler
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +25,8 @@ import warm_start
 
 TIMEOUT_S = 300
 MAX_THREADS = 150
+STACKS_PLEASE = signal.SIGRTMIN
+"""Asks a rank for the stacks of its threads, on stderr."""
 
 
 def load_function(file: str, name: str) -> Callable[..., Any]:
@@ -44,6 +48,8 @@ def serve(rank: int, connection: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    assert sys.__stderr__ is not None
+    faulthandler.register(STACKS_PLEASE, file=sys.__stderr__)
     while True:
         try:
             job = connection.recv()
@@ -130,9 +136,14 @@ class RankPool:
             waiting = [c for c, rank in rank_of.items() if rank not in results]
             ready = multiprocessing.connection.wait(waiting, deadline - time.monotonic())
             if not ready:
+                silent = sorted(rank_of[connection] for connection in waiting)
+                for rank in silent:
+                    os.kill(self.ranks[rank][0].pid, STACKS_PLEASE)
+                time.sleep(1)  # they write
                 self.close()
                 raise TimeoutError(
-                    f"no answer in {TIMEOUT_S} s from ranks {sorted(map(rank_of.get, waiting))}"
+                    f"no answer in {TIMEOUT_S} s from ranks {silent}, whose stacks are on stderr; "
+                    f"the others: {results}"
                 )
             for connection in ready:
                 status, value = connection.recv()
