@@ -84,6 +84,7 @@ def kernel_origins(python: str | Path, cwd: Path, python_path: Path | None = Non
     return {Path(line).resolve().parent for line in printed.splitlines()}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
@@ -101,6 +102,7 @@ def test_sdist_holds_what_is_needed_to_test_it(sdist: Path) -> None:
     assert {"CMakeLists.txt", "csrc/bindings.cpp", "tests/test_packaging.py", "LICENSE"} <= names
 
 
+@pytest.mark.slow
 def test_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     pip("install", "--no-deps", "--target", site, wheel, cwd=tmp_path)

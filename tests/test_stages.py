@@ -199,7 +199,7 @@ def test_the_gradient_is_that_of_the_mean_over_pairs(
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        (2, ["parallel.tensor=2"]),
+        pytest.param(2, ["parallel.tensor=2"], marks=pytest.mark.slow),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2"]),
         (1, ["train.micro_batch_size=2"]),

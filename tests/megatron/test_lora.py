@@ -466,7 +466,9 @@ def saved_names(checkpoint: Path) -> set[str]:
         return set(reader.shards)
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [("fp32", 0.2), ("bf16", 0.0)])
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [("fp32", 0.2), pytest.param("bf16", 0.0, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_bit_identical(
     rank_pool: RankPool, chats: dict[str, str], tmp_path: Path, dtype: str, dropout: float
 ) -> None:
