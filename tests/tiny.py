@@ -100,12 +100,16 @@ def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> 
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         num_attention_heads=4,
-        num_key_value_heads=2,
         intermediate_size=48,
         max_position_embeddings=16384,
         rms_norm_eps=1e-5,
         pad_token_id=None,  # transformers has no gradient for its embedding
-        **{"num_hidden_layers": 4, "initializer_range": 0.3, **options},
+        **{
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            **options,
+        },
     )
     model = AutoModelForCausalLM.from_config(config)
     vary_vectors(model)

@@ -52,12 +52,23 @@ class ModelSizes(Protocol):
         """Experts per layer; 0 = a dense MLP."""
 
     @property
+    def dense_ffn_size(self) -> int:
+        """Width of the MLP of layers without experts, where others have some; 0 = all are alike."""
+
+    @property
+    def shared_ffn_size(self) -> int:
+        """Width of the expert that every token has; 0 = there is none."""
+
+    @property
     def max_position_embeddings(self) -> int:
         """Longest sample, in tokens."""
 
     @property
     def projections(self) -> Sequence[str]:
         """Matrices of a layer that adapters can stand beside, such as self_attn.q_proj."""
+
+    def layer_projections(self, layer: int) -> Sequence[str]:
+        """Those of `layer` (from 0)."""
 
 
 def check_layout(
@@ -172,8 +183,11 @@ def adapted_projections(sizes: ModelSizes, targets: Sequence[str]) -> list[str]:
 
 
 def _projection_names(sizes: ModelSizes) -> list[str]:
-    layers = range(sizes.num_layers)
-    return [f"model.layers.{layer}.{name}" for layer in layers for name in sizes.projections]
+    return [
+        f"model.layers.{layer}.{name}"
+        for layer in range(sizes.num_layers)
+        for name in sizes.layer_projections(layer)
+    ]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -201,6 +215,8 @@ def _split_problems(sizes: ModelSizes, parallel: ParallelConfig) -> Iterator[Pro
     if sizes.num_experts > 0:
         splits.append((("parallel.expert",), parallel.expert, "num_experts"))
         splits.append((("parallel.expert_tensor",), parallel.expert_tensor, "ffn_hidden_size"))
+        for width in ("dense_ffn_size", "shared_ffn_size"):
+            splits.append((("parallel.tensor",), parallel.tensor, width))
     else:
         splits.append((("parallel.tensor",), parallel.tensor, "ffn_hidden_size"))
     for keys, size, field in splits:
@@ -280,7 +296,7 @@ def _adapter_problems(
     missing = [
         pattern for pattern in lora.targets if not any(_matches(name, pattern) for name in names)
     ]
-    known = list(dict.fromkeys(name.rpartition(".")[2] for name in sizes.projections))
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     if missing:
         without = ", and experts get no adapters" if sizes.num_experts > 0 else ""
         yield Problem(

@@ -99,8 +99,22 @@ class ShapeConfig(Section):
         return 0
 
     @property
+    def dense_ffn_size(self) -> int:
+        """Of layers without experts, where others have some."""
+        return 0
+
+    @property
+    def shared_ffn_size(self) -> int:
+        """Of shared experts, which a Llama has not."""
+        return 0
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """Matrices of a layer that adapters can stand beside."""
+        return LLAMA_PROJECTIONS
+
+    def layer_projections(self, layer: int) -> tuple[str, ...]:
+        """Those of `layer`: all are alike."""
         return LLAMA_PROJECTIONS
 
 

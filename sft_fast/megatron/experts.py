@@ -265,9 +265,16 @@ class Dispatcher(MoETokenDispatcher):
 
 def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, Any]:
     """What TransformerConfig has to know of experts: none is dropped, no auxiliary loss."""
-    if not architecture.num_experts:
+    a = architecture
+    if not a.num_experts:
         return {}
-    return {
+    dense = {}
+    if a.dense_layers:
+        # Layers that differ are saved one by one.
+        dense["moe_layer_freq"] = [int(i not in a.dense_layers) for i in range(a.num_layers)]
+    return dense | {
+        "moe_shared_expert_intermediate_size": a.shared_ffn_size or None,
+        "moe_shared_expert_gate": "mlp.shared_experts.gate_weight" in a.layer,
         "num_moe_experts": architecture.num_experts,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
         "moe_router_topk": architecture.experts_per_token,

@@ -206,8 +206,9 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
             continue
         _, _, local_index, rest = name.split(".", 3)
         layer: Any = model.decoder.layers[int(local_index)]
-        rule = architecture.layer[rest]
-        prefix = f"model.layers.{layer.layer_number - 1}."
+        number = layer.layer_number - 1
+        rule = architecture.layer_rules(number)[rest]
+        prefix = f"model.layers.{number}."
         sources = {prefix + key: dims for key, dims in rule.sources.items()}
         if not rule.is_expert:
             yield name, Rule(rule.split, sources)

@@ -14,8 +14,10 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn import functional
 
 from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockKernels
@@ -34,6 +36,11 @@ class FusedSelfAttention(SelfAttention):
     def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rotary_kind = rotary_kind(architecture, self.layer_number - 1)
+
+    @property
+    def first_products(self) -> tuple[torch.nn.Module, ...]:
+        """What reads the layer's normalised input."""
+        return (self.linear_qkv,)
 
     def forward(
         self,
@@ -100,6 +107,20 @@ class GatedMLP(MLP):
         return output, None
 
 
+class GatedSharedExpert(GatedMLP, SharedExpertMLP):
+    """megatron-core's expert of every token, with the kernel of GatedMLP.
+
+    Its output is multiplied by sigmoid(hidden_states @ gate_weight), where it has that weight.
+    """
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """[..., h] -> [..., h]."""
+        output, _ = super().forward(hidden_states)
+        if self.gate_weight is None:
+            return output
+        return output * functional.linear(hidden_states, self.gate_weight).sigmoid()
+
+
 class FusedTransformerLayer(TransformerLayer):
     """megatron-core's layer for decoders without biases, dropout and cross-attention."""
 
@@ -128,7 +149,7 @@ class FusedTransformerLayer(TransformerLayer):
         """
         normed, residual = self.input_layernorm(hidden_states)
         attended = self.self_attention(normed, rotary_pos_emb, packed_seq_params)
-        if self.recomputes_norms and trains(self.self_attention.linear_qkv):
+        if self.recomputes_norms and trains(*self.self_attention.first_products):
             self.input_layernorm.free_until_backward(normed, residual, attended)
         if isinstance(self.self_attn_bda, NormThenAdd):
             normed, residual = self.pre_mlp_layernorm(self.self_attn_bda(attended, residual))
@@ -165,9 +186,9 @@ def use_kernels(
     """
     module: Any
     for module in model.modules():
-        if type(module) is MLP:
+        if type(module) in (MLP, SharedExpertMLP):
             # By its class, because megatron's releases name the MLP of a layer in two ways.
-            module.__class__ = GatedMLP
+            module.__class__ = GatedMLP if type(module) is MLP else GatedSharedExpert
             module.activation, module.recomputes_activation = activation, "activation" in recomputed
         if isinstance(module, FusedTransformerLayer):
             module.recomputes_norms = "norm" in recomputed

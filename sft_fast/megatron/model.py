@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from sft_fast.config.sections import LoraConfig, LossConfig, ModelConfig, ParallelConfig
@@ -41,6 +42,7 @@ from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSample
 from sft_fast.megatron.attention.self_test import AttentionShape
 from sft_fast.megatron.embedding import use_row_embedding
 from sft_fast.megatron.experts import connect_dispatchers, experts_config, use_grouped_experts
+from sft_fast.megatron.latent_attention import LatentAttention
 from sft_fast.megatron.layer import FusedSelfAttention, FusedTransformerLayer, use_kernels
 from sft_fast.megatron.memory import memory_options, recomputed_parts
 from sft_fast.megatron.norm import HeadNorm, NormThenAdd, ResidualNorm, RMSNorm
@@ -276,11 +278,31 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Our layers of this pipeline stage around megatron's linear ones, or where the config says so
     Transformer Engine's."""
-    spec = get_gpt_layer_local_spec(architecture.num_experts or None, normalization="RMSNorm")
+    num_layers = get_num_layers_to_build(config, vp_stage, None)
+    first = get_transformer_layer_offset(config, vp_stage)
+    kinds = [layer in architecture.dense_layers for layer in range(first, first + num_layers)]
+    specs = {
+        is_dense: layer_spec(
+            config, architecture, 0 if is_dense else architecture.num_experts, attend, context
+        )
+        for is_dense in dict.fromkeys(kinds)
+    }
+    return TransformerBlockSubmodules([specs[is_dense] for is_dense in kinds], layer_norm=RMSNorm)
+
+
+def layer_spec(
+    config: TransformerConfig,
+    architecture: Architecture,
+    num_experts: int,
+    attend: AttentionFn,
+    context: ContextGroup | None,
+) -> ModuleSpec:
+    """One of the layers, which has `num_experts` or an MLP; see `block_spec`."""
+    spec = get_gpt_layer_local_spec(num_experts or None, normalization="RMSNorm")
     spec.module, layer = FusedTransformerLayer, spec.submodules
     if config.transformer_impl == "transformer_engine":
         use_transformer_engine(layer)
-    if architecture.num_experts:
+    if num_experts:
         use_grouped_experts(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = ResidualNorm
     if "self_attn_bda.weight" in architecture.layer:
@@ -295,10 +317,10 @@ def block_spec(
     attention.core_attention = ModuleSpec(module=PackedAttention, params=core)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = HeadNorm
-    layer.self_attention.module = FusedSelfAttention
+    is_latent = architecture.kv_rank > 0
+    layer.self_attention.module = LatentAttention if is_latent else FusedSelfAttention
     layer.self_attention.params["architecture"] = architecture
-    num_layers = get_num_layers_to_build(config, vp_stage, None)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return spec
 
 
 def transformer_config(
@@ -314,7 +336,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
+        ffn_hidden_size=architecture.dense_ffn_size or architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_key_value_heads,
         kv_channels=architecture.head_dim,
@@ -325,7 +347,7 @@ def transformer_config(
         layernorm_zero_centered_gamma=architecture.has_zero_centered_norms,
         add_bias_linear=False,
         add_qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
-        qk_layernorm="self_attention.q_layernorm.weight" in architecture.layer,
+        qk_layernorm=architecture.has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,
@@ -371,6 +393,7 @@ def build_model(
         architecture.num_attention_heads // parallel.tp_size,
         architecture.num_key_value_heads // parallel.tp_size,
         architecture.head_dim,
+        architecture.value_dim,
     )
     if megatron_config.gradient_accumulation_fusion:
         provide_products()
@@ -400,7 +423,7 @@ def block_sizes(architecture: Architecture, parallel: Parallel) -> BlockSizes:
         queries_per_group=a.num_attention_heads // a.num_key_value_heads,
         head_dim=a.head_dim,
         rotated_channels=rotated_channels(a),
-        has_qk_norm="self_attention.q_layernorm.weight" in a.layer,
+        has_qk_norm=a.has_qk_norm,
         ffn_size=a.ffn_hidden_size // mlp_ranks,
         activation=a.activation,
         has_scale=a.num_experts > 0,

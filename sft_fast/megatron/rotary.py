@@ -42,7 +42,7 @@ def plain_frequencies(architecture: Architecture, theta: float) -> Tensor:
 
 def rotated_channels(architecture: Architecture) -> int:
     """How many channels of a head are rotated."""
-    return int(architecture.head_dim * architecture.rotary_fraction)
+    return architecture.rope_dim or int(architecture.head_dim * architecture.rotary_fraction)
 
 
 def scaled_frequencies(frequencies: Tensor, architecture: Architecture) -> Tensor:

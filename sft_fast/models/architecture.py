@@ -9,7 +9,15 @@ from typing import Any, Literal
 from sft_fast.config.sections import ShapeConfig
 from sft_fast.constants import round_up
 from sft_fast.models.config_defaults import SIZES, with_defaults
-from sft_fast.models.families import FAMILIES, REFUSED, SIZE_FIELDS, Family, Rule, Traits
+from sft_fast.models.families import (
+    FAMILIES,
+    REFUSED,
+    SIZE_FIELDS,
+    Family,
+    Rule,
+    Traits,
+    projections_of,
+)
 from sft_fast.models.rope import RopeScaling, rope_scaling
 
 
@@ -45,11 +53,30 @@ class Architecture(Traits):
     activation: Literal["silu", "gelu_tanh"] = "silu"
     num_experts: int = 0
     """Experts per layer; 0 = a dense MLP."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers, counted from 0, that have an MLP in place of experts."""
+    dense_ffn_size: int = 0
+    """Width of their MLP."""
+    shared_ffn_size: int = 0
+    """Width of the expert that every token has; 0 = there is none."""
     experts_per_token: int = 0
     renormalise_experts: bool = False
     """The weights of a token's experts add up to 1."""
+    kv_rank: int = 0
+    """Width of the vector that keys and values of latent attention are made of; 0 = they are made
+    of the hidden state, as usual."""
+    query_rank: int = 0
+    """The same of queries; 0 = they are made of the hidden state."""
+    rope_dim: int = 0
+    """Channels at the end of a head that latent attention rotates."""
+    value_head_dim: int = 0
+    """Channels of a head's value; 0 = head_dim."""
+    rotates_neighbours: bool = False
+    """Channels 2 i and 2 i + 1 are rotated together, not i and i + n."""
     num_outputs: int | None = None
     """Outputs of a linear head in place of the LM head; None = the LM head."""
+    options: frozenset[str] = frozenset()
+    """Keys of config.json that change the table of the family, and are set."""
     family: str = "LlamaForCausalLM"
     """Key of FAMILIES, which has the table of the weights."""
 
@@ -64,9 +91,37 @@ class Architecture(Traits):
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def value_dim(self) -> int:
+        """Channels of a head's value."""
+        return self.value_head_dim or self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Width of what attention gives."""
+        return self.num_attention_heads * self.value_dim
+
+    @property
+    def latent_key_value_size(self) -> int:
+        """Width of what latent attention makes of its narrow vector: keys without positions, and
+        values."""
+        return self.num_attention_heads * (self.head_dim - self.rope_dim + self.value_dim)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Queries and keys are normalised head by head."""
+        return "self_attention.k_layernorm.weight" in self.layer
+
+    @property
     def layer(self) -> Mapping[str, Rule]:
-        """The parameters of a layer, by megatron's names."""
-        return FAMILIES[self.family].layer
+        """The parameters of a layer, by megatron's names; of one with experts, where some have
+        none."""
+        return FAMILIES[self.family].layer_of(self.options)
+
+    def layer_rules(self, layer: int) -> Mapping[str, Rule]:
+        """The parameters of `layer` (from 0), by megatron's names."""
+        if layer not in self.dense_layers:
+            return self.layer
+        return FAMILIES[self.family].layer_of(self.options, is_dense=True)
 
     def shape_of(self, dims: tuple[str, ...]) -> tuple[int, ...]:
         """The sizes of a tensor's dimensions; "ffn+ffn" is the sum of two."""
@@ -74,13 +129,19 @@ class Architecture(Traits):
 
     def size_of(self, name: str) -> int:
         """The size of a dimension that tables name."""
+        if name == "1":
+            return 1
         size: int = getattr(self, SIZE_FIELDS[name])
         return size
 
     @property
     def projections(self) -> tuple[str, ...]:
         """Matrices of a layer that adapters can stand beside, such as self_attn.q_proj."""
-        return FAMILIES[self.family].projections
+        return projections_of(self.layer)
+
+    def layer_projections(self, layer: int) -> tuple[str, ...]:
+        """Those of `layer` (from 0)."""
+        return projections_of(self.layer_rules(layer))
 
     @property
     def num_vocab_matrices(self) -> int:
@@ -97,7 +158,12 @@ class Architecture(Traits):
         return None if layer in self.layers_without_window else self.sliding_window
 
 
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+OPTIONAL_SIZES = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+    *("decoder_sparse_step", "shared_expert_intermediate_size", "n_shared_experts"),
+)
+NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+"""What families call it."""
 NUMBERS = (
     *("rms_norm_eps", "initializer_range", "query_pre_attn_scalar"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
@@ -163,7 +229,11 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         # Most keys may also be null for "off".
         if (config.get(key, expected) or 0) != (expected or 0):
             raise ValueError(f"config.json: {key} is {config[key]!r}; supported: {expected!r}")
-    check_numbers(config, (*SIZES, *([family.experts_of] if family.experts_of else [])))
+    if ("use_sliding_window", False) in family.fixed:
+        # Qwen writes a window down even where there is none, or 0.
+        config["sliding_window"] = None
+    of_experts = (family.experts_of, "num_experts_per_tok") if family.experts_of else ()
+    check_numbers(config, (*SIZES, *of_experts, *family.sizes))
     heads = config["num_attention_heads"]
     architecture = Architecture(
         vocab_size=config["vocab_size"],
@@ -179,9 +249,11 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         initializer_range=config["initializer_range"],
         activation="gelu_tanh" if family.activation[1] == "gelu_pytorch_tanh" else "silu",
         family=name,
+        options=frozenset(key for key in family.options if config.get(key)),
         **rope_from_hf(config, family),
         **windows_from_hf(config, family),
         **experts_from_hf(config, family),
+        **dense_parts_from_hf(config, family),
     )
     return replace(architecture, **family.own_fields(config))
 
@@ -202,9 +274,7 @@ def exported_architecture(config: dict[str, Any]) -> Architecture:
 
 def windows_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The fields of sliding windows."""
-    # Qwen writes the key down even where use_sliding_window turns it off.
-    is_off = ("use_sliding_window", False) in family.fixed
-    if is_off or config.get("sliding_window") is None:
+    if config.get("sliding_window") is None:
         return {}
     types, period = None, family.window_period
     if period is not None:
@@ -226,12 +296,41 @@ def experts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The fields of `Architecture` that describe experts; {} for a dense model."""
     if family.experts_of is None:
         return {}
+    num_experts = next((config[key] for key in NUM_EXPERTS if config.get(key)), None)
+    if num_experts is None:
+        raise ValueError("config.json: num_experts is missing, a size of the model")
     return {
-        "num_experts": config.get("num_experts") or config["num_local_experts"],
+        "num_experts": num_experts,
         "experts_per_token": config["num_experts_per_tok"],
         # Mixtral has no such key, and always does.
         "renormalise_experts": config.get("norm_topk_prob", True),
     }
+
+
+def dense_parts_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of what every token meets in a mixture of experts: shared experts, and layers
+    without experts."""
+    fields: dict[str, Any] = {}
+    if "mlp.shared_experts.linear_fc1.weight" in family.layer:
+        width = config.get("shared_expert_intermediate_size")
+        if width is None:
+            width = config["n_shared_experts"] * config["moe_intermediate_size"]
+        fields["shared_ffn_size"] = width
+    if family.dense_mlp is None:
+        return fields
+    step = config.get("decoder_sparse_step", 1)
+    first, named = config.get("first_k_dense_replace") or 0, config.get("mlp_only_layers") or []
+    dense = frozenset(
+        layer
+        for layer in range(config["num_hidden_layers"])
+        if layer < first or (layer + 1) % step or layer in named
+    )
+    if len(dense) == config["num_hidden_layers"]:
+        raise ValueError(
+            "config.json: no layer has experts (first_k_dense_replace, decoder_sparse_step, "
+            "mlp_only_layers); expected at least one"
+        )
+    return fields | {"dense_layers": dense, "dense_ffn_size": config["intermediate_size"]}
 
 
 def rope_from_hf(config: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -7,7 +7,7 @@ parallelism, else 1. The tokens of a micro-batch on a rank are packing.capacity 
 train.micro_batch_size / context-parallel size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sft_fast.config.layout import check_layout, check_world_size
@@ -24,12 +24,11 @@ from sft_fast.constants import DTYPE_BYTES
 from sft_fast.kernels.memory_plan import MemoryPlan
 from sft_fast.models.architecture import Architecture, padded_vocab_size
 from sft_fast.models.flops import (
+    LayerParameters,
     Workload,
     active_matrix_parameters,
     adapter_parameters,
-    layer_matrix_parameters,
-    layer_vector_parameters,
-    mlp_parameters,
+    all_layers,
     training_flops,
 )
 
@@ -86,19 +85,29 @@ def stage_parameters(
     """
     a, tensor, pipeline = architecture, parallel.tensor, parallel.pipeline
     vocab = shard_columns(a, parallel)
-    layers = a.num_layers // pipeline
-    experts = a.num_experts * mlp_parameters(a)
-    per_layer = (layer_matrix_parameters(a) - experts) // tensor + layer_vector_parameters(a)
+    layers = sum(layer.matrices // tensor + layer.vectors for layer in fullest_layers(a, parallel))
     embedding = vocab * a.hidden_size
     if pipeline == 1:
         ends = embedding * a.num_vocab_matrices + a.num_head_parameters + a.hidden_size
     else:
         ends = embedding + a.hidden_size
-    base = layers * per_layer + ends + stage_expert_parameters(a, parallel)
+    base = layers + ends + stage_expert_parameters(a, parallel)
     if lora.rank == 0:
         return base, base
     adapters = adapter_parameters(a, lora.rank, lora.targets)
     return base, adapters // (pipeline * tensor)
+
+
+def fullest_layers(architecture: Architecture, parallel: ParallelConfig) -> list[LayerParameters]:
+    """The layers of the pipeline stage with most parameters."""
+    layers = list(all_layers(architecture))
+    size = len(layers) // (parallel.pipeline * parallel.virtual_pipeline) or 1
+    stages = [
+        [layer for number, layer in enumerate(layers) if number // size % parallel.pipeline == rank]
+        for rank in range(parallel.pipeline)
+    ]
+    weight = architecture.num_experts
+    return max(stages, key=lambda own: sum(item.matrices + weight * item.expert for item in own))
 
 
 def shard_columns(architecture: Architecture, parallel: ParallelConfig) -> int:
@@ -134,40 +143,54 @@ def logits_bytes(
 
 def stage_expert_parameters(architecture: Architecture, parallel: ParallelConfig) -> int:
     """Those of them that belong to experts."""
-    a = architecture
-    experts = a.num_experts * mlp_parameters(a) // (parallel.expert * parallel.expert_tensor)
-    return a.num_layers // parallel.pipeline * experts
+    weights = sum(layer.expert for layer in fullest_layers(architecture, parallel))
+    return architecture.num_experts * weights // (parallel.expert * parallel.expert_tensor)
 
 
 def layer_bytes_per_token(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, is_gpu: bool = True
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    is_gpu: bool = True,
+    is_dense: bool = False,
 ) -> float:
     """What a layer keeps of a token: b * (4 h / s + (2 q + 2 k + 3 f) / t).
 
     h: input and output of both norms; without the outputs (2 h) where they are recomputed. q:
     rotated queries, attention output. k: rotated keys, values. f: gate and up (2 f) and their
-    product, which may be recomputed too. A QK norm keeps its input: (q + k) / t. Attention on a CPU
-    or over context-parallel ranks has a copy of its output: q / t. Without fused kernels (a CPU, or
-    model.kernels torch) also SiLU's output, f / t, and the norms' unscaled outputs, 2 h / s; with
-    16-bit parameters these are there in fp32 as well, 6 h / s. Experts have `expert_widths` in
-    place of 3 f.
+    product, which may be recomputed too. A QK norm keeps its input: (q + k) / t. Latent attention,
+    whose values are of another width, keeps its narrow vectors too, before and after their norms.
+    Attention on a CPU or over context-parallel ranks has a copy of its output: q / t. Without fused
+    kernels (a CPU, or model.kernels torch) also SiLU's output, f / t, and the norms' unscaled
+    outputs, 2 h / s; with 16-bit parameters these are there in fp32 as well, 6 h / s. Experts have
+    `expert_widths` in place of 3 f, and that of a shared expert beside it; is_dense: a layer that
+    has none of them.
     """
     a, tensor = architecture, parallel.tensor
     sequence = tensor if parallel.sequence else 1
-    query, key = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    query, key = a.query_size, a.key_size
+    value, attended = a.num_key_value_heads * a.value_dim, a.value_size
     norms, silu = 0, 0
     if not has_fused_kernels(model, is_gpu):
         norms, silu = (2 if model.dtype == "fp32" else 6), 1
     norms -= 2 * is_recomputed(model, "norm")
     silu -= is_recomputed(model, "activation")
-    heads = 2 * query + 2 * key
-    heads += query + key if "self_attention.q_layernorm.weight" in a.layer else 0
-    heads += 0 if is_gpu and parallel.context == 1 else query
+    heads = query + key + value + attended
+    heads += query + key if a.has_qk_norm else 0
+    heads += 0 if is_gpu and parallel.context == 1 else attended
     hidden = (4 + norms) * a.hidden_size / sequence
-    mlp = (3 + silu) * a.ffn_hidden_size
-    if a.num_experts:
-        mlp = expert_widths(a, parallel)[0]
+    hidden += 2 * (a.kv_rank + a.query_rank) / sequence
+    mlp = float((3 + silu) * mlp_width(a, is_dense))
+    if a.num_experts and not is_dense:
+        mlp += expert_widths(a, parallel)[0]
     return DTYPE_BYTES[model.dtype] * (hidden + (heads + mlp) / tensor)
+
+
+def mlp_width(architecture: Architecture, is_dense: bool) -> int:
+    """Of the MLP of a layer, or of its shared expert."""
+    if not architecture.num_experts:
+        return architecture.ffn_hidden_size
+    return architecture.dense_ffn_size if is_dense else architecture.shared_ffn_size
 
 
 def has_fused_kernels(model: ModelConfig, is_gpu: bool) -> bool:
@@ -243,21 +266,31 @@ def estimate_memory(
     tokens = config.packing.capacity * train.micro_batch_size / parallel.context
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
     layers = a.num_layers // parallel.pipeline
-    one_layer = layer_bytes_per_token(a, config.model, config.parallel, is_gpu) * tokens
+    num_dense = sum(not layer.expert for layer in fullest_layers(a, config.parallel))
+    share = num_dense / layers if a.num_experts else 0.0
+
+    def mean(of_layer: Callable[[bool], float]) -> float:
+        """Over the layers with experts and those without."""
+        return share * of_layer(True) + (1 - share) * of_layer(False)
+
+    one_layer = tokens * mean(
+        lambda is_dense: layer_bytes_per_token(a, config.model, config.parallel, is_gpu, is_dense)
+    )
     sequence = parallel.tensor if parallel.sequence else 1
     # The gradients of two residual streams and of the product of gate and up; theirs take their
     # place where the kernels are fused, and as much again as the product elsewhere.
     is_fused = has_fused_kernels(config.model, is_gpu)
-    inside = (1 if is_fused else 2) * a.ffn_hidden_size
+    inside = (1 if is_fused else 2) * max(mlp_width(a, False), mlp_width(a, share > 0))
     if a.num_experts:
-        inside = expert_widths(a, parallel, is_fused)[1]
+        inside = max(inside, expert_widths(a, parallel, is_fused)[1])
     workspace = size * tokens * (inside / parallel.tensor + 2 * a.hidden_size)
     layer_input = size * a.hidden_size / sequence * tokens
     again = recomputed_layers(config.model, layers)
     if again:
         workspace += one_layer
     kept = again * layer_input + (layers - again) * (
-        one_layer - recomputed_part(a, config.model, config.parallel, tokens)
+        one_layer
+        - mean(lambda is_dense: recomputed_part(a, config.model, config.parallel, tokens, is_dense))
     )
     kept *= 1 - min(config.model.offload_layers, layers) / layers
     activations = kept * in_flight(config.parallel, micro_batches)
@@ -289,16 +322,28 @@ def recomputed_layers(model: ModelConfig, layers: int) -> int:
 
 
 def recomputed_part(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, tokens: float
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    tokens: float,
+    is_dense: bool = False,
 ) -> float:
     """Bytes of a layer that recompute selective does not keep: 3 f / t with mlp in its parts, what
-    experts keep with moe."""
-    width, name = (3 - is_recomputed(model, "activation")) * architecture.ffn_hidden_size, "mlp"
-    if architecture.num_experts:
-        width, name = expert_widths(architecture, parallel)[0], "moe"
+    experts keep with moe; is_dense as in `layer_bytes_per_token`."""
+    width, name = mlp_width(architecture, is_dense), "mlp"
+    width *= 3 - is_recomputed(model, "activation")
+    if architecture.num_experts and not is_dense:
+        width, name = width + expert_widths(architecture, parallel)[0], "moe"
     if not is_recomputed(model, name):
         return 0.0
     return DTYPE_BYTES[model.dtype] * tokens * width / parallel.tensor
+
+
+def computed_again(architecture: Architecture) -> float:
+    """Share of a token's products that are those of MLPs and experts."""
+    a = architecture
+    weights = sum(layer.mlp + a.experts_per_token * layer.expert for layer in all_layers(a))
+    return weights / active_matrix_parameters(a)
 
 
 def bubble(train: TrainConfig, parallel: ParallelConfig, num_ranks: int) -> float:
@@ -329,7 +374,7 @@ def estimate_seconds(
     layers = architecture.num_layers // parallel.pipeline
     again = recomputed_layers(model, layers) / layers
     if recomputed_part(architecture, model, parallel, 1) > 0:
-        again += mlp_parameters(architecture) / active_matrix_parameters(architecture)
+        again += computed_again(architecture)
     return seconds * (1 + again / 3) * (1 + bubble(train, parallel, num_ranks))
 
 

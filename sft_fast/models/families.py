@@ -7,7 +7,7 @@ field of `Traits`, and the family's `own_fields` reads it from config.json.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,9 +19,17 @@ SIZE_FIELDS = {
     "keys": "key_size",
     "head": "head_dim",
     "ffn": "ffn_hidden_size",
+    "values": "value_size",
+    "query_rank": "query_rank",
+    "kv_rank": "kv_rank",
+    "rope": "rope_dim",
+    "latent_keys_values": "latent_key_value_size",
+    "dense_ffn": "dense_ffn_size",
+    "shared_ffn": "shared_ffn_size",
     "experts": "num_experts",
 }
-"""Names of dimensions in the tables -> the attributes of an `Architecture` that hold the sizes."""
+"""Names of dimensions in the tables -> the attributes of an `Architecture` that hold the sizes; the
+dimension "1" is one row."""
 Split = Literal["replicated", "vocab", "rows", "columns", "qkv"]
 """rows: each block by rows; columns: by columns; qkv: by query groups, each of which has its
 queries, key and value next to each other; vocab: by rows of the padded vocabulary."""
@@ -76,13 +84,24 @@ ATTENTION = {
     ),
     "pre_mlp_layernorm.weight": replicated("post_attention_layernorm.weight", "hidden"),
 }
-LLAMA = ATTENTION | {
-    "mlp.linear_fc1.weight": Rule(
-        "rows",
-        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
-    ),
-    "mlp.linear_fc2.weight": Rule("columns", {"mlp.down_proj.weight": ("hidden", "ffn")}),
-}
+
+
+def gated_mlp(parameter: str, block: str, width: str) -> dict[str, Rule]:
+    """An MLP: the prefixes of megatron's names and of Hugging Face's, and its width."""
+    gate, up = f"{block}.gate_proj.weight", f"{block}.up_proj.weight"
+    return {
+        f"{parameter}.linear_fc1.weight": Rule(
+            "rows", {gate: (width, "hidden"), up: (width, "hidden")}
+        ),
+        f"{parameter}.linear_fc2.weight": Rule(
+            "columns", {f"{block}.down_proj.weight": ("hidden", width)}
+        ),
+    }
+
+
+LLAMA = ATTENTION | gated_mlp("mlp", "mlp", "ffn")
+DENSE_MLP = gated_mlp("mlp", "mlp", "dense_ffn")
+"""Of a layer without experts in a model that has layers with them."""
 QKV_BIAS = {
     "self_attention.linear_qkv.bias": Rule(
         "qkv",
@@ -123,6 +142,42 @@ def experts(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
     }
 
 
+LATENT_ATTENTION = {
+    "input_layernorm.weight": replicated("input_layernorm.weight", "hidden"),
+    "self_attention.linear_kv_down_proj.weight": replicated(
+        "self_attn.kv_a_proj_with_mqa.weight", "kv_rank+rope", "hidden"
+    ),
+    "self_attention.kv_layernorm.weight": replicated("self_attn.kv_a_layernorm.weight", "kv_rank"),
+    "self_attention.linear_kv_up_proj.weight": Rule(
+        "rows", {"self_attn.kv_b_proj.weight": ("latent_keys_values", "kv_rank")}
+    ),
+    "self_attention.linear_proj.weight": Rule(
+        "columns", {"self_attn.o_proj.weight": ("hidden", "values")}
+    ),
+    "pre_mlp_layernorm.weight": replicated("post_attention_layernorm.weight", "hidden"),
+}
+LATENT_QUERIES = {
+    "self_attention.linear_q_down_proj.weight": replicated(
+        "self_attn.q_a_proj.weight", "query_rank", "hidden"
+    ),
+    "self_attention.q_layernorm.weight": replicated("self_attn.q_a_layernorm.weight", "query_rank"),
+    "self_attention.linear_q_up_proj.weight": Rule(
+        "rows", {"self_attn.q_b_proj.weight": ("queries", "query_rank")}
+    ),
+}
+PLAIN_QUERIES = {
+    "self_attention.linear_q_proj.weight": Rule(
+        "rows", {"self_attn.q_proj.weight": ("queries", "hidden")}
+    )
+}
+SHARED_EXPERTS = gated_mlp("mlp.shared_experts", "mlp.shared_experts", "shared_ffn")
+QWEN_EXPERTS = experts("mlp", "gate_proj", "up_proj", "down_proj")
+SHARED_EXPERT = gated_mlp("mlp.shared_experts", "mlp.shared_expert", "shared_ffn") | {
+    "mlp.shared_experts.gate_weight": replicated("mlp.shared_expert_gate.weight", "1", "hidden")
+}
+"""An expert for every token, whose output a gate scales."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """What sets a model's layers apart from Llama's, beside the table; Llama's are the defaults."""
@@ -149,7 +204,16 @@ class Family:
     """What sets a family of models apart from Llama."""
 
     layer: Mapping[str, Rule] = field(default_factory=lambda: LLAMA)
-    """The parameters of a layer."""
+    """The parameters of a layer, of one with experts where some layers have none."""
+    dense_mlp: Mapping[str, Rule] | None = None
+    """What takes the place of the MLP, in a layer without experts; None = all layers are alike."""
+    options: Mapping[str, tuple[Mapping[str, Rule], Mapping[str, Rule]]] = field(
+        default_factory=dict
+    )
+    """Keys of config.json -> what a layer has besides where they are set, and where they are not
+    (absent, null, false)."""
+    sizes: tuple[str, ...] = ()
+    """Further keys of config.json that must be whole numbers above 0."""
     fixed: tuple[tuple[str, Any], ...] = ()
     """Keys of config.json whose other values we would compute wrongly."""
     activation: tuple[str, str] = ("hidden_act", "silu")
@@ -170,14 +234,66 @@ class Family:
     @property
     def is_fused(self) -> bool:
         """Queries, keys and values are one Hugging Face tensor."""
-        return len(self.layer["self_attention.linear_qkv.weight"].sources) == 1
+        return is_fused(self.layer)
+
+    def layer_of(self, options: Collection[str], is_dense: bool = False) -> dict[str, Rule]:
+        """The parameters of a layer.
+
+        Args:
+            options: keys of config.json that are set.
+            is_dense: it has no experts, where others have.
+        """
+        layer = dict(self.layer)
+        for key, (where_set, elsewhere) in self.options.items():
+            layer |= where_set if key in options else elsewhere
+        if not is_dense or self.dense_mlp is None:
+            return layer
+        rest = {name: rule for name, rule in layer.items() if not name.startswith("mlp.")}
+        return {**rest, **self.dense_mlp}
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Matrices of a layer that adapters can stand beside, but for those of experts."""
-        rules = [] if self.is_fused else [r for r in self.layer.values() if not r.is_expert]
-        names = [name.removesuffix(".weight") for rule in rules for name in rule.sources]
-        return tuple(name for name in names if name.endswith("_proj"))
+        """Matrices of a layer that adapters can stand beside; see `projections_of`."""
+        return projections_of(self.layer)
+
+
+def is_fused(layer: Mapping[str, Rule]) -> bool:
+    """Queries, keys and values of a layer are one Hugging Face tensor."""
+    rule = layer.get("self_attention.linear_qkv.weight")
+    return rule is not None and len(rule.sources) == 1
+
+
+def projections_of(layer: Mapping[str, Rule]) -> tuple[str, ...]:
+    """Matrices of a layer that adapters can stand beside: none of experts, none that every
+    tensor-parallel rank has whole, none that Hugging Face has in one tensor with others."""
+    rules = [] if is_fused(layer) else layer.values()
+    names = [
+        name.removesuffix(".weight")
+        for rule in rules
+        if not rule.is_expert and rule.split != "replicated"
+        for name in rule.sources
+    ]
+    return tuple(name for name in names if name.endswith("_proj"))
+
+
+def latent_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Latent attention; YaRN's mscale_all_dim sharpens its scores."""
+    head_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    scale = head_dim**-0.5
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if is_scaled and rope.get("mscale_all_dim") and rope["factor"] > 1:
+        scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
+    return {
+        "head_dim": head_dim,
+        "num_key_value_heads": config["num_attention_heads"],
+        "kv_rank": config["kv_lora_rank"],
+        "query_rank": config["q_lora_rank"] or 0,
+        "rope_dim": config["qk_rope_head_dim"],
+        "value_head_dim": config["v_head_dim"],
+        "rotates_neighbours": config.get("rope_interleave", True),
+        "attention_scale": scale,
+    }
 
 
 def gemma_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,26 +322,46 @@ QWEN_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 32,
     **NO_WINDOW_DEFAULT,
 }
+LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+LATENT_DEFAULTS: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 MISTRAL_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 FAMILIES = {
     "LlamaForCausalLM": Family(fixed=NO_BIAS, defaults={"max_position_embeddings": 2048}),
     "MistralForCausalLM": Family(defaults=MISTRAL_DEFAULTS | {"sliding_window": 4096}),
     "Qwen2ForCausalLM": Family(
-        LLAMA | QKV_BIAS, (("use_sliding_window", False),), defaults=QWEN_DEFAULTS
+        LLAMA | QKV_BIAS, fixed=(("use_sliding_window", False),), defaults=QWEN_DEFAULTS
     ),
     "Qwen3ForCausalLM": Family(
         LLAMA | QK_NORM,
-        (("attention_bias", False), ("use_sliding_window", False)),
+        fixed=(("attention_bias", False), ("use_sliding_window", False)),
         defaults=QWEN_DEFAULTS | {"head_dim": 128},
     ),
+    "Qwen2MoeForCausalLM": Family(
+        ATTENTION | QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
+        DENSE_MLP,
+        fixed=(("qkv_bias", True), ("use_sliding_window", False)),
+        experts_of="moe_intermediate_size",
+        defaults=QWEN_DEFAULTS
+        | {
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "norm_topk_prob": False,
+            "qkv_bias": True,
+        },
+    ),
     "Qwen3MoeForCausalLM": Family(
-        ATTENTION | QK_NORM | experts("mlp", "gate_proj", "up_proj", "down_proj"),
-        (
-            ("attention_bias", False),
-            ("use_sliding_window", False),
-            ("mlp_only_layers", []),
-            ("decoder_sparse_step", 1),
-        ),
+        ATTENTION | QK_NORM | QWEN_EXPERTS,
+        DENSE_MLP,
+        fixed=(("attention_bias", False), ("use_sliding_window", False)),
         experts_of="moe_intermediate_size",
         defaults=QWEN_DEFAULTS
         | {
@@ -235,17 +371,41 @@ FAMILIES = {
             "norm_topk_prob": False,
         },
     ),
+    "DeepseekV2ForCausalLM": Family(
+        LATENT_ATTENTION | QWEN_EXPERTS | SHARED_EXPERTS,
+        DENSE_MLP,
+        {"q_lora_rank": (LATENT_QUERIES, PLAIN_QUERIES)},
+        LATENT_SIZES,
+        fixed=(
+            ("attention_bias", False),
+            ("topk_method", "greedy"),
+            ("routed_scaling_factor", 1.0),
+            ("moe_layer_freq", 1),
+            ("scoring_func", "softmax"),
+        ),
+        own_fields=latent_fields,
+        experts_of="moe_intermediate_size",
+        defaults=LATENT_DEFAULTS
+        | {
+            "max_position_embeddings": 2048,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 1407,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+        },
+    ),
     "MixtralForCausalLM": Family(
         ATTENTION | experts("block_sparse_moe", "w1", "w3", "w2"),
-        (("router_jitter_noise", 0.0),),
+        fixed=(("router_jitter_noise", 0.0),),
         experts_of="intermediate_size",
         defaults=MISTRAL_DEFAULTS
         | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
     ),
     "Gemma2ForCausalLM": Family(
         LLAMA | POST_NORMS,
-        GEMMA_FIXED,
-        ("hidden_activation", "gelu_pytorch_tanh"),
+        fixed=GEMMA_FIXED,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
         own_fields=gemma_fields,
         window_period=2,
         defaults=GEMMA_DEFAULTS
@@ -257,8 +417,8 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": Family(
         LLAMA | POST_NORMS | QK_NORM,
-        GEMMA_FIXED,
-        ("hidden_activation", "gelu_pytorch_tanh"),
+        fixed=GEMMA_FIXED,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
         own_fields=gemma_fields,
         window_period=6,
         defaults=GEMMA_DEFAULTS
@@ -270,7 +430,7 @@ FAMILIES = {
     ),
     "Phi3ForCausalLM": Family(
         LLAMA | FUSED,
-        (("resid_pdrop", 0.0), ("embd_pdrop", 0.0)),
+        fixed=(("resid_pdrop", 0.0), ("embd_pdrop", 0.0)),
         defaults={
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,

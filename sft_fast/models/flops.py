@@ -34,71 +34,88 @@ class Workload:
     supervised: int
 
 
-def layer_shapes(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(megatron's name of the parameter, shape) of each Hugging Face tensor of a layer; of experts,
-    those of one expert."""
-    for name, rule in architecture.layer.items():
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of a layer.
+
+    Attributes:
+        matrices: weights of matrices, those of experts left out.
+        vectors: norm weights and biases.
+        expert: weights of one expert; 0 = the layer has none.
+        mlp: those of the matrices that are an MLP.
+    """
+
+    matrices: int
+    vectors: int
+    expert: int
+    mlp: int
+
+
+def layer_parameters(architecture: Architecture, layer: int) -> LayerParameters:
+    """Counts the parameters of `layer` (from 0)."""
+    matrices, vectors, expert, mlp = 0, 0, 0, 0
+    for name, rule in architecture.layer_rules(layer).items():
         for dims in rule.sources.values():
-            yield name, architecture.shape_of(dims)
+            shape = architecture.shape_of(dims)
+            count = math.prod(shape)
+            if rule.is_expert:
+                expert += count
+            elif len(shape) == 1:
+                vectors += count
+            else:
+                matrices += count
+                mlp += count if name.startswith("mlp.linear_fc") else 0
+    return LayerParameters(matrices, vectors, expert, mlp)
 
 
-def mlp_parameters(architecture: Architecture) -> int:
-    """Weights of one MLP, or of one expert."""
-    parts = ("mlp.linear_fc", "mlp.experts.")
-    return sum(
-        math.prod(shape) for name, shape in layer_shapes(architecture) if name.startswith(parts)
-    )
-
-
-def layer_matrix_parameters(architecture: Architecture) -> int:
-    """Weights of the matrices of one layer, all experts and their router included."""
-    num_experts = architecture.num_experts
-    return sum(
-        math.prod(shape) * (num_experts if architecture.layer[name].is_expert else 1)
-        for name, shape in layer_shapes(architecture)
-        if len(shape) > 1
-    )
+def all_layers(architecture: Architecture) -> Iterator[LayerParameters]:
+    """Counts the parameters of each layer."""
+    kinds: dict[bool, LayerParameters] = {}
+    for layer in range(architecture.num_layers):
+        is_dense = layer in architecture.dense_layers
+        if is_dense not in kinds:
+            kinds[is_dense] = layer_parameters(architecture, layer)
+        yield kinds[is_dense]
 
 
 def active_matrix_parameters(architecture: Architecture) -> int:
-    """Those that one token meets."""
-    a = architecture
-    idle = a.num_experts - a.experts_per_token
-    return layer_matrix_parameters(a) - idle * mlp_parameters(a)
-
-
-def layer_vector_parameters(architecture: Architecture) -> int:
-    """Norm weights and biases of one layer."""
-    return sum(shape[0] for _, shape in layer_shapes(architecture) if len(shape) == 1)
+    """Weights of the matrices of all layers that one token meets."""
+    chosen = architecture.experts_per_token
+    return sum(layer.matrices + chosen * layer.expert for layer in all_layers(architecture))
 
 
 def num_parameters(architecture: Architecture) -> int:
     """Parameters of the model as it is published: no padding of the vocabulary."""
     a = architecture
     ends = a.num_vocab_matrices * a.vocab_size * a.hidden_size + a.num_head_parameters
-    layers = layer_matrix_parameters(a) + layer_vector_parameters(a)
-    return ends + a.num_layers * layers + a.hidden_size
+    layers = sum(
+        layer.matrices + layer.vectors + a.num_experts * layer.expert for layer in all_layers(a)
+    )
+    return ends + layers + a.hidden_size
 
 
 def adapter_parameters(architecture: Architecture, rank: int, targets: list[str]) -> int:
     """Parameters of LoRA adapters of `rank` on the projections that `targets` selects."""
-    sides = {
-        source.removesuffix(".weight"): sum(architecture.shape_of(dims))
-        for rule in architecture.layer.values()
-        for source, dims in rule.sources.items()
-    }
-    adapted = adapted_projections(architecture, targets)
-    return rank * sum(sides[name.split(".", 3)[3]] for name in adapted)
+    sides = [
+        {
+            source.removesuffix(".weight"): sum(architecture.shape_of(dims))
+            for rule in architecture.layer_rules(layer).values()
+            for source, dims in rule.sources.items()
+        }
+        for layer in range(architecture.num_layers)
+    ]
+    adapted = [name.split(".", 3) for name in adapted_projections(architecture, targets)]
+    return rank * sum(sides[int(layer)][name] for _, _, layer, name in adapted)
 
 
 def forward_flops(architecture: Architecture, workload: Workload) -> float:
     """FLOPs of one forward pass."""
     a = architecture
     layers = 2 * active_matrix_parameters(a) * workload.tokens
-    # Scores and values, each 2 * s^2 * width; the causal mask halves them.
-    attention = 2 * a.num_attention_heads * a.head_dim * workload.squares
+    # Scores and sums of values, each 2 * s^2 * width; the causal mask halves them.
+    attention = (a.query_size + a.value_size) * workload.squares
     head = 2 * (a.num_head_parameters or a.hidden_size * a.vocab_size) * workload.supervised
-    return a.num_layers * (layers + attention) + head
+    return layers + a.num_layers * attention + head
 
 
 def training_flops(architecture: Architecture, workload: Workload, lora: bool = False) -> float:
@@ -111,5 +128,5 @@ def training_flops(architecture: Architecture, workload: Workload, lora: bool = 
     if not lora:
         return 3 * forward
     a = architecture
-    attention = 2 * a.num_layers * a.num_attention_heads * a.head_dim * workload.squares
+    attention = a.num_layers * (a.query_size + a.value_size) * workload.squares
     return 2 * forward + attention

@@ -87,7 +87,7 @@ def hf_rules(architecture: Architecture) -> dict[str, tuple[Rule, tuple[int, ...
         elif not architecture.tie_word_embeddings:
             add(head_rule(architecture), "")
     for layer in range(architecture.num_layers):
-        for rule in architecture.layer.values():
+        for rule in architecture.layer_rules(layer).values():
             add(rule, f"model.layers.{layer}.")
     return tensors
 

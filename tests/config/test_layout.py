@@ -137,6 +137,21 @@ def test_projections_are_those_of_the_weights() -> None:
     assert FAMILIES["Phi3ForCausalLM"].projections == ()
 
 
+def test_layers_that_differ_have_projections_of_their_own(load: Load) -> None:
+    sizes = {"num_experts": 4, "dense_layers": frozenset([0])}
+    mixture = replace(LLAMA, family="Qwen2MoeForCausalLM", num_layers=2, **sizes)
+    assert adapted_projections(mixture, ["gate_proj", "model.layers.1.*.up_proj"]) == [
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.1.mlp.shared_expert.gate_proj",
+        "model.layers.1.mlp.shared_expert.up_proj",
+    ]
+    widths = {"dense_ffn_size": 6, "shared_ffn_size": 9}
+    config = load(BASE, "parallel.tensor=4", "parallel.sequence=true")
+    uneven = [str(problem) for problem in problems(replace(mixture, **widths), config)]
+    assert any("dense_ffn_size of the model is 6" in text for text in uneven)
+    assert any("shared_ffn_size of the model is 9" in text for text in uneven)
+
+
 def test_targets_are_patterns_of_last_parts_or_of_full_names() -> None:
     names = adapted_projections(LLAMA, ["model.layers.[01].*.q_proj", "down_*"])
     layers = [name for name in names if name.endswith("down_proj")]

@@ -59,6 +59,35 @@ MODELS = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
     },
+    "qwen2moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+    },
+    "deepseek2": {
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 9},
     "gemma2": {
         "model_type": "gemma2",
@@ -87,7 +116,7 @@ MODELS = {
     },
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
 }
-MOE = ["qwen3moe", "mixtral"]
+MOE = ["qwen3moe", "qwen2moe", "deepseek2", "mixtral"]
 SPLIT = [name for name in MODELS if name not in ("linear", "yarn")]  # the others differ in a layer
 SEQUENCE = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
 Layout = tuple[int, dict[str, Any], list[str]]

@@ -36,7 +36,25 @@ LLAMA31_ROPE = {
         ({"architectures": None}, "missing"),
         ({"architectures": ["GptOssForCausalLM"]}, "sinks and experts in MXFP4 are not supported"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text model alone"),
-        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]}, "mlp_only_layers"),
+        (
+            {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "num_experts": 4,
+                "mlp_only_layers": [0],
+                "decoder_sparse_step": 3,
+            },
+            "no layer has experts .*decoder_sparse_step",
+        ),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"], "decoder_sparse_step": 0},
+            "decoder_sparse_step is 0; expected a whole number above 0",
+        ),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "num_experts is missing"),
+        ({"architectures": ["DeepseekV2ForCausalLM"]}, "num_experts_per_tok is missing"),
+        (
+            {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "group_limited_greedy"},
+            "topk_method is 'group_limited_greedy'",
+        ),
         ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "lacks"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -79,7 +97,9 @@ MODEL_TYPES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
     "MixtralForCausalLM": "mixtral",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
@@ -102,6 +122,8 @@ def test_absent_keys_take_the_defaults_of_transformers(name: str) -> None:
     bare: dict[str, Any] = {"architectures": [name], **BARE}
     if name == "MixtralForCausalLM" or name == "Qwen3MoeForCausalLM":
         bare["num_local_experts"] = 8
+    if name == "DeepseekV2ForCausalLM":
+        bare["num_experts_per_tok"] = 2
     full = AutoConfig.for_model(MODEL_TYPES[name], **bare).to_dict()
     assert architecture_from_hf(bare) == architecture_from_hf(full)
     # Half a description of the rotary positions too.
@@ -164,6 +186,30 @@ def test_layers_without_positions_are_every_fourth_unless_they_are_listed() -> N
     listed = architecture_from_hf(smollm | {"no_rope_layers": [1, 0, *[1] * 7]})
     assert listed.layers_without_rope == {1}
     assert not architecture_from_hf(LLAMA).layers_without_rope
+
+
+def test_yarn_sharpens_the_scores_of_latent_attention() -> None:
+    """DeepSeek-V2-Lite: 192 ** -0.5 times (0.1 * 0.707 * ln 40 + 1) ** 2, tables as they are."""
+    deepseek: dict[str, Any] = LLAMA | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "num_experts_per_tok": 6,
+        "q_lora_rank": None,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    }
+    lite = architecture_from_hf(deepseek)
+    assert lite.attention_scale == pytest.approx(0.1147213867929261)
+    assert lite.rope_scaling is not None and lite.rope_scaling.attention_factor == 1.0
+    assert (lite.head_dim, lite.value_dim, lite.query_rank) == (192, 128, 0)
+    assert "self_attention.linear_q_proj.weight" in lite.layer
+    wide = architecture_from_hf(deepseek | {"q_lora_rank": 16, "rope_scaling": None})
+    assert wide.attention_scale == 192**-0.5
+    assert "self_attention.linear_q_up_proj.weight" in wide.layer
 
 
 def test_gemma_as_the_hub_has_it() -> None:

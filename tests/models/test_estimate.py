@@ -42,7 +42,8 @@ def tiny_architecture(config: Config, num_experts: int) -> Architecture:
     if num_experts == 0:
         return architecture
     experts = {"num_experts": num_experts, "experts_per_token": 3, "ffn_hidden_size": 192}
-    return replace(architecture, family="MixtralForCausalLM", **experts)
+    dense = {"dense_layers": frozenset([1]), "dense_ffn_size": 320, "shared_ffn_size": 256}
+    return replace(architecture, family="Qwen2MoeForCausalLM", **experts, **dense)
 
 
 def measure(

@@ -61,6 +61,31 @@ PUBLISHED = [
         8_190_735_360,
     ),
     (
+        # Qwen1.5 MoE A2.7B
+        Architecture(
+            *(151936, 2048, 24, 16, 16, 1408, 128, 8192),
+            num_experts=60,
+            shared_ffn_size=5632,
+            family="Qwen2MoeForCausalLM",
+        ),
+        14_315_784_192,
+    ),
+    (
+        # DeepSeek V2 Lite
+        Architecture(
+            *(102400, 2048, 27, 16, 16, 1408, 192, 163840),
+            num_experts=64,
+            shared_ffn_size=2816,
+            dense_layers=frozenset([0]),
+            dense_ffn_size=10944,
+            kv_rank=512,
+            rope_dim=64,
+            value_head_dim=128,
+            family="DeepseekV2ForCausalLM",
+        ),
+        15_706_484_224,
+    ),
+    (
         # Mixtral 8x7B
         Architecture(
             *(32000, 4096, 32, 32, 8, 14336, 128, 32768),
@@ -184,8 +209,8 @@ def test_a_token_meets_its_own_experts_only() -> None:
     mixtral = replace(PUBLISHED[-4][0], experts_per_token=2)
     assert mixtral.num_experts == 8
     embeddings = 2 * mixtral.vocab_size * mixtral.hidden_size
-    active = mixtral.num_layers * active_matrix_parameters(mixtral) + embeddings
+    active = active_matrix_parameters(mixtral) + embeddings
     assert active == pytest.approx(12.9e9, rel=0.005)
     workload = Workload(tokens=100, squares=0, supervised=0)
-    expected = 2 * 100 * mixtral.num_layers * active_matrix_parameters(mixtral)
+    expected = 2 * 100 * active_matrix_parameters(mixtral)
     assert forward_flops(mixtral, workload) == expected

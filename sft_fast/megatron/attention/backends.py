@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sft_fast.errors import first_line
 from sft_fast.megatron.attention.dense import attend_sdpa
@@ -67,7 +68,23 @@ def varlen_backend(
         output = varlen(query, key, value, *edges, *longest, **given)
         return output[0] if isinstance(output, tuple) else output
 
-    return attend
+    return widen_values(attend)
+
+
+def widen_values(attend: AttentionFn) -> AttentionFn:
+    """Gives `attend` values as wide as the keys, with zeros, and takes them off its output."""
+
+    def attend_widened(
+        query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scoring: ScoreOptions
+    ) -> Tensor:
+        """[T, heads, value_dim]; see `AttentionFn`."""
+        missing = key.shape[-1] - value.shape[-1]
+        if not missing:
+            return attend(query, key, value, samples, scoring)
+        wide = functional.pad(value, (0, missing))
+        return attend(query, key, wide, samples, scoring)[..., : value.shape[-1]]
+
+    return attend_widened
 
 
 def load_torch_varlen() -> AttentionFn:
@@ -162,7 +179,7 @@ def load_transformer_engine() -> AttentionFn:
         )
         return output.view(query.shape)
 
-    return attend
+    return widen_values(attend)
 
 
 BACKENDS: dict[AttentionBackend, Callable[[], AttentionFn]] = {

@@ -135,12 +135,13 @@ class GatherKeys(torch.autograd.Function):
         """Keys and values [tokens, kv_heads, head_dim] of all ranks, in the order of this rank's
         share.
         """
-        own = torch.stack([key, value], dim=1)  # [T / cp_size, 2, kv_heads, head_dim]
+        own = torch.cat([key, value], dim=-1)  # values may have another width
         gathered = own.new_empty(context.size * len(own), *own.shape[1:])
         all_gather_single(gathered, own, group=context.group)
         ctx.share, ctx.context, ctx.own_shape = share, context, own.shape
-        keys, values = (gathered[:, part].index_select(0, share.places) for part in (0, 1))
-        return keys, values
+        ctx.widths = key.shape[-1], value.shape[-1]
+        keys, values = gathered.split(ctx.widths, dim=-1)
+        return keys.index_select(0, share.places), values.index_select(0, share.places)
 
     @staticmethod
     @once_differentiable
@@ -148,13 +149,15 @@ class GatherKeys(torch.autograd.Function):
         """The gradients [T / cp_size, kv_heads, head_dim], summed over all ranks."""
         share, context, shape = ctx.share, ctx.context, ctx.own_shape
         total = grad_key.new_zeros(context.size * shape[0], *shape[1:])
-        for place, grad in enumerate((grad_key, grad_value)):
+        for of_both, grad in zip(
+            total.split(ctx.widths, dim=-1), (grad_key, grad_value), strict=True
+        ):
             # Within one of the two parts no place is there twice: no sum depends on an order.
             for part in (share.second, share.first):
-                total[:, place].index_add_(0, share.places[part], grad[part])
+                of_both.index_add_(0, share.places[part], grad[part])
         own = total.new_empty(shape)
         reduce_scatter_single(own, total, group=context.group)
-        return own[:, 0], own[:, 1], None, None
+        return *own.split(ctx.widths, dim=-1), None, None
 
 
 def check_context(

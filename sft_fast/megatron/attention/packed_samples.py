@@ -134,5 +134,5 @@ class ScoreOptions:
 
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, PackedSamples, ScoreOptions], Tensor]
-"""(query [T, heads, head_dim], key and value [T, kv_heads, head_dim], samples, scoring) ->
-[T, heads, head_dim], where T is the sum of the samples' lengths."""
+"""(query [T, heads, head_dim], key [T, kv_heads, head_dim], value [T, kv_heads, value_dim],
+samples, scoring) -> [T, heads, value_dim], where T is the sum of the samples' lengths."""

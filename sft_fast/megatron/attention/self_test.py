@@ -34,15 +34,18 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
+    """Channels of a value; head_dim but for latent attention."""
 
     def random_inputs(self, num_tokens: int) -> list[Tensor]:
-        """Query, key, value and gradient of the output, each [num_tokens, heads, head_dim]."""
+        """Query and key [num_tokens, heads, head_dim], value and gradient of the output
+        [num_tokens, heads, value_dim]."""
         generator = torch.Generator().manual_seed(0)
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads
+        channels = self.head_dim, self.head_dim, self.value_dim, self.value_dim
         return [
-            torch.randn(num_tokens, heads, self.head_dim, generator=generator).to(
-                self.device, self.dtype
-            )
-            for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
+            torch.randn(num_tokens, *sizes, generator=generator).to(self.device, self.dtype)
+            for sizes in zip(heads, channels, strict=True)
         ]
 
 

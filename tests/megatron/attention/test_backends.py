@@ -22,10 +22,10 @@ def chain(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     yield chain
 
 
-def shape(dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> Any:
+def shape(dtype: torch.dtype = torch.float32, kv_heads: int = 2, value_dim: int = 16) -> Any:
     from sft_fast.megatron.attention.self_test import AttentionShape
 
-    return AttentionShape(torch.device("cpu"), dtype, 4, kv_heads, 16)
+    return AttentionShape(torch.device("cpu"), dtype, 4, kv_heads, 16, value_dim)
 
 
 def choose(name: str, dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> Any:
@@ -119,7 +119,7 @@ def test_auto_takes_the_first_that_works_and_says_why(
 def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from sft_fast.megatron.attention import dense, packed_samples
+    from sft_fast.megatron.attention import backends, dense, packed_samples, self_test
 
     def varlen(
         query: Tensor,
@@ -132,6 +132,7 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
         softmax_scale: float,
         causal: bool,
     ) -> tuple[Tensor, None]:
+        assert query.shape[2] == key.shape[2] == value.shape[2]
         assert causal and cu_seqlens_q.dtype == torch.int32
         lengths = cu_seqlens_q.diff().tolist()
         assert max_seqlen_q == max_seqlen_k == max(lengths)
@@ -143,6 +144,8 @@ def test_a_varlen_library_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatc
     library = SimpleNamespace(flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", library)
     assert choose("flash_attn").name == "flash_attn"
+    scoring = packed_samples.ScoreOptions(0.3)
+    self_test.check_attention(backends.BACKENDS["flash_attn"](), shape(value_dim=10), scoring)
     monkeypatch.setitem(sys.modules, "aiter", SimpleNamespace())
     with pytest.raises(ValueError, match="aiter has no flash_attn_varlen_func"):
         choose("aiter")
@@ -179,7 +182,9 @@ def test_transformer_engine_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", library)
     assert choose("transformer_engine").name == "transformer_engine"
     attend = backends.load_transformer_engine()
-    self_test.check_attention(attend, shape(), packed_samples.ScoreOptions(0.3, 5))
+    for value_dim in (16, 12):
+        scoring = packed_samples.ScoreOptions(0.3, 5)
+        self_test.check_attention(attend, shape(value_dim=value_dim), scoring)
     with pytest.raises(ValueError, match="no bf16"):
         choose("transformer_engine", torch.bfloat16)
     with pytest.raises(backends.CannotUse, match="no soft cap"):
@@ -200,8 +205,9 @@ def test_what_is_installed_computes_it_or_says_that_it_cannot(
     try:
         attend = backends.BACKENDS[name]()
         scoring = packed_samples.ScoreOptions(64**-0.5, window, softcap)
-        gpu_shape = self_test.AttentionShape(torch.device("cuda"), dtype, 8, 2, 64)
-        self_test.check_attention(attend, gpu_shape, scoring)
+        for value_dim in (64, 48):
+            gpu_shape = self_test.AttentionShape(torch.device("cuda"), dtype, 8, 2, 64, value_dim)
+            self_test.check_attention(attend, gpu_shape, scoring)
     except (ImportError, backends.CannotUse) as error:
         pytest.skip(str(error))
 

@@ -30,7 +30,7 @@ def choice_of(chain: dict[str, str], cp_size: int) -> str:
         lambda device: False,
         backends.on_cpu_only,
     )
-    shape = AttentionShape(torch.device("cpu"), torch.float32, 4, 2, 8)
+    shape = AttentionShape(torch.device("cpu"), torch.float32, 4, 2, 8, 6)
 
     def test(scoring: Any, attend: Any) -> None:
         context_parallel.check_context(group, shape, scoring, attend)
