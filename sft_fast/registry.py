@@ -27,8 +27,10 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from traceback import extract_tb
+from types import CodeType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sft_fast.errors import nearest
@@ -117,6 +119,14 @@ def distrust(config: Path | None) -> None:
     _distrusted[:] = [] if config is None else [str(config)]
 
 
+class PluginLoader(SourceFileLoader):
+    """Runs a file as it stands: bytecode counts as current while size and second are the same."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compiles the text of the file."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_file(name: str, key: str) -> str:
     """Runs a Python file, unless this process has; returns its full path.
 
@@ -143,8 +153,9 @@ def load_file(name: str, key: str) -> str:
             f"{key}: {path} would be run, because {_distrusted[-1]}, the configuration of a run, "
             "names it; look at it, and say --trust if it may"
         )
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    loader = PluginLoader(module_name, file)
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
+    assert spec is not None and spec.loader is not None, "it was given"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     Registry.running.append(file)

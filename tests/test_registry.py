@@ -1,4 +1,5 @@
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 from sft_fast.registry import (
     LateTrainer,
     Registry,
+    forget,
     get_loss,
     get_trainer,
     load_file,
@@ -130,6 +132,20 @@ def test_two_files_of_one_name_are_both_run(tmp_path: Path) -> None:
     load_plugins([str(file) for file in files])
     for file in files:
         assert trainers.names_of(str(file)) == [f"(megatron, {file.parent.name})"]
+
+
+def test_a_file_changed_within_a_second_is_run_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    plugin = tmp_path / "mine.py"
+    for name in ("echo", "once"):
+        plugin.write_text(PLUGIN.replace("echo", name))
+        os.utime(plugin, (1e9, 1e9))
+        load_plugins([str(plugin)])
+        assert trainers.names_of(str(plugin)) == [f"(megatron, {name})"]
+        forget(str(plugin))
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_a_file_named_in_two_places_is_run_once(tmp_path: Path) -> None:
