@@ -18,6 +18,7 @@ from sft_fast.kernels.column_sums_triton import add_column_sums, gradient_total,
 from sft_fast.kernels.triton_launch import LAYER_KEY, check_tensor, operation, warp_size
 
 ELEMENTS_PER_PROGRAM, ELEMENTS_PER_THREAD = 2048, 16
+CDNA_WARP_SIZE = 64
 MAX_PROGRAMS, MIN_TOKENS_PER_PROGRAM = 256, 4
 """For each block of heads, in a backward pass that sums weight gradients."""
 
@@ -236,7 +237,9 @@ def launch_options(
     most_heads = triton.next_power_of_2(num_groups * max(2, queries))
     block_heads = min(block_heads, most_heads)
     num_warps = block_heads * 2 * block_pairs // (ELEMENTS_PER_THREAD * warp_size)
-    return {
+    # Triton 3.7 takes two registers more than four waves leave for the backward norm.
+    hints = {"waves_per_eu": 4} if warp_size == CDNA_WARP_SIZE else {}
+    return hints | {
         "NUM_GROUPS": num_groups,
         "QUERIES": queries,
         "HEAD_DIM": head_dim,

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     divisible: tuple[str, ...] = ("_ptr", "_stride", "num_columns")
+    waves_per_eu: int | None = None
 
 
 def norm_case(name: str, num_columns: int, warp_size: int) -> Case:
@@ -54,12 +55,12 @@ def rotary_case(name: str, layout: tuple[int, int, int, int], warp_size: int) ->
     direction, has_norm = name.split("-")[0], name.endswith("norm")
     options = kernels.launch_options(*layout, warp_size)
     options |= {"HAS_NORM": has_norm, "WITH_WEIGHTS": has_norm, "ZERO_CENTERED": False}
-    warps = options.pop("num_warps")
+    warps, waves = options.pop("num_warps"), options.pop("waves_per_eu", None)
     absent = () if has_norm else ("q_weight_ptr", "k_weight_ptr", "qkv_ptr", "partial_ptr")
     if direction == "fwd":
         absent = absent[:2]
     kernel = getattr(kernels, f"rotary_{direction}_kernel")
-    return Case(kernel, options | dict.fromkeys(absent), warps)
+    return Case(kernel, options | dict.fromkeys(absent), warps, waves_per_eu=waves)
 
 
 def gate_case(name: str, num_columns: int, warp_size: int) -> Case:
@@ -87,6 +88,7 @@ SHIPPED = [
     (norm_case, "trained", 8192),
     *((rotary_case, name, (8, 4, 128, 64)) for name in ("fwd-", "bwd-", "fwd-norm", "bwd-norm")),
     *((rotary_case, name, (8, 3, 128, 48)) for name in ("fwd-", "bwd-norm")),  # Phi-4
+    (rotary_case, "bwd-norm", (8, 12, 128, 32)),  # GLM-4.5
     (rotary_case, "bwd-norm", (4, 2, 256, 128)),  # Gemma 3
     *((gate_case, f"{name}-silu", 14336) for name in ("fwd", "bwd")),
     *((gate_case, f"{name}-gelu_tanh-scale", 768) for name in ("fwd", "bwd")),
@@ -103,7 +105,8 @@ def compile_case(case: Case, target: tuple[str, str | int, int], dtype: str) -> 
     types |= {name: "*fp32" for name in fp32} | {"eps": "fp32"}
     types |= dict.fromkeys(case.constants, "constexpr")
     arguments = types, case.constants, case.divisible, case.num_warps
-    return compile_for(case.kernel, target, *arguments)
+    hints = {} if case.waves_per_eu is None else {"waves_per_eu": case.waves_per_eu}
+    return compile_for(case.kernel, target, *arguments, **hints)
 
 
 @pytest.mark.parametrize("target", TARGETS)
