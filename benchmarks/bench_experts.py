@@ -22,6 +22,7 @@ from sft_fast.kernels.backends import load_backend
 from sft_fast.kernels.expert_copies import sort_copies
 from sft_fast.kernels.expert_mlp import expert_mlp
 from sft_fast.kernels.router import choose_experts, router_logits
+from sft_fast.kernels.routing import Routing
 from sft_fast.reference import experts as reference
 from timing import DEVICE, ON_GPU, median_s, peak_bytes_beyond
 
@@ -29,7 +30,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOKENS, HIDDEN, WIDTH, EXPERTS, CHOSEN = (
     (8192, 2048, 768, 128, 8) if ON_GPU else (256, 128, 96, 16, 4)
 )
-ROWS = TOKENS * CHOSEN
+ROWS, ROUTING = TOKENS * CHOSEN, Routing(CHOSEN, renormalise=True)
 LOADS = ("even", "uneven")
 PRODUCTS = ("ours", "triton", "loop")
 
@@ -161,7 +162,7 @@ def make_layer() -> Layer:
 
 def ours(layer: Layer) -> Tensor:
     block = load_backend("block", "auto", DEVICE.type)
-    probs, experts = choose_experts(router_logits(layer.hidden, layer.router), CHOSEN, True)
+    probs, experts = choose_experts(router_logits(layer.hidden, layer.router), ROUTING)
 
     def activate(gate_up: Tensor, factors: Tensor) -> Tensor:
         result: Tensor = block.gated_activation(gate_up, "silu", factors, False)
@@ -194,7 +195,7 @@ def transformers_block(layer: Layer, implementation: str) -> Callable[[Layer], T
 def exact(layer: Layer) -> Tensor:
     """In fp64."""
     hidden, router, gate_up, down = (tensor.double() for tensor in layer)
-    probs, experts = choose_experts(hidden @ router.t(), CHOSEN, True)
+    probs, experts = choose_experts(hidden @ router.t(), ROUTING)
     return reference.expert_mlp(hidden, gate_up, down, probs, experts)
 
 

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft_fast.kernels.routing import Routing
+
+TINY = 1e-20
+"""Added to sums of scores that are divisors."""
+
 
 def router_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden @ weight.T, not rounded to the dtype of its factors.
@@ -54,19 +59,55 @@ def multiplies_into(device: torch.device, dtype: torch.dtype, wide: torch.dtype)
     return True
 
 
-def choose_experts(logits: Tensor, num_chosen: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def choose_experts(
+    logits: Tensor, routing: Routing, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights.
 
     Args:
         logits: [T, E] fp32 or wider.
-        num_chosen: k.
-        renormalise: the weights of a token add up to 1; else they are shares of all E.
+        routing: how they are chosen.
+        bias: [E] fp32, added to the scores for the choice; None = 0.
 
     Returns:
-        weights [T, k] of the logits' dtype, experts [T, k] int64; the likeliest first.
+        weights [T, k] of the logits' dtype, experts [T, k] int64.
     """
-    if renormalise:
-        chosen, experts = logits.topk(num_chosen, dim=1)
+    if routing.scores == "softmax" and bias is None and routing.num_groups == 1:
+        weights, experts = choose_likeliest(logits, routing)
+    else:
+        scores = logits.sigmoid() if routing.scores == "sigmoid" else logits.softmax(1)
+        with torch.no_grad():
+            wanted = scores if bias is None else scores + bias
+            experts = within_groups(wanted, routing).topk(routing.num_chosen, dim=1).indices
+        weights = scores.gather(1, experts)
+        if routing.renormalise:
+            weights = weights / (weights.sum(1, keepdim=True) + TINY)
+    return (weights if routing.scale == 1.0 else weights * routing.scale), experts
+
+
+def choose_likeliest(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Of a softmax: weights and experts [T, k] of logits [T, E], the likeliest first."""
+    if routing.renormalise:
+        chosen, experts = logits.topk(routing.num_chosen, dim=1)
         return chosen.softmax(1), experts
-    probs, experts = logits.softmax(1).topk(num_chosen, dim=1)
+    probs, experts = logits.softmax(1).topk(routing.num_chosen, dim=1)
     return probs, experts
+
+
+def within_groups(scores: Tensor, routing: Routing) -> Tensor:
+    """[T, E]: the scores, -inf outside the groups that a token's experts come from."""
+    if routing.groups_chosen == routing.num_groups:
+        return scores
+    grouped = scores.unflatten(1, (routing.num_groups, -1))
+    best = grouped.topk(routing.scores_of_group, dim=2).values.sum(2)  # [T, groups]
+    groups = best.topk(routing.groups_chosen, dim=1).indices
+    is_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
+    return grouped.masked_fill(is_out.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def probabilities(logits: Tensor, routing: Routing) -> Tensor:
+    """[T, E]: the share of each expert in the scores of a token, of logits [T, E]."""
+    if routing.scores == "softmax":
+        return logits.softmax(1)
+    scores = logits.sigmoid()
+    return scores / (scores.sum(1, keepdim=True) + TINY)

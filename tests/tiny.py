@@ -119,6 +119,6 @@ def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> 
 @torch.no_grad()
 def vary_vectors(model: Any) -> None:
     """Norms and biases of a model of transformers become what they are in a trained one."""
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "norm" in name or "bias" in name:
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            tensor.add_(torch.randn_like(tensor) * 0.1)

@@ -7,6 +7,7 @@ import os
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from sft_fast.commands.arguments import Commands
 from sft_fast.recipes import RECIPES, find_recipe, recipe_name
@@ -48,7 +49,7 @@ optim:
   warmup_steps: {warmup:<13} # about a tenth of the steps
 
 # lora: {{rank: 16, alpha: 32}}   # adapters in place of all weights
-
+{router}
 evaluation:
   every_steps: 50
 
@@ -78,7 +79,8 @@ def add(commands: Commands) -> None:
 def run_init(parsed: argparse.Namespace) -> None:
     """Writes a commented configuration for a model and its data."""
     name = Path(parsed.model.rstrip("/")).name.lower()
-    limit = model_limit(Path(parsed.model))
+    hf_config = model_config(Path(parsed.model))
+    limit = model_limit(hf_config)
     holding_out = "  eval_fraction: 0.02         # held out of train; equal rows stay together"
     text = TEMPLATE.format(
         output_dir=f"outputs/{name}",
@@ -89,6 +91,7 @@ def run_init(parsed: argparse.Namespace) -> None:
         evaluation=f"  eval: {parsed.eval}" if parsed.eval else holding_out,
         capacity=min(limit or LONGEST_ROW, LONGEST_ROW),
         warmup=0 if is_small(parsed.data) else 10,
+        router=router_lines(hf_config),
     )
     write_new(parsed.output, text)
     for name_given in (parsed.model, parsed.data):
@@ -116,15 +119,33 @@ def is_small(source: str) -> bool:
     return os.path.isfile(source) and os.path.getsize(source) < SMALL_BYTES
 
 
-def model_limit(folder: Path) -> int | None:
-    """Positions of a model that lies in a directory."""
+def model_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model that lies in a directory; {} without one."""
     import json
 
     path = folder / "config.json"
     if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def model_limit(hf_config: dict[str, Any]) -> int | None:
+    """Positions of a model."""
+    found = hf_config.get("max_position_embeddings")
     return found if isinstance(found, int) else None
+
+
+def router_lines(hf_config: dict[str, Any]) -> str:
+    """The load-balancing loss of a mixture of experts, on where transformers would add it."""
+    from sft_fast.models.router import aux_loss_coef
+
+    value = aux_loss_coef(hf_config)
+    if not value:
+        return ""
+    mark = "" if hf_config.get("output_router_logits") else "# "
+    setting = f"{mark}router: {{aux_loss_coef: {value}}}"
+    return f"\n{setting:<29} # the load-balancing loss of config.json\n"
 
 
 def data_note(source: str) -> str:

@@ -24,6 +24,7 @@ from sft_fast.config.sections import (
     PackingConfig,
     ParallelConfig,
     PathText,
+    RouterConfig,
     Section,
     Text,
     TokenizerConfig,
@@ -62,6 +63,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
+    router: RouterConfig = RouterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()

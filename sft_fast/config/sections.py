@@ -419,6 +419,28 @@ class LossConfig(Section, LossOptions):
         return self
 
 
+class RouterConfig(Section):
+    """What keeps the experts of a mixture evenly used, beside what its config.json says.
+
+    All of it is off: a trained router is balanced, and each of these pulls it from what it has
+    learnt; few steps of fine-tuning unbalance it little. Watch expert_load in the metrics.
+    """
+
+    aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of the load-balancing loss, E sum(copies of a token * probability) over the tokens of
+    the global batch, the mean over the layers; that of transformers is router_aux_loss_coef."""
+    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of log(sum(exp(logits)))**2 of a token's router, the mean over tokens and layers."""
+    bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """How far a step moves the bias of an expert that was chosen more or less often than the mean;
+    for models whose experts have one."""
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether a loss of the router is trained."""
+        return self.aux_loss_coef > 0 or self.z_loss_coef > 0
+
+
 class EvaluationConfig(Section):
     """What is measured on data.eval."""
 

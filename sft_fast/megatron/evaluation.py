@@ -184,7 +184,7 @@ def evaluate(
     with open_batches(store, plan, steps, shape, parallel) as batches:
         for _ in steps:
             reports = run_schedule(model, batches, shape, step, forward_only=True)
-            added, votes = sum_over_ranks(reports, "tally", size, parallel, phases.votes())
+            added, votes, _ = sum_over_ranks(reports, "tally", size, parallel, phases.votes())
             total += added
             phases.heartbeat()
             phases.apply_votes(*votes.tolist())

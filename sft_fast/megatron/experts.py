@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -33,25 +32,10 @@ from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockKernels
 from sft_fast.kernels.expert_copies import CopyOrder, copies_of, sort_copies, sums_of
 from sft_fast.kernels.expert_mlp import expert_mlp
-from sft_fast.kernels.router import choose_experts, router_logits
 from sft_fast.megatron.collectives import all_gather_single
 from sft_fast.megatron.parallel import Parallel
+from sft_fast.megatron.router import Router
 from sft_fast.models.architecture import Architecture
-
-
-class Router(TopKRouter):
-    """megatron's, but for what it returns; softmax alone, without a loss of balance."""
-
-    def gating(self, input: Tensor) -> Tensor:
-        """[s, b, E] fp32 of [s, b, h]."""
-        logits = router_logits(input.flatten(0, 1), self.weight)
-        return logits.unflatten(0, input.shape[:2])
-
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weights [tokens, chosen] fp32, experts [tokens, chosen]) of logits [s, b, E]."""
-        assert padding_mask is None and self.score_function == "softmax"
-        renormalise = not self.config.moe_router_pre_softmax
-        return choose_experts(logits.flatten(0, 1), self.topk, renormalise)
 
 
 class GroupedExperts(MegatronModule):
@@ -264,7 +248,7 @@ class Dispatcher(MoETokenDispatcher):
 
 
 def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, Any]:
-    """What TransformerConfig has to know of experts: none is dropped, no auxiliary loss."""
+    """What TransformerConfig has to know of experts; the choice among them is our router's."""
     a = architecture
     if not a.num_experts:
         return {}
@@ -278,7 +262,6 @@ def experts_config(architecture: Architecture, parallel: Parallel) -> dict[str, 
         "num_moe_experts": architecture.num_experts,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
         "moe_router_topk": architecture.experts_per_token,
-        "moe_router_pre_softmax": not architecture.renormalise_experts,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": parallel.ep_size,
@@ -293,8 +276,10 @@ def use_grouped_experts(layer: TransformerLayerSubmodules) -> None:
     submodules.router, submodules.experts = Router, GroupedExperts
 
 
-def connect_dispatchers(model: GPTModel) -> None:
-    """Gives the layers with experts our dispatcher: megatron chooses among its own only."""
+def connect_experts(model: GPTModel, architecture: Architecture) -> None:
+    """Gives the layers with experts our dispatcher, for megatron chooses among its own only, and
+    tells their routers how to choose."""
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.token_dispatcher = Dispatcher(module.config, model.pg_collection)
+            module.router.choose_by(architecture)

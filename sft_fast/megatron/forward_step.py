@@ -74,4 +74,6 @@ def packed_samples(batch: MicroBatch, wants_outputs: bool = False) -> PackedSamp
         batch.tokens.shape[1],
     )
     samples.wants_outputs, samples.sample_ids = wants_outputs, batch.sample_ids
+    samples.position_ids, samples.lengths = batch.position_ids, batch.lengths
+    samples.padded_lengths = batch.seqlens
     return samples

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from sft_fast.megatron.exchange import StoreExchange
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.families import HEAD, MODEL, OUTPUT_HEAD, Rule
+from sft_fast.models.families import EXPERT_BIAS, HEAD, MODEL, OUTPUT_HEAD, Rule
 from sft_fast.models.weight_files import open_safetensors, tensor_records
 from sft_fast.models.weights import check_records, head_rule, hf_rules, hf_shapes, initial_value
 from sft_fast.runtime.phases import no_report
@@ -195,10 +195,16 @@ class HeadSource:
         return f"{self.source.digest()} with a head, {self.head.digest()}"
 
 
+def named_tensors(model: SFTModel) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of each parameter of this rank, and of each bias of experts."""
+    yield from model.named_parameters()
+    yield from (named for named in model.named_buffers() if named[0].endswith(EXPERT_BIAS))
+
+
 def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[str, Rule]]:
-    """Yields (name, rule with full Hugging Face names) for each base parameter of this rank, or
-    for each of its matrices where it is of experts."""
-    for name, _ in model.named_parameters():
+    """Yields (name, rule with full Hugging Face names) for each base tensor of this rank, or for
+    each of its matrices where it is of experts."""
+    for name, _ in named_tensors(model):
         if name.rpartition(".")[2].startswith(ADAPTER_PREFIX):
             continue
         if not name.startswith("decoder.layers."):
@@ -211,7 +217,7 @@ def named_rules(model: SFTModel, architecture: Architecture) -> Iterator[tuple[s
         prefix = f"model.layers.{number}."
         sources = {prefix + key: dims for key, dims in rule.sources.items()}
         if not rule.is_expert:
-            yield name, Rule(rule.split, sources)
+            yield name, replace(rule, sources=sources)
             continue
         for matrix, expert in enumerate(layer.mlp.local_expert_indices):
             own = {key.replace("*", str(expert)): dims for key, dims in sources.items()}
@@ -243,9 +249,9 @@ def load_hf_weights(
     Raises:
         ValueError: a weight is not finite.
     """
-    parameters = dict(model.named_parameters())
+    tensors = dict(named_tensors(model))
     for name, rule in named_rules(model, architecture):
-        parameter = matrix_of(rule, parameters[name])
+        parameter = matrix_of(rule, tensors[name])
         if rule.split == "vocab":
             parameter.zero_()  # the rows that pad the vocabulary
         for shard in shard_slices(rule, parameter, architecture, *shard_of(rule, parallel)):

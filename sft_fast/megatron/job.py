@@ -16,6 +16,7 @@ from sft_fast.megatron.parallel import Parallel, init_parallel
 from sft_fast.metrics.report import length_histogram
 from sft_fast.metrics.trackers import check_trackers
 from sft_fast.metrics.writer import MetricsWriter
+from sft_fast.models.router import router_note
 from sft_fast.packing.from_config import make_training_plan
 from sft_fast.packing.report import PackingReport, packing_report
 from sft_fast.packing.steps import StepPlan
@@ -62,6 +63,8 @@ class Job:
         """
         parallel, store, metrics = self.parallel, self.inputs.store, self.metrics
         metrics.log(store.summary())
+        if note := router_note(self.inputs.model.hf_config, self.config.router):
+            metrics.log(f"note: {note}")
         metrics.log(f"packing: {self.packing.brief()}")
         metrics.write("launch", world_size=parallel.world_size, device=parallel.device.type)
         metrics.write("data", **asdict(store.report))

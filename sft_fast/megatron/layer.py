@@ -22,7 +22,7 @@ from torch.nn import functional
 from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockKernels
 from sft_fast.megatron.experts import GroupedExperts
-from sft_fast.megatron.norm import NormThenAdd, RMSNorm
+from sft_fast.megatron.norm import NormThenAdd, RMSNorm, WideNorm, norm_over_heads
 from sft_fast.megatron.recompute import free_until_backward, trains
 from sft_fast.megatron.rotary import rotary_kind
 from sft_fast.models.architecture import Architecture
@@ -36,6 +36,12 @@ class FusedSelfAttention(SelfAttention):
     def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rotary_kind = rotary_kind(architecture, self.layer_number - 1)
+        self.has_wide_norm = architecture.has_wide_qk_norm
+        if self.has_wide_norm:
+            groups, head = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+            heads = self.num_attention_heads_per_partition
+            self.query_norm = WideNorm(self.config, heads * head)
+            self.key_norm = WideNorm(self.config, groups * head)
 
     @property
     def first_products(self) -> tuple[torch.nn.Module, ...]:
@@ -56,6 +62,16 @@ class FusedSelfAttention(SelfAttention):
             packed_seq_params: the samples of the sequence.
         """
         qkv, _ = self.linear_qkv(hidden_states)
+        if self.has_wide_norm:
+            qkv = norm_over_heads(
+                qkv,
+                self.query_norm(),
+                self.key_norm(),
+                self.num_query_groups_per_partition,
+                self.hidden_size_per_attention_head,
+                self.config.layernorm_epsilon,
+                self.pg_collection.tp,
+            )
         table = None if self.rotary_kind is None else rotary_tables[self.rotary_kind]
         weights = None, None
         if self.config.qk_layernorm:
@@ -144,7 +160,7 @@ class FusedTransformerLayer(TransformerLayer):
             rotary_pos_emb: the rotary tables; the name is that of megatron's block.
             packed_seq_params: the samples of the sequence.
             context: of cross-attention, None.
-            padding_mask: for the router of experts.
+            padding_mask: None; the samples know what is padding.
             **kwargs: what megatron's block passes for inference and cross-attention, all None.
         """
         normed, residual = self.input_layernorm(hidden_states)
@@ -155,13 +171,21 @@ class FusedTransformerLayer(TransformerLayer):
             normed, residual = self.pre_mlp_layernorm(self.self_attn_bda(attended, residual))
         else:
             normed, residual = self.pre_mlp_layernorm(attended, residual)
-        mlp = partial(self.mlp, padding_mask=padding_mask)
+        is_token = self.tokens_of_rank(packed_seq_params) if self.is_moe_layer else None
+        mlp = partial(self.mlp, padding_mask=is_token)
         output, _ = self.checkpointed(mlp, normed) if self.recompute_mlp else mlp(normed)
         if self.recomputes_norms and trains(self.mlp):
             self.pre_mlp_layernorm.free_until_backward(normed, residual, output)
         if isinstance(self.mlp_bda, NormThenAdd):
             return self.mlp_bda(output, residual), context
         return residual + output, context
+
+    def tokens_of_rank(self, packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+        """bool [1, s] of this rank's part of the sequence, False for padding; None = no padding."""
+        is_token: Tensor | None = getattr(packed_seq_params, "is_token", None)
+        if is_token is None or not self.config.sequence_parallel:
+            return is_token
+        return is_token.chunk(self.config.tensor_model_parallel_size, 1)[self.tp_group.rank()]
 
     def checkpointed(self, mlp: Any, normed: Tensor) -> Any:
         """Calls the MLP so that the backward pass computes it again."""

@@ -47,6 +47,7 @@ from sft_fast.models.locate import (
     tokenizer_source,
     with_tokens,
 )
+from sft_fast.models.router import check_router
 from sft_fast.models.weights import check_weights
 from sft_fast.stages import stage_of
 
@@ -183,6 +184,7 @@ def read_start(config: Config, needs_weights: bool = True) -> tuple[Any, Model]:
     )
     read = read_model(model, config.lora, config.seed, folder, new_token_ids(tokenizer))
     check_layout(read.architecture, model, config.packing, config.parallel, config.lora)
+    check_router(read.architecture, config.router, config.lora)
     num_outputs = stage_of(config).num_outputs
     if num_outputs is not None:
         read = with_head(read, num_outputs, config.seed)

@@ -41,7 +41,7 @@ from sft_fast.megatron.attention.core import PackedAttention
 from sft_fast.megatron.attention.packed_samples import AttentionFn, PackedSamples, ScoreOptions
 from sft_fast.megatron.attention.self_test import AttentionShape
 from sft_fast.megatron.embedding import use_row_embedding
-from sft_fast.megatron.experts import connect_dispatchers, experts_config, use_grouped_experts
+from sft_fast.megatron.experts import connect_experts, experts_config, use_grouped_experts
 from sft_fast.megatron.latent_attention import LatentAttention
 from sft_fast.megatron.layer import FusedSelfAttention, FusedTransformerLayer, use_kernels
 from sft_fast.megatron.memory import memory_options, recomputed_parts
@@ -460,7 +460,7 @@ def build_chunk(
         vp_stage=vp_stage,
     )
     model.attention = attention
-    connect_dispatchers(model)
+    connect_experts(model, architecture)
     mark_sharded_weights(model)
     return model.to(parallel.device)
 

@@ -1,7 +1,13 @@
 """RMSNorm for megatron-core layer specs, without Transformer Engine or Apex."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockKernels
@@ -84,3 +90,93 @@ class HeadNorm(RMSNorm):
     def forward(self) -> Tensor:  # type: ignore[override]
         """[head_dim]"""
         return self.weight
+
+
+class WideNorm(nn.Module):
+    """The norm of the queries or the keys over all heads, which tensor-parallel ranks share.
+
+    Calling it gives this rank's weights, so that DDP's parameter-gather hooks fire.
+    """
+
+    def __init__(self, config: Any, width: int):
+        """Args:
+        config: megatron's.
+        width: of all heads of this rank.
+        """
+        super().__init__()
+        dtype, device = config.params_dtype, torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, stride=1)
+
+    def forward(self) -> Tensor:
+        """[heads * head_dim] of this rank."""
+        return self.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """As megatron's modules have it; the weight is split by its rows."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            state, prefix, {"weight": 0}, sharded_offsets
+        )
+        return sharded
+
+
+def norm_over_heads(
+    qkv: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    num_groups: int,
+    head_dim: int,
+    eps: float,
+    tp_group: dist.ProcessGroup,
+) -> Tensor:
+    """Queries and keys normalised over all heads of all tensor-parallel ranks.
+
+    Args:
+        qkv: [s, b, groups * (queries + 2) * head_dim], each group's queries, key and value.
+        query_weight: [groups * queries * head_dim].
+        key_weight: [groups * head_dim].
+        num_groups: query groups of this rank.
+        head_dim: channels of a head.
+        eps: added to the mean square.
+        tp_group: the ranks that share the heads.
+
+    Returns:
+        Like qkv.
+    """
+    heads = qkv.unflatten(2, (num_groups, -1, head_dim))
+    *normed, values = heads.split([heads.shape[3] - 2, 1, 1], dim=3)
+    sums = torch.stack([part.float().square().sum((2, 3, 4)) for part in normed])  # [2, s, b]
+    sums = SumOverRanks.apply(sums, tp_group)
+    for number, weight in enumerate((query_weight, key_weight)):
+        part, width = normed[number], len(weight) * tp_group.size()
+        scale = torch.rsqrt(sums[number] / width + eps)[:, :, None, None, None]
+        normed[number] = (part.float() * scale).to(qkv.dtype) * weight.view(part.shape[2:])
+    return torch.cat([*normed, values], dim=3).flatten(2)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """(numbers of each rank, group) -> their sum; every rank computes something else with it."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Like numbers."""
+        ctx.group = group
+        return total_of(numbers, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradients of all ranks, added up."""
+        return total_of(grad, ctx.group), None
+
+
+def total_of(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of what the ranks of a group have, in new memory."""
+    if group.size() == 1:
+        return numbers
+    total = numbers.clone()
+    dist.all_reduce(total, group=group)
+    return total

@@ -51,7 +51,8 @@ def sum_over_ranks(
     shape: tuple[int, ...],
     parallel: Parallel,
     votes: tuple[float, ...] = (),
-) -> tuple[Tensor, Tensor]:
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Adds up the micro-batches of all ranks.
 
     Args:
@@ -60,8 +61,9 @@ def sum_over_ranks(
         shape: of the value.
         parallel: the layout.
         votes: more numbers to add up, of every rank.
+        seen: fp64, a tensor of every rank to add up; None = an empty one.
 
-    Returns: fp64 of `shape` and fp64 [len(votes)], the same on every rank.
+    Returns: fp64 of `shape`, fp64 [len(votes)] and fp64 like `seen`, the same on every rank.
     """
     total = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
     # Only the last stage has reports; tensor-parallel ranks have the same ones.
@@ -69,7 +71,8 @@ def sum_over_ranks(
         for report in reports:
             total += report[name]
     asked = torch.tensor(votes, dtype=torch.float64).to(parallel.device, non_blocking=True)
-    everything = torch.cat([total.reshape(-1), asked])
+    seen = total.new_empty(0) if seen is None else seen
+    everything = torch.cat([total.reshape(-1), asked, seen.reshape(-1)])
     dist.all_reduce(everything)
-    counted, voted = everything.split([total.numel(), len(votes)])
-    return counted.reshape(shape), voted
+    counted, voted, observed = everything.split([total.numel(), len(votes), seen.numel()])
+    return counted.reshape(shape), voted, observed.reshape(seen.shape)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import ModuleList
@@ -11,6 +12,7 @@ from torch.nn import ModuleList
 from sft_fast.config.schema import Config
 from sft_fast.megatron.batches import BatchShape, batch_shape
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
+from sft_fast.megatron.expert_load import ExpertLoad, move_biases, watch_experts
 from sft_fast.megatron.forward_step import forward_step
 from sft_fast.megatron.guard import Guard
 from sft_fast.megatron.hf import WeightSource
@@ -47,6 +49,8 @@ class Run:
     forward_step: ForwardStep = forward_step
     copier: HostCopier = field(default_factory=HostCopier)
     """What a save in the background still reads; the update waits for it."""
+    load: ExpertLoad | None = None
+    """How the routers spread the tokens; None = the model has no experts."""
 
 
 def build_run(
@@ -59,12 +63,13 @@ def build_run(
 ) -> Run:
     """Allocates the model, loads its weights, and adds the optimizer and the schedule."""
     modules = starting_model(config, architecture, weights, parallel, tensor_done)
+    load = watch_experts(modules, architecture, config.router, parallel.device)
     model = wrap_model(modules, config.model, config.parallel)
     optimizer = build_optimizer(model, config.model, config.parallel, config.optim, parallel)
     connect_schedule(model, optimizer)
     schedule = build_lr_schedule(optimizer, config.optim, num_steps)
     shape = batch_shape(config.train, config.packing, config.model, parallel)
-    return Run(model, optimizer, schedule, shape, parallel)
+    return Run(model, optimizer, schedule, shape, parallel, load=load)
 
 
 def train_step(
@@ -92,12 +97,19 @@ def train_step(
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     normalise_by(run.model, counts.loss_weight)
+    load = run.load
+    if load is not None:
+        load.begin_step(counts)
     reports = run_schedule(run.model, batches, run.shape, run.forward_step)
-    total, votes = sum_over_ranks(reports, "lm loss", (2,), run.parallel, phases.votes())
+    total, votes, seen = sum_over_ranks(
+        reports, "lm loss", (2,), run.parallel, phases.votes(), None if load is None else load.seen
+    )
+    if load is not None:
+        total = torch.cat([total, load.end_step(seen, counts.num_tokens)])
     lr = run.optimizer.param_groups[0]["lr"]
     grad_norm = ready_gradients(run.optimizer)
     # The norm is on the host by now, so reading the loss waits for nothing.
-    loss_sum, counted = total.tolist()
+    loss_sum, counted, *of_experts = total.tolist()
     assert counted == counts.num_supervised, (counted, counts)
     phases.apply_votes(*votes.tolist())
     loss = loss_sum / (counts.loss_weight or 1.0)
@@ -106,9 +118,18 @@ def train_step(
         reason, warning = StepReason.OVERFLOW, "fp16 overflow"
     elif guard is not None:
         reason, warning = guard.judge(loss, grad_norm)
-    outcome = StepOutcome(loss, math.nan if grad_norm is None else grad_norm, lr, reason, warning)
+    outcome = StepOutcome(
+        loss,
+        math.nan if grad_norm is None else grad_norm,
+        lr,
+        reason,
+        warning,
+        {} if load is None else load.figures(of_experts),
+    )
     if outcome.updated:
         run.copier.before_update()
         clip_and_update(run.optimizer, outcome.grad_norm)
         run.schedule.step(increment=1)
+        if load is not None:
+            move_biases(run.model, load, seen)
     return outcome

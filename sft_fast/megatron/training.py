@@ -107,6 +107,8 @@ def build(job: Job, start: Start) -> Trainer:
         load_checkpoint(
             start.checkpoint, run.model, run.optimizer, run.schedule, phases.tensor_done
         )
+        if run.load is not None:
+            run.load.load_state(start.state.router)
         metrics.log(f"resumed from {start.checkpoint} at step {start.step} of {start.num_steps}")
     if parallel.is_main:
         save_config(config, job.output / "config.yaml")
@@ -219,4 +221,5 @@ def save(trainer: Trainer, state: TrainState, is_last: bool, files: Files, phase
     run = trainer.run
     with phases.paused("save"):
         parts = sharded_state(run.model, run.optimizer, run.schedule)
+        state = replace(state, router={} if run.load is None else run.load.state())
         trainer.checkpoints.save(state, parts, is_last, files)

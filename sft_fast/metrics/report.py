@@ -102,6 +102,9 @@ def result_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     if answers is not None:
         remark = f"of {answers['num_questions']} held-out questions"
         figures.append(("exact match", f"{answers['exact_match']:.1%}", remark))
+    if last.get("expert_load") is not None:
+        remark = f"of the mean, busiest of a layer; {last['empty_experts']:.1%} of all unused"
+        figures.append(("expert load", f"{last['expert_load']:.2f}", remark))
     trained = f"{last['supervised_tokens_per_s']:,.0f} of them trained"
     figures.append(("tokens per second", f"{last['tokens_per_s']:,.0f}", trained))
     figures.append(("seconds a step", f"{seconds:.2f}", f"{last['step']:,} steps"))

@@ -10,8 +10,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -55,6 +55,8 @@ class StepOutcome:
     reason: StepReason = StepReason.UPDATED
     warning: str = ""
     """The reason in words, unless it is UPDATED."""
+    experts: Mapping[str, float] = field(default_factory=dict)
+    """How the routers spread the tokens; see expert_load.FIGURES. {} = there are no experts."""
 
     @property
     def updated(self) -> bool:
@@ -74,6 +76,7 @@ class StepOutcome:
             "lr": self.lr,
             "was_skipped": not self.updated,
             "warning": self.warning,
+            **self.experts,
         }
 
 

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from sft_fast.config.sections import ShapeConfig
 from sft_fast.constants import round_up
+from sft_fast.kernels.routing import RouterScores, Routing
 from sft_fast.models.config_defaults import SIZES, with_defaults
 from sft_fast.models.families import (
+    EXPERT_BIAS,
     FAMILIES,
     REFUSED,
     SIZE_FIELDS,
@@ -73,6 +75,16 @@ class Architecture(Traits):
     """Channels of a head's value; 0 = head_dim."""
     rotates_neighbours: bool = False
     """Channels 2 i and 2 i + 1 are rotated together, not i and i + n."""
+    router_scores: RouterScores = "softmax"
+    """Of an expert among all; sigmoid = by its own logit alone."""
+    router_scale: float = 1.0
+    """Factor of the weights of a token's experts."""
+    router_groups: int = 1
+    """Groups of neighbouring experts."""
+    router_groups_chosen: int = 1
+    """Groups that the experts of a token come from."""
+    scores_of_group: int = 2
+    """Highest scores of a group that decide whether it is one of them."""
     num_outputs: int | None = None
     """Outputs of a linear head in place of the LM head; None = the LM head."""
     options: frozenset[str] = frozenset()
@@ -110,6 +122,11 @@ class Architecture(Traits):
     def has_qk_norm(self) -> bool:
         """Queries and keys are normalised head by head."""
         return "self_attention.k_layernorm.weight" in self.layer
+
+    @property
+    def has_wide_qk_norm(self) -> bool:
+        """Queries and keys are normalised over all heads together."""
+        return "self_attention.query_norm.weight" in self.layer
 
     @property
     def layer(self) -> Mapping[str, Rule]:
@@ -152,6 +169,30 @@ class Architecture(Traits):
     def num_head_parameters(self) -> int:
         """Of a head in place of the LM head."""
         return (self.num_outputs or 0) * self.hidden_size
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The layers, counted from 0, that have experts."""
+        layers = range(self.num_layers) if self.num_experts else ()
+        return [layer for layer in layers if layer not in self.dense_layers]
+
+    @property
+    def routing(self) -> Routing:
+        """How tokens find their experts."""
+        return Routing(
+            self.experts_per_token,
+            self.renormalise_experts,
+            self.router_scores,
+            self.router_scale,
+            self.router_groups,
+            self.router_groups_chosen,
+            self.scores_of_group,
+        )
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """Experts have a bias that decides which are chosen, beside their scores."""
+        return EXPERT_BIAS in self.layer
 
     def window(self, layer: int) -> int | None:
         """Tokens that a token of `layer` (from 0) attends to; None = its whole sample."""

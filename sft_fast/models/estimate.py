@@ -176,7 +176,7 @@ def layer_bytes_per_token(
     norms -= 2 * is_recomputed(model, "norm")
     silu -= is_recomputed(model, "activation")
     heads = query + key + value + attended
-    heads += query + key if a.has_qk_norm else 0
+    heads += query + key if a.has_qk_norm or a.has_wide_qk_norm else 0
     heads += 0 if is_gpu and parallel.context == 1 else attended
     hidden = (4 + norms) * a.hidden_size / sequence
     hidden += 2 * (a.kv_rank + a.query_rank) / sequence

@@ -50,6 +50,8 @@ class Rule:
     initial: float | None = None
     """All values of a vector in a model of random weights; None = those of a norm that changes
     nothing. Matrices are random."""
+    is_buffer: bool = False
+    """No gradient changes it; fp32 in memory and in files."""
     matrix: int | None = None
     """Of an expert's rule: which of the parameter's matrices is meant."""
 
@@ -60,6 +62,7 @@ def replicated(name: str, *shape: str) -> Rule:
 
 
 HEAD = "output_layer.weight"
+EXPERT_BIAS = "mlp.router.expert_bias"
 MODEL = {
     "embedding.word_embeddings.weight": Rule(
         "vocab", {"model.embed_tokens.weight": ("vocab", "hidden")}
@@ -117,6 +120,11 @@ QK_NORM = {
     "self_attention.q_layernorm.weight": replicated("self_attn.q_norm.weight", "head"),
     "self_attention.k_layernorm.weight": replicated("self_attn.k_norm.weight", "head"),
 }
+WIDE_QK_NORM = {
+    "self_attention.query_norm.weight": Rule("rows", {"self_attn.q_norm.weight": ("queries",)}),
+    "self_attention.key_norm.weight": Rule("rows", {"self_attn.k_norm.weight": ("keys",)}),
+}
+"""Over all heads together, where QK_NORM is over one."""
 FUSED = {
     "self_attention.linear_qkv.weight": Rule(
         "qkv", {"self_attn.qkv_proj.weight": ("queries+keys+keys", "hidden")}
@@ -176,6 +184,12 @@ SHARED_EXPERT = gated_mlp("mlp.shared_experts", "mlp.shared_expert", "shared_ffn
     "mlp.shared_experts.gate_weight": replicated("mlp.shared_expert_gate.weight", "1", "hidden")
 }
 """An expert for every token, whose output a gate scales."""
+
+
+def expert_bias(name: str) -> dict[str, Rule]:
+    """What is added to the scores of a router for the choice of experts, under that name."""
+    sources = {name: ("experts",)}
+    return {EXPERT_BIAS: Rule("replicated", sources, initial=0.0, is_buffer=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +321,15 @@ def gemma_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def minimax_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Its router, which config.json does not describe, and its own key of partial rotation."""
+    fields: dict[str, Any] = {"router_scores": "sigmoid"}
+    rope = config.get("rope_parameters") or {}
+    if "rotary_dim" in config and "partial_rotary_factor" not in {**rope, **config}:
+        fields["rotary_fraction"] = config["rotary_dim"] / config["head_dim"]
+    return fields
+
+
 NO_BIAS = (("attention_bias", False), ("mlp_bias", False))
 GEMMA_FIXED = (("attention_bias", False), ("use_bidirectional_attention", False))
 GEMMA_DEFAULTS: dict[str, Any] = {
@@ -401,6 +424,33 @@ FAMILIES = {
         experts_of="intermediate_size",
         defaults=MISTRAL_DEFAULTS
         | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
+    ),
+    "OlmoeForCausalLM": Family(
+        ATTENTION | WIDE_QK_NORM | QWEN_EXPERTS,
+        fixed=(("attention_bias", False), ("clip_qkv", None)),
+        experts_of="intermediate_size",
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+    ),
+    "MiniMaxM2ForCausalLM": Family(
+        ATTENTION
+        | WIDE_QK_NORM
+        | experts("block_sparse_moe", "w1", "w3", "w2")
+        | expert_bias("block_sparse_moe.e_score_correction_bias"),
+        fixed=(("router_jitter_noise", 0.0),),
+        experts_of="intermediate_size",
+        own_fields=minimax_fields,
+        defaults={
+            "head_dim": 128,
+            "max_position_embeddings": 196608,
+            "num_key_value_heads": 8,
+            "rope_theta": 5e6,
+            "num_experts_per_tok": 8,
+        },
     ),
     "Gemma2ForCausalLM": Family(
         LLAMA | POST_NORMS,

@@ -40,7 +40,7 @@ class LayerParameters:
 
     Attributes:
         matrices: weights of matrices, those of experts left out.
-        vectors: norm weights and biases.
+        vectors: norm weights and biases, but for those of experts, which are no parameters.
         expert: weights of one expert; 0 = the layer has none.
         mlp: those of the matrices that are an MLP.
     """
@@ -61,7 +61,7 @@ def layer_parameters(architecture: Architecture, layer: int) -> LayerParameters:
             if rule.is_expert:
                 expert += count
             elif len(shape) == 1:
-                vectors += count
+                vectors += 0 if rule.is_buffer else count
             else:
                 matrices += count
                 mlp += count if name.startswith("mlp.linear_fc") else 0

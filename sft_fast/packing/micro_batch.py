@@ -58,6 +58,7 @@ class MicroBatch:
         weights: float32 [1, T], factor of the loss of tokens with a label, else 0; None = all 1.
         layout: how the samples lie in the sequence.
         sample_ids: int64 [num_samples], their numbers in the store; None = not known.
+        lengths: of the samples without their padding; None = as padded.
     """
 
     tokens: Tensor
@@ -73,6 +74,7 @@ class MicroBatch:
     weights: Tensor | None = None
     layout: SequenceLayout = PLAIN_LAYOUT
     sample_ids: NDArray[np.int64] | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> "MicroBatch":
         """Returns the micro-batch on `device`; from pinned memory the host does not wait.
@@ -296,9 +298,7 @@ def fill_micro_batch(
     views = {name: getattr(buffers, name)[:length] for name in names}
     views["cu_seqlens"] = buffers.cu_seqlens[: len(ids) + 1]
     views["active_tokens"] = buffers.active_tokens[:length]
-    weights = None
-    if has_weights and buffers.weights is not None:
-        weights = buffers.weights[:length]
+    weights = buffers.weights[:length] if has_weights and buffers.weights is not None else None
     # By place: looking up names takes longer than a short sequence.
     num_tokens, num_supervised, max_seqlen = _C.fill_micro_batch(
         store.tokens,
@@ -327,4 +327,11 @@ def fill_micro_batch(
         weights=None if weights is None else weights[None],
         layout=layout,
         sample_ids=ids,
+        lengths=None if layout.alignment == 1 else tuple(lengths_of(store, ids).tolist()),
     )
+
+
+def lengths_of(store: StoredTokens, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: tokens of each sample."""
+    lengths: NDArray[np.int64] = store.offsets[sample_ids + 1] - store.offsets[sample_ids]
+    return lengths

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ModelConfig,
         PackingConfig,
         ParallelConfig,
+        RouterConfig,
         TokenizerConfig,
     )
     from sft_fast.data.source import Source
@@ -57,7 +58,9 @@ def check_machine(config: Config) -> Findings:
     findings = Findings([], [])
     problems = findings.problems
     problems += _check_plugins(config.plugins)
-    problems += _check_model(config.model, config.packing, config.parallel, config.lora, findings)
+    problems += _check_model(
+        config.model, config.packing, config.parallel, config.lora, config.router, findings
+    )
     _note_transformer_engine(config.model, findings)
     problems += _check_tokenizer(config.model, config.tokenizer, config.lora, findings)
     problems += _check_data(config.data, findings)
@@ -86,11 +89,13 @@ def _check_model(
     packing: PackingConfig,
     parallel: ParallelConfig,
     lora: LoraConfig,
+    router: RouterConfig,
     findings: Findings,
 ) -> Iterator[Problem]:
     from sft_fast.models.architecture import read_hf_config
     from sft_fast.models.hub import is_downloaded, known_folder
     from sft_fast.models.locate import read_architecture
+    from sft_fast.models.router import router_note, router_problems
 
     path = model.path
     if path is None:
@@ -109,6 +114,9 @@ def _check_model(
     if not model.random_init and not is_downloaded(path):
         yield from _check_weights(folder, read_hf_config(folder), architecture)
     yield from layout_problems(architecture, model, packing, parallel, lora)
+    yield from router_problems(architecture, router, lora)
+    if note := router_note(read_hf_config(folder), router):
+        findings.notes.append(f"model.path: {note}")
 
 
 def _note_transformer_engine(model: ModelConfig, findings: Findings) -> None:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sft_fast.kernels.routing import Routing
+
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x[offsets[g] : offsets[g + 1]] @ weight[g].T for each group g.
@@ -44,3 +46,50 @@ def expert_mlp(
         weighted = result * probs[tokens, places].unsqueeze(1)
         output = output.index_add(0, tokens, weighted.to(output.dtype))
     return output
+
+
+def choose_experts(
+    logits: Tensor, routing: Routing, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their weights, one token after the other.
+
+    Args:
+        logits: [T, E].
+        routing: how they are chosen.
+        bias: [E], for the choice only.
+
+    Returns:
+        weights [T, k], experts [T, k].
+    """
+    weights, chosen = [], []
+    for row in logits:
+        scores = row.sigmoid() if routing.scores == "sigmoid" else row.softmax(0)
+        best = routing.scores_of_group
+        wanted = scores.tolist() if bias is None else (scores + bias).tolist()
+        size = len(wanted) // routing.num_groups
+        groups = [range(start, start + size) for start in range(0, len(wanted), size)]
+        groups.sort(key=lambda group: -sum(sorted(wanted[e] for e in group)[-best:]))
+        allowed = [expert for group in groups[: routing.groups_chosen] for expert in group]
+        experts = sorted(allowed, key=lambda expert: -wanted[expert])[: routing.num_chosen]
+        own = scores[experts]
+        weights.append(routing.scale * (own / own.sum() if routing.renormalise else own))
+        chosen.append(experts)
+    return torch.stack(weights), torch.tensor(chosen)
+
+
+def balance_loss(probs: Tensor, experts: Tensor) -> Tensor:
+    """E * sum over the experts of (mean number of a token's copies) * (mean probability).
+
+    It is k where both are even. The number of copies has no gradient.
+
+    Args:
+        probs: [T, E], of each token.
+        experts: [T, k], those that it goes to.
+
+    Returns:
+        A scalar.
+
+    Source: Fedus et al. 2021, arXiv 2101.03961, for k experts as transformers has it.
+    """
+    copies = functional.one_hot(experts, probs.shape[1]).sum(1).to(probs).mean(0)
+    return probs.shape[1] * (copies * probs.mean(0)).sum()

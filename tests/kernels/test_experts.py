@@ -19,6 +19,7 @@ from rank_pool import RankPool
 from sft_fast.kernels import expert_copies, expert_mlp, router
 from sft_fast.kernels import grouped_matmul as grouped
 from sft_fast.kernels.backends import import_backend
+from sft_fast.kernels.routing import Routing
 from sft_fast.reference import experts as reference
 
 pytest.importorskip("triton")
@@ -341,22 +342,33 @@ def test_torch_products_are_not_asked_for_what_they_cannot_do() -> None:
     assert not fits(x, torch.zeros(2 * 16 * 24 + 1).bfloat16()[1:].view(2, 16, 24))
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_the_router_chooses_the_likeliest(renormalise: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
+ROUTINGS = {
+    "softmax": Routing(3),
+    "softmax of the chosen": Routing(3, renormalise=True),
+    "sigmoid": Routing(3, scores="sigmoid"),
+    "sigmoid of the chosen": Routing(2, renormalise=True, scores="sigmoid", scale=2.5),
+    "two groups of four": Routing(3, True, "sigmoid", 2.5, num_groups=4, groups_chosen=2),
+    "best of a group": Routing(2, False, "softmax", 16.0, 4, 1, scores_of_group=1),
+}
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_the_router_chooses_as_the_oracle(name: str, has_bias: bool) -> None:
+    routing, generator = ROUTINGS[name], seeded(0)
     hidden = torch.randn(12, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    weight = torch.randn(5, 6, dtype=torch.float64, generator=generator).requires_grad_()
-
-    def weights(hidden: Tensor, weight: Tensor) -> Tensor:
-        return router.choose_experts(router.router_logits(hidden, weight), 3, renormalise)[0]
-
-    probs, experts = router.choose_experts(router.router_logits(hidden, weight), 3, renormalise)
-    likely = (hidden @ weight.t()).softmax(1)
-    assert torch.equal(experts, likely.argsort(1, descending=True)[:, :3])
-    expected = likely.gather(1, experts)
-    expected = expected / expected.sum(1, keepdim=True) if renormalise else expected
-    torch.testing.assert_close(probs, expected)
-    assert torch.autograd.gradcheck(weights, (hidden, weight))
+    weight = torch.randn(8, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    bias = torch.randn(8, dtype=torch.float64, generator=generator) if has_bias else None
+    results = [
+        choose(router.router_logits(hidden, weight), routing, bias)
+        for choose in (router.choose_experts, reference.choose_experts)
+    ]
+    (weights, experts), (expected, theirs) = results
+    assert torch.equal(experts, theirs)
+    torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
+    upstream = torch.randn(weights.shape, dtype=torch.float64, generator=generator)
+    ours, true = (torch.autograd.grad(w, (hidden, weight), upstream) for w in (weights, expected))
+    torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -400,7 +412,9 @@ def test_gpu_is_no_worse_than_eager_and_never_waits(dtype: torch.dtype) -> None:
     upstream = torch.randn(1000, 256, generator=generator, device="cuda").to(dtype)
 
     def step() -> tuple[Tensor, Tensor]:
-        probs, experts = router.choose_experts(router.router_logits(hidden, weight), 4, True)
+        probs, experts = router.choose_experts(
+            router.router_logits(hidden, weight), Routing(4, renormalise=True)
+        )
         order = expert_copies.sort_copies(experts, 16)
         activate = activate_by("triton")
         output = expert_mlp.expert_mlp(hidden, gate_up, down, probs, order, activate)

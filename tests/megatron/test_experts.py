@@ -17,6 +17,7 @@ data: {{train: {train}}}
 packing: {{capacity: 64}}
 train: {{steps: 4, global_batch_size: 4}}
 optim: {{lr: 1.0e-3, eps: 1.0e-3, decay: constant}}
+router: {{aux_loss_coef: 0.05, bias_update_rate: 0.01}}
 checkpoint: {{every_steps: 2, keep_last: 9}}
 """
 EXPERTS = ["parallel.expert=2"]
@@ -29,14 +30,18 @@ def train(pool: RankPool, world_size: int, config: Path, *overrides: str) -> Non
         assert code == 0, err
 
 
-def step_losses(run: Path) -> list[float]:
+def steps(run: Path) -> list[dict]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "step"]
+    return [line for line in lines if line["kind"] == "step"]
+
+
+def step_losses(run: Path) -> list[float]:
+    return [line["loss"] for line in steps(run)]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
     from sft_fast.data.tokenizer import load_tokenizer
 
@@ -47,19 +52,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assistant = {"role": "assistant", "content": str(number + 1)}
             file.write(json.dumps({"messages": [user, assistant]}) + "\n")
     tokenizer = load_tokenizer("demo", None)
-    shape = Qwen3MoeConfig(
+    shape = MiniMaxM2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        num_experts=4,
+        rotary_dim=4,
+        num_local_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=24,
+        intermediate_size=24,
         initializer_range=0.3,
     )
-    model = Qwen3MoeForCausalLM(shape)
+    model = MiniMaxM2ForCausalLM(shape)
     vary_vectors(model)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -89,6 +95,12 @@ def test_a_run_continues_at_any_layout(
         assert step_losses(tmp_path) == losses
     else:
         assert step_losses(tmp_path) == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_step_tells_the_load_of_the_experts(run: Path) -> None:
+    for line in steps(run):
+        assert 1 <= line["expert_load"] <= line["expert_load_worst"] <= 4
+        assert 0 <= line["empty_experts"] <= 0.75 and line["router_aux_loss"] > 0
 
 
 def test_the_export_is_the_trained_model(rank_pool: RankPool, config: Path, run: Path) -> None:
@@ -142,6 +154,7 @@ def test_adapters_go_beside_attention_only(
     rank_pool: RankPool, config: Path, run: Path, tmp_path: Path
 ) -> None:
     arguments = ["--config", str(config), f"output_dir={tmp_path}", "lora.rank=2", "train.steps=2"]
+    arguments.append("router.bias_update_rate=0")
     ((code, _, err),) = rank_pool.run(1, call_main, arguments)
     assert code != 0 and "down_proj: selects no projection, and experts get no adapters" in err
     arguments += ["lora.targets=[q_proj,k_proj,v_proj,o_proj]", *EXPERTS]

@@ -89,6 +89,14 @@ MODELS = {
         },
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 9},
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
+    "minimax": {
+        "model_type": "minimax_m2",
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "gemma2": {
         "model_type": "gemma2",
         "head_dim": 16,
@@ -125,7 +133,7 @@ LAYOUTS: dict[str, Layout] = {  # ranks, parallel section, models
     "tp2": (2, {"tensor": 2}, ["tied", "untied", "qwen2"]),
     "tp2-sequence": (2, SEQUENCE, SPLIT),
     "tp2-sequence-etp2": (2, SEQUENCE | {"expert_tensor": 2}, MOE),
-    "tp2-sequence-ep2": (2, SEQUENCE | {"expert": 2}, MOE),
+    "tp2-sequence-ep2": (2, SEQUENCE | {"expert": 2}, [*MOE, "minimax"]),
     "ep2": (2, {"expert": 2, "distributed_optimizer": False}, MOE),
     "pp2": (2, {"pipeline": 2}, SPLIT),
 }
@@ -244,6 +252,8 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
     gradients = {}
     parameters = dict(model.named_parameters())
     for name, rule in named_rules(model, architecture):
+        if rule.is_buffer:
+            continue
         own = matrix_of(rule, parameters[name].main_grad)
         shards = gather_shards(own, parallel, rule.is_expert)
         merged = merge_shards(rule, shards, architecture)
@@ -278,7 +288,7 @@ def transformers_truth(folder: Path) -> tuple[torch.Tensor, float, dict[str, tor
 def as_saved(name: str, tensor: torch.Tensor, model_type: str) -> dict[str, torch.Tensor]:
     """transformers has the experts of a layer in one tensor, but not in the files."""
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    if model_type == "mixtral":
+    if model_type in ("mixtral", "minimax_m2"):
         name = name.replace(".mlp.", ".block_sparse_moe.")
         names = {"gate": "w1", "up": "w3", "down": "w2"}
     head, is_expert, matrix = name.partition(".experts.")

@@ -65,8 +65,12 @@ LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
 }
 
 
-# The same of a model with experts, whose ranks get rows of different length.
+# The same of a model with experts, whose ranks get rows of different length, and whose router is
+# trained by losses of its own.
 EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
+    "micro-batch-4": (1, BFD, 4, {}, {}),
+    "cp2-ep2": (2, BFD | {"alignment": 4}, 1, {"context": 2, "expert": 2}, {}),
+    "pp2": (2, BFD, 2, {"pipeline": 2}, {}),
     "ep2": (2, BFD, 1, {"expert": 2}, {}),
     "ep2-recompute": (2, BFD, 2, {"expert": 2}, {"recompute": "full"}),
     "dp2": (2, BFD, 2, {}, {}),
@@ -74,7 +78,6 @@ EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "tp2-etp2": (2, BFD, 1, {"tensor": 2, "sequence": True, "expert_tensor": 2}, {}),
 }
 SLOW_EXPERT_LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
-    "cp2-ep2": (2, BFD | {"alignment": 4}, 1, {"context": 2, "expert": 2}, {}),
     "ep2-plain-optimizer": (2, BFD, 1, {"expert": 2, "distributed_optimizer": False}, {}),
     "tp2": (2, BFD, 1, {"tensor": 2, "sequence": True}, {}),
     "etp2": (2, BFD, 1, {"expert_tensor": 2}, {}),
@@ -98,8 +101,9 @@ def run_steps(
     parallel_section: Section,
     model_section: Section,
     weights_of_tokens: list[float] | None = None,
-) -> list[tuple[float, float]]:
-    """(loss, grad_norm) of two optimizer steps over the same global batch.
+    router: Section | None = None,
+) -> list[tuple[float, ...]]:
+    """(loss, grad_norm, what a router reports) of two optimizer steps over the same global batch.
 
     The weights are repeated over all tokens.
     """
@@ -119,6 +123,7 @@ def run_steps(
         packing=packing_section,
         train={"global_batch_size": NUM_SAMPLES, "micro_batch_size": micro_batch_size},
         parallel=parallel_section,
+        router=router or {},
         # With the usual epsilon Adam turns the sign of a gradient of 1e-8 into a whole step.
         optim={"eps": 1e-3},
     )
@@ -138,12 +143,12 @@ def run_steps(
     with open_batches(store, plan, range(2), run.shape, parallel) as batches:
         for _ in range(2):
             result = train_step(run, batches, plan.counts(0))
-            results.append((result.loss, result.grad_norm))
+            results.append((result.loss, result.grad_norm, *result.experts.values()))
     return results
 
 
 @pytest.fixture(scope="module")
-def truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
+def truth(rank_pool: RankPool, llama: str) -> list[tuple[float, ...]]:
     """One rank, one row at a time."""
     (result,) = rank_pool.run(1, run_steps, llama, BFD, 1, {}, {})
     return result
@@ -151,7 +156,7 @@ def truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradient_do_not_depend_on_the_layout(
-    rank_pool: RankPool, llama: str, truth: list[tuple[float, float]], layout: str
+    rank_pool: RankPool, llama: str, truth: list[tuple[float, ...]], layout: str
 ) -> None:
     world_size, *arguments = LAYOUTS[layout]
     for rank, steps in enumerate(rank_pool.run(world_size, run_steps, llama, *arguments)):
@@ -164,7 +169,7 @@ WEIGHTS = [0.25, 1.0, 3.0, 0.5, 0.5, 2.0, 1.5]
 
 
 @pytest.fixture(scope="module")
-def weighted_truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]:
+def weighted_truth(rank_pool: RankPool, llama: str) -> list[tuple[float, ...]]:
     (result,) = rank_pool.run(1, run_steps, llama, BFD, 1, {}, {}, WEIGHTS)
     return result
 
@@ -173,7 +178,7 @@ def weighted_truth(rank_pool: RankPool, llama: str) -> list[tuple[float, float]]
     "layout", ["micro-batch-8", "aligned", "dp2", "tp2-sequence", "pp2-unpacked"]
 )
 def test_weighted_loss_does_not_depend_on_the_layout(
-    rank_pool: RankPool, llama: str, weighted_truth: list[tuple[float, float]], layout: str
+    rank_pool: RankPool, llama: str, weighted_truth: list[tuple[float, ...]], layout: str
 ) -> None:
     world_size, *arguments = LAYOUTS[layout]
     for steps in rank_pool.run(world_size, run_steps, llama, *arguments, WEIGHTS):
@@ -184,8 +189,8 @@ def test_weighted_loss_does_not_depend_on_the_layout(
 def test_only_ratios_of_weights_count(
     rank_pool: RankPool,
     llama: str,
-    truth: list[tuple[float, float]],
-    weighted_truth: list[tuple[float, float]],
+    truth: list[tuple[float, ...]],
+    weighted_truth: list[tuple[float, ...]],
 ) -> None:
     for weights, expected in (
         ([0.125], truth),
@@ -197,10 +202,26 @@ def test_only_ratios_of_weights_count(
     assert weighted_truth[0] != pytest.approx(truth[0], rel=1e-4)
 
 
+ROUTER = {"aux_loss_coef": 1.0, "z_loss_coef": 0.01}
+
+
 @pytest.fixture(scope="module")
-def experts_truth(rank_pool: RankPool, experts: str) -> list[tuple[float, float]]:
-    (result,) = rank_pool.run(1, run_steps, experts, BFD, 1, {}, {})
+def experts_truth(rank_pool: RankPool, experts: str) -> list[tuple[float, ...]]:
+    (result,) = rank_pool.run(1, run_steps, experts, BFD, 1, {}, {}, None, ROUTER)
     return result
+
+
+def test_losses_of_the_router_are_part_of_the_gradient(
+    rank_pool: RankPool, experts: str, experts_truth: list[tuple[float, ...]]
+) -> None:
+    (plain,) = rank_pool.run(1, run_steps, experts, BFD, 1, {}, {})
+    z_loss = {"z_loss_coef": ROUTER["z_loss_coef"]}
+    (without,) = rank_pool.run(1, run_steps, experts, BFD, 1, {}, {}, None, z_loss)
+    # The auxiliary loss has no gradient before a batch was counted.
+    assert experts_truth[0][:2] == without[0][:2] and without[0][1] != plain[0][1]
+    assert experts_truth[1][1] != pytest.approx(without[1][1], rel=1e-3)
+    # Without losses only the counts are reported, which are the same.
+    assert plain[0][2:] == experts_truth[0][2:5]
 
 
 @pytest.mark.parametrize(
@@ -211,9 +232,10 @@ def experts_truth(rank_pool: RankPool, experts: str) -> list[tuple[float, float]
     ],
 )
 def test_nor_do_they_with_experts(
-    rank_pool: RankPool, experts: str, experts_truth: list[tuple[float, float]], layout: str
+    rank_pool: RankPool, experts: str, experts_truth: list[tuple[float, ...]], layout: str
 ) -> None:
     world_size, *arguments = (EXPERT_LAYOUTS | SLOW_EXPERT_LAYOUTS)[layout]
+    arguments += [None, ROUTER]
     for rank, steps in enumerate(rank_pool.run(world_size, run_steps, experts, *arguments)):
         for got, expected in zip(steps, experts_truth, strict=True):
             assert got == pytest.approx(expected, rel=1e-5), f"rank {rank}"

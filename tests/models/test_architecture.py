@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from sft_fast.models.architecture import architecture_from_hf, architecture_to_hf, read_hf_config
+from sft_fast.models.architecture import (
+    NUM_EXPERTS,
+    architecture_from_hf,
+    architecture_to_hf,
+    read_hf_config,
+)
 from sft_fast.models.families import FAMILIES
 from sft_fast.models.rope import RopeScaling
 
@@ -101,6 +106,8 @@ MODEL_TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
     "Phi3ForCausalLM": "phi3",
@@ -120,7 +127,8 @@ def test_absent_keys_take_the_defaults_of_transformers(name: str) -> None:
     from transformers import AutoConfig
 
     bare: dict[str, Any] = {"architectures": [name], **BARE}
-    if name == "MixtralForCausalLM" or name == "Qwen3MoeForCausalLM":
+    family = FAMILIES[name]
+    if family.experts_of is not None and not family.defaults.keys() & {*NUM_EXPERTS}:
         bare["num_local_experts"] = 8
     if name == "DeepseekV2ForCausalLM":
         bare["num_experts_per_tok"] = 2

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sft_fast.reference.experts import expert_mlp, grouped_matmul
+from sft_fast.kernels.routing import Routing
+from sft_fast.reference.experts import balance_loss, choose_experts, expert_mlp, grouped_matmul
 
 
 def problem(num_tokens: int = 7, num_experts: int = 4, num_chosen: int = 2) -> tuple[Tensor, ...]:
@@ -49,3 +50,41 @@ def test_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(
         lambda x, weight: grouped_matmul(x, weight, offsets), (inputs[0], inputs[1])
     )
+
+
+def test_experts_are_chosen_as_deepseek_chooses_them() -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    config = deepseek.DeepseekV3Config(
+        hidden_size=5,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+    )
+    theirs = deepseek.DeepseekV3TopkRouter(config)
+    torch.manual_seed(3)
+    theirs.weight.data.normal_()
+    theirs.e_score_correction_bias.normal_()
+    logits, expected, chosen = theirs(torch.randn(20, 5))
+    routing = Routing(3, True, "sigmoid", 2.5, num_groups=4, groups_chosen=2)
+    weights, experts = choose_experts(logits, routing, theirs.e_score_correction_bias)
+    order = chosen.argsort(1), experts.argsort(1)
+    assert torch.equal(chosen.gather(1, order[0]), experts.gather(1, order[1]))
+    torch.testing.assert_close(weights.gather(1, order[1]), expected.gather(1, order[0]))
+
+
+def test_the_loss_of_balance_is_that_of_transformers() -> None:
+    """Of one layer; theirs is of the means over all layers."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probs = logits.softmax(1)
+    loss = balance_loss(probs, probs.topk(2, dim=1).indices)
+    torch.testing.assert_close(loss, load_balancing_loss_func((logits,), 6, 2).to(loss))
+    assert loss > 2
+    even = torch.full((6, 6), 1 / 6)
+    spread = torch.arange(12).view(6, 2) % 6
+    assert balance_loss(even, spread).item() == 2.0

@@ -40,8 +40,21 @@ class PackedSamples(PackedSeqParams):
     """The model returns what an evaluation counts in place of losses."""
     token_weights: Tensor | None = None
     """fp32 [1, T]: factor of each token's loss; None = 1."""
+    position_ids: Tensor | None = None
+    """[1, T]; None = no padding is known."""
+    padded_lengths: tuple[int, ...] = ()
+    """`seqlens` without what stands for padding behind the samples."""
+    lengths: tuple[int, ...] | None = None
+    """Of the samples without their padding; None = as padded."""
     flex_masks: dict[int | None, Any] = field(default_factory=dict)
     """FlexAttention's masks by window; see flex.py."""
+
+    @cached_property
+    def is_token(self) -> Tensor | None:
+        """bool [1, T], False for padding; None = there is none."""
+        if self.position_ids is None:
+            return None
+        return token_mask(self.position_ids, self.padded_lengths, self.lengths, self.cp_size)
 
     @cached_property
     def groups(self) -> tuple[list[Tensor], Tensor]:
@@ -114,6 +127,31 @@ def pack_samples(
         token_weights=token_weights,
         cp_size=cp_size,
     )
+
+
+def token_mask(
+    position_ids: Tensor, seqlens: tuple[int, ...], lengths: tuple[int, ...] | None, cp_size: int
+) -> Tensor | None:
+    """Tells the tokens of samples from padding.
+
+    Args:
+        position_ids: [1, T], as a micro-batch has them.
+        seqlens: length of each padded sample, over all context-parallel ranks.
+        lengths: of each without its padding; None = the same.
+        cp_size: context-parallel ranks that share the samples.
+
+    Returns:
+        bool [1, T]; None where there is no padding.
+    """
+    num_tokens, device = position_ids.shape[1], position_ids.device
+    if lengths is None:
+        used = sum(seqlens) // cp_size
+        return None if used == num_tokens else torch.arange(num_tokens, device=device)[None] < used
+    ends = torch.tensor(seqlens, dtype=torch.int64).cumsum(0) // cp_size
+    limits = torch.tensor([*lengths, 0])
+    tokens = torch.arange(num_tokens, device=device)
+    sample = torch.searchsorted(ends.to(device, non_blocking=True), tokens, right=True)
+    return position_ids < limits.to(device, non_blocking=True)[sample]
 
 
 def size_class(length: int) -> int:

@@ -25,6 +25,8 @@ class TrainState:
     """What the numerical guard remembers; see guard.Guard."""
     early_stopping: dict[str, Any] = field(default_factory=dict)
     """How the evaluations so far compare; see evaluation.early_stopping."""
+    router: dict[str, Any] = field(default_factory=dict)
+    """What the auxiliary loss of the next step needs; see expert_load.ExpertLoad.state."""
     resumed_from: str = ""
     """The checkpoint that `checkpoint.resume` named; "" = this run began at step 0."""
     data: dict[str, Any] = field(default_factory=dict)

@@ -46,7 +46,7 @@ def export_weights(
         folder: exists.
         architecture: of the models.
         parallel: this rank's place.
-        dtype: of the files.
+        dtype: of the files, but for what is fp32 in all of them.
         tensor_done: called after each tensor and each file, see runtime.phases.
     """
     prefix = f"stage{parallel.pp_rank + 1:02d}-part{parallel.ep_rank + 1:02d}"
@@ -55,7 +55,7 @@ def export_weights(
     for model, name, rule in owned:
         if not (parallel.edp_rank == 0 if rule.is_expert else parallel.is_first_replica):
             continue
-        own = matrix_of(rule, merged_parameter(model, name))
+        own = matrix_of(rule, merged_tensor(model, name))
         shards = gather_shards(own, parallel, rule.is_expert)
         is_tied_copy = name == HEAD and architecture.tie_word_embeddings
         tensor_done()
@@ -63,18 +63,18 @@ def export_weights(
             continue
         tensors = merge_shards(rule, shards, architecture)
         for source, tensor in zip(rule.sources, tensors, strict=True):
-            writer.add(source, tensor.to("cpu", dtype))
+            writer.add(source, tensor.to("cpu", torch.float32 if rule.is_buffer else dtype))
     writer.flush()
     write_index(writer, folder, parallel)
 
 
-def merged_parameter(model: SFTModel, name: str) -> Tensor:
-    """The parameter `name`, in its shape; with LoRA adapters the fp32 sum with them [out, in]."""
+def merged_tensor(model: SFTModel, name: str) -> Tensor:
+    """A parameter or buffer, in its shape; with LoRA adapters the fp32 sum with them [out, in]."""
     module_name, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(module_name)
     if attribute == "weight" and hasattr(module, "merged_weight"):
         return module.merged_weight()
-    return model.get_parameter(name).detach()
+    return getattr(module, attribute).detach()
 
 
 class ShardWriter:
