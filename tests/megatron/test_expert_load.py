@@ -164,3 +164,29 @@ def test_steps_equal_a_plain_loop(rank_pool: RankPool, model: Path) -> None:
         assert len(ours) == len(biases)
         for own, theirs in zip(ours, biases, strict=True):
             assert own == pytest.approx(theirs, rel=1e-6, abs=1e-7)
+
+
+def test_only_tokens_of_samples_count() -> None:
+    """With padding behind each sample, behind the last one, and on ranks that share samples."""
+    from sft_fast.megatron.attention.packed_samples import token_mask
+    from sft_fast.packing.micro_batch import SequenceLayout, fill_micro_batch
+
+    store = make_store(random_samples(5, seed=1, longest=20))
+    for alignment, cp_size in ((1, 1), (8, 1), (4, 2), (8, 2)):
+        counts = []
+        for cp_rank in range(cp_size):
+            layout = SequenceLayout(alignment, cp_size, cp_rank)
+            batch = fill_micro_batch(store, [2, 0, 4], 96, layout=layout)
+            arguments = batch.position_ids, batch.seqlens, batch.lengths, cp_size
+            mask = token_mask(*arguments)
+            assert mask is not None and mask.shape == batch.tokens.shape
+            positions, samples = batch.places()
+            lengths = torch.tensor([*store.lengths[[2, 0, 4]], 0])
+            assert torch.equal(mask[0], positions < lengths[samples])
+            counts.append(int(mask.sum()))
+        assert sum(counts) == store.lengths[[2, 0, 4]].sum()
+    full = fill_micro_batch(store, [1], int(store.lengths[1]))
+    assert token_mask(full.position_ids, full.seqlens, full.lengths, 1) is None
+    empty = fill_micro_batch(store, [], 8)
+    mask = token_mask(empty.position_ids, empty.seqlens, empty.lengths, 1)
+    assert mask is not None and not mask.any()
