@@ -6,6 +6,7 @@ values are above the least, in the 0, 1, 2 or 4 bytes that the greatest of them 
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,25 +37,10 @@ class Column:
     @classmethod
     def of(cls, values: npt.NDArray[np.uint32]) -> Column:
         """Encodes values, uint32 [N]."""
-        size = len(values)
-        num_blocks = ceil_div(size, BLOCK)
-        # The last value fills its block.
-        edge = np.repeat(values[-1:], num_blocks * BLOCK - size)
-        table = np.concatenate([values, edge]).reshape(-1, BLOCK)
-        least = table.min(axis=1) if size else np.zeros(0, np.uint32)
-        above = table - least[:, None]
-        most = above.max(axis=1) if size else np.zeros(0, np.uint32)
-        widths = np.select([most == 0, most < 2**8, most < 2**16], [0, 1, 2], 4)
-        blocks = np.zeros(num_blocks + 1, BLOCK_DTYPE)
-        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        blocks["sum"] = sums[np.minimum(np.arange(num_blocks + 1) * BLOCK, size)]
-        blocks["least"][:-1] = least
-        blocks["place"][1:] = np.cumsum(widths)
-        data = np.empty((int(widths.sum()), BLOCK), np.uint8)
-        for width, dtype in _WIDTHS.items():
-            rows = above[widths == width].astype(dtype).view(np.uint8)
-            data[_rows(blocks, width)] = rows.reshape(-1, width, BLOCK)
-        return cls(size, blocks, data.reshape(-1))
+        encoder = ColumnEncoder()
+        encoder.extend(values)
+        blocks, data = encoder.take(last=True)
+        return cls(len(values), blocks, data)
 
     def values(self) -> npt.NDArray[np.uint32]:
         """All values, uint32 [N]."""
@@ -79,6 +65,59 @@ class Column:
             values = self.data[place * BLOCK : end * BLOCK].view(_WIDTHS[end - place])
             total += int(values[:count].sum(dtype=np.int64))
         return total
+
+
+class ColumnEncoder:
+    """Encodes values that come one after another; what is encoded need not be kept."""
+
+    def __init__(self) -> None:
+        self._pending = array("I")
+        # Of the blocks that were taken.
+        self._sum = self._place = 0
+
+    def append(self, value: int) -> None:
+        """Adds a value."""
+        self._pending.append(value)
+
+    def extend(self, values: npt.NDArray[np.uint32]) -> None:
+        """Adds values, uint32 [n]."""
+        self._pending.frombytes(np.ascontiguousarray(values, np.uint32).tobytes())
+
+    @property
+    def num_pending(self) -> int:
+        """Values that `take` has not encoded."""
+        return len(self._pending)
+
+    def take(self, *, last: bool) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]:
+        """The next part of the column: BLOCK_DTYPE [blocks] and uint8 [rows * BLOCK].
+
+        Args:
+            last: everything, and the block that ends the column; else whole blocks alone.
+        """
+        size = len(self._pending) if last else len(self._pending) // BLOCK * BLOCK
+        values = np.array(self._pending[:size], np.uint32)
+        del self._pending[:size]
+        num_blocks = ceil_div(size, BLOCK)
+        # The last value fills its block.
+        edge = np.repeat(values[-1:], num_blocks * BLOCK - size)
+        table = np.concatenate([values, edge]).reshape(-1, BLOCK)
+        least = table.min(axis=1) if size else np.zeros(0, np.uint32)
+        above = table - least[:, None]
+        most = above.max(axis=1) if size else np.zeros(0, np.uint32)
+        widths = np.select([most == 0, most < 2**8, most < 2**16], [0, 1, 2], 4)
+        blocks = np.zeros(num_blocks + 1, BLOCK_DTYPE)
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        blocks["sum"] = sums[np.minimum(np.arange(num_blocks + 1) * BLOCK, size)] + self._sum
+        blocks["least"][:-1] = least
+        blocks["place"] = np.concatenate([[0], np.cumsum(widths)]) + self._place
+        self._sum, self._place = int(blocks["sum"][-1]), int(blocks["place"][-1])
+        data = np.empty((int(widths.sum()), BLOCK), np.uint8)
+        for width, dtype in _WIDTHS.items():
+            chosen = widths == width
+            rows = above[chosen].astype(dtype).view(np.uint8).reshape(-1, width, BLOCK)
+            first = np.cumsum(widths)[chosen] - width
+            data[first[:, None] + np.arange(width)] = rows
+        return blocks if last else blocks[:-1], data.reshape(-1)
 
 
 def _rows(blocks: npt.NDArray[np.void], width: int) -> npt.NDArray[np.int64]:

@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import shutil
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ import numpy.typing as npt
 import xxhash
 
 from sft_fast.constants import ceil_div
-from sft_fast.data.columns import BLOCK_DTYPE, Column
+from sft_fast.data.columns import BLOCK_DTYPE, Column, ColumnEncoder
 from sft_fast.data.targets import count_targets
 from sft_fast.files import sync_folder
 from sft_fast.runtime.workplaces import make_workplace
@@ -47,6 +46,8 @@ STORE_VERSION = 4
 MOST_REJECTED = 10_000
 FLUSH_TOKENS = 1 << 20
 """Tokens collected in memory before they are written; a multiple of 8."""
+FLUSH_SAMPLES = 1 << 13
+"""Samples collected likewise: many short ones occupy far more than their tokens."""
 META_FILE = "meta.json"
 NEAR_DUPLICATE = "near duplicate"
 """Reason of samples that `data.near_duplicates` leaves out."""
@@ -60,6 +61,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "lines.blocks": BLOCK_DTYPE,
     "lines.data": np.dtype(np.uint8),
 }
+COLUMNS = ("lengths", "lines")
 STEP_BIAS = 1 << 31
 """Added to the steps of line numbers: another file starts again at line 1."""
 
@@ -170,7 +172,7 @@ class TokenStore:
         self.report = DataReport(**meta["report"])
         columns = (
             Column(meta["samples"], arrays[f"{name}.blocks"], arrays[f"{name}.data"])
-            for name in ("lengths", "lines")
+            for name in COLUMNS
         )
         self._lengths, self._line_steps = columns
         self.files: list[tuple[int, str]] = [(first, name) for first, name in meta["files"]]
@@ -337,8 +339,14 @@ class StoreWriter:
         self._weight_file: BinaryIO | None = None
         self._hashers = {name: xxhash.xxh3_128() for name in ARRAYS}
         self._pending_weights: list[npt.NDArray[np.float16]] = []
-        self._lengths = array("I")
-        self._lines = array("I")
+        self._columns = {name: ColumnEncoder() for name in COLUMNS}
+        self._column_files = {
+            f"{name}.{part}": enter((self._folder / f"{name}.{part}.bin").open("wb"))
+            for name in COLUMNS
+            for part in ("blocks", "data")
+        }
+        self._num_samples = 0
+        self._last_line = 0
         self._files: list[tuple[int, str]] = []
 
     def __enter__(self) -> StoreWriter:
@@ -387,11 +395,13 @@ class StoreWriter:
         self._pending_tokens.append(input_ids)
         self._pending_bits.append(supervised)
         self._num_pending += len(input_ids)
-        self._lengths.append(len(input_ids))
+        self._columns["lengths"].append(len(input_ids))
         if not self._files or self._files[-1][1] != file:
-            self._files.append((len(self._lines), file))
-        self._lines.append(line)
-        if self._num_pending >= FLUSH_TOKENS:
+            self._files.append((self._num_samples, file))
+        self._columns["lines"].append(line - self._last_line + STEP_BIAS)
+        self._last_line = line
+        self._num_samples += 1
+        if self._num_pending >= FLUSH_TOKENS or len(self._pending_tokens) >= FLUSH_SAMPLES:
             self._flush(last=False)
 
     def reject(self, file: str, line: int, reason: str, message: str) -> None:
@@ -416,24 +426,14 @@ class StoreWriter:
             parts: what the fingerprint was made of.
             report: what became of the records.
         """
-        assert self._lengths, "an empty store cannot be memory-mapped"
+        assert self._num_samples, "an empty store cannot be memory-mapped"
         self._flush(last=True)
-        steps = np.diff(np.frombuffer(self._lines, np.uint32).astype(np.int64), prepend=0)
-        columns = {
-            "lengths": np.frombuffer(self._lengths, np.uint32),
-            "lines": (steps + STEP_BIAS).astype(np.uint32),
-        }
-        for name, numbers in columns.items():
-            column = Column.of(numbers)
-            for part, values in (("blocks", column.blocks), ("data", column.data)):
-                with (self._folder / f"{name}.{part}.bin").open("wb") as file:
-                    self._append(file, f"{name}.{part}", values)
         self._open_files.close()
         meta: dict[str, Any] = {
             "version": STORE_VERSION,
             "fingerprint": fingerprint,
             "parts": dict(parts),
-            "samples": len(self._lengths),
+            "samples": self._num_samples,
             "bytes": {
                 name: (self._folder / f"{name}.bin").stat().st_size
                 for name in ARRAYS
@@ -460,7 +460,10 @@ class StoreWriter:
         return open_store(self._path)
 
     def _flush(self, last: bool) -> None:
-        """Writes the collected tokens; before the last flush only whole bytes of mask bits."""
+        """Writes what was collected; before the last flush only whole bytes of mask bits."""
+        for name, encoder in self._columns.items():
+            for part, values in zip(("blocks", "data"), encoder.take(last=last), strict=True):
+                self._append(self._column_files[f"{name}.{part}"], f"{name}.{part}", values)
         if not self._pending_tokens:
             return
         tokens = np.concatenate(self._pending_tokens)

@@ -1,11 +1,13 @@
 """Columns of integers: what goes in comes out, at any width and any place."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_fast.data.columns import BLOCK, Column
+from sft_fast.data.columns import BLOCK, Column, ColumnEncoder
 
 BOUNDS = [0, 1, 255, 256, 65535, 65536, 2**32 - 1]
 
@@ -23,6 +25,14 @@ def test_values_and_sums_come_back(data: st.DataObject) -> None:
         part[:] = random.integers(low, high, len(part), endpoint=True)
         part[:1], part[-1:] = low, high
     column = Column.of(values.astype(np.uint32))
+    stops = sorted(data.draw(st.lists(st.integers(0, size), max_size=3)))
+    encoder, taken = ColumnEncoder(), []
+    for start, stop in pairwise([0, *stops, size]):
+        encoder.extend(values[start:stop].astype(np.uint32))
+        taken.append(encoder.take(last=False))
+    taken.append(encoder.take(last=True))
+    for name, parts in zip(("blocks", "data"), zip(*taken, strict=True), strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts), getattr(column, name))
     assert column.values().dtype == np.uint32
     np.testing.assert_array_equal(column.values(), values)
     for stop in {0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 300, size - 1, size} & {*range(size + 1)}:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft_fast.data.store import META_FILE, DataReport, StoreWriter, TokenStore, open_store
+from sft_fast.data.columns import BLOCK
+from sft_fast.data.store import (
+    FLUSH_SAMPLES,
+    META_FILE,
+    DataReport,
+    StoreWriter,
+    TokenStore,
+    open_store,
+)
 
 ROOT = Path(__file__).parents[2]
 Samples = list[tuple[list[int], list[bool]]]
@@ -53,6 +61,22 @@ def test_roundtrip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_tokens
     ]
     assert (store.fingerprint, store.parts) == ("f", {"source": "s"})
     assert store.report == DataReport(source="s", rows=1)
+
+
+def test_what_a_writer_keeps_does_not_grow_with_the_samples(tmp_path: Path) -> None:
+    """By structure: the numbers that wait, of tokens, of samples and of their columns."""
+    ids, mask = np.ones(2, np.uint32), np.ones(2, bool)
+    most = 0
+    with StoreWriter(tmp_path / "store") as writer:
+        for number in range(3 * FLUSH_SAMPLES + 5):
+            writer.add(ids, mask, "a", 2 * number + 1)
+            columns = sum(encoder.num_pending for encoder in writer._columns.values())
+            most = max(most, columns + len(writer._pending_tokens) + len(writer._pending_bits))
+        store = writer.commit("f", {}, DataReport())
+    assert FLUSH_SAMPLES < most <= 4 * FLUSH_SAMPLES + 4 * BLOCK
+    assert (store.lengths == 2).all() and store.num_samples == 3 * FLUSH_SAMPLES + 5
+    places = [0, FLUSH_SAMPLES - 1, FLUSH_SAMPLES, 3 * FLUSH_SAMPLES + 4]
+    assert [store.line(number) for number in places] == [2 * number + 1 for number in places]
 
 
 def test_arrays_are_the_documented_memory_maps(tmp_path: Path) -> None:
