@@ -504,6 +504,94 @@ HARMONY_CASES = (
     ),
 )
 
+# As gpt-oss has it: reasoning is kept in front of a call until an answer follows, one call a turn.
+GPT_OSS = """\
+{{- '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') + '<|end|>' }}
+{%- set has_rules = messages[0].role in ['system', 'developer'] %}
+{%- set turns = messages[1:] if has_rules else messages %}
+{%- if has_rules or tools %}
+{{- '<|start|>developer<|message|>' + (messages[0].content if has_rules else '') }}
+{%- for tool in tools or [] %}{{ '\\ntype ' + tool.function.name }}{% endfor %}
+{{- '<|end|>' }}
+{%- endif %}
+{%- set called = namespace(name='') %}
+{%- for turn in turns %}
+{%- set later = turns[loop.index:] | selectattr('role', 'equalto', 'assistant') | list %}
+{%- if turn.role == 'user' %}{{ '<|start|>user<|message|>' + turn.content + '<|end|>' }}
+{%- elif turn.role == 'tool' %}
+{{- '<|start|>functions.' + called.name + ' to=assistant<|channel|>commentary<|message|>' }}
+{{- turn.content | tojson + '<|end|>' }}
+{%- elif turn.tool_calls %}
+{%- set called.name = turn.tool_calls[0].function.name %}
+{%- if turn.thinking and later | rejectattr('tool_calls', 'defined') | list | length == 0 %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + turn.thinking + '<|end|>' }}
+{%- endif %}
+{{- '<|start|>assistant to=functions.' + called.name + '<|channel|>commentary json<|message|>' }}
+{{- turn.tool_calls[0].function.arguments | tojson + '<|call|>' }}
+{%- else %}
+{%- if turn.thinking and loop.last and not add_generation_prompt %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + turn.thinking + '<|end|>' }}
+{%- endif %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + turn.content }}
+{{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}
+"""
+
+
+def channel(name: str, content: str, **extra: Any) -> Message:
+    """A turn of Harmony."""
+    return Message("assistant", content, extra={"channel": name, **extra})
+
+
+RAIN = channel("commentary", '{"city": "Ulm"}', recipient="functions.rain", content_type="json")
+HARMONY_TURNS = (
+    Message("developer", "Be brief."),
+    Message("user", "rain?"),
+    channel("analysis", "look it up"),
+    RAIN,
+    Message("tool", "wet", name="functions.rain", extra={"channel": "commentary"}),
+    channel("analysis", "wet is rain"),
+    channel("final", "yes"),
+)
+_EFFORT = "<|start|>system<|message|>Reasoning: high<|end|>"
+_CALLED = f"{_EFFORT}<|start|>developer<|message|>Be brief.\ntype rain<|end|>"
+_ASKED = "<|start|>user<|message|>rain?<|end|><|start|>assistant"
+_LOOKED = "<|channel|>analysis<|message|>look it up<|end|>"
+_CALL = '<|start|>assistant to=functions.rain<|channel|>commentary json<|message|>{"city": "Ulm"}'
+_WET = '<|start|>functions.rain to=assistant<|channel|>commentary<|message|>"wet"<|end|>'
+_THOUGHT = "<|channel|>analysis<|message|>wet is rain<|end|>"
+_YES = "<|start|>assistant<|channel|>final<|message|>yes<|return|>"
+HIGH = {"reasoning_effort": "high"}
+WITH_CHANNELS = Conversation(HARMONY_TURNS, (TOOL,), template_options=HIGH)
+# The model that answers has the call's reasoning before it, though the whole chat has none of it.
+_ANSWERED = f"{_CALLED}{_ASKED}{_LOOKED}{_CALL}<|call|>{_WET}<|start|>assistant"
+GPT_OSS_CASES = (
+    Case(
+        WITH_CHANNELS,
+        (f"{_CALLED}{_ASKED}[[{_LOOKED}{_CALL}<|call|>]]", f"{_ANSWERED}[[{_THOUGHT}{_YES}]]"),
+        {"changing_history": "expand"},
+    ),
+    Case(WITH_CHANNELS, f"{_ANSWERED}[[{_THOUGHT}{_YES}]]", {"train_on": "last_turn"}),
+    Case(WITH_CHANNELS, f"{_ANSWERED}[[{_THOUGHT}{_YES}]]", {"train_tool_calls": False}),
+    Case(
+        WITH_CHANNELS,
+        f"{_ANSWERED}{_THOUGHT}[[{_YES}]]",
+        {"train_on": "last_turn", "train_reasoning": False},
+    ),
+    Case(
+        Conversation((*HARMONY_TURNS[:2], *HARMONY_TURNS[3:5], *HARMONY_TURNS[5:]), (TOOL,)),
+        f"{_CALLED.replace('high', 'medium')}{_ASKED}[[{_CALL.removeprefix('<|start|>assistant')}"
+        f"<|call|>]]{_WET}<|start|>assistant[[{_THOUGHT}{_YES}]]",
+    ),
+    Case(
+        Conversation((Message("user", "1+1"), thought("2", "1+1=2")), template_options=HIGH),
+        f"{_EFFORT}<|start|>user<|message|>1+1<|end|><|start|>assistant[[<|channel|>analysis"
+        "<|message|>1+1=2<|end|><|start|>assistant<|channel|>final<|message|>2<|return|>]]",
+    ),
+)
+
 COMMAND = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -546,7 +634,7 @@ FULLWIDTH = (
         "<｜tool▁outputs▁end｜>",
     ),
 )
-CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 COMMANDS = (
     *("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>"),
     *("<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
@@ -573,6 +661,7 @@ FAMILIES = (
     Family("zephyr", ZEPHYR, (), None, "</s>", ZEPHYR_CASES, "zephyr"),
     Family("deepseek", DEEPSEEK, FULLWIDTH, FULLWIDTH[0], FULLWIDTH[1], DEEPSEEK_CASES),
     Family("harmony", HARMONY, CHANNELS, None, "<|return|>", HARMONY_CASES),
+    Family("gptoss", GPT_OSS, CHANNELS, None, "<|return|>", GPT_OSS_CASES),
     Family("smollm2", SMOLLM2, IM, None, "<|im_end|>", SMOLLM2_CASES),
     Family("alpaca", ALPACA, (), "<s>", "</s>", ALPACA_CASES, "alpaca"),
 )

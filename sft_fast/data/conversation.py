@@ -127,10 +127,13 @@ class Conversation:
                 raise ValueError(
                     f"turn {number} has the role {message.role!r}; expected {', '.join(ROLES)}"
                 )
+            content = message.content
+            if type(content) is str and content.isascii() and not content.isspace() and content:
+                continue
             label = f"the content of turn {number} ({message.role})"
-            checked_text(message.content, label)
+            checked_text(content, label)
             may_be_empty = message.role not in ("user", "assistant") or message.tool_calls
-            if not message.content.strip() and not may_be_empty:
+            if not content.strip() and not may_be_empty:
                 raise ValueError(f"{label} is empty; give it text or remove the record")
         if not any(message.role == "assistant" for message in self.messages):
             raise ValueError("the conversation has no assistant turn, so nothing to learn from")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,42 @@ from sft_fast.data.json_records import parse_json, type_name
 from sft_fast.registry import PLUGIN_MODULE, Registry, load_file
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of records are, by their names: the same for all records that have these.
+
+    Attributes:
+        fields: field -> column.
+        choices: field -> columns of which a record may fill one.
+        left_out: columns that the user says are not read.
+        names: our name -> the source's, of keys and roles of turns.
+        media: columns that may hold what is no text.
+        unread: columns that no field reads, where there are no choices.
+    """
+
+    fields: Mapping[str, str]
+    choices: Mapping[str, Sequence[str]] = dataclass_field(default_factory=dict)
+    left_out: Collection[str] = ()
+    names: Mapping[str, str] = dataclass_field(default_factory=dict)
+    media: Collection[str] = ()
+    unread: tuple[str, ...] = ()
+
+    def chosen(self, values: Mapping[str, Any]) -> Mapping[str, str]:
+        """Field -> column of a record; ValueError where it fills two that could be one field."""
+        if not self.choices:
+            return self.fields
+        columns = dict(self.fields)
+        for name, present in self.choices.items():
+            filled = [column for column in present if values[column] not in (None, "")]
+            if len(filled) > 1:
+                raise ValueError(
+                    f"the columns {filled[0]!r} and {filled[1]!r} could both be {name!r}; "
+                    f"choose with data.fields: {{{name}: {filled[0]}}}"
+                )
+            columns[name] = (filled or present)[0]
+        return columns
+
+
 class Record(dict[str, Any]):
     """The fields of one record under our names.
 
@@ -29,20 +66,23 @@ class Record(dict[str, Any]):
         aliases: field -> the names that were looked for.
         left_out: columns that the user says are not read.
         names: our name -> the source's, of keys and roles of turns.
+        unread: columns that no field reads.
     """
 
-    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-        super().__init__({field: values[column] for field, column in columns.items()})
-        self.columns = columns
-        self.available = ", ".join(values)
-        self.aliases: Mapping[str, Sequence[str]] = {}
-        self.left_out: Collection[str] = ()
-        self.names: Mapping[str, str] = {}
-
-    def unread(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Columns that no field reads."""
-        read = {*self.columns.values(), *self.left_out, *OPTION_COLUMNS}
-        return tuple(column for column in values if column not in read)
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        columns: Columns,
+        aliases: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        chosen = self.columns = columns.chosen(values)
+        super().__init__({field: values[column] for field, column in chosen.items()})
+        self.aliases: Mapping[str, Sequence[str]] = aliases or {}
+        self.left_out, self.names = columns.left_out, columns.names
+        self.unread = columns.unread
+        if columns.choices:
+            self.unread = _unread(values, chosen, columns.left_out)
+        self._values = values
 
     def label(self, field: str) -> str:
         """How messages call a field."""
@@ -54,7 +94,8 @@ class Record(dict[str, Any]):
         if field not in self:
             names = ", ".join(self.aliases.get(field, (field,)))
             raise ValueError(
-                f"no column for {field!r}: looked for {names}; the record has {self.available}. "
+                f"no column for {field!r}: looked for {names}; the record has "
+                f"{', '.join(self._values)}. "
                 f"Name it with data.fields: {{{field}: <column>}}, or write a format of your own, "
                 "which is a short function in a file (data.format: my_format.py)"
             )
@@ -76,9 +117,9 @@ class Record(dict[str, Any]):
         return text
 
 
-OPTION_COLUMNS = ("weight", "chat_template_kwargs")
-"""Columns that every format with fields reads: a factor of the record's loss, and variables of the
-chat template."""
+OPTION_COLUMNS = ("weight", "chat_template_kwargs", "reasoning_effort")
+"""Columns that every format with fields reads: a factor of the record's loss, variables of the chat
+template, and the one of them that data sets have as a column."""
 TELLING_COLUMNS = frozenset(
     (
         *("system", "system_prompt", "instruction", "prompt", "question", "query", "input"),
@@ -89,6 +130,7 @@ TELLING_COLUMNS = frozenset(
     )
 )
 """Columns whose name says that they change what is trained: one that is not read stops the run."""
+MOST_SETS_OF_COLUMNS = 256
 MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
@@ -109,6 +151,9 @@ class Format:
     fields: Mapping[str, tuple[str, ...]]
     detect: Callable[[Mapping[str, Any]], bool] | None
     names: tuple[str, ...] = ()
+    _columns: dict[object, Columns] = dataclass_field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def check_mapping(self, mapping: Mapping[str, str | None]) -> None:
         """Raises ValueError where `data.fields` names a field that this format does not have."""
@@ -150,10 +195,9 @@ class Format:
         group = built if isinstance(built, tuple) else (built,)
         if self.fields:
             group = tuple(_with_options(one, values, record) for one in group)
-            unread = record.unread(values)
-            _check_unread(group, unread, values, record)
-            if unread:
-                group = tuple(replace(one, unread=unread) for one in group)
+            if record.unread:
+                _check_unread(group, record.unread, values, record)
+                group = tuple(replace(one, unread=record.unread) for one in group)
         for conversation in group:
             conversation.check()
         return group
@@ -162,57 +206,74 @@ class Format:
         self, values: Mapping[str, Any], mapping: Mapping[str, str | None] | None = None
     ) -> tuple[str, ...]:
         """Columns of a record that have no effect."""
-        return self._record(values, mapping or {}).unread(values) if self.fields else ()
+        return self._record(values, mapping or {}).unread if self.fields else ()
 
     def _record(self, values: Mapping[str, Any], mapping: Mapping[str, str | None]) -> Record:
-        left_out = {column for column, value in mapping.items() if value is None}
-        chosen = {field: column for field, column in mapping.items() if column is not None}
-        names = {name: chosen.pop(name) for name in self.names if name in chosen}
-        for field, column in chosen.items():
-            if column not in values:
-                raise ValueError(
-                    f"no column {column!r}, which data.fields gives for {field!r}; "
-                    f"the record has {', '.join(values)}"
-                )
-        if not self.fields:
-            return Record(values, {name: name for name in values} | chosen)
-        for column in MEDIA_COLUMNS.intersection(values).difference(chosen.values(), left_out):
+        key = (tuple(values), tuple(mapping.items()))
+        columns = self._columns.get(key)
+        if columns is None:
+            if len(self._columns) >= MOST_SETS_OF_COLUMNS:
+                self._columns.clear()
+            columns = self._columns[key] = self._columns_of(*key)
+        for column in columns.media:
             if _is_media(values, column):
                 raise ValueError(
                     f"the record has {column!r}; only text is trained, so leave out such records, "
                     "or the column if the texts do not need it"
                 )
-        columns = dict(chosen)
+        return Record(values, columns, self.fields)
+
+    def _columns_of(
+        self, columns: tuple[str, ...], mapping: tuple[tuple[str, str | None], ...]
+    ) -> Columns:
+        """What the columns of a record are; ValueError where one that the user names is missing."""
+        left_out = {column for column, value in mapping if value is None}
+        chosen = {field: column for field, column in mapping if column is not None}
+        names = {name: chosen.pop(name) for name in self.names if name in chosen}
+        for field, column in chosen.items():
+            if column not in columns:
+                raise ValueError(
+                    f"no column {column!r}, which data.fields gives for {field!r}; "
+                    f"the record has {', '.join(columns)}"
+                )
+        if not self.fields:
+            return Columns({name: name for name in columns} | chosen)
         # Of names that differ in capitals alone, the one that is written as ours.
-        of_lower = {column.lower(): column for column in values}
-        of_lower |= {column: column for column in values}
+        of_lower = {column.lower(): column for column in columns}
+        of_lower |= {column: column for column in columns}
         taken = left_out.union(chosen.values())
+        fields, choices = dict(chosen), {}
         for field, aliases in self.fields.items():
             if field in chosen:
                 continue
             present = [of_lower[name] for name in aliases if name in of_lower]
             present = [name for name in present if name not in taken]
-            filled = [name for name in present if values[name] not in (None, "")]
-            if len(filled) > 1:
-                raise ValueError(
-                    f"the columns {filled[0]!r} and {filled[1]!r} could both be {field!r}; "
-                    f"choose with data.fields: {{{field}: {filled[0]}}}"
-                )
-            if present:
-                columns[field] = (filled or present)[0]
-        record = Record(values, columns)
-        record.aliases = self.fields
+            if len(present) > 1:
+                choices[field] = present
+            elif present:
+                fields[field] = present[0]
         # Who names a field's column has seen the others that could be it.
         passed_over = {alias for field in chosen for alias in self.fields.get(field, ())}
-        record.left_out = left_out | {of_lower[name] for name in passed_over if name in of_lower}
-        record.names = names
-        return record
+        is_media = MEDIA_COLUMNS.intersection(columns).difference(taken)
+        left_out |= {of_lower[name] for name in passed_over if name in of_lower}
+        unread = _unread(columns, fields, left_out)
+        return Columns(fields, choices, left_out, names, tuple(sorted(is_media)), unread)
+
+
+def _unread(
+    columns: Iterable[str], fields: Mapping[str, str], left_out: Collection[str]
+) -> tuple[str, ...]:
+    """The columns that no field reads."""
+    read = {*fields.values(), *left_out, *OPTION_COLUMNS}
+    return tuple(column for column in columns if column not in read)
 
 
 def _with_options(
     conversation: Conversation, values: Mapping[str, Any], record: Record
 ) -> Conversation:
     """Applies the columns of OPTION_COLUMNS that no field has taken."""
+    if all(name not in values for name in OPTION_COLUMNS):
+        return conversation
     taken = {*record.columns.values(), *record.left_out}
     weight = None if "weight" in taken else values.get("weight")
     if weight is not None:
@@ -232,6 +293,13 @@ def _with_options(
         if not isinstance(options, dict):
             raise ValueError(f"'chat_template_kwargs' is {type_name(options)}; expected an object")
         options = {name: value for name, value in options.items() if value is not None}
+        conversation = replace(conversation, template_options=options)
+    effort = None if "reasoning_effort" in taken else values.get("reasoning_effort")
+    if effort is not None:
+        given = {"reasoning_effort": checked_text(effort, "'reasoning_effort'")}
+        if conversation.template_options.get("reasoning_effort", effort) != effort:
+            raise ValueError("'reasoning_effort' and 'chat_template_kwargs' differ; keep one")
+        options = {**conversation.template_options, **given}
         conversation = replace(conversation, template_options=options)
     return conversation
 

@@ -19,8 +19,8 @@ from sft_fast.data.tokens import Span
 
 SHOWN_CHARACTERS = 60
 _WORD = re.compile(r"\w+")
-# A template that writes a turn as it stands reads all of its keys.
-_WHOLE_TURN = re.compile(r"\b(m|msg|messages?)\s*\|\s*(tojson|string)|\.items\(")
+WHOLE_TURN = re.compile(r"\b(m|msg|messages?)\s*\|\s*(tojson|string)|\.items\(")
+"""In a template that writes a turn as it stands, and so reads all of its keys."""
 # Of a turn: an answer that is not for the user, so that it is none if the template does not say so.
 _TELLING_KEYS = {"channel": ("final",), "recipient": ("all", "user")}
 _REASONING_TAGS = re.compile(r"</?think>|\[/?THINK\]|</?reasoning>")
@@ -64,7 +64,7 @@ class TemplateKeys:
 
     def __init__(self, template: str) -> None:
         self._words = frozenset(_WORD.findall(template))
-        self._reads_all = _WHOLE_TURN.search(template) is not None
+        self._reads_all = WHOLE_TURN.search(template) is not None
 
     def unread(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """Keys of turns that have no effect, sorted."""
@@ -72,6 +72,10 @@ class TemplateKeys:
             return ()
         keys = {key for message in messages for key in message.extra}
         return tuple(sorted(keys - self._words))
+
+    def names(self, variable: str) -> bool:
+        """Whether the template has a word that a variable is called."""
+        return variable in self._words
 
     def check(self, messages: Sequence[Message], answers: Sequence[int]) -> None:
         """Raises ValueError where an answer has an unread key that says that it is another text."""

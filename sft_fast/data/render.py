@@ -24,10 +24,12 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from sft_fast.data.channels import TurnParts, behind_reasoning
 from sft_fast.data.choices import ChangingHistory, TrainOn
 from sft_fast.data.conversation import Conversation, GivenTokens, Message, Segment
 from sft_fast.data.kept import TemplateKeys, check_kept
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatRenderer", "MaskOptions", "RenderedChat", "Sample", "Span"]
 
-REASONING_ENDS = ("</think>", "[/THINK]", "</reasoning>")
 OWN_VARIABLES = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
 )
@@ -106,6 +107,21 @@ class TemplateContext:
                 "remove it"
             )
 
+    @cached_property
+    def key(self) -> str:
+        """What tells this context from another."""
+        return repr(self)
+
+
+NO_CONTEXT = TemplateContext()
+
+
+def _context(conversation: Conversation) -> TemplateContext:
+    """What the template is given beside the turns of a conversation."""
+    if not conversation.tools and not conversation.template_options:
+        return NO_CONTEXT
+    return TemplateContext(conversation.tools, conversation.template_options)
+
 
 class ChatRenderer:
     """Renders and tokenises conversations with one tokenizer.
@@ -137,6 +153,7 @@ class ChatRenderer:
         self._templates: dict[bool, str] = {}
         self._bounds: dict[str, TurnBounds] = {}
         self._keys_of: dict[str, TemplateKeys] = {}
+        self._parts: dict[str, TurnParts] = {}
         self._has_eos_behind_all: dict[str, bool] = {}
         self._special = _special_tokens(tokenizer)
         self._token_of_name = dict(tokenizer.special_tokens_map)
@@ -161,11 +178,12 @@ class ChatRenderer:
             return _joined(conversation.segments)
         if conversation.tokens is not None:
             return self._given_tokens(conversation.tokens)
+        conversation = self.fitted(conversation)
         self._check_contents(conversation)
         answers = self._answers(conversation.messages)
         stop = answers[-1] + 1 if self._options.trim_tail else len(conversation.messages)
         messages = conversation.messages[:stop]
-        context = TemplateContext(conversation.tools, conversation.template_options)
+        context = _context(conversation)
         try:
             text, spans = self._spans(messages, answers, context)
         except TemplateTypeError:
@@ -177,17 +195,35 @@ class ChatRenderer:
         check_kept(messages, answers, context.tools, spans, text)
         if not self._options.train_reasoning:
             spans = [
-                _without_reasoning(span, text, messages[number])
+                behind_reasoning(span, text, messages[number], self._special_next)
                 for number, span in zip(answers, spans, strict=True)
             ]
         return self._closed(text, spans, len(conversation.messages) - stop)
 
+    def fitted(self, conversation: Conversation) -> Conversation:
+        """The conversation in turns that the chat template reads, see `TurnParts`."""
+        if not any(message.extra for message in conversation.messages):
+            return conversation
+        template = self._template(TemplateContext(conversation.tools))
+        if template not in self._parts:
+            self._parts[template] = TurnParts(template)
+        return replace(conversation, messages=self._parts[template].fit(conversation.messages))
+
     def unread_keys(self, conversation: Conversation) -> tuple[str, ...]:
-        """Keys of turns that the chat template does not read, as "key of turns"."""
-        if not conversation.messages:
+        """What the chat template does not read: "key of turns", "variable of the template"."""
+        options = conversation.template_options
+        if not options and not any(message.extra for message in conversation.messages):
             return ()
+        conversation = self.fitted(conversation)
         keys = self._keys(TemplateContext(conversation.tools))
-        return tuple(f"{key} of turns" for key in keys.unread(conversation.messages))
+        unread = [f"{key} of turns" for key in keys.unread(conversation.messages)]
+        has_template = bool(conversation.messages)
+        unread += [
+            f"{name} of the template"
+            for name in sorted(options)
+            if not (has_template and keys.names(name))
+        ]
+        return tuple(unread)
 
     def render_samples(self, conversation: Conversation) -> list[RenderedChat]:
         """Renders a conversation to the one sample it is, or to one per answer (`expand`).
@@ -195,6 +231,7 @@ class ChatRenderer:
         Raises:
             ValueError: as `render`.
         """
+        conversation = self.fitted(conversation)
         try:
             return [self.render(conversation)]
         except UnstableTemplateError:
@@ -292,7 +329,7 @@ class ChatRenderer:
         text, bounds = self._bounds[template].find(
             messages,
             answers,
-            repr(context),
+            context.key,
             lambda turns, prompt: self._apply(turns, context, prompt),
         )
         stop = len(text)
@@ -485,10 +522,12 @@ class ChatRenderer:
 
     def _check_contents(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages, start=1):
-            # The text of a call is its Python form, where such a token looks the same.
-            texts = (message.content, *map(str, message.tool_calls))
+            text = message.content
+            if message.tool_calls:
+                # The text of a call is its Python form, where such a token looks the same.
+                text = "\0".join((text, *map(str, message.tool_calls)))
             for token in self._control:
-                if any(token in text for text in texts):
+                if token in text:
                     raise ValueError(
                         f"turn {number} ({message.role}) contains the control token {token!r}, "
                         "which would be read as the structure of the chat; remove it"
@@ -552,20 +591,3 @@ def _joined(segments: Sequence[Segment]) -> RenderedChat:
 def _only_last(turns: Sequence[Message]) -> tuple[Message, ...]:
     """The turns with the last one alone to be trained."""
     return (*(replace(turn, train=False) for turn in turns[:-1]), turns[-1])
-
-
-def _without_reasoning(span: Span, text: str, message: Message) -> Span:
-    """The span behind the reasoning of its answer, or as it is where the answer has none."""
-    segment = text[span.start : span.end]
-    tag = next((tag for tag in REASONING_ENDS if tag in segment), None)
-    if tag is None:
-        if message.reasoning.strip():
-            raise ValueError(
-                "cannot find where the reasoning of an answer ends: the chat template writes none "
-                f"of {', '.join(REASONING_ENDS)}"
-            )
-        return span
-    start = span.start + segment.index(tag) + len(tag)
-    while text[start : start + 1].isspace():
-        start += 1
-    return replace(span, start=start)

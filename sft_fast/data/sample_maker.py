@@ -6,12 +6,14 @@ depends on nothing but its records, so the number of processes cannot be seen in
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -200,6 +202,7 @@ class SampleMaker:
         """The chats that a conversation is rendered as, each with what it holds of it."""
         for name in self._options.row_functions:
             conversation = apply_row_function(name, conversation)
+        conversation = self._renderer.fitted(conversation)
         rendered = self._renderer.render_samples(conversation)
         parts = [conversation]
         if len(rendered) > 1:
@@ -478,6 +481,22 @@ def _make_elsewhere(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def long_lived_objects() -> Iterator[None]:
+    """Keeps the collector of cycles from what there is already.
+
+    Records are many objects, which make it look through all of a process's, of large libraries'
+    too, again and again.
+    """
+    is_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not is_frozen:
+            gc.unfreeze()
+
+
 def _start(tokenizer: Any, options: MakerOptions) -> None:
     global _maker
     # Its parent is the fork server, which ends with the run, however that ends.
@@ -485,6 +504,7 @@ def _start(tokenizer: Any, options: MakerOptions) -> None:
     # One thread each: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _maker = SampleMaker(tokenizer, options)
+    gc.freeze()
 
 
 def _make(batch: Batch) -> list[Outcome]:

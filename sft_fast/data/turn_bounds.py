@@ -16,7 +16,10 @@ To render every prefix takes time that grows with the square of the number of tu
 3. A template whose code only writes contents (template_flow.py) makes of a skeleton all that there
    is to know: the text is its texts with the contents of the chat in between, and nothing is
    rendered. The first CHECKED_CHATS of a structure are rendered all the same and must be that.
-4. Of many answers, in a skeleton or a chat, each is rendered behind its last turns alone. The whole
+4. A template that drops the reasoning of earlier calls once an answer follows gives no prefix of
+   it. An answer that is trained alone stands behind what the model sees before it then, if without
+   that reasoning the template gives the very same whole.
+5. Of many answers, in a skeleton or a chat, each is rendered behind its last turns alone. The whole
    must be exactly the texts that this gives, one after another, and the prefixes up to the last
    answer, the one in the middle before it, and so on, must be what they say. Where it is not so,
    every prefix is rendered: a template that is refused is refused for a prefix of the chat itself.
@@ -28,7 +31,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sft_fast.data.conversation import Message
+from sft_fast.data.conversation import REASONING_FIELDS, Message
 from sft_fast.data.template_flow import only_writes_contents
 
 Apply = Callable[[Sequence[Message], bool], str]
@@ -114,7 +117,13 @@ class TurnBounds:
         text = apply(messages, False)
         bounds = None if layout is None else _fit(layout, messages, text)
         if bounds is None:
-            return text, self._prove(messages, answers, text, apply)
+            try:
+                return text, self._prove(messages, answers, text, apply)
+            except ValueError:
+                joined = _behind_reasoning(messages, answers, text, apply)
+                if joined is None:
+                    raise
+                return joined
         before = apply(messages[: answers[-1]], True)
         _check_start(messages, answers[-1], before, text, apply)
         return text, bounds if len(before) == bounds[-1][0] else self._prove(
@@ -126,20 +135,18 @@ class TurnBounds:
     ) -> object | None:
         """What a chat has in common with others of one layout; None where it has none."""
         # Calls are rarely the same twice, so their skeletons would serve one chat each.
-        if any(message.tool_calls for message in messages):
-            return None
-        if any(mark in message.content for message in messages for mark in self._marks):
-            return None
-        turns = tuple(
-            (
-                message.role,
-                message.name,
-                repr(message.extra) if message.extra else "",
-                "" if message.content.strip() else message.content + "|",
-            )
-            for message in messages
-        )
-        return (tools, tuple(answers), turns)
+        turns = []
+        for message in messages:
+            content = message.content
+            if message.tool_calls:
+                return None
+            for mark in self._marks:
+                if mark in content:
+                    return None
+            extra = repr(message.extra) if message.extra else ""
+            blank = "" if content and not content.isspace() else content + "|"
+            turns.append((message.role, message.name, extra, blank))
+        return (tools, tuple(answers), tuple(turns))
 
     def _layout(
         self, key: object, messages: Sequence[Message], answers: Sequence[int], apply: Apply
@@ -268,6 +275,35 @@ def _last_turns(
         opening.append(messages[user])
     turns = [*opening, *messages[first : answers[place] + 1]]
     return len(opening) + answers[place - 1] + 1 - first, turns
+
+
+def _behind_reasoning(
+    messages: Sequence[Message], answers: Sequence[int], text: str, apply: Apply
+) -> tuple[str, Bounds] | None:
+    """The last answer behind what the model sees before it, and its bounds.
+
+    A template may drop the reasoning of earlier calls once an answer follows, which the model has
+    before it when it writes that answer. None: that is not all that the template changes.
+
+    Args:
+        messages: the turns.
+        answers: numbers of the turns to find.
+        text: the whole chat.
+        apply: renders turns.
+    """
+    if answers[0] + 1 != len(messages):
+        return None
+    plain = [*map(_without_reasoning, messages[:-1]), messages[-1]]
+    start = apply(plain[:-1], True)
+    if not text.startswith(start) or apply(plain, False) != text:
+        return None
+    before, answer = apply(messages[:-1], True), text[len(start) :]
+    return before + answer, [(len(before), len(before) + len(answer))]
+
+
+def _without_reasoning(message: Message) -> Message:
+    extra = {key: value for key, value in message.extra.items() if key not in REASONING_FIELDS}
+    return replace(message, extra=extra) if message.role == "assistant" else message
 
 
 def _check_start(

@@ -21,6 +21,7 @@ from sft_fast.data.from_config import build_options, find_sources, open_data_sto
 from sft_fast.data.json_records import SourceRecord
 from sft_fast.data.render import ChatRenderer
 from sft_fast.data.source import load_records
+from template_families import CHANNELS, GPT_OSS
 
 SHAPES = Path(__file__).resolve().parents[2] / ".." / "shared" / "shapes"
 EXPECTED = SHAPES / "expected.json"
@@ -589,6 +590,23 @@ def test_options_of_a_row_reach_its_template_alone() -> None:
     assert second == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]"
 
 
+def test_a_column_of_the_reasoning_effort_is_a_variable_of_the_template() -> None:
+    row = {"messages": CHAT, "reasoning_effort": "high"}
+    assert read(row).template_options == {"reasoning_effort": "high"}
+    assert read({**row, "reasoning_effort": None}).template_options == {}
+    assert read(row, {"reasoning_effort": None}).template_options == {}
+    both = {**row, "chat_template_kwargs": {"reasoning_effort": "low", "x": 1}}
+    with pytest.raises(ValueError, match="'reasoning_effort' and 'chat_template_kwargs' differ"):
+        read(both)
+    with pytest.raises(ValueError, match="'reasoning_effort' is a number"):
+        read({**row, "reasoning_effort": 3})
+    unread = chat_renderer().unread_keys(read(row))
+    assert unread == ("reasoning_effort of the template",)
+    options = {"enable_thinking": False, "enable_thinkin": True}
+    unread = chat_renderer().unread_keys(read({"messages": CHAT, "chat_template_kwargs": options}))
+    assert unread == ("enable_thinkin of the template",)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -631,8 +649,8 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
 
 # Read since the shapes were written down.
 NEWLY_READ = {"oasst1_tree", "glaive_v2"}
-# What their own templates make of them is a test of templates.
-NEEDS_ITS_TEMPLATE = {"gptoss_thinking"}
+# Rendered with a template like that of their model.
+OF_HARMONY = {"gptoss_thinking"}
 MAY_BE_REFUSED = {"s1k", "medqa", "ax_train_detail", "ax_user_train", "ax_renamed"}
 
 
@@ -644,9 +662,11 @@ def shape_names() -> list[str]:
 @pytest.mark.parametrize("name", shape_names())
 def test_a_public_shape_is_read_right(name: str) -> None:
     shape = json.loads(EXPECTED.read_text(encoding="utf-8"))[name]
-    if name in NEEDS_ITS_TEMPLATE:
-        pytest.skip("needs its own template")
     renderer, tokenizer, reader = chat_renderer(), demo_tokenizer(), ConversationReader("auto")
+    if name in OF_HARMONY:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(CHANNELS)})
+        tokenizer.chat_template, tokenizer.eos_token = GPT_OSS, "<|return|>"
+        renderer = ChatRenderer(tokenizer)
     results: list[Any] = []
     for row in load_records(str(SHAPES / shape["path"])):
         try:
