@@ -31,6 +31,7 @@ from sft_fast.data.sample_maker import (
     Outcome,
     SampleMaker,
     StageOptions,
+    long_lived_objects,
     make_all,
 )
 from sft_fast.data.source import Source
@@ -42,7 +43,7 @@ from sft_fast.registry import SFT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Raised whenever the same records and options give other tokens or another mask than before."""
 BATCH_RECORDS = 512
 SHOWN_RECORDS = 5
@@ -195,7 +196,7 @@ def build_store(
             changed while they were read.
     """
     fingerprint, parts = store_fingerprint(source, tokenizer, options)
-    with StoreWriter(path) as writer:
+    with StoreWriter(path) as writer, long_lived_objects():
         report = _Builder(source, tokenizer, options, writer, progress).run(processes)
         if source.records.content_digest() != parts["source"]:
             raise ValueError(
@@ -206,8 +207,38 @@ def build_store(
     return store
 
 
+@dataclass
+class BadRecords:
+    """The records that are not in a store though nobody wanted that.
+
+    Attributes:
+        count: of them.
+        num_unusable: those without the ones that have nothing to learn once they are truncated.
+        first: messages of the first few.
+        first_unusable: those of the first few unusable ones.
+    """
+
+    count: int = 0
+    num_unusable: int = 0
+    first: list[str] = field(default_factory=list)
+    first_unusable: list[str] = field(default_factory=list)
+
+    def add(self, reason: str, message: str) -> None:
+        """Counts a record that was rejected, unless it is to be."""
+        if reason in WANTED:
+            return
+        self.count += 1
+        if self.count <= SHOWN_RECORDS:
+            self.first.append(message)
+        if reason == TRUNCATED:
+            return
+        self.num_unusable += 1
+        if self.num_unusable <= SHOWN_RECORDS:
+            self.first_unusable.append(message)
+
+
 class _Builder:
-    """One pass over the records. Bad records are collected, so that one error can list them all."""
+    """One pass over the records. Bad records are counted, so that one error can tell of all."""
 
     def __init__(
         self,
@@ -228,7 +259,7 @@ class _Builder:
             template=self._maker.template_source,
             left_out=list(source.records.left_out),
         )
-        self._bad_records: list[tuple[str, str]] = []
+        self._bad = BadRecords()
 
     def run(self, processes: int | None) -> DataReport:
         for batch in make_all(
@@ -245,11 +276,9 @@ class _Builder:
             self._tell()
         self._report.formats = {file: str(known) for file, known in self._maker.files.items()}
         try:
-            _check_report(
-                self._report, self._options, self._bad_records, self._writer.rejected_path
-            )
+            _check_report(self._report, self._options, self._bad, self._writer.rejected_path)
         except ValueError:
-            if len(self._bad_records) > SHOWN_RECORDS:
+            if self._bad.count > SHOWN_RECORDS:
                 self._writer.keep_rejected()
             raise
         return self._report
@@ -261,15 +290,13 @@ class _Builder:
 
     def _needs_samples(self) -> bool:
         # Once the build cannot succeed, the other records are only read, to list the bad ones.
-        is_lost = any(reason != TRUNCATED for reason, _ in self._bad_records[:1])
-        return not is_lost or self._options.on_bad_row == "skip"
+        return not self._bad.num_unusable or self._options.on_bad_row == "skip"
 
     def _add(self, outcome: Outcome) -> None:
         for reason, message in count_record(self._report, outcome):
             self._writer.reject(outcome.file, outcome.line, reason, message)
         if outcome.rejected is not None:
-            if outcome.rejected[0] not in WANTED:
-                self._bad_records.append(outcome.rejected)
+            self._bad.add(*outcome.rejected)
             return
         for sample in outcome.samples:
             ids, supervised = sample.input_ids, sample.supervised
@@ -335,9 +362,10 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
         ValueError: records that cannot be used or are too long, as `build_store`.
     """
     report = store.report
-    bad = [(entry["reason"], entry["message"]) for entry in store.rejected()]
-    ignored = (*_NOTES, *WANTED)
-    bad = [entry for entry in bad if entry[0] not in ignored]
+    bad = BadRecords()
+    for entry in store.rejected():
+        if entry["reason"] not in _NOTES:
+            bad.add(entry["reason"], entry["message"])
     _check_report(report, options, bad, store.rejected_path)
     if options.over_length == "error" and report.longest > options.capacity:
         size = options.group_size
@@ -356,25 +384,23 @@ def check_store(store: TokenStore, options: BuildOptions) -> None:
 
 
 def _check_report(
-    report: DataReport, options: BuildOptions, bad_records: list[tuple[str, str]], listed_in: Path
+    report: DataReport, options: BuildOptions, bad: BadRecords, listed_in: Path
 ) -> None:
-    """Checks what was left out, (reason, message) of each record; `listed_in` lists them all."""
-    unusable = [message for reason, message in bad_records if reason != TRUNCATED]
-    if unusable and options.on_bad_row == "error":
+    """Checks what was left out; `listed_in` lists all of it."""
+    if bad.num_unusable and options.on_bad_row == "error":
         raise ValueError(
-            f"{len(unusable)} of {report.rows} records of {report.source} cannot be used; mend or "
-            f"remove them:\n{_first(unusable, len(unusable), listed_in)}"
+            f"{bad.num_unusable} of {report.rows} records of {report.source} cannot be used; mend "
+            f"or remove them:\n{_first(bad.first_unusable, bad.num_unusable, listed_in)}"
         )
     reasons = ", ".join(f"{count} {why}" for why, count in report.rejected.items())
     if not report.samples:
         raise ValueError(f"no sample of {report.source} can be used: {reasons or 'no records'}")
-    if len(bad_records) > options.max_rejected * report.rows:
-        messages = [message for _, message in bad_records]
+    if bad.count > options.max_rejected * report.rows:
         raise ValueError(
-            f"{len(bad_records)} of {report.rows} records of {report.source} cannot be used "
-            f"({len(bad_records) / report.rows:.1%}: {reasons}), more than data.max_rejected = "
+            f"{bad.count} of {report.rows} records of {report.source} cannot be used "
+            f"({bad.count / report.rows:.1%}: {reasons}), more than data.max_rejected = "
             f"{options.max_rejected}; mend them or raise it:\n"
-            f"{_first(messages, len(messages), listed_in)}"
+            f"{_first(bad.first, bad.count, listed_in)}"
         )
 
 

@@ -313,8 +313,14 @@ class SampleStream(Iterator[StreamSample]):
             if self._num_known is not None:
                 for sample in samples:
                     check_ids(sample.input_ids, self._num_known, origin)
+            # Copies: the arrays of a batch are one, which a sample in the buffer would keep alive.
             self._waiting = [
-                StreamSample(sample.input_ids, sample.supervised, sample.weights, origin)
+                StreamSample(
+                    sample.input_ids.copy(),
+                    sample.supervised.copy(),
+                    None if sample.weights is None else sample.weights.copy(),
+                    origin,
+                )
                 for sample in samples
             ]
         return self._waiting.pop(0)

@@ -7,7 +7,7 @@ token of the answer; such tokens are counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unicodedata import is_normalized, normalize
@@ -19,6 +19,10 @@ from sft_fast.data.token_cache import PieceTokenizer, can_be_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHARACTERS_AT_ONCE = 1 << 20
+MOST_BYTES = (1 << 16) - 1
+"""Of a token that the table of lengths has."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,9 @@ class TextTokenizer:
             return self._by_characters(chats)
         if self._is_nfc:
             chats = [_composed(chat) for chat in chats]
-        samples = []
-        for chat, ids in zip(chats, self._ids([chat.text for chat in chats]), strict=True):
-            sample = self._by_bytes(chat, ids, self._lengths)
-            samples += self._by_characters([chat]) if sample is None else [sample]
+        samples: list[Sample] = []
+        for part in _in_portions(chats):
+            samples += self._by_bytes(part, self._ids([chat.text for chat in part]), self._lengths)
         return samples
 
     def _ids(self, texts: Sequence[str]) -> Sequence[npt.NDArray[np.uint32]]:
@@ -190,22 +193,41 @@ class TextTokenizer:
 
     def _by_bytes(
         self,
-        chat: RenderedChat,
-        input_ids: npt.NDArray[np.uint32],
-        byte_lengths: npt.NDArray[np.int64],
-    ) -> Sample | None:
-        """Of ids [n]; None where the tokens are not the bytes of the text.
+        chats: Sequence[RenderedChat],
+        ids: Sequence[npt.NDArray[np.uint32]],
+        byte_lengths: npt.NDArray[np.uint16],
+    ) -> list[Sample]:
+        """The samples; chats whose tokens are not the bytes of their text go by characters.
 
         Args:
-            chat: whose text was tokenised.
-            input_ids: uint32 [n].
-            byte_lengths: int64 [vocabulary], bytes of each token.
+            chats: whose texts were tokenised.
+            ids: of each chat, uint32 [n].
+            byte_lengths: uint16 [vocabulary], bytes of each token.
         """
-        lengths = byte_lengths[input_ids]
-        ends = np.cumsum(lengths)
-        if not len(ends) or ends[-1] != len(chat.text.encode()):
-            return None
-        return self._sample(_in_bytes(chat), input_ids, ends - lengths, ends)
+        if not chats:
+            return []
+        input_ids = np.concatenate(ids) if len(ids) > 1 else ids[0]
+        stops = np.cumsum([len(part) for part in ids])
+        # Where tokens begin and end, in 4 bytes: of a long text it takes most of the memory.
+        edges = np.zeros(len(input_ids) + 1, dtype=np.int32)
+        np.cumsum(byte_lengths[input_ids], dtype=np.int32, out=edges[1:])
+        # Where each text ends, by its tokens.
+        text_ends = edges[stops].astype(np.int64)
+        placed = [_in_bytes(chat) for chat in chats]
+        sizes = np.array([size for size, _ in placed])
+        is_whole = (np.diff(text_ends, prepend=0) == sizes) & (sizes > 0)
+        if not is_whole.all():
+            return [
+                sample
+                for number, chat in enumerate(chats)
+                for sample in (
+                    self._by_bytes([chat], [ids[number]], byte_lengths)
+                    if is_whole[number]
+                    else self._by_characters([chat])
+                )
+            ]
+        spans = [spans for _, spans in placed]
+        return self._samples(spans, input_ids, stops, text_ends - sizes, edges[:-1], edges[1:])
 
     def _by_characters(self, chats: Sequence[RenderedChat]) -> list[Sample]:
         if not chats:
@@ -230,7 +252,9 @@ class TextTokenizer:
             # A token without characters of its own belongs to the character at its start.
             ends = np.maximum(bounds[:, 1], bounds[:, 0] + 1)
             input_ids = np.asarray(ids, dtype=np.uint32)
-            samples.append(self._sample(chat, input_ids, bounds[:, 0], ends))
+            stops = np.array([len(ids)])
+            first = np.zeros(1, dtype=np.int64)
+            samples += self._samples([chat.spans], input_ids, stops, first, bounds[:, 0], ends)
         return samples
 
     def _release_space(self, text: str, ids: Sequence[int], bounds: npt.NDArray[np.int64]) -> None:
@@ -262,55 +286,99 @@ class TextTokenizer:
                     "record, or take a tokenizer that falls back on bytes"
                 )
 
-    def _sample(
+    def _samples(
         self,
-        chat: RenderedChat,
+        spans: Sequence[Sequence[Span]],
         input_ids: npt.NDArray[np.uint32],
-        starts: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-    ) -> Sample:
-        """Marks the tokens of the spans; all places in one unit, bytes or characters.
+        stops: npt.NDArray[np.int64],
+        text_starts: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.integer],
+        ends: npt.NDArray[np.integer],
+    ) -> list[Sample]:
+        """Cuts the tokens of texts, one behind another, into samples, and marks those of the spans.
+
+        Places are in one unit, bytes or characters, and counted through all texts.
 
         Args:
-            chat: the spans.
+            spans: of each text; places in it.
             input_ids: uint32 [n].
-            starts: int64 [n], where each token begins.
-            ends: int64 [n], where it has ended.
+            stops: int64 [texts], where the tokens of each text have ended.
+            text_starts: int64 [texts], where each text begins.
+            starts: integers [n], where each token begins.
+            ends: integers [n], where it has ended.
         """
+        every = [span for some in spans for span in some]
+        offsets = np.repeat(text_starts, [len(some) for some in spans])
+        span_starts = (offsets + [span.start for span in every]).astype(starts.dtype)
+        span_ends = (offsets + [span.end for span in every]).astype(starts.dtype)
+        # Places ascend, so the tokens of a span are one run.
+        firsts = np.searchsorted(ends, span_starts, side="right")
+        afters = np.searchsorted(starts, span_ends, side="left")
+        self._check_ends(every, input_ids, firsts, afters)
+        insides = np.minimum(np.searchsorted(starts, span_starts, side="left"), afters)
+        boundary_tokens = np.maximum(insides - firsts, 0).tolist()
+        supervised = np.zeros(len(input_ids), dtype=np.bool_)
+        runs = list(zip(firsts.tolist(), afters.tolist(), strict=True))
+        for first, after in runs:
+            supervised[first:after] = True
         bos = self._tokenizer.bos_token_id
-        if bos is not None and input_ids[:2].tolist() == [bos, bos]:
-            raise ValueError("the text starts with two BOS tokens; remove one from the template")
-        supervised = np.zeros(len(starts), dtype=np.bool_)
-        is_weighted = any(span.weight != 1 for span in chat.spans)
-        weights = np.zeros(len(starts), dtype=np.float16) if is_weighted else None
-        boundary_tokens = 0
-        for span in chat.spans:
-            # Places ascend, so the tokens of a span are one run.
-            first = int(np.searchsorted(ends, span.start, side="right"))
-            stop = int(np.searchsorted(starts, span.end, side="left"))
-            self._check_end(span, input_ids[first:stop])
-            supervised[first:stop] = True
-            if weights is not None:
-                weights[first:stop] = span.weight
-            boundary_tokens += int(np.count_nonzero(starts[first:stop] < span.start))
-        return Sample(input_ids, supervised, boundary_tokens, weights)
+        samples, start, number = [], 0, 0
+        for some, stop in zip(spans, stops.tolist(), strict=True):
+            if bos is not None and input_ids[start : min(start + 2, stop)].tolist() == [bos, bos]:
+                raise ValueError(
+                    "the text starts with two BOS tokens; remove one from the template"
+                )
+            behind = number + len(some)
+            weights = None
+            if any(span.weight != 1 for span in some):
+                weights = np.zeros(stop - start, dtype=np.float16)
+                for span, (first, after) in zip(some, runs[number:behind], strict=True):
+                    weights[first - start : after - start] = span.weight
+            shared = sum(boundary_tokens[number:behind])
+            samples.append(Sample(input_ids[start:stop], supervised[start:stop], shared, weights))
+            start, number = stop, behind
+        return samples
 
-    def _check_end(self, span: Span, input_ids: npt.NDArray[np.uint32]) -> None:
-        """Raises ValueError where the ids of a span, [n], are none or do not end its turn."""
-        if not len(input_ids):
+    def _check_ends(
+        self,
+        spans: Sequence[Span],
+        input_ids: npt.NDArray[np.uint32],
+        firsts: npt.NDArray[np.int64],
+        afters: npt.NDArray[np.int64],
+    ) -> None:
+        """Raises ValueError where a span has no token, or the last one does not end its turn.
+
+        Args:
+            spans: all of them.
+            input_ids: uint32 [n].
+            firsts: int64 [spans], the first token of each.
+            afters: int64 [spans], the token behind each.
+        """
+        if (firsts >= afters).any():
             raise ValueError("the tokenizer gives an answer no tokens at all")
-        if span.end_of_turn is None:
-            return
-        expected = self._special[span.end_of_turn]
-        if input_ids[-1] != expected:
-            raise ValueError(
-                f"the end-of-turn token {span.end_of_turn!r} has the id {expected}, but the "
-                f"tokenizer reads the end of an answer as the id {input_ids[-1]}"
-            )
+        for span, found in zip(spans, input_ids[afters - 1].tolist(), strict=True):
+            if span.end_of_turn is not None and found != self._special[span.end_of_turn]:
+                expected = self._special[span.end_of_turn]
+                raise ValueError(
+                    f"the end-of-turn token {span.end_of_turn!r} has the id {expected}, but the "
+                    f"tokenizer reads the end of an answer as the id {found}"
+                )
 
 
-def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
-    """int64 [ids], bytes of each token; None for a tokenizer whose tokens are no bytes.
+def _in_portions(chats: Sequence[RenderedChat]) -> Iterator[Sequence[RenderedChat]]:
+    """Cuts chats into parts of about CHARACTERS_AT_ONCE: what is computed of them takes memory."""
+    first, size = 0, 0
+    for number, chat in enumerate(chats):
+        if size >= CHARACTERS_AT_ONCE:
+            yield chats[first:number]
+            first, size = number, 0
+        size += len(chat.text)
+    if first < len(chats):
+        yield chats[first:]
+
+
+def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.uint16] | None:
+    """uint16 [ids], bytes of each token; None for a tokenizer whose tokens are no bytes.
 
     With a normaliser to NFC they are the bytes of texts that are in that form.
     """
@@ -325,12 +393,13 @@ def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] |
     alphabet = set(ByteLevel.alphabet())
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     vocabulary = tokenizer.get_vocab()
-    lengths = np.zeros(max([*vocabulary.values(), *added], default=-1) + 1, dtype=np.int64)
+    lengths = np.zeros(max([*vocabulary.values(), *added], default=-1) + 1, dtype=np.uint16)
     for token, number in vocabulary.items():
         # One character stands for one byte; a token with another one is never produced.
-        lengths[number] = len(token) if alphabet.issuperset(token) else 0
+        lengths[number] = min(len(token), MOST_BYTES) if alphabet.issuperset(token) else 0
     for number, content in added.items():
-        lengths[number] = len(content.encode())
+        # A longer one does not count as its bytes, so that its texts go by characters.
+        lengths[number] = min(len(content.encode()), MOST_BYTES)
     return lengths
 
 
@@ -349,16 +418,16 @@ def _composed(chat: RenderedChat) -> RenderedChat:
     return replace(chat, text=text, spans=tuple(spans))
 
 
-def _in_bytes(chat: RenderedChat) -> RenderedChat:
-    """The same chat with the places of its spans in bytes of UTF-8."""
+def _in_bytes(chat: RenderedChat) -> tuple[int, tuple[Span, ...]]:
+    """The length of the text in UTF-8, and its spans, with their places in bytes."""
     if chat.text.isascii():
-        return chat
+        return len(chat.text), chat.spans
     spans, characters, place = [], 0, 0
     for span in chat.spans:
         start = place + len(chat.text[characters : span.start].encode())
         characters, place = span.end, start + len(chat.text[span.start : span.end].encode())
         spans.append(replace(span, start=start, end=place))
-    return replace(chat, spans=tuple(spans))
+    return place + len(chat.text[characters:].encode()), tuple(spans)
 
 
 def _check_covered(span: Span, text: str, bounds: npt.NDArray[np.int64]) -> None:

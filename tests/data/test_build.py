@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -7,11 +8,18 @@ from typing import Any
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sft_fast.data.build import BuildOptions, build_store, prepare_store, store_fingerprint
+from sft_fast.data.build import (
+    BadRecords,
+    BuildOptions,
+    build_store,
+    prepare_store,
+    store_fingerprint,
+)
 from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.format_registry import formats
 from sft_fast.data.formats import register_format
 from sft_fast.data.render import MaskOptions
+from sft_fast.data.sample_maker import long_lived_objects
 from sft_fast.data.source import Records, Source, load_records
 from sft_fast.data.store import REJECTED_FILE, TokenStore
 from sft_fast.data.templates import CHATML_TEMPLATE
@@ -113,6 +121,31 @@ def test_bad_rows_can_be_skipped_counted_and_listed(
         (3, "not in the format"),
     ]
     assert "not used: 1 records, unreadable" in store.report.summary()
+
+
+def test_bad_records_are_counted_and_the_first_few_of_each_kind_kept() -> None:
+    bad = BadRecords()
+    for number in range(100):
+        bad.add("too long", "wanted")
+        bad.add("nothing to learn" if number < 50 else "unreadable", f"row {number}")
+    assert (bad.count, bad.num_unusable) == (100, 50)
+    assert bad.first == [f"row {number}" for number in range(5)]
+    assert bad.first_unusable == [f"row {number}" for number in range(50, 55)]
+
+
+def test_objects_are_collected_after_a_build_as_before(
+    build: Callable[..., TokenStore], write_rows: WriteRows
+) -> None:
+    assert gc.get_freeze_count() == 0
+    build(write_rows([GOOD]))
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with long_lived_objects():
+            pass
+        assert gc.get_freeze_count() > 0, "who froze them keeps them so"
+    finally:
+        gc.unfreeze()
 
 
 def test_no_usable_row_is_an_error(build: Callable[..., TokenStore], write_rows: WriteRows) -> None:

@@ -100,6 +100,8 @@ def test_samples_are_those_of_the_store(
         np.testing.assert_array_equal(sample.tokens, tokens)
         np.testing.assert_array_equal(sample.supervised, supervised)
         assert sample.origin == store.origin(number)
+        # A view would keep the tokens of its whole batch, for as long as it waits in the buffer.
+        assert sample.tokens.base is None and sample.supervised.base is None
 
 
 def test_the_end_is_followed_by_the_beginning(

@@ -1,6 +1,7 @@
 """Texts cut into pieces have the tokens, and the pre-tokens, that they have whole."""
 
 import sys
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_fast.data.token_cache import PIECES, PieceTokenizer, can_be_cut
+from sft_fast.data.token_cache import _PART_ENDS, PIECES, PieceTokenizer, can_be_cut
 from sft_fast.data.tokens import _byte_lengths
 
 MakeTokenizer = Callable[..., Any]
@@ -42,7 +43,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 NASTY = st.text(
     st.one_of(
         st.sampled_from(
-            "ab1'sSt .,/\n\r\t\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000\u200b\ufeff\u180e世é٣🎉"
+            "ab12'sSt .,/<\n\r\t\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000\u200b\ufeff\u180e世é٣🎉"
         ),
         st.characters(exclude_categories=["Cs"]),
         st.sampled_from([*"   \n"]),
@@ -86,8 +87,10 @@ def check_pre_tokens(tokenizer: Any, text: str) -> None:
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     parts = PIECES.findall(text)
     assert "".join(parts) == text
-    cut = [part for piece in parts for part, _ in split(piece)]
-    assert cut == [part for part, _ in split(text)], text
+    whole = [part for part, _ in split(text)]
+    assert [part for piece in parts for part, _ in split(piece)] == whole, text
+    ends = [end for piece in parts for end in _PART_ENDS.split(piece)]
+    assert [part for end in ends for part, _ in split(end)] == whole, text
 
 
 def test_no_part_reaches_over_a_cut(tokenizer: Any) -> None:
@@ -106,8 +109,12 @@ def test_every_kind_of_space_and_invisible_character(tokenizer: Any) -> None:
             check_pre_tokens(tokenizer, f"a{character} b.{character} 1 {character}{character} '")
 
 
-def test_tokens_are_those_of_the_whole_text(tokenizer: Any) -> None:
+@pytest.mark.parametrize("window", [5, 1 << 18])
+def test_tokens_are_those_of_the_whole_text(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
     pieces = pieces_of(tokenizer)
+    monkeypatch.setattr("sft_fast.data.token_cache.WINDOW_CHARACTERS", window)
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.tuples(NASTY, NASTY), min_size=1, max_size=4))
@@ -120,9 +127,14 @@ def test_tokens_are_those_of_the_whole_text(tokenizer: Any) -> None:
     check()
 
 
+@pytest.mark.parametrize("window", [1, 6, 1 << 18])
 @pytest.mark.parametrize(("most", "longest"), [(0, 64), (3, 4), (1 << 16, 0)])
 def test_what_is_kept_does_not_change_the_tokens(
-    make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch, most: int, longest: int
+    make_tokenizer: MakeTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    longest: int,
+    window: int,
 ) -> None:
     monkeypatch.setattr("sft_fast.data.token_cache.MOST_PIECES", most)
     monkeypatch.setattr("sft_fast.data.token_cache.LONGEST_KEPT", longest)
@@ -130,10 +142,29 @@ def test_what_is_kept_does_not_change_the_tokens(
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(PATTERNS["llama3"])
     pieces = pieces_of(tokenizer)
+    monkeypatch.setattr("sft_fast.data.token_cache.WINDOW_CHARACTERS", window)
     for text in ("how are you how are you", "世界 the user and x" * 9, "", " ", "the user", "a \n"):
         assert pieces([text, text])[1].tolist() == whole(tokenizer, text)
         assert len(pieces._known) <= most + len(PIECES.findall(text))
         assert all(len(piece) <= longest for piece in pieces._known)
+
+
+def test_a_long_text_is_cut_in_memory_of_a_few_times_its_size(
+    make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft_fast.data.token_cache.WINDOW_CHARACTERS", 1 << 12)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(PATTERNS["llama3"])
+    pieces, text = pieces_of(tokenizer), "how are you, the user? " * 20_000
+    tracemalloc.start()
+    try:
+        (ids,) = pieces([text])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A list of all pieces would be about twenty times the text.
+    assert peak < 2 * ids.nbytes + 2 * len(text)
+    assert ids[:9].tolist() == whole(tokenizer, text[:64])[:9]
 
 
 def test_characters_without_a_token_do_not_shift_the_others() -> None:
@@ -147,7 +178,23 @@ def test_characters_without_a_token_do_not_shift_the_others() -> None:
     assert pieces_of(tokenizer)([text])[0].tolist() == whole(tokenizer, text)
 
 
-@pytest.mark.parametrize("case", ["pattern", "rstrip", "word", "space", "behavior", "dropout"])
+@pytest.mark.parametrize("token", ["b|a", "a1", "1.", "x\n", "<|im_start|>"])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_no_cut_is_inside_of_an_added_token(
+    make_tokenizer: MakeTokenizer, token: str, normalized: bool
+) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(PATTERNS["qwen2"])
+    tokenizer.add_tokens([AddedToken(token, normalized=normalized)])
+    text = f"a{token} {token}z \n  {token}\n{token}{token} b|a1.2 {token}"
+    assert pieces_of(tokenizer)([text])[0].tolist() == whole(tokenizer, text)
+
+
+@pytest.mark.parametrize(
+    "case", ["pattern", "lstrip", "rstrip", "word", "space", "break", "behavior", "dropout"]
+)
 def test_other_tokenizers_are_left_alone(make_tokenizer: MakeTokenizer, case: str) -> None:
     from tokenizers import AddedToken, Regex, pre_tokenizers
 
@@ -165,7 +212,8 @@ def test_other_tokenizers_are_left_alone(make_tokenizer: MakeTokenizer, case: st
     elif case == "dropout":
         backend.model.dropout = 0.1
     else:
-        content = "new york" if case == "space" else "<new>"
-        options = {"rstrip": case == "rstrip", "single_word": case == "word"}
+        content = {"space": "new york", "break": "new\nyork"}.get(case, "<new>")
+        options = {"lstrip": case == "lstrip", "rstrip": case == "rstrip"}
+        options["single_word"] = case == "word"
         tokenizer.add_tokens([AddedToken(content, **options)])
     assert not can_be_cut(tokenizer)
