@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+MODULE_FILE = "sft_trainer.yaml"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -52,15 +54,28 @@ def _strategy(value: Any) -> Any:
     return ("auto" if flag else "none") if isinstance(flag, bool) else value
 
 
+def _format(value: Any) -> Any:
+    return FORMATS.get(value, value) if isinstance(value, str) else value
+
+
+# Formats of Primus whose name here is another.
+FORMATS = {
+    "bridge_squad": "squad",
+    "chat_template": "auto",
+    "hf_chat": "auto",
+    "qwen_chat": "auto",
+}
+# Formats of Primus that write a prompt of their own, whatever the template of the tokenizer.
+TEMPLATES = {"alpaca": "alpaca", "chatml": "chatml", "messages": "chatml", "openai": "chatml"}
+
 TARGETS = {
     "seed": Target("seed"),
     "save": Target("output_dir"),
     "hf_path": Target("model.path"),
-    "recompute_granularity": Target("model.recompute"),
     "tokenizer_model": Target("tokenizer.path"),
     "sft_dataset_name": Target("data.train"),
     "sft_dataset_split": Target("data.train_split"),
-    "sft_conversation_format": Target("data.format"),
+    "sft_conversation_format": Target("data.format", _format),
     "seq_length": Target("packing.capacity"),
     "enable_packed_sequences": Target("packing.strategy", _strategy),
     "train_iters": Target("train.steps"),
@@ -103,6 +118,7 @@ SIZES = {
 }
 DETAILS = {
     "max_position_embeddings": Target("model.shape.max_position_embeddings"),
+    "init_method_std": Target("model.shape.initializer_range"),
     "norm_epsilon": Target("model.shape.norm_eps"),
     "rotary_base": Target("model.shape.rope_theta"),
     "untie_embeddings_and_output_weights": Target("model.shape.tie_word_embeddings", _negated),
@@ -113,7 +129,7 @@ _ONE_SIZE = "the optimizer state is sharded by use_distributed_optimizer, not th
 _EIGHT_BITS = "of 8-bit training only fp8 and fp8_recipe can be chosen"
 _EXPERTS = "a mixture-of-experts model is what the config.json of hf_path says"
 _SCHEDULE = "the schedule is lr, min_lr, lr_warmup_iters, lr_decay_iters and lr_decay_style"
-_STATES = "gradients and optimizer states are fp32"
+_STATES = "gradients and optimizer states are fp32, which is exact and takes more memory"
 _BATCH = "the batch size is the same in every step"
 ARCHITECTURE = {
     "add_bias_linear": Fixed((False,), _LLAMA),
@@ -121,7 +137,6 @@ ARCHITECTURE = {
     "attention_dropout": Fixed((0,), _LLAMA),
     "disable_bias_linear": Fixed((True,), _LLAMA),
     "hidden_dropout": Fixed((0,), _LLAMA),
-    "init_method_std": Fixed((0.02,), "random weights are drawn with standard deviation 0.02"),
     "normalization": Fixed(("RMSNorm",), _LLAMA),
     "position_embedding_type": Fixed(("rope",), _LLAMA),
     "qk_layernorm": Fixed((False,), _LLAMA),
@@ -141,15 +156,15 @@ FIXED = {
         (False,), "the end of an answer is trained, so the model learns to stop"
     ),
     "fp8_wgrad": Fixed((True,), _EIGHT_BITS),
-    "exp_avg_dtype": Fixed(("fp32",), _STATES),
-    "exp_avg_sq_dtype": Fixed(("fp32",), _STATES),
-    "grad_reduce_in_bf16": Fixed((False,), "gradients are reduced in fp32"),
     "lr_decay_samples": Fixed((0,), _SCHEDULE),
     "lr_warmup_fraction": Fixed((0,), _SCHEDULE),
     "lr_warmup_init": Fixed((0,), _SCHEDULE),
     "lr_warmup_samples": Fixed((0,), _SCHEDULE),
-    "main_grads_dtype": Fixed(("fp32",), _STATES),
-    "main_params_dtype": Fixed(("fp32",), _STATES),
+    "main_params_dtype": Fixed(("fp32",), "the optimizer keeps fp32 copies of the weights"),
+    "moe_router_dtype": Fixed(("fp32",), "routers compute in fp32"),
+    "moe_router_force_load_balancing": Fixed(
+        (False,), "random experts teach nothing: it is for measurements of speed alone"
+    ),
     "optimizer": Fixed(("adam",), "the optimizer is AdamW"),
     "rampup_batch_size": Fixed((), _BATCH),
     "skip_train": Fixed((False,), "this is a trainer"),
@@ -167,23 +182,71 @@ OFF = {
     "fp8_dot_product_attention": _EIGHT_BITS,
     "fp8_margin": _EIGHT_BITS,
     "fp8_multi_head_attention": _EIGHT_BITS,
-    "fp8_param": _EIGHT_BITS,
     "mock_data": "training data comes from sft_dataset_name",
     "moe_": _EXPERTS,
     "mtp_": "there is no multi-token prediction",
-    "multi_latent_attention": "there is no multi-head latent attention",
     "num_experts": _EXPERTS,
     "num_layers_per_virtual_pipeline_stage": "write virtual_pipeline_model_parallel_size",
     "num_virtual_stages_per_pipeline_rank": "write virtual_pipeline_model_parallel_size",
-    "pipeline_model_parallel_layout": "layers are split evenly over pipeline ranks",
-    "pretrained_checkpoint": "weights come from the Hugging Face model of hf_path",
     "recompute_activations": "recomputation is recompute_granularity: full",
-    "sft_bridge_compat_inline_bos": "a conversation is tokenised in one piece",
-    "sft_sanitize_nan_grads": "a gradient that is not finite stops the run",
+    "sft_bridge_compat_inline_bos": "a BOS inside a conversation is for comparisons with Bridge",
     "use_custom_fsdp": _ONE_SIZE,
     "use_megatron_fsdp": _ONE_SIZE,
-    "use_precision_aware_optimizer": _STATES,
     "use_torch_fsdp2": _ONE_SIZE,
+}
+
+# Accepted with whatever value, and why they change less than they say; null and false say nothing.
+NOTED = {
+    "exp_avg_dtype": _STATES,
+    "exp_avg_sq_dtype": _STATES,
+    "grad_reduce_in_bf16": "gradients are reduced in fp32",
+    "main_grads_dtype": _STATES,
+    "use_precision_aware_optimizer": _STATES,
+}
+
+# What describes multi-head latent attention: one refusal names all of them.
+LATENT = (
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim"),
+    *("qk_pos_emb_head_dim", "v_head_dim", "mscale", "mscale_all_dim"),
+)
+
+# Keys of the mapping `lora`, and what they mean here.
+LORA = {
+    "dim": Target("lora.rank"),
+    "alpha": Target("lora.alpha"),
+    "dropout": Target("lora.dropout"),
+}
+LORA_DEFAULTS = {"dim": 32, "alpha": 32, "dropout": 0.0}
+_FROZEN = "A begins at random and B at zero"
+LORA_FIXED = {
+    "a2a_experimental": Fixed((False,), "the exchange of tensor-parallel ranks is not to choose"),
+    "dropout_position": Fixed(("pre",), "dropout acts on the input of A"),
+    "exclude_modules": Fixed(([],), "target_modules names what is adapted"),
+    "lora_A_init_method": Fixed(("xavier", "kaiming", "uniform"), _FROZEN),
+    "lora_B_init_method": Fixed(("zero",), _FROZEN),
+    "lora_dtype": Fixed((), "adapters have the type of the weights"),
+}
+# Megatron's matrices and the projections of Hugging Face models that they hold.
+LORA_TARGETS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+    "linear_q": ("q_proj",),
+    "linear_k": ("k_proj",),
+    "linear_v": ("v_proj",),
+    "linear_fc1_gate": ("gate_proj",),
+    "linear_fc1_up": ("up_proj",),
+}
+ALL_LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+# Parts of a layer that can be computed again.
+RECOMPUTED = {
+    "core_attn": "core_attn",
+    "layernorm": "norm",
+    "mlp": "mlp",
+    "moe": "moe",
+    "moe_act": "activation",
 }
 
 # Speed, logging and file formats: the trained weights do not depend on them.
@@ -201,36 +264,40 @@ IGNORED = _names(
     disable_wandb dist_ckpt_strictness distributed_backend empty_unused_memory_level
     enable_experimental enable_fused_linear_ce enable_gloo_process_groups enable_one_logger
     enable_primus_turbo exit_on_missing_checkpoint exit_signal_handler file_sink_level finetune
-    fp8_amax_compute_algo fp8_amax_history_len fp8_interval
-    fully_parallel_save gradient_accumulation_fusion gradient_reduce_div_fusion lb_mini_cost_model
-    lb_mini_max_token_len log_avg_reset_interval log_avg_skip_iterations
-    log_batch_size_to_tensorboard log_learning_rate_to_tensorboard log_loss_scale_to_tensorboard
-    log_memory_to_tensorboard log_num_zeros_in_grad log_params_norm log_progress log_throughput
-    log_timers_to_tensorboard log_validation_ppl_to_tensorboard log_world_size_to_tensorboard
-    logging_level make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval
-    masked_softmax_fusion memory_snapshot_path mlflow_experiment_name mlflow_run_name
-    mlflow_upload_logs mlflow_upload_performance_metrics mlflow_upload_traces native_ckpt_convert
-    native_ckpt_dtype native_ckpt_out no_fp8_weight_transpose_cache no_load_optim no_load_rng
-    no_persist_layer_norm no_save_optim no_save_rng num_dataset_builder_threads num_workers
-    nvtx_ranges overlap_p2p_comm override_opt_param_scheduler pp_warmup profile profile_ranks
-    profile_step_end profile_step_start pytorch_profiler_collect_callstack
-    pytorch_profiler_collect_chakra pytorch_profiler_collect_shapes recompute_method
-    recompute_num_layers record_memory_history record_shapes reset_attention_mask reset_position_ids
-    scatter_gather_tensors_in_pipeline sink_level split stderr_sink_level tensorboard_dir
-    tensorboard_log_interval tensorboard_queue_size timing_log_level timing_log_option
-    torch_profiler_record_shapes torch_profiler_use_gzip torch_profiler_with_stack tp_comm_overlap
-    trainable transformer_impl turbo_deepep_num_cu turbo_deepep_use_comm_stream
+    fp8_amax_compute_algo fp8_amax_history_len fp8_interval fully_parallel_save
+    gradient_accumulation_fusion gradient_reduce_div_fusion lb_mini_cost_model lb_mini_max_token_len
+    log_avg_reset_interval log_avg_skip_iterations log_batch_size_to_tensorboard
+    log_learning_rate_to_tensorboard log_loss_scale_to_tensorboard log_memory_to_tensorboard
+    log_num_zeros_in_grad log_params_norm log_progress log_throughput log_timers_to_tensorboard
+    log_validation_ppl_to_tensorboard log_world_size_to_tensorboard logging_level
+    make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval masked_softmax_fusion
+    memory_snapshot_path mlflow_experiment_name mlflow_run_name mlflow_upload_logs
+    mlflow_upload_performance_metrics mlflow_upload_traces moe_enable_deepep
+    moe_flex_dispatcher_backend moe_grouped_gemm moe_per_layer_logging moe_permute_fusion
+    moe_shared_expert_overlap moe_token_dispatcher_type moe_use_fused_router_with_aux_score
+    moe_use_legacy_grouped_gemm native_ckpt_convert native_ckpt_dtype native_ckpt_out
+    no_fp8_weight_transpose_cache no_load_optim no_load_rng no_persist_layer_norm no_save_optim
+    no_save_rng num_dataset_builder_threads num_workers nvtx_ranges overlap_moe_expert_parallel_comm
+    overlap_p2p_comm override_opt_param_scheduler pp_warmup profile profile_ranks profile_step_end
+    profile_step_start pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra
+    pytorch_profiler_collect_shapes record_memory_history record_shapes reset_attention_mask
+    reset_position_ids scatter_gather_tensors_in_pipeline sink_level split stderr_sink_level
+    tensorboard_dir tensorboard_log_interval tensorboard_queue_size timing_log_level
+    timing_log_option torch_profiler_record_shapes torch_profiler_use_gzip torch_profiler_with_stack
+    tp_comm_overlap trainable transformer_impl turbo_deepep_num_cu turbo_deepep_use_comm_stream
     turbo_sync_free_moe_stage use_checkpoint_opt_param_scheduler use_flash_attn use_nsys_profiler
     use_pytorch_profiler use_rocm_mem_info use_rocm_mem_info_iters use_turbo_attention
-    use_turbo_deepep use_turbo_grouped_gemm use_turbo_rms_norm wall_clock_step_timer wandb_entity
-    wandb_exp_name wandb_project wandb_save_dir
+    use_turbo_deepep use_turbo_gemm use_turbo_grouped_gemm use_turbo_rms_norm wall_clock_step_timer
+    wandb_entity wandb_exp_name wandb_project wandb_save_dir
     """
 )
 
 # Read by name in `primus.py`, because they act together with others.
 COMBINED = _names(
     """
-    auto_continue_train bf16 eval_iters fp16 group_query_attention load lora stage
+    auto_continue_train bf16 eval_iters fp16 fp8_param_gather group_query_attention load lora
+    pipeline_model_parallel_layout pretrained_checkpoint recompute_granularity recompute_method
+    recompute_modules recompute_num_layers sft_dataset_config sft_sanitize_nan_grads stage
     use_packed_attention
     """
 )

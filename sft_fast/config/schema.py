@@ -1,5 +1,6 @@
 """The configuration: one YAML, `a.b=c` overrides, all checked before torch is imported."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from sft_fast.errors import ConfigError, Problem
 from sft_fast.evaluation.choices import BUILT_IN_METRICS
 from sft_fast.files import write_atomically
 from sft_fast.registry import SFT, load_plugins, stages, trainers
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
@@ -122,6 +125,8 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
         ConfigError: Names everything that is wrong, each with its file and line.
     """
     tree = read_tree(path, overrides)
+    for note in tree.notes:
+        logger.warning("%s", note)
     return validate(config_class(tree), tree, OTHER_NAMES)
 
 
@@ -185,7 +190,7 @@ def is_list_of_text(value: object) -> bool:
 def read_tree(path: Path | None, overrides: list[str]) -> Tree:
     """Returns the unchecked values of a file with overrides applied, under our own keys."""
     document = read_yaml(DEFAULT_CONFIG if path is None else Path(path))
-    is_primus = "modules" in document.data
+    is_primus = primus.is_primus(document)
     tree = primus.translate(document) if is_primus else Tree.from_document(document)
     apply_overrides(tree, overrides)
     if is_primus:

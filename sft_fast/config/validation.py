@@ -49,12 +49,14 @@ class Tree:
         data: Nested mapping of our keys.
         origins: ValueOrigin of every key, by path.
         problems: What is already known to be wrong.
+        notes: What is accepted and means something else, or nothing, here.
     """
 
     source: str
     data: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, ValueOrigin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def from_document(cls, document: Document) -> "Tree":

@@ -86,18 +86,21 @@ class Document:
         data: The top-level mapping.
         lines: Line (from 1) of every key, by path from the top.
         problems: Errors that did not keep the rest of the file from being read.
+        files: Name of the file that a path comes from, where it is another.
     """
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    files: dict[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
         """Returns "file:line" of `path`, or of the nearest key above it."""
         while path and path not in self.lines:
             path = path[:-1]
-        return f"{self.name}:{self.lines[path]}" if path else self.name
+        name = self.files.get(path, self.name)
+        return f"{name}:{self.lines[path]}" if path else self.name
 
 
 def dotted(path: KeyPath) -> str:

@@ -237,3 +237,46 @@ def test_the_schema_describes_every_key(capsys: pytest.CaptureFixture[str]) -> N
         entry.get("type") for entry in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]
     }
     assert kinds == {"string", "array"}
+
+
+PRIMUS = """\
+modules:
+  post_trainer:
+    framework: megatron
+    overrides:
+      hf_path: some/model
+      sft_dataset_name: a.jsonl
+      lora: {enabled: true}
+"""
+
+
+def test_a_folder_has_a_line_for_each_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "configs"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.yaml").write_text(PRIMUS)
+    (folder / "deep" / "b.yaml").write_text(PRIMUS + "      multi_latent_attention: true\n")
+    (folder / "c.yaml").write_text("a: [")
+    assert main(["check", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a.yaml: accepted, ") and lines[0].endswith(" notes")
+    assert lines[1].startswith("c.yaml: refused: ")
+    assert lines[2] == (
+        "deep/b.yaml: refused: multi_latent_attention is true; expected a model "
+        "without multi-head latent attention, which is not supported"
+    )
+    assert lines[3] == "1 of 3 accepted; `sft_fast check FILE` says more"
+    (folder / "c.yaml").unlink()
+    assert main(["check", str(folder / "deep"), "model.random_init=true"]) == 1
+    (folder / "deep" / "b.yaml").unlink()
+    assert main(["check", str(folder)]) == 0
+    assert main(["check", str(folder), "--ranks", "3"]) == 1
+    assert "expected a multiple of 3" in capsys.readouterr().out
+
+
+def test_a_folder_without_configurations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(tmp_path)]) == 2
+    assert "has no *.yaml" in capsys.readouterr().err
