@@ -56,7 +56,8 @@ def snapshot() -> Any:
 
 
 def save(snapshot: Any, folder: Path) -> None:
-    from sft_fast.megatron.checkpoint.shards import check_complete, write_snapshot
+    from sft_fast.megatron.checkpoint.reading import check_complete
+    from sft_fast.megatron.checkpoint.shards import write_snapshot
 
     with staged_directory(folder, LoneRank(), snapshot.num_bytes, check_complete) as stage:
         write_snapshot(snapshot, stage, 0)

@@ -99,7 +99,7 @@ def check_files(folder: Path) -> None:
     from sft_fast.runtime.manifest import MANIFEST_FILE, find_damage
 
     if (folder / MANIFEST_FILE).exists():
-        damages = find_damage(folder, hash_content=False)
+        damages = find_damage(folder, is_hashed=lambda name: False)
         if damages:
             raise DamageError("\n  ".join([f"{folder} is damaged:", *map(str, damages)]))
 

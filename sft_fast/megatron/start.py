@@ -9,7 +9,12 @@ import torch.distributed as dist
 from sft_fast.config.sections import CheckpointConfig, TrainConfig
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.megatron.checkpoint.fingerprint import DATA_ORDER_FIELDS, changed_fields
-from sft_fast.megatron.checkpoint.load import checkpoints_resumed_from, newest_whole_checkpoint
+from sft_fast.megatron.checkpoint.load import (
+    checkpoints_resumed_from,
+    damage_of,
+    newest_whole_checkpoint,
+    unused,
+)
 from sft_fast.megatron.checkpoint.save import remove_leftovers
 from sft_fast.megatron.checkpoint.train_state import TrainState, read_train_state
 from sft_fast.megatron.job import Job
@@ -56,22 +61,41 @@ class Start:
         return is_export_of(export, self.checkpoint)
 
 
-def find_start(job: Job) -> Start:
+def find_start(job: Job, damaged: dict[Path, list[str]]) -> Start:
     """Looks for the checkpoint to resume from, and goes there in the data; every rank calls it.
+
+    Args:
+        job: what is trained.
+        damaged: checkpoints that are known to be, with what is; those found here are added.
 
     Raises:
         ValueError: the checkpoint is none, is damaged, belongs to other data, another order of it
             or another model, or is beyond the end; or the run may not start anew beside others.
     """
+    start = newest_start(job, damaged)
+    # Where nothing is loaded, or a stream has gone on before it is, the load is too late to hash.
+    while start.checkpoint is not None and (
+        start.step == start.num_steps or isinstance(job.plan, StreamPlan)
+    ):
+        damages = damage_of(start.checkpoint, job.config.checkpoint.timeout_minutes * 60)
+        if not damages:
+            break
+        damaged[start.checkpoint] = damages
+        job.metrics.log(unused(start.checkpoint, damages))
+        start = newest_start(job, damaged)
+    if start.checkpoint is not None and start.state.data_step > 0:
+        job.plan.resume(start.checkpoint, start.state.data_step)
+    # A stream reads its first samples for it, so not before it is where it goes on.
+    return replace(start, state=replace(start.state, data=asdict(job.origin.data)))
+
+
+def newest_start(job: Job, damaged: dict[Path, list[str]]) -> Start:
+    """`find_start` without the content of tensors, and without going there in the data."""
     options, train, log = job.config.checkpoint, job.config.train, job.metrics.log
-    checkpoint = find_checkpoint(job.output, options, job.parallel.is_main, log)
+    checkpoint = find_checkpoint(job.output, options, job.parallel.is_main, log, damaged)
     state = TrainState(0, job.fields)
     if checkpoint is not None:
         state = resumed_state(checkpoint, options, job.fields, log)
-        if state.data_step > 0:
-            job.plan.resume(checkpoint, state.data_step)
-    # A stream reads its first samples for it, so not before it is where it goes on.
-    state = replace(state, data=asdict(job.origin.data))
     num_steps = total_steps(train, job.plan, state.first_data_step)
     if state.step > num_steps:
         raise ValueError(
@@ -92,9 +116,20 @@ def total_steps(train: TrainConfig, plan: StepPlan | StreamPlan, first: int) -> 
 
 
 def find_checkpoint(
-    output: Path, options: CheckpointConfig, is_main: bool, log: Callable[[str], None]
+    output: Path,
+    options: CheckpointConfig,
+    is_main: bool,
+    log: Callable[[str], None],
+    damaged: dict[Path, list[str]],
 ) -> Path | None:
     """The checkpoint that `checkpoint.resume` names; None = start at step 0.
+
+    Args:
+        output: the run's directory.
+        options: section of the configuration.
+        is_main: whether this rank removes what saves have left.
+        log: told of damage.
+        damaged: as for `find_start`.
 
     Raises:
         ValueError: it is none, or damaged, or the run may not start anew beside others, or the
@@ -116,7 +151,7 @@ def find_checkpoint(
     dist.barrier()  # every rank has seen the same folder before the main rank tidies it up
     if is_main:
         remove_leftovers(folder)
-    return newest_whole_checkpoint(existing, log, timeout_s)
+    return newest_whole_checkpoint(existing, log, timeout_s, damaged)
 
 
 def resumed_state(

@@ -1,19 +1,20 @@
 """The training loop: what happens to a token, from the store to an optimizer step.
 
 prepare      join the ranks, read the data, plan the steps     job.py
-find_start   a checkpoint, or step 0                           start.py
-build        model, optimizer, and what watches over them
+begin        find a checkpoint, or step 0                      start.py
+             build model, optimizer, and what watches over them
 loop         micro-batches, a step, what is said of it, a save
 finish       export, answers of the exported model, report     finish.py
 """
 
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from sft_fast.config.schema import Config, save_config
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.megatron.batches import open_batches, store_of
-from sft_fast.megatron.checkpoint.load import load_checkpoint
+from sft_fast.megatron.checkpoint.load import CheckpointDamageError, load_checkpoint, unused
 from sft_fast.megatron.checkpoint.save import CheckpointWriter, Files
 from sft_fast.megatron.checkpoint.state import sharded_state
 from sft_fast.megatron.checkpoint.train_state import TrainState
@@ -61,18 +62,13 @@ def train(config: Config, phases: Phases) -> int:
         ValueError: the config does not fit the data, the model or the world size.
     """
     job = prepare(config, phases)
-    phases.enter("resume", can_leave=True)
-    start = find_start(job)
-    phases.confirm_run()
-    job.announce()
-    wanted_export = job.output / "export" if config.export.enabled else None
-    if start.is_finished(wanted_export):
+    start, trainer = begin(job)
+    if trainer is None:
         job.metrics.log(
             f"{start.checkpoint} is at step {start.step} of {start.num_steps}: nothing to do"
         )
         job.close()
         return 0
-    trainer = build(job, start)
     state = loop(job, start, trainer)
     if phases.all_stop:
         job.metrics.log(
@@ -87,8 +83,35 @@ def train(config: Config, phases: Phases) -> int:
     return 0
 
 
+def begin(job: Job) -> tuple[Start, Trainer | None]:
+    """Where the run starts, and what makes its steps; None = nothing is left to do."""
+    damaged: dict[Path, list[str]] = {}
+    is_announced = False
+    while True:
+        job.phases.enter("resume", can_leave=True)
+        start = find_start(job, damaged)
+        job.phases.confirm_run()
+        if not is_announced:
+            job.announce()
+            is_announced = True
+        wanted_export = job.output / "export" if job.config.export.enabled else None
+        if start.is_finished(wanted_export):
+            return start, None
+        try:
+            return start, build(job, start)
+        except CheckpointDamageError as error:
+            damaged[error.checkpoint] = error.damages
+            job.metrics.log(unused(error.checkpoint, error.damages))
+        # What was loaded so far goes, with the model.
+        free_memory()
+
+
 def build(job: Job, start: Start) -> Trainer:
-    """Allocates and loads the model and the optimizer, and opens what watches over the steps."""
+    """Allocates and loads the model and the optimizer, and opens what watches over the steps.
+
+    Raises:
+        CheckpointDamageError: what is loaded is damaged.
+    """
     config, phases, metrics, parallel = job.config, job.phases, job.metrics, job.parallel
     if start.step < start.num_steps and (warning := warm_up_warning(config.optim, start.num_steps)):
         metrics.log(warning)
@@ -105,7 +128,12 @@ def build(job: Job, start: Start) -> Trainer:
         check_start(job, run)
     else:
         load_checkpoint(
-            start.checkpoint, run.model, run.optimizer, run.schedule, phases.tensor_done
+            start.checkpoint,
+            run.model,
+            run.optimizer,
+            run.schedule,
+            phases.tensor_done,
+            config.checkpoint.timeout_minutes * 60,
         )
         if run.load is not None:
             run.load.load_state(start.state.router)

@@ -11,8 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ TEMPORARY_PREFIX = ".incomplete_"
 REPLACED_PREFIX = ".replaced_"
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 64 << 20
+SHARD_SUFFIX = ".safetensors"
 CHUNK_BYTES = 16 << 20
 # Fits into a core's cache, so that the file system copies what the hash has just read.
 WRITE_BYTES = 1 << 20
@@ -74,6 +75,8 @@ class HashedFile:
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.num_bytes = path, name, 0
         self.hasher = xxhash.xxh3_128()
+        self.num_started = 0
+        """Bytes that the disk was told to write."""
         self.file: BinaryIO = path.open("xb", buffering=0)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -82,9 +85,19 @@ class HashedFile:
         for start in range(0, len(view), WRITE_BYTES):
             chunk = view[start : start + WRITE_BYTES]
             self.hasher.update(chunk)
+            self.num_bytes += len(chunk)
             while chunk:
                 chunk = chunk[self.file.write(chunk) :]
-        self.num_bytes += len(view)
+            if self.num_bytes - self.num_started >= CHUNK_BYTES:
+                self.start_writing()
+
+    def start_writing(self) -> None:
+        """Has the disk begin: by itself it would wait until memory is full of what to write."""
+        if hasattr(os, "posix_fadvise"):
+            # Linux begins to write what it is to forget, and keeps it until it is written.
+            begin, count = self.num_started, self.num_bytes - self.num_started
+            os.posix_fadvise(self.file.fileno(), begin, count, os.POSIX_FADV_DONTNEED)
+        self.num_started = self.num_bytes
 
     def close(self) -> FileRecord:
         """Syncs the file; returns its size and hash."""
@@ -93,14 +106,79 @@ class HashedFile:
         return FileRecord(self.name, self.num_bytes, self.hasher.hexdigest())
 
 
+class FileReader:
+    """A file that is read from front to end, the disk ahead of the reader, and hashed if wanted.
+
+    To be used in a `with`.
+    """
+
+    def __init__(self, path: Path, name: str, is_hashed: bool = False):
+        """
+        Args:
+            path: the file.
+            name: of its record.
+            is_hashed: hash what passes by; what is left out between two parts is read too.
+        """
+        self.path, self.name = path, name
+        self.hasher = xxhash.xxh3_128() if is_hashed else None
+        self.position = self.asked = 0
+        """What is before has been hashed; and the disk has been asked for."""
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.num_bytes = os.fstat(self.descriptor).st_size
+
+    def __enter__(self) -> "FileReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
+
+    def read(self, begin: int, target: memoryview) -> None:
+        """Fills memory with the bytes from `begin` on; later ones each time.
+
+        Raises:
+            OSError: the disk does not answer, or the file has become shorter.
+        """
+        is_new = self.hasher is not None and begin >= self.position
+        if is_new:
+            self.skip(begin)
+        for start in range(0, len(target), WRITE_BYTES):
+            part = target[start : start + WRITE_BYTES]
+            self.read_part(begin + start, part)
+            if is_new and self.hasher is not None:
+                self.hasher.update(part)
+        if is_new:
+            self.position = begin + len(target)
+
+    def read_part(self, begin: int, target: memoryview) -> None:
+        """Fills memory; the disk goes on while that is looked at."""
+        if begin + CHUNK_BYTES > self.asked and hasattr(os, "posix_fadvise"):
+            self.asked = begin + 2 * CHUNK_BYTES
+            os.posix_fadvise(self.descriptor, begin, 2 * CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
+        while target:
+            count = os.preadv(self.descriptor, [target], begin)
+            if count == 0:
+                text = f"ends at byte {begin:,}, expected {self.num_bytes:,} bytes"
+                raise OSError(errno.EIO, text, str(self.path))
+            target, begin = target[count:], begin + count
+
+    def skip(self, end: int, progress: Callable[[], None] = lambda: None) -> None:
+        """Hashes what comes before `end`; tells `progress` of each part."""
+        buffer = memoryview(bytearray(min(WRITE_BYTES, max(end - self.position, 0))))
+        while self.position < end:
+            self.read(self.position, buffer[: end - self.position])
+            progress()
+
+    def finish(self, progress: Callable[[], None] = lambda: None) -> FileRecord:
+        """Hashes the rest, where the file is hashed; returns what it is."""
+        assert self.hasher is not None, "nobody wanted a hash"
+        self.skip(self.num_bytes, progress)
+        return FileRecord(self.name, self.num_bytes, self.hasher.hexdigest())
+
+
 def hash_file(path: Path, name: str) -> FileRecord:
     """The size and hash of a file, which is read once."""
-    hasher, num_bytes = xxhash.xxh3_128(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-            num_bytes += len(chunk)
-    return FileRecord(name, num_bytes, hasher.hexdigest())
+    with FileReader(path, name, is_hashed=True) as file:
+        return file.finish()
 
 
 def sync(path: Path) -> None:
@@ -324,7 +402,10 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 
 
 def find_damage(
-    folder: Path, part: int = 0, num_parts: int = 1, hash_content: bool = True
+    folder: Path,
+    part: int = 0,
+    num_parts: int = 1,
+    is_hashed: Callable[[str], bool] = lambda name: True,
 ) -> list[Damage]:
     """Compares a directory with its manifest.
 
@@ -332,7 +413,7 @@ def find_damage(
         folder: the directory.
         part: number of this share of the files.
         num_parts: how many shares there are, so that ranks can divide the work.
-        hash_content: False = sizes only.
+        is_hashed: of which files, by name, the content is compared; of the others the size.
 
     Raises:
         LaterVersionError: this code does not know the version of the manifest.
@@ -344,24 +425,39 @@ def find_damage(
     except ValueError as error:
         why = str(error).partition(", found ")[2] or str(error)
         return [Damage(folder / MANIFEST_FILE, "a whole manifest", why)]
-    damages = []
-    for number, (name, record) in enumerate(sorted(records.items())):
-        if number % num_parts != part:
-            continue
-        path, expected = folder / name, f"{record.num_bytes} bytes, xxh3_128 {record.xxh3_128}"
-        try:
-            if path.is_symlink() or not path.is_file():
-                damages.append(Damage(path, expected, "no regular file"))
-                continue
-            present = FileRecord(name, path.stat().st_size, record.xxh3_128)
-            if hash_content:
-                present = hash_file(path, name)
-        except OSError as error:
-            damages.append(Damage(path, expected, explain(error)))
-            continue
-        if present != record:
-            text = f"{present.num_bytes} bytes"
-            if hash_content:
-                text += f", xxh3_128 {present.xxh3_128}"
-            damages.append(Damage(path, expected, text))
-    return damages
+    found = (
+        damage_of_file(folder, records[name], is_hashed(name))
+        for name in share_of(records, part, num_parts)
+    )
+    return [damage for damage in found if damage is not None]
+
+
+def share_of(names: Collection[str], part: int, num_parts: int) -> list[str]:
+    """The files of one share: what rank N wrote is in share N, the shares being as many as then."""
+    return sorted(names, key=lambda name: (not name.endswith(SHARD_SUFFIX), name))[part::num_parts]
+
+
+def damage_of_file(folder: Path, record: FileRecord, is_hashed: bool) -> Damage | None:
+    """What is wrong with a file of `folder`, in its size or also in its content."""
+    path = folder / record.name
+    expected = f"{record.num_bytes} bytes, xxh3_128 {record.xxh3_128}"
+    try:
+        if path.is_symlink() or not path.is_file():
+            return Damage(path, expected, "no regular file")
+        present = replace(record, num_bytes=path.stat().st_size)
+        if is_hashed:
+            present = hash_file(path, record.name)
+    except OSError as error:
+        return Damage(path, expected, explain(error))
+    return difference(folder, record, present, is_hashed)
+
+
+def difference(
+    folder: Path, record: FileRecord, present: FileRecord, is_hashed: bool = True
+) -> Damage | None:
+    """The damage of a file of `folder` that is not what its record says; None = it is."""
+    if present == record:
+        return None
+    expected = f"{record.num_bytes} bytes, xxh3_128 {record.xxh3_128}"
+    text = f"{present.num_bytes} bytes" + (f", xxh3_128 {present.xxh3_128}" if is_hashed else "")
+    return Damage(folder / record.name, expected, text)

@@ -460,10 +460,9 @@ def step_losses(run: Path) -> list[float]:
 
 
 def saved_names(checkpoint: Path) -> set[str]:
-    from sft_fast.megatron.checkpoint.shards import ShardReader
+    from sft_fast.megatron.checkpoint.reading import ShardReader
 
-    with ShardReader(checkpoint) as reader:
-        return set(reader.shards)
+    return set(ShardReader(checkpoint).shards)
 
 
 @pytest.mark.parametrize(

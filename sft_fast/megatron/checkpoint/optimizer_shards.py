@@ -6,7 +6,7 @@ the device: no collective, and no copy of what other ranks own. What every data-
 is cut into equal ranges likewise.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sft_fast.constants import ceil_div
 from sft_fast.megatron.checkpoint.flat_ranges import Sharded, as_rectangles
-from sft_fast.megatron.checkpoint.shards import ShardReader
+from sft_fast.megatron.checkpoint.reading import ShardReader
 from sft_fast.megatron.optim import optimizer_parts
 
 # The one optimizer layout of megatron that loads at any data-parallel size; its names are ours.
@@ -177,40 +177,39 @@ def common_state(optimizer: MegatronOptimizer) -> dict[Any, Any]:
     return states[0] if len(parts) == 1 else dict(enumerate(states))
 
 
-def load_checkpoint_weights(weights: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
-    """Reads tensors into the parameters themselves, one after the other.
+def want_weights(weights: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
+    """Has the reader fill the parameters themselves.
 
     Returns: the values that are no tensors, by name.
     """
     others = {}
     for name, sharded in weights.items():
         if isinstance(sharded, ShardedObject):
-            others[name] = reader.read(sharded)
+            others[name] = reader.object(sharded)
             continue
         target = sharded.data.detach()
-        values = read_range(sharded, 0, target.numel(), "", reader, target.dtype)
-        target.copy_(values.view(target.shape))
+        want_range(sharded, 0, target.numel(), "", reader, target)
     return others
 
 
-def read_range(
-    sharded: Sharded, begin: int, end: int, prefix: str, reader: ShardReader, dtype: torch.dtype
-) -> Tensor:
-    """[end - begin]: elements of a local tensor, wherever the checkpoint has them."""
-    values = torch.empty(end - begin, dtype=dtype)
-    for first, last, block in as_rectangles(sharded, begin, end, prefix, None, dtype):
-        values[first:last] = reader.read(block).reshape(-1)
-    return values
+def want_range(
+    sharded: Sharded, begin: int, end: int, prefix: str, reader: ShardReader, target: Tensor
+) -> None:
+    """Has the reader fill a contiguous tensor, of any shape, with elements begin..end-1 of a local
+    tensor, wherever the checkpoint has them."""
+    flat = target.view(-1)
+    for first, last, block in as_rectangles(sharded, begin, end, prefix, None, target.dtype):
+        reader.want(block, flat[first:last])
 
 
-@torch.no_grad()
-def load_optimizer(
+def want_optimizer(
     optimizer: MegatronOptimizer,
     common: Mapping[Any, Any],
     weights: Mapping[str, Any],
     reader: ShardReader,
-) -> None:
-    """Restores a distributed optimizer; this rank reads what it owns."""
+) -> Callable[[], None]:
+    """Restores what is common to all ranks of a distributed optimizer, and has the reader fill what
+    this rank owns; returns what is to be done after that."""
     parts = state_of_parts(optimizer, common)
     for part, state in parts:
         if not part.is_stub_optimizer:
@@ -218,23 +217,29 @@ def load_optimizer(
             part.load_state_dict(fields)
     if len(parts) > 1:
         optimizer._synchronize_steps()
-    shards = by_parameter(weights)
+    shards, filled = by_parameter(weights), []
     for part, prefix in state_prefixes(optimizer):
         for parameter, begin, end in owned_ranges(part):
-            sharded = shards[parameter]
-            states_read = {
-                name: read_range(
-                    sharded, begin, end, f"{prefix}optimizer.state.{name}.", reader, torch.float32
-                )
-                for name in STATES
-            }
-            set_states(part, parameter, states_read)
-        if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
-            part.optimizer._sync_hdo_state_to_sub_optimizers()
+            found = part._get_main_param_and_optimizer_states(parameter)
+            states = {name: found[name] for name in STATES}
+            for name, state in states.items():
+                key = f"{prefix}optimizer.state.{name}."
+                want_range(shards[parameter], begin, end, key, reader, state.detach())
+            filled.append((part, parameter, states))
+
+    def finish() -> None:
+        for part, parameter, states in filled:
+            set_states(part, parameter, states)
+        for part, _ in state_prefixes(optimizer):
+            if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
+                part.optimizer._sync_hdo_state_to_sub_optimizers()
+
+    return finish
 
 
+@torch.no_grad()
 def set_states(part: Any, parameter: Tensor, states: dict[str, Tensor]) -> None:
-    """Puts loaded states, flat [elements of this rank], into the optimizer."""
+    """Tells the optimizer of states, flat [elements of this rank], which may be its own."""
     # torch's AdamW has a step count per parameter, which megatron has restored but asks for again.
     group, order = part.model_param_group_index_map[parameter]
     state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]

@@ -16,9 +16,9 @@ from typing import Any
 from sft_fast.config.sections import CheckpointConfig
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
 from sft_fast.megatron.checkpoint.load import quick_damage
+from sft_fast.megatron.checkpoint.reading import check_complete
 from sft_fast.megatron.checkpoint.shards import (
     Snapshot,
-    check_complete,
     own_share,
     take_snapshot,
     write_snapshot,

@@ -6,31 +6,24 @@ the main replica of into one safetensors file, whose header says where they belo
 what overlaps the shard it wants. Nothing on this path unpickles.
 """
 
-import errno
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge, nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
-    apply_factory_merges,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch import Tensor
 
 from sft_fast.megatron.checkpoint.host_snapshot import HostCopier
-from sft_fast.models.weight_files import open_safetensors
-from sft_fast.runtime.manifest import HashedFile, StagedDirectory, read_manifest
-from sft_fast.runtime.phases import no_report
+from sft_fast.runtime.manifest import HashedFile, StagedDirectory
 
 COMMON_FILE = "common.json"
 DTYPE_NAMES = {
@@ -161,120 +154,6 @@ def write_tensors(snapshot: Snapshot, file: HashedFile) -> None:
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class ShardReader:
-    """The tensors of a directory of shards; to be used in a `with`."""
-
-    def __init__(self, folder: Path, tensor_done: Callable[[], None] = no_report):
-        """
-        Args:
-            folder: the directory.
-            tensor_done: called after each tensor, see runtime.phases.
-
-        Raises:
-            ValueError: the manifest is damaged, or a file is no safetensors file of ours.
-        """
-        self.folder, self.tensor_done, self.stack = folder, tensor_done, ExitStack()
-        self.shards: dict[str, list[tuple[Shard, Any]]] = {}
-        """Key -> the shards in all files, with their file."""
-        self.objects: dict[str, Any] = {}
-        for name in read_manifest(folder):
-            if not name.endswith(".safetensors"):
-                continue
-            file = self.stack.enter_context(open_safetensors(folder / name, "pt"))
-            try:
-                self.add(file)
-            except (AssertionError, LookupError, TypeError, ValueError, RecursionError) as error:
-                self.stack.close()
-                raise ValueError(
-                    f"{folder / name}: expected shards as this version writes them ({error!r})"
-                ) from None
-
-    def add(self, file: Any) -> None:
-        """Takes in what the header of a file says, where that is what the file holds."""
-        metadata = file.metadata()
-        self.objects |= decode(json.loads(metadata["objects"]))
-        names = set(file.keys())
-        for name, (key, *sizes) in json.loads(metadata["shards"]).items():
-            if name not in names:
-                raise ValueError(f"{name} is not in the file, or twice")
-            shard = Shard(key, *map(tuple, sizes))
-            shape = tuple(file.get_slice(name).get_shape())
-            if name != shard.name or shape != shard.shape:
-                raise ValueError(f"{name} has shape {list(shape)}, not {list(shard.shape)}")
-            if not len(shard.offset) == len(shape) == len(shard.global_shape):
-                raise ValueError(f"{name} has {len(shape)} dimensions")
-            names.remove(name)
-            self.shards.setdefault(key, []).append((shard, file))
-        if names:
-            raise ValueError(f"nothing says what {sorted(names)[0]} is")
-
-    def __enter__(self) -> "ShardReader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-
-    def read(self, wanted: ShardedTensor | ShardedObject) -> Any:
-        """The value that belongs in the place of `wanted`.
-
-        Raises:
-            ValueError: it is not in the checkpoint, or has another shape there.
-        """
-        if isinstance(wanted, ShardedObject):
-            if wanted.unique_key not in self.objects:
-                raise ValueError(f"{self.folder}: there is no {wanted.unique_key}")
-            return self.objects[wanted.unique_key]
-        shard = Shard.of(wanted)
-        saved = self.shards.get(shard.key, [])
-        if not saved:
-            raise ValueError(f"{self.folder}: there is no tensor {shard.key}")
-        shape = saved[0][0].global_shape
-        if shape != shard.global_shape and not wanted.allow_shape_mismatch:
-            raise ValueError(
-                f"{self.folder}: {shard.key} has shape {list(shape)}, this run's model needs "
-                f"{list(shard.global_shape)}"
-            )
-        # Only padding of the vocabulary may differ in shape; new padding is zero.
-        result = torch.zeros(shard.shape, dtype=wanted.dtype)
-        whole = Shard(shard.key, (0,) * len(shape), shape, shape)
-        for first, last, other, file in overlaps(shard, saved):
-            data = file.get_slice(other.name) if other.shape else file.get_tensor(other.name)
-            result[shard.slices(first, last)] = data[other.slices(first, last)]
-        covered = sum(volume(first, last) for first, last, *_ in overlaps(shard, saved))
-        inside = shard.overlap(whole)
-        if covered != (volume(*inside) if inside is not None else 0):
-            raise ValueError(
-                f"{self.folder}: a part of tensor {shard.key} is missing or twice there"
-            )
-        self.tensor_done()
-        return result.reshape(wanted.local_shape)
-
-
-def overlaps(
-    shard: Shard, saved: list[tuple[Shard, Any]]
-) -> Iterator[tuple[Sizes, Sizes, Shard, Any]]:
-    """(first, last + 1 global index of what both hold, saved shard, its file) for each overlap."""
-    for other, file in saved:
-        block = shard.overlap(other)
-        if block is not None:
-            yield *block, other, file
-
-
-def check_complete(folder: Path) -> None:
-    """Raises OSError unless the files of all ranks hold each tensor wholly, and once."""
-    try:
-        reader = ShardReader(folder)
-    except ValueError as error:
-        raise OSError(errno.EIO, str(error), str(folder)) from None
-    with reader:
-        for key, shards in reader.shards.items():
-            shapes = {shard.global_shape for shard, _ in shards}
-            held = sum(math.prod(shard.shape) for shard, _ in shards)
-            if len(shapes) != 1 or held != math.prod(next(iter(shapes))):
-                text = f"{held} values of tensor {key} were written, its shapes are {shapes}"
-                raise OSError(errno.EIO, text, str(folder))
-
-
 def volume(first: Sizes, last: Sizes) -> int:
     """Number of elements between two corners."""
     return math.prod(b - a for a, b in zip(first, last, strict=True))
@@ -284,28 +163,6 @@ def read_common(folder: Path) -> dict[str, Any]:
     """What was equal on every rank."""
     common: dict[str, Any] = decode(json.loads((folder / COMMON_FILE).read_text()))
     return common
-
-
-def load_state(
-    folder: Path, request: dict[str, Any], tensor_done: Callable[[], None] = no_report
-) -> dict[str, Any]:
-    """Fills a sharded state dict from `folder`, as dist_checkpointing.load does.
-
-    Args:
-        folder: the checkpoint.
-        request: in dist_checkpointing's sharded form, its tensors without content.
-        tensor_done: called after each tensor, see runtime.phases.
-
-    Raises:
-        ValueError: the checkpoint does not hold what is asked for.
-    """
-    sharded, local, factories = load_preprocess(request)
-    state = read_common(folder)
-    merge(state, local)
-    sharded, _ = extract_sharded_base(sharded)
-    with ShardReader(folder, tensor_done) as reader:
-        merge(state, dict_list_map_outplace(reader.read, sharded))
-    return apply_factory_merges(state, factories)
 
 
 def encode(value: Any) -> Any:

@@ -175,22 +175,23 @@ def state_without_collectives(run: Any) -> dict[str, Any]:
 def read_tensors(folder: str) -> dict[str, Any]:
     """The global tensors of a checkpoint, without padding of the vocabulary."""
     import torch
+    from safetensors.torch import load_file
 
-    from sft_fast.megatron.checkpoint.shards import ShardReader
+    from sft_fast.megatron.checkpoint.reading import ShardReader
     from sft_fast.runtime.run_files import checkpoint_path
 
-    tensors = {}
-    with ShardReader(checkpoint_path(Path(folder), 0)) as reader:
-        for key, found in reader.shards.items():
-            whole = torch.full(found[0][0].global_shape, math.nan)
-            for shard, file in found:
-                sizes = zip(shard.offset, shard.shape, strict=True)
-                place = tuple(slice(begin, begin + size) for begin, size in sizes)
-                assert whole[place].isnan().all(), f"{key}: an element twice"
-                whole[place] = file.get_tensor(shard.name)
-            assert not whole.isnan().any(), f"{key}: an element is missing"
-            is_vocabulary = "word_embeddings" in key or "output_layer" in key
-            tensors[key] = whole[:VOCAB_SIZE] if is_vocabulary else whole
+    tensors, checkpoint = {}, checkpoint_path(Path(folder), 0)
+    files = {path: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    for key, found in ShardReader(checkpoint).shards.items():
+        whole = torch.full(found[0][0].global_shape, math.nan)
+        for shard, record in found:
+            sizes = zip(shard.offset, shard.shape, strict=True)
+            place = tuple(slice(begin, begin + size) for begin, size in sizes)
+            assert whole[place].isnan().all(), f"{key}: an element twice"
+            whole[place] = files[record.path][shard.name]
+        assert not whole.isnan().any(), f"{key}: an element is missing"
+        is_vocabulary = "word_embeddings" in key or "output_layer" in key
+        tensors[key] = whole[:VOCAB_SIZE] if is_vocabulary else whole
     return tensors
 
 
@@ -345,19 +346,18 @@ def test_every_rank_writes_and_reads_its_share(
 def states_read(model: str, parallel: Section, source: str) -> int:
     """Bytes of the optimizer's states that this rank reads to resume."""
     from sft_fast.megatron.checkpoint.load import load_checkpoint
-    from sft_fast.megatron.checkpoint.shards import ShardReader
+    from sft_fast.megatron.checkpoint.reading import ShardReader
 
     run, _, _ = begin(model, parallel)
-    read, counts = ShardReader.read, []
+    want, counts = ShardReader.want, []
 
-    def counted(reader: Any, wanted: Any) -> Any:
-        found = read(reader, wanted)
+    def counted(reader: Any, wanted: Any, target: Any) -> None:
+        want(reader, wanted, target)
         if STATES in wanted.key:
-            counts.append(found.nbytes)
-        return found
+            counts.append(target.nbytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read", counted)
+        patch.setattr(ShardReader, "want", counted)
         load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
     return sum(counts)
 
@@ -470,3 +470,60 @@ def test_an_offloaded_optimizer_resumes_bit_identically(
     assert run(checkpoint_in(half), {0: again, 2: resumed}, 1, False, "bf16")[0] == losses[1:]
     assert_same_files(again, half)
     assert_same_files(resumed, whole)
+
+
+def load_counting(model: str, source: str) -> tuple[str, dict[str, int]]:
+    """The damage that this rank hears of, and bytes that it reads of each file."""
+    import os
+
+    from sft_fast.megatron.checkpoint.load import CheckpointDamageError, load_checkpoint
+    from sft_fast.runtime import manifest
+
+    run, _, _ = begin(model, {})
+    preadv, counts = os.preadv, dict.fromkeys(path.name for path in Path(source).iterdir()) | {}
+
+    def counted(descriptor: int, buffers: list[memoryview], begin: int) -> int:
+        count = preadv(descriptor, buffers, begin)
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        counts[name] = (counts[name] or 0) + count
+        return count
+
+    found = ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest.os, "preadv", counted)
+        try:
+            load_checkpoint(Path(source), run.model, run.optimizer, run.schedule)
+        except CheckpointDamageError as error:
+            found = str(error)
+    return found, {name: count for name, count in counts.items() if count is not None}
+
+
+def test_a_load_reads_once_and_tells_all_ranks_of_damage(
+    rank_pool: RankPool, llama: str, saved: str
+) -> None:
+    import shutil
+
+    files = sorted(Path(checkpoint_in(saved)).glob("rank_*"))
+    if len(files) != 2:
+        pytest.skip("of two ranks is enough")
+    copy = Path(saved) / "copy"
+    for place in (None, -5, 100, 12):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(checkpoint_in(saved), copy)
+        last = copy / files[1].name
+        if place is not None:
+            content = bytearray(last.read_bytes())
+            content[place] ^= 4
+            last.write_bytes(content)
+        found = rank_pool.run(2, load_counting, llama, str(copy))
+        if place is not None:
+            assert all(text == found[0][0] and str(last) in text for text, _ in found), place
+            continue
+        sizes = {path.name: path.stat().st_size for path in files}
+        for rank, (text, counts) in enumerate(found):
+            own = files[rank].name
+            assert text == "" and counts.pop(own) == sizes.pop(own)
+            # Of others it reads the weights, whose states they own.
+            (rest,) = counts.values()
+            assert rest <= sizes[files[1 - rank].name] / 3
+            sizes[own] = files[rank].stat().st_size
