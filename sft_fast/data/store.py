@@ -207,6 +207,10 @@ class TokenStore:
         """float64 [num_samples], sum of the targets' weights; None = all weights are 1."""
         return self._targets[1]
 
+    def array_files(self) -> list[Path]:
+        """The files that are memory-mapped."""
+        return sorted(self.path.glob("*.bin"))
+
     @property
     def rejected_path(self) -> Path:
         """The list of records that were dropped, truncated or split."""

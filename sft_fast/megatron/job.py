@@ -108,6 +108,7 @@ def prepare(config: Config, phases: Phases) -> Job:
         metrics.log(warning)
     phases.enter("data", can_leave=True)
     inputs = read_inputs(config, metrics.log)
+    phases.maps(inputs.mapped_files())
     architecture = inputs.model.architecture
     plan = make_training_plan(
         inputs.store,

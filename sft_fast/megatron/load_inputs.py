@@ -92,6 +92,12 @@ class Inputs:
         """What an export takes from the model that the run began with."""
         return ExportSource(self.tokenizer, self.model, export_metadata(self.store, self.tokenizer))
 
+    def mapped_files(self) -> list[Path]:
+        """What is read from mapped memory: the arrays of stores, and the weights of a model."""
+        stores = [store for store in (self.store, self.eval_store) if isinstance(store, TokenStore)]
+        files = [file for store in stores for file in store.array_files()]
+        return files + sorted(self.model.folder.glob("*.safetensors") if self.model.folder else ())
+
 
 def read_inputs(config: Config, log: Progress = logger.info) -> Inputs:
     """Reads what `config` names; token stores are built first where they are missing.

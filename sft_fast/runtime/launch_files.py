@@ -13,12 +13,14 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from sft_fast.files import read_json, write_first, write_json
+from sft_fast.runtime.mapped_files import list_mapped
 from sft_fast.runtime.processes import age_of, is_alive, process_space, start_of
 from sft_fast.runtime.run_lock import file_system_time
 
@@ -124,6 +126,10 @@ class LaunchFiles:
             return write_first(path, json.dumps(record, indent=2))
         except OSError:
             return True  # a full disk must not hide the failure
+
+    def list_mapped(self, files: Iterable[Path]) -> None:
+        """Writes down what this rank maps, for who finds it ended by SIGBUS."""
+        list_mapped(self.folder, self.rank, files)
 
     # --- the others
 

@@ -22,16 +22,14 @@ import psutil
 
 from sft_fast.exit_codes import DAMAGED, FAILED, USER_ERROR
 from sft_fast.files import read_json
+from sft_fast.runtime.launch_files import written_at
+from sft_fast.runtime.mapped_files import after_bus_error
 from sft_fast.runtime.signals import wanted_signals
 from sft_fast.runtime.terminal import open_streams, printable
 
 # They repeat that a rank failed, and that a signal has come.
 TORCHRUN_LOGGERS = ("multiprocessing.api", "agent.server.api")
-HINTS: dict[int, str] = {
-    signal.SIGBUS: ": a file that it reads from memory became shorter, or its disk does not answer "
-    "(token store in data.cache_dir, weights in model.path)",
-    signal.SIGKILL: ": by someone, or by the system for want of memory",
-}
+KILLED_BY = ": by someone, or by the system for want of memory"
 
 
 class SignalRelay:
@@ -90,6 +88,7 @@ def main(run_dir: Path, arguments: list[str], debug: bool = False) -> int:
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     began = time.time()
     SignalRelay()
+    explain_bus_errors(run_dir)
     try:
         torchrun(arguments)
     except ChildFailedError as error:
@@ -100,7 +99,8 @@ def main(run_dir: Path, arguments: list[str], debug: bool = False) -> int:
             ended = f"rank {rank} ended with exit code {failure.exitcode}"
             if failure.exitcode < 0:
                 ended = f"rank {rank} was ended by {failure.signal_name()}"
-                ended += HINTS.get(-failure.exitcode, "")
+                if -failure.exitcode == signal.SIGKILL:
+                    ended += KILLED_BY
             say(f"error: {recorded_failure(run_dir, began) or ended}")
         return max(failure.exitcode, FAILED)
     except SignalException as error:
@@ -108,6 +108,21 @@ def main(run_dir: Path, arguments: list[str], debug: bool = False) -> int:
             say(f"error: {failure_text}")
         return 128 + int(error.sigval)
     return 0
+
+
+def explain_bus_errors(run_dir: Path) -> None:
+    """Has the files named that a rank ended by SIGBUS may have touched, before it starts again."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    look_at = ProcessFailure.__post_init__
+
+    def look_at_failure(failure: ProcessFailure) -> None:
+        look_at(failure)
+        if -failure.exitcode == signal.SIGBUS:
+            launches = sorted((run_dir / ".launch").glob("*"), key=written_at)
+            say(f"local rank {failure.local_rank}: {after_bus_error(launches)}")
+
+    ProcessFailure.__post_init__ = look_at_failure  # type: ignore[method-assign]
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ The watchdog's thread reads it. Nothing here imports torch.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ class Phases:
     def record(self, **progress: Any) -> None:
         """Adds figures to every report."""
         self.files.progress |= progress
+
+    def maps(self, files: Iterable[Path]) -> None:
+        """Says which files this rank reads from mapped memory from now on."""
+        if self.is_watched:
+            self.files.list_mapped(files)
 
     def votes(self) -> tuple[float, float]:
         """(save, stop): this rank's votes, 0 or 1."""

@@ -46,6 +46,13 @@ def remember(subject: Path, files: list[list[int]], value: str) -> None:
         return
 
 
+def forget(subject: Path) -> None:
+    """Drops what `remember` was told of a path."""
+    record = record_of(subject)
+    if record is not None:
+        record.unlink(missing_ok=True)
+
+
 def record_of(subject: Path) -> Path | None:
     """The file for a path; None = this user has no directory for it."""
     try:

@@ -25,6 +25,7 @@ from sft_fast.files import read_json, write_json
 from sft_fast.redact import redact
 from sft_fast.runtime.hang import HangDetector
 from sft_fast.runtime.launch_files import LaunchFiles
+from sft_fast.runtime.mapped_files import shortened
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.processes import end_children
 from sft_fast.runtime.run_directory import claim
@@ -274,6 +275,8 @@ class Watchdog:
                     self.leave(state, code, announced["cause"])
         for rank, peer in dead:
             cause = f"process {peer['pid']} of rank {rank} is gone: killed, or crashed"
+            if cut_off := shortened([self.files.folder]):
+                cause += f"; {cut_off}"
             facts = {"rank": rank, "pid": peer["pid"], "reported_by": self.rank}
             self.fail(cause, peer["phase"], **facts)
             self.leave("failed", FAILED, cause)

@@ -142,6 +142,16 @@ def say_step(number: str) -> None:
     before(training, "train_step", lambda: print("in the step", flush=True), int(number))
 
 
+def cut_off_in_step(folder: str) -> None:
+    """In the third step the token store loses its tokens."""
+
+    def cut_off() -> None:
+        for path in pathlib.Path(folder).glob("*/tokens.bin"):
+            os.truncate(path, 0)
+
+    before(training, "train_step", cut_off, 3)
+
+
 def slow(where: str) -> None:
     """Makes a phase last two seconds, and says when it begins."""
 

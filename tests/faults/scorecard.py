@@ -99,6 +99,10 @@ FAULTS = {
         "other users, disks without room for files, a machine that is gone, closed streams, -OO",
         "said with path and culprit; nothing is left behind",
     ),
+    "F40": (
+        "a token store cut off, or on a failing disk, while a run reads it from memory",
+        "file and fix named for the rank that SIGBUS ended; the next start hashes or rebuilds it",
+    ),
 }
 
 
