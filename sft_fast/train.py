@@ -120,7 +120,8 @@ def is_first_to_fail() -> bool:
     """True on one rank, so that an error all ranks meet is printed once."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        rank = os.environ.get("RANK", "0")
+        return rank == "0" or not rank.isdecimal()
     store = distributed.distributed_c10d._get_default_store()
     return store.add("sft_fast/num_failed_ranks", 1) == 1
 

@@ -22,7 +22,13 @@ from sft_fast.megatron.join import agree, file_digest
 from sft_fast.packing.steps import StepPlan
 from sft_fast.packing.streaming import StreamPlan
 from sft_fast.runtime.manifest import MANIFEST_FILE
-from sft_fast.runtime.run_files import check_resume, is_export_of, list_checkpoints
+from sft_fast.runtime.run_files import (
+    check_resume,
+    checkpoint_path,
+    checkpoint_step,
+    is_export_of,
+    list_checkpoints,
+)
 
 SAME_CHECKPOINTS = 3
 """Of the newest ones the ranks compare the manifests too."""
@@ -96,6 +102,7 @@ def newest_start(job: Job, damaged: dict[Path, list[str]]) -> Start:
     state = TrainState(0, job.fields)
     if checkpoint is not None:
         state = resumed_state(checkpoint, options, job.fields, log)
+        check_name(checkpoint, state, job.output / "checkpoints")
     num_steps = total_steps(train, job.plan, state.first_data_step)
     if state.step > num_steps:
         raise ValueError(
@@ -105,6 +112,17 @@ def newest_start(job: Job, damaged: dict[Path, list[str]]) -> Start:
     if EarlyStopping(**state.early_stopping).should_stop(job.config.evaluation.patience):
         num_steps = state.step
     return Start(checkpoint, state, num_steps)
+
+
+def check_name(checkpoint: Path, state: TrainState, folder: Path) -> None:
+    """Raises ValueError where a checkpoint in the run's own folder was renamed: as the newest by
+    name it would be resumed from again and again, whatever was saved since."""
+    if checkpoint.parent == folder and checkpoint_step(checkpoint) != state.step:
+        right = checkpoint_path(folder, state.step).name
+        raise ValueError(
+            f"checkpoint.resume: {checkpoint} holds step {state.step}; expected it to be named "
+            f"{right}; rename it, or move it away"
+        )
 
 
 def total_steps(train: TrainConfig, plan: StepPlan | StreamPlan, first: int) -> int:
@@ -136,6 +154,8 @@ def find_checkpoint(
             machines see other checkpoints.
     """
     folder = output / "checkpoints"
+    if folder.is_symlink() and not folder.exists() or folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {folder} is no directory; move it away, or make it one")
     existing = list_checkpoints(folder)
     if options.resume == "never" and existing:
         raise ValueError(

@@ -134,7 +134,11 @@ class MetricsWriter:
         """id of a tracker -> points in a row that it did not take."""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            path = folder / "metrics.jsonl"
+            # To open a pipe waits for who reads it.
+            if path.exists() and not path.is_file():
+                raise ValueError(f"output_dir: {path} is no regular file; move it away")
+            self.file = path.open("a", encoding="utf-8")
             if is_cut_off(Path(self.file.name)):
                 # What a crash left of a line must not take the next one with it.
                 self.file.write("\n")

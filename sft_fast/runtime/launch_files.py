@@ -42,9 +42,9 @@ class LaunchFiles:
     def __init__(self, output: Path):
         self.output = output
         env = os.environ
-        self.rank, self.world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-        first = self.rank - int(env.get("LOCAL_RANK", "0"))
-        local = range(first, first + int(env.get("LOCAL_WORLD_SIZE", "1")))
+        self.rank, self.world_size = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
+        first = self.rank - number_of("LOCAL_RANK", 0)
+        local = range(first, first + number_of("LOCAL_WORLD_SIZE", 1))
         self.unmet = {rank for rank in local if rank != self.rank}
         """Ranks of this machine that have not shown themselves yet."""
         self.met: dict[int, dict[str, Any]] = {}
@@ -175,6 +175,18 @@ class LaunchFiles:
                 if last["pid"] == peer["pid"] and last["state"] != "done":
                     dead.append((rank, last))
         return dead
+
+
+def number_of(variable: str, default: int) -> int:
+    """A number that torchrun gives its ranks; ValueError where it is none."""
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"the environment has {variable}={text}, expected a whole number; unset it, or start "
+            "with `sft_fast train`, which sets it"
+        ) from None
 
 
 def launch_name() -> tuple[str, str]:

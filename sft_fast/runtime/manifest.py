@@ -305,7 +305,7 @@ def room_in(folder: Path) -> str:
 def prepare(temporary: Path, needed_bytes: int) -> None:
     """Makes the empty temporary directory when there is room for `needed_bytes`."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_whatever(temporary)
     free = shutil.disk_usage(temporary.parent).free
     if needed_bytes > free:
         raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes needed", str(temporary))
@@ -337,20 +337,29 @@ def complete(
     os.rename(temporary, final)
     sync(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove_whatever(replaced)
 
 
 def set_aside(folder: Path) -> Path:
     """Renames a directory, so that what a deletion leaves of it does not look whole; returns it."""
     aside = folder.with_name(REPLACED_PREFIX + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_whatever(aside)
     os.rename(folder, aside)
     return aside
 
 
 def remove_directory(folder: Path) -> None:
     """Deletes a directory; what an interruption leaves of it does not have its name."""
-    shutil.rmtree(set_aside(folder), ignore_errors=True)
+    remove_whatever(set_aside(folder))
+
+
+def remove_whatever(path: Path) -> None:
+    """Deletes a directory, or what lies in its place: a file, or a link, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def manifest_text(records: dict[str, FileRecord]) -> str:

@@ -72,7 +72,10 @@ def checkpoint_step(path: Path) -> int | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or damaged."""
-    return sorted(path for path in folder.glob("step_*") if checkpoint_step(path) is not None)
+    steps = {path: checkpoint_step(path) for path in folder.glob("step_*")}
+    # By number: the names have eight digits at least, not at most.
+    named = ((step, path) for path, step in steps.items() if step is not None)
+    return [path for _, path in sorted(named)]
 
 
 def export_path(run: Path, step: int) -> Path:

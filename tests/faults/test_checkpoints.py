@@ -10,6 +10,8 @@ import pytest
 
 from faults.launcher import Launcher, same_weights, step_losses
 from lone_rank import LoneRank
+from sft_fast.metrics.writer import MetricsWriter
+from sft_fast.runtime.launch_files import LaunchFiles
 from sft_fast.runtime.manifest import (
     agree,
     find_damage,
@@ -19,6 +21,7 @@ from sft_fast.runtime.manifest import (
     staged_directory,
 )
 from sft_fast.runtime.run_directory import RUN_MARKER
+from sft_fast.runtime.run_files import checkpoint_step, list_checkpoints
 
 STEPS = 6
 
@@ -554,3 +557,52 @@ def test_a_copy_of_a_run_that_was_killed_before_its_export_exports(
     launcher.run("killed-late", steps=STEPS)
     assert same_weights(job.output, target)
     assert "nothing to do" in launcher.run("copied", steps=STEPS).said()
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_number(tmp_path: Path) -> None:
+    for name in ("step_100000000", "step_99999999", "step_7", "step_00000008", "step_x", "step_"):
+        (tmp_path / name).mkdir()
+    numbers = [checkpoint_step(path) for path in list_checkpoints(tmp_path)]
+    assert numbers == [7, 8, 99999999, 100000000]
+
+
+@pytest.mark.fault("F3")
+def test_a_renamed_checkpoint_is_refused(launcher: Launcher, unbroken: Path) -> None:
+    # As the newest by its name it would be resumed from for ever, whatever is saved since.
+    target = launcher.folder / "renamed"
+    copy_checkpoints(unbroken, target, 2)
+    folder = target / "checkpoints"
+    (folder / "step_00000002").rename(folder / "step_00000009")
+    job = launcher.start("renamed")
+    assert job.wait() == [2]
+    assert "step_00000009 holds step 2; expected it to be named step_00000002" in job.said()
+    shutil.rmtree(folder)
+    folder.write_text("")
+    job = launcher.start("renamed")
+    assert job.wait() == [2] and "checkpoints is no directory" in job.said()
+
+
+def test_what_lies_in_the_way_of_a_save_is_removed_and_no_more(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").touch()
+    (tmp_path / ".incomplete_a").write_text("")
+    (tmp_path / ".replaced_a").symlink_to(other)
+    (tmp_path / "a").symlink_to(other)
+    with staged_directory(tmp_path / "a", LoneRank()) as stage:
+        stage.write_text("b", "c")
+    assert not (tmp_path / "a").is_symlink() and find_damage(tmp_path / "a") == []
+    assert (other / "precious").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "other"]
+
+
+@pytest.mark.fault("F38")
+def test_a_pipe_in_place_of_a_log_and_a_rank_that_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is no regular file"):
+        MetricsWriter(tmp_path, is_main=True)
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ValueError, match=r"RANK=first, expected a whole number"):
+        LaunchFiles(tmp_path)

@@ -6,7 +6,6 @@ parallel sizes.
 """
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,10 +31,11 @@ from sft_fast.runtime.manifest import (
     StagedDirectory,
     agree,
     remove_directory,
+    remove_whatever,
     staged_directory,
 )
 from sft_fast.runtime.phases import Phases
-from sft_fast.runtime.run_files import checkpoint_path, list_checkpoints
+from sft_fast.runtime.run_files import checkpoint_path, checkpoint_step, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +226,7 @@ class CheckpointWriter:
 
         Only those up to `step` count: a later one was damaged when this run began.
         """
-        newest = checkpoint_path(self.folder, step)
-        until = [path for path in list_checkpoints(self.folder) if path.name <= newest.name]
+        until = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
         whole = [path for path in until if is_ours(path)]
         best = checkpoint_path(self.folder, best_step) if self.config.keep_best else None
         for old in whole[: -self.config.keep_last]:
@@ -237,6 +236,13 @@ class CheckpointWriter:
                 remove_directory(old)
             except OSError as error:
                 self.warnings.append(f"warning: {old} could not be deleted: {error}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a listed checkpoint."""
+    step = checkpoint_step(checkpoint)
+    assert step is not None, checkpoint
+    return step
 
 
 def is_ours(checkpoint: Path) -> bool:
@@ -251,4 +257,4 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what saves left that did not end; only for the one rank that holds the run's lock."""
     for prefix in (TEMPORARY_PREFIX, REPLACED_PREFIX):
         for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_whatever(path)
