@@ -143,8 +143,8 @@ class TextTokenizer:
 
     Where every token stands for bytes of its own (byte-level BPE), a table of their lengths gives
     the places of the tokens, and the tokenizer need not keep track of them: that takes half the
-    time, and a third of that where texts can be cut into pieces (pieces.py). A text whose bytes the
-    tokens do not add up to, and any other tokenizer, goes the way of character offsets.
+    time, and a third of that where texts can be cut into pieces (token_cache.py). A text whose
+    bytes the tokens do not add up to, and any other tokenizer, goes the way of character offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> None:
