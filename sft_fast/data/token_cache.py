@@ -216,7 +216,7 @@ def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     for token in tokenizer.added_tokens_decoder.values():
         takes_more = token.lstrip or token.rstrip or token.single_word
-        if takes_more or re.search(r"\S( |\n[^\s/])", token.content):
+        if takes_more or re.search(r"\S |\n[^\s/]", token.content):
             return False
     state = json.loads(backend.pre_tokenizer.__getstate__())
     steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]

@@ -212,7 +212,7 @@ def test_other_tokenizers_are_left_alone(make_tokenizer: MakeTokenizer, case: st
     elif case == "dropout":
         backend.model.dropout = 0.1
     else:
-        content = {"space": "new york", "break": "new\nyork"}.get(case, "<new>")
+        content = {"space": "new york", "break": "\nyork"}.get(case, "<new>")
         options = {"lstrip": case == "lstrip", "rstrip": case == "rstrip"}
         options["single_word"] = case == "word"
         tokenizer.add_tokens([AddedToken(content, **options)])
