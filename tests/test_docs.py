@@ -204,7 +204,9 @@ def test_keys_of_other_trainers_get_the_hint_that_their_table_gives() -> None:
     from sft_fast.errors import nearest_key
 
     known = list(dotted_keys(Config))
-    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8").split("## Megatron-Bridge")[0]
+    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
+    # The table of Primus is compared with what reads its files.
+    text = text.partition("## TRL")[2].partition("## Megatron-Bridge")[0]
     wrong = {}
     for theirs, ours in re.findall(r"^\| (`.*?) \| (.*?) \|$", text, re.M):
         keys = re.findall(r"`([\w.]+)`", ours)

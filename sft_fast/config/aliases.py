@@ -1,6 +1,6 @@
 """What other trainers call our keys, for the "did you mean" of an unknown key."""
 
-from sft_fast.config.primus_arguments import TARGETS
+from sft_fast.config.primus_arguments import DETAILS, SIZES, TARGETS
 
 OTHER_NAMES = {
     "adam_beta2": "optim.beta2",
@@ -72,5 +72,5 @@ OTHER_NAMES = {
     "val_size": "data.eval_fraction",
     "wandb_project": "metrics.project",
     "warmup_ratio": "optim.warmup_steps",
-    **{argument: target.key for argument, target in TARGETS.items()},
+    **{argument: target.key for argument, target in {**TARGETS, **SIZES, **DETAILS}.items()},
 }

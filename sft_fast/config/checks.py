@@ -252,6 +252,20 @@ def optim_problems(train: TrainConfig, optim: OptimConfig) -> Iterator[Problem]:
             f"optim.warmup_steps < {end_key}",
             f"optim.warmup_steps={end // 10}",
         )
+    if (optim.decay == "WSD") != (optim.wsd_decay_steps is not None):
+        found = f"{optim.wsd_decay_steps or 'null'} with optim.decay {optim.decay}"
+        expected = "a number of steps with WSD, and null with any other decay"
+        yield Problem(("optim.wsd_decay_steps", "optim.decay"), found, expected)
+    elif optim.wsd_decay_steps is not None and end is not None and end > optim.warmup_steps:
+        most = end - optim.warmup_steps
+        if optim.wsd_decay_steps > most:
+            found = f"{optim.wsd_decay_steps} of the {most} steps behind the warm-up"
+            yield Problem(("optim.wsd_decay_steps", end_key), found, f"at most {most}")
+    grown = optim.end_weight_decay
+    if grown is not None and grown < optim.weight_decay:
+        found = f"{grown} < {optim.weight_decay}"
+        expected = "a weight decay that grows, or null"
+        yield Problem(("optim.end_weight_decay", "optim.weight_decay"), found, expected)
 
 
 def parallel_problems(packing: PackingConfig, parallel: ParallelConfig) -> Iterator[Problem]:

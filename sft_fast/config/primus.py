@@ -266,6 +266,7 @@ class _Experiment(Translation):
         self._translate_sequence_parallel()
         self._translate_evaluation()
         self._translate_resume()
+        self._translate_weight_decay()
         self._translate_guard()
         self.check_fixed(FIXED)
         self._check_off()
@@ -338,6 +339,26 @@ class _Experiment(Translation):
             path = (*self.base, "auto_continue_train")
             mode = "auto" if as_flag(self.value("auto_continue_train")) is True else "never"
             self.set("checkpoint.resume", mode, path, "auto_continue_train")
+
+    def _translate_weight_decay(self) -> None:
+        names = ("start_weight_decay", "end_weight_decay")
+        style = self.arguments.get("weight_decay_incr_style", "constant")
+        path = (*self.base, "weight_decay_incr_style")
+        missing = [name for name in names if name not in self.arguments]
+        if style == "constant":
+            for name in names:
+                if name not in missing:
+                    expected = "null with weight_decay_incr_style constant"
+                    self.problem((*self.base, name), show(self.arguments[name]), expected)
+            return
+        if missing:
+            self.problem(path, f"{show(style)} without {' and '.join(missing)}", "all three")
+            return
+        self.set("optim.weight_decay_growth", style, path, "weight_decay_incr_style")
+        start, name = self.arguments["start_weight_decay"], "start_weight_decay"
+        self.set("optim.weight_decay", start, (*self.base, name), name)
+        if "weight_decay" in self.arguments:
+            self.note("weight_decay: no effect beside start_weight_decay")
 
     def _translate_guard(self) -> None:
         sanitize, path = (

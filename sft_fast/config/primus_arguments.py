@@ -99,11 +99,17 @@ TARGETS = {
     "lr_warmup_iters": Target("optim.warmup_steps"),
     "lr_decay_style": Target("optim.decay"),
     "lr_decay_iters": Target("optim.decay_steps"),
+    "lr_wsd_decay_iters": Target("optim.wsd_decay_steps"),
+    "lr_wsd_decay_style": Target("optim.wsd_decay"),
     "weight_decay": Target("optim.weight_decay"),
+    "end_weight_decay": Target("optim.end_weight_decay"),
     "adam_beta1": Target("optim.beta1"),
     "adam_beta2": Target("optim.beta2"),
     "adam_eps": Target("optim.eps"),
     "clip_grad": Target("optim.clip_grad"),
+    "moe_aux_loss_coeff": Target("router.aux_loss_coef"),
+    "moe_z_loss_coeff": Target("router.z_loss_coef"),
+    "moe_router_bias_update_rate": Target("router.bias_update_rate"),
     "eval_interval": Target("evaluation.every_steps"),
     "save_interval": Target("checkpoint.every_steps"),
     "log_interval": Target("metrics.log_every_steps"),
@@ -161,6 +167,9 @@ FIXED = {
     "lr_warmup_init": Fixed((0,), _SCHEDULE),
     "lr_warmup_samples": Fixed((0,), _SCHEDULE),
     "main_params_dtype": Fixed(("fp32",), "the optimizer keeps fp32 copies of the weights"),
+    "moe_router_load_balancing_type": Fixed(
+        ("aux_loss", "global_aux_loss"), "the balance loss is that of the tokens of a global batch"
+    ),
     "moe_router_dtype": Fixed(("fp32",), "routers compute in fp32"),
     "moe_router_force_load_balancing": Fixed(
         (False,), "random experts teach nothing: it is for measurements of speed alone"
@@ -171,7 +180,6 @@ FIXED = {
     "tokenizer_type": Fixed(("HuggingFaceTokenizer",), "tokenizers are Hugging Face tokenizers"),
     "train_samples": Fixed((), "the length is train_iters"),
     "trust_remote_code": Fixed((False,), "code from a model's repository is never run"),
-    "weight_decay_incr_style": Fixed(("constant",), "weight decay is constant"),
 }
 
 # Prefix of arguments that are fine while they are null, false or 0.
@@ -237,6 +245,11 @@ LORA_TARGETS = {
     "linear_v": ("v_proj",),
     "linear_fc1_gate": ("gate_proj",),
     "linear_fc1_up": ("up_proj",),
+    "linear_q_proj": ("q_proj",),
+    "linear_q_down_proj": ("q_a_proj",),
+    "linear_q_up_proj": ("q_b_proj",),
+    "linear_kv_down_proj": ("kv_a_proj_with_mqa",),
+    "linear_kv_up_proj": ("kv_b_proj",),
 }
 ALL_LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -298,7 +311,7 @@ COMBINED = _names(
     auto_continue_train bf16 eval_iters fp16 fp8_param_gather group_query_attention load lora
     pipeline_model_parallel_layout pretrained_checkpoint recompute_granularity recompute_method
     recompute_modules recompute_num_layers sft_dataset_config sft_sanitize_nan_grads stage
-    use_packed_attention
+    start_weight_decay use_packed_attention weight_decay_incr_style
     """
 )
 

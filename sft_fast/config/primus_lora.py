@@ -60,6 +60,12 @@ def _translate_targets(file: Translation, targets: Any) -> None:
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         file.problem(path, show(targets), f"a list of {', '.join(LORA_TARGETS)}")
         return
+    if as_flag(file.arguments.get("multi_latent_attention")) is True and "linear_qkv" in targets:
+        # Megatron's latent attention has no matrix of that name either.
+        targets = [name for name in targets if name != "linear_qkv"]
+        file.note(
+            "lora.target_modules: latent attention has no linear_qkv; name linear_q_proj, ..."
+        )
     if set(targets) == set(ALL_LORA_TARGETS):
         # The default is all of them too, whatever a family calls its matrices.
         return

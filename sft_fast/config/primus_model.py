@@ -20,10 +20,10 @@ from sft_fast.errors import Problem, nearest, show
 def translate_model(file: Translation) -> None:
     """Sets the sections model and tokenizer, and the interleaved stages."""
     _translate_dtype(file)
-    _refuse_latent(file)
     if "hf_path" in file.arguments:
         _from_hub(file)
     else:
+        _refuse_latent(file)
         _from_sizes(file)
     _translate_recompute(file)
     _translate_layout(file)
@@ -46,9 +46,9 @@ def _refuse_latent(file: Translation) -> None:
     if given:
         keys = tuple(".".join(str(part) for part in (*file.base, name)) for name in given)
         where = file.document.where((*file.base, given[0]))
-        expected = "a model without multi-head latent attention, which is not supported"
+        expected = "hf_path: random weights without a config.json have no latent attention"
         found = ", ".join(show(file.arguments[name]) for name in given)
-        file.tree.problems.append(Problem(keys, found, expected, "another hf_path", where))
+        file.tree.problems.append(Problem(keys, found, expected, "", where))
 
 
 def _from_hub(file: Translation) -> None:
@@ -57,7 +57,9 @@ def _from_hub(file: Translation) -> None:
             found = f"{show(file.arguments[name])} together with hf_path"
             expected = "one of them: the architecture of hf_path is in its config.json"
             file.problem((*file.base, name), found, expected, f"remove {name}")
-    others = [name for name in (*DETAILS, *ARCHITECTURE) if name in file.arguments]
+    others = [name for name in (*DETAILS, *ARCHITECTURE, *LATENT) if name in file.arguments]
+    if "model" in file.document.data["modules"][file.module[1]]:
+        others.insert(0, "model")
     if others:
         names = ", ".join(others)
         file.note(f"the architecture is that of hf_path's config.json, not used: {names}")

@@ -376,12 +376,20 @@ class OptimConfig(Section):
     """Learning rate at the end of the decay."""
     warmup_steps: NotNegative = 0
     """Steps of linear warm-up from 0."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    decay: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay after the warm-up; WSD = constant, then wsd_decay in wsd_decay_steps."""
     decay_steps: Positive | None = None
     """Step at which min_lr is reached, warm-up included; null = the last step."""
+    wsd_decay: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the last steps of WSD."""
+    wsd_decay_steps: Positive | None = None
+    """How many they are, out of decay_steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; not applied to norms and biases."""
+    end_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay at the last step; null = it does not grow."""
+    weight_decay_growth: Literal["linear", "cosine"] = "linear"
+    """How it grows from weight_decay to end_weight_decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

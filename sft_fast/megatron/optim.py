@@ -180,8 +180,10 @@ def allocate_moments(adam: torch.optim.Optimizer) -> None:
 def build_lr_schedule(
     optimizer: MegatronOptimizer, optim: OptimConfig, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine, linear or constant; counted in optimizer steps."""
+    """Linear warm-up, then `optim.decay`; counted in optimizer steps."""
     decay_steps = max(optim.decay_steps or num_steps, optim.warmup_steps + 1)
+    end_weight_decay = optim.end_weight_decay
+    grows = end_weight_decay is not None
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -191,9 +193,11 @@ def build_lr_schedule(
         lr_decay_steps=decay_steps,
         lr_decay_style=optim.decay,
         start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=decay_steps,
-        wd_incr_style="constant",
+        end_wd=optim.weight_decay if end_weight_decay is None else end_weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style=optim.weight_decay_growth if grows else "constant",
+        wsd_decay_steps=optim.wsd_decay_steps,
+        lr_wsd_decay_style=optim.wsd_decay,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

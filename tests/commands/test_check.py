@@ -256,15 +256,15 @@ def test_a_folder_has_a_line_for_each_file(
     folder = tmp_path / "configs"
     (folder / "deep").mkdir(parents=True)
     (folder / "a.yaml").write_text(PRIMUS)
-    (folder / "deep" / "b.yaml").write_text(PRIMUS + "      multi_latent_attention: true\n")
+    (folder / "deep" / "b.yaml").write_text(PRIMUS + "      moe_router_dtype: bf16\n")
     (folder / "c.yaml").write_text("a: [")
     assert main(["check", str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("a.yaml: accepted, ") and lines[0].endswith(" notes")
     assert lines[1].startswith("c.yaml: refused: ")
     assert lines[2] == (
-        "deep/b.yaml: refused: multi_latent_attention is true; expected a model "
-        "without multi-head latent attention, which is not supported"
+        "deep/b.yaml: refused: moe_router_dtype is the string 'bf16'; expected the string 'fp32', "
+        "because routers compute in fp32"
     )
     assert lines[3] == "1 of 3 accepted; `sft_fast check FILE` says more"
     (folder / "c.yaml").unlink()

@@ -107,7 +107,10 @@ COMPARED = {
     "data.over_length": ("data/build.py data/sample_maker.py", ""),
     "data.on_bad_row": ("data/build.py", "skip"),
     "loss.policy": ("../kernels/memory_plan.py", ""),
-    "optim.decay": ("megatron/optim.py", "cosine linear constant"),
+    # megatron-core's; its scheduler raises at any other.
+    "optim.decay": ("megatron/optim.py", "cosine linear constant inverse-square-root WSD"),
+    "optim.wsd_decay": ("megatron/optim.py", "exponential linear cosine minus_sqrt"),
+    "optim.weight_decay_growth": ("megatron/optim.py", "linear cosine"),
     "guard.on_spike": ("megatron/guard.py", "skip"),
     "model.verify": ("megatron/compare.py", "auto"),
     "export.verify": ("megatron/compare.py", "auto"),

@@ -1,11 +1,15 @@
 import logging
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from config_cases import only_problem, problems_of
+from sft_fast.config import primus
 from sft_fast.config import primus_arguments as tables
+from sft_fast.config.primus_lora import KEYS as LORA_KEYS
+from sft_fast.config.primus_presets import PRESETS
 from sft_fast.config.schema import Config, load_config
 from sft_fast.config.validation import dotted_keys
 from sft_fast.errors import ConfigError
@@ -234,7 +238,7 @@ swiglu: true
         ("fp8_margin: 1", "8-bit"),
         ("moe_router_force_load_balancing: true", "measurements of speed"),
         ("moe_router_dtype: bf16", "routers compute in fp32"),
-        ("multi_latent_attention: true", "without multi-head latent attention"),
+        ("moe_router_load_balancing_type: sinkhorn", "tokens of a global batch"),
         ("sft_bridge_compat_inline_bos: true", "comparisons with Bridge"),
         ("fp8_param_gather: true", "fp8: hybrid"),
         ("sft_sanitize_nan_grads: 3", "true or false"),
@@ -307,7 +311,7 @@ def test_overrides_use_our_keys(load):
 
 def test_all_errors_at_once_with_lines_and_names(load):
     text = MINIMAL + """\
-lr_decay_style: WSD
+lr_decay_style: exponential
 micro_batch_sise: 2
 seq_length: "2048"
 calculate_per_token_loss: false
@@ -398,6 +402,43 @@ def test_all_matrices_are_the_default_targets(load):
     assert "targets" not in lora.model_fields_set
     lora = load(MINIMAL + "lora: {enabled: true}").lora
     assert (lora.rank, lora.alpha, lora.dropout) == (32, 32.0, 0.0)
+
+
+def test_latent_attention_is_that_of_the_model(load, caplog):
+    text = MINIMAL + "multi_latent_attention: true\nkv_lora_rank: 512\n"
+    lora = load(text + LORA + "  target_modules: [linear_qkv, linear_proj, linear_kv_up_proj]").lora
+    assert lora.targets == ["o_proj", "kv_b_proj"]
+    assert "not used: model, multi_latent_attention, kv_lora_rank" in caplog.text
+    problem = only_problem(load, SIZES + "multi_latent_attention: true\nkv_lora_rank: 512\n")
+    keys = ("multi_latent_attention", "kv_lora_rank")
+    assert problem.keys == tuple(f"modules.post_trainer.overrides.{key}" for key in keys)
+
+
+def test_losses_of_the_router(load):
+    router = load(MINIMAL + "moe_aux_loss_coeff: 0.001\nmoe_z_loss_coeff: 0.01").router
+    assert (router.aux_loss_coef, router.z_loss_coef) == (0.001, 0.01)
+
+
+def test_schedules_as_megatron_spells_them(load):
+    text = MINIMAL + "train_iters: 60\nlr_decay_style: "
+    optim = load(text + "WSD\nlr_wsd_decay_style: minus_sqrt\nlr_wsd_decay_iters: 7").optim
+    assert (optim.decay, optim.wsd_decay, optim.wsd_decay_steps) == ("WSD", "minus_sqrt", 7)
+    assert load(text + "inverse-square-root").optim.decay == "inverse-square-root"
+    problem = only_problem(load, text + "WSD")
+    assert "optim.wsd_decay_steps" in problem.keys
+    assert "at most 10" in only_problem(load, text + "WSD\nlr_wsd_decay_iters: 11").expected
+
+
+def test_weight_decay_that_grows(load):
+    text = MINIMAL + "weight_decay_incr_style: cosine\nstart_weight_decay: 0.01\n"
+    optim = load(text + "end_weight_decay: 0.1").optim
+    assert (optim.weight_decay, optim.end_weight_decay) == (0.01, 0.1)
+    assert optim.weight_decay_growth == "cosine"
+    assert "without end_weight_decay" in only_problem(load, text).found
+    problem = only_problem(load, text + "end_weight_decay: 0.001")
+    assert problem.keys[0] == "end_weight_decay (optim.end_weight_decay)"
+    problem = only_problem(load, MINIMAL + "end_weight_decay: 0.2")
+    assert "weight_decay_incr_style constant" in problem.expected
 
 
 def test_adapters_that_are_off_say_so(load, caplog):
@@ -628,3 +669,15 @@ def test_shipped_example_says_what_it_means():
     assert (config.backend, config.stage) == ("megatron", "sft")
     assert config.packing.strategy == "auto"
     assert config.train.steps == 200
+
+
+def test_every_key_is_in_the_table_of_the_docs():
+    text = (Path(__file__).parents[2] / "docs/moving.md").read_text()
+    section = text.partition("## Primus (native")[2].partition("\n## ")[0]
+    everything = [*primus.KNOWN, *LORA_KEYS, *tables.LORA_TARGETS, *PRESETS]
+    names = {name.rpartition("lora.")[2] for name in re.findall(r"`([\w.]+)`", section)}
+    assert [name for name in everything if name not in names] == []
+    targets = {**tables.TARGETS, **tables.SIZES, **tables.DETAILS}
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    for name, target in targets.items():
+        assert any(row.startswith(f"| `{name}` | `{target.key}` |") for row in rows), name

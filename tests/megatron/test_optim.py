@@ -1,6 +1,7 @@
 """An optimizer step taken apart is megatron's own step, bit for bit."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,3 +94,62 @@ def test_a_step_taken_apart_is_megatrons_step(
             assert all(updated and norm > 1 for updated, norm in steps), "nothing to clip"
         for got, expected in zip(weights, their_weights, strict=True):
             assert torch.equal(got, expected)
+
+
+def reference_lr(step: int, decay: str, shape: str, growth: str | None) -> tuple[float, float]:
+    """Learning rate and weight decay behind `step` of 20, with 4 of warm-up, WSD's last 8."""
+    half = math.cos(math.pi * step / 20) / 2
+    wd = {None: 0.1, "linear": 0.1 + 0.2 * step / 20, "cosine": 0.1 + 0.2 * (0.5 - half)}[growth]
+    if step <= 4:
+        return step / 4, wd
+    if decay == "inverse-square-root":
+        return max(0.1, math.sqrt(4 / step)), wd
+    x = max(0, step - 12) / 8
+    left = {
+        "exponential": 2 * 0.5**x - 1,
+        "linear": 1 - x,
+        "cosine": (math.cos(math.pi * x) + 1) / 2,
+        "minus_sqrt": 1 - math.sqrt(x),
+    }
+    return 0.1 + 0.9 * left[shape], wd
+
+
+@pytest.mark.parametrize(
+    "decay, shape, growth",
+    [
+        ("inverse-square-root", "linear", None),
+        ("WSD", "exponential", "linear"),
+        ("WSD", "linear", "cosine"),
+        ("WSD", "cosine", None),
+        ("WSD", "minus_sqrt", None),
+    ],
+)
+def test_schedules_are_megatrons_and_resume(decay: str, shape: str, growth: str | None) -> None:
+    from sft_fast.config.sections import OptimConfig
+    from sft_fast.megatron.optim import build_lr_schedule
+
+    section = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4, "decay": decay, "wsd_decay": shape}
+    if decay == "WSD":
+        section["wsd_decay_steps"] = 8
+    if growth is not None:
+        section |= {"end_weight_decay": 0.3, "weight_decay_growth": growth}
+    optim = OptimConfig.model_validate(section)
+
+    def group_of(schedule: Any) -> dict[str, float]:
+        return schedule.optimizer.param_groups[0]  # type: ignore[no-any-return]
+
+    def schedule() -> Any:
+        adam: Any = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        return build_lr_schedule(adam, optim, 20)
+
+    first, second = schedule(), schedule()
+    for step in range(1, 21):
+        first.step(1)
+        group = group_of(first)
+        expected = reference_lr(step, decay, shape, growth)
+        assert (group["lr"], group["weight_decay"]) == pytest.approx(expected, rel=1e-12)
+        if step == 10:
+            second.load_state_dict(first.state_dict())
+        if step > 10:
+            second.step(1)
+            assert group_of(second) | {"params": []} == group | {"params": []}
