@@ -46,21 +46,30 @@ class GroupedProducts(Protocol):
         ...
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x[rows of g] @ weight[g].T for each group g, differentiable in x and weight.
+def grouped_matmul(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x[rows of g] @ weight[g].T + bias[g] for each group g, differentiable in x, weight and bias.
 
     The gradient of weight is added to `weight.main_grad` where there is one.
 
     Args:
         x: [R, in] floating.
         weight: [G, out, in], of the same dtype.
-        offsets: [G + 1] int32 on the same device, ascending from 0 to R.
+        offsets: [G + 1] int32 on the same device, ascending from 0 to R at most.
+        bias: [G, out], of the same dtype; None = no bias.
 
     Returns:
-        [R, out] of the same dtype, summed in fp32 or wider.
+        [R, out] of the same dtype, summed in fp32 or wider; rows behind the last group are zero,
+        and so are their gradients.
     """
     check_shapes(x, weight, offsets)
-    return cast(Tensor, GroupedMatmul.apply(x, weight, offsets))
+    products = cast(Tensor, GroupedMatmul.apply(x, weight, offsets))
+    if bias is None:
+        return products
+    # As a product, so that its gradient is summed in a fixed order.
+    ones = x.new_ones((len(x), 1))
+    return products + cast(Tensor, GroupedMatmul.apply(ones, bias.unsqueeze(2), offsets))
 
 
 def check_shapes(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
@@ -77,17 +86,25 @@ class GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """[R, out]."""
         ctx.save_for_backward(x, weight, offsets)
-        return multiply_groups(x, weight.transpose(1, 2), offsets)
+        return clear_behind_(multiply_groups(x, weight.transpose(1, 2), offsets), offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x [R, in] and of weight [G, out, in]."""
         x, weight, offsets = ctx.saved_tensors
-        grad_x = multiply_groups(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = clear_behind_(multiply_groups(grad, weight, offsets), offsets)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
         return grad_x, weight_gradient(weight, grad, x, offsets), None
+
+
+def clear_behind_(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Sets the rows of [R, n] behind the last group to zero: products leave them undefined."""
+    numbers = torch.arange(len(rows), device=rows.device)
+    return rows.masked_fill_((numbers >= offsets[-1])[:, None], 0)
 
 
 def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -99,7 +116,7 @@ def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
         offsets: [G + 1] int32, from 0 to R.
 
     Returns:
-        [R, out] contiguous.
+        [R, out] contiguous; rows behind the last group are undefined.
     """
     if len(x) == 0:
         return x.new_empty((0, matrices.shape[2]))

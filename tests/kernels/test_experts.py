@@ -123,6 +123,44 @@ def test_products_of_odd_widths(
     kernel_rank.run(1, run_products, backend, LOADS["uneven"], shape, torch.float32)
 
 
+def run_behind(backend: str) -> None:
+    """Rows behind the last group: what was in memory shows in neither direction."""
+    generator, offsets = seeded(9), offsets_of([4, 0, 5])
+    x = torch.randn(14, 12, generator=generator)
+    x[9:] = torch.nan
+    upstream = torch.randn(14, 7, generator=generator)
+    upstream[9:] = torch.nan
+    weight = torch.randn(3, 7, 12, generator=generator)
+    bias = torch.randn(3, 7, generator=generator)
+    with use(backend):
+        ours = results(
+            lambda x, weight, bias: grouped.grouped_matmul(x, weight, offsets, bias),
+            [x, weight, bias],
+            upstream,
+            torch.float32,
+        )
+    group = torch.tensor([0] * 4 + [2] * 5)
+    truth = results(
+        lambda x, weight, bias: reference.grouped_matmul(x, weight, offsets) + bias[group],
+        [x[:9], weight, bias],
+        upstream[:9],
+        torch.float32,
+    )
+    for name, one, true in zip(("output", "x", "weight", "bias"), ours, truth, strict=True):
+        if name in ("output", "x"):
+            assert_bit_zero(one[9:])
+            one = one[:9]
+        torch.testing.assert_close(one, true, msg=name)
+    assert_bit_zero(ours[2][1])
+    assert_bit_zero(ours[3][1])
+
+
+def test_rows_behind_the_last_group_are_zero_and_a_bias_is_added(
+    kernel_rank: RankPool, backend: str
+) -> None:
+    kernel_rank.run(1, run_behind, backend)
+
+
 def run_main_grad(backend: str, dtype: torch.dtype) -> None:
     """Two backward passes add to what main_grad holds; groups without rows are not touched."""
     counts = [5, 0, 28]
