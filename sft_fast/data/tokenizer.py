@@ -38,7 +38,8 @@ def load_tokenizer(
 
     Raises:
         ValueError: it cannot be loaded, or it is not a fast tokenizer (character offsets are
-            needed), or the template file is missing or has special tokens it does not know.
+            needed), or its tokens have other ids than its file says, or the template file is
+            missing or has special tokens it does not know.
     """
     tokenizer = _load(path, revision)
     if not tokenizer.is_fast:
@@ -46,7 +47,11 @@ def load_tokenizer(
             f"tokenizer.path: {path} gives a slow tokenizer ({type(tokenizer).__name__}); "
             "expected one with a tokenizer.json"
         )
-    tokenizer.num_new_tokens = tokenizer.add_tokens(list(add_tokens), special_tokens=True)
+    _check_ids(Path(path) / "tokenizer.json", tokenizer)
+    # add_tokens counts those that are in the vocabulary already, too.
+    known = tokenizer.get_vocab()
+    tokenizer.num_new_tokens = len({token for token in add_tokens if token not in known})
+    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
     if chat_template is not None:
         tokenizer.chat_template = find_template(chat_template, tokenizer)
         check_control_tokens(chat_template, tokenizer)
@@ -54,6 +59,22 @@ def load_tokenizer(
         tokenizer.chat_template = fitted_template("chatml", tokenizer)
         logger.warning("the tokenizer %s has no chat template: using the embedded ChatML", path)
     return tokenizer
+
+
+def _check_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where added tokens have other ids than in their file.
+
+    `tokenizers` closes a gap between them without a word, and the rows of the embedding stay.
+    """
+    if not path.is_file():
+        return
+    for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []):
+        found = tokenizer.convert_tokens_to_ids(token["content"])
+        if found != token["id"]:
+            raise ValueError(
+                f"tokenizer.path: {path} gives {token['content']!r} the id {token['id']}, but it "
+                f"is loaded as {found}; put back the added tokens that are missing before it"
+            )
 
 
 def new_token_ids(tokenizer: Any) -> range:

@@ -45,3 +45,29 @@ def test_the_line_of_an_unknown_token_is_named(
     read(new.stop)
     with pytest.raises(ValueError, match=rf"rows.jsonl:{BAD_ROW}: token {new.start} occurs"):
         read(new.start)
+
+
+def test_a_token_of_the_vocabulary_is_no_new_one() -> None:
+    """`tokenizers` counts it as added; the last row would be taken for new and overwritten."""
+    plain = load_tokenizer("demo")
+    known = next(t for t in plain.get_vocab() if t.isalpha() and len(t) > 2)
+    tokenizer = load_tokenizer("demo", add_tokens=[known, "<new>", "<new>"])
+    assert list(new_token_ids(tokenizer)) == [tokenizer.convert_tokens_to_ids("<new>")]
+    assert not new_token_ids(load_tokenizer("demo", add_tokens=[known]))
+
+
+def test_ids_that_the_file_does_not_say_are_refused(tmp_path: Path) -> None:
+    """`tokenizers` closes a gap between the ids of added tokens and says nothing."""
+    plain = load_tokenizer("demo")
+    plain.add_tokens(["<unused>", "<last>"], special_tokens=True)
+    plain.save_pretrained(tmp_path)
+    number = load_tokenizer(str(tmp_path)).convert_tokens_to_ids("<last>")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<unused>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    expected = rf"gives '<last>' the id {number}, but it is loaded as {number - 1}; put back"
+    with pytest.raises(ValueError, match=expected):
+        load_tokenizer(str(tmp_path))
