@@ -62,6 +62,17 @@ def test_the_tests_that_ci_names_exist() -> None:
             assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), name
 
 
+def test_what_the_page_of_surprises_names_exists() -> None:
+    """Its tests, and every script of findings/ in exactly one row."""
+    text = (ROOT / "docs/surprises.md").read_text(encoding="utf-8")
+    tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(tests) > 20
+    for path, function in tests:
+        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), (path, function)
+    scripts = [path.relative_to(ROOT).as_posix() for path in (ROOT / "findings").glob("*.sh")]
+    assert sorted(re.findall(r"`(findings/\w+\.sh)`", text)) == sorted(scripts)
+
+
 def test_the_readme_config_loads(tmp_path: Path) -> None:
     from sft_fast.config.schema import load_config
 
