@@ -9,14 +9,24 @@ checkpoints, logging. The YAML gives data, tokenizer, packing, model, LoRA and l
 Megatron-LM has arguments for are replaced by them. The model is imported from `model.path`, so the
 arguments that describe an architecture only have to satisfy Megatron-LM's parser.
 
-Both calls of `pretrain()` are known: the one of Megatron-LM up to 0.18, which reads the command
-line itself, and the one of 0.19, which takes the parsed configuration.
+What it needs:
+
+- Megatron-LM's checkout on PYTHONPATH, and the package `six`, which it imports.
+- torchrun, for one process too.
+- `--num-layers`, `--hidden-size`, `--num-attention-heads` and `--max-position-embeddings`, which
+  its parser requires; the model has its own.
+- `--train-iters`, not `--train-samples`, and `--eval-interval`; `--eval-iters 0` without data.eval.
+- `packing.alignment`, a multiple of twice `--context-parallel-size` where that is above 1.
+
+The calls of `pretrain()` are known: that of Megatron-LM up to 0.17, which reads the command line
+itself, and those of 0.18 and 0.19, which take the parsed configuration.
 """
 
 import argparse
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import count
@@ -80,6 +90,11 @@ def config_of(args: argparse.Namespace) -> Config:
     Raises:
         ValueError: they do not fit together, or ask for what this loop cannot do.
     """
+    if args.train_iters is None:
+        raise ValueError(
+            "--train-iters is missing; a run has a number of steps of one batch size, which "
+            "--train-samples does not give: write --train-iters"
+        )
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
     values = {
@@ -229,24 +244,30 @@ def start(training: Any, step: Callable[..., Any]) -> None:
     # A partial can carry the mark that every tensor-parallel rank reads its own micro-batches.
     datasets: Any = partial(providers.datasets)
     datasets.is_distributed = True
-    if "model_provider" in list(inspect.signature(training.pretrain).parameters)[:2]:
-        training.pretrain(
-            datasets,
-            providers.model,
-            ModelType.encoder_or_decoder,
-            step,
-            extra_args_provider=add_arguments,
-        )
+    # By name: the order of the arguments changes from release to release.
+    call = partial(
+        training.pretrain,
+        train_valid_test_dataset_provider=datasets,
+        model_provider=providers.model,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=step,
+    )
+    if "extra_args_provider" in inspect.signature(training.pretrain).parameters:
+        call(extra_args_provider=add_arguments)
         return
     arguments = importlib.import_module("megatron.training.arguments")
     utilities = importlib.import_module("megatron.training.argument_utils")
     args = arguments.parse_and_validate_args(add_arguments)
-    training.pretrain(
-        utilities.pretrain_cfg_container_from_args(args),
-        datasets,
-        ModelType.encoder_or_decoder,
-        step,
-        model_provider=providers.model,
+    call(utilities.pretrain_cfg_container_from_args(args))
+
+
+def is_ours(error: ValueError) -> bool:
+    """Whether our code raised it, or what our code called: not Megatron-LM on its own."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
+    return any(
+        module.startswith("sft_fast.") and function not in (main.__name__, start.__name__)
+        for module, function in names
     )
 
 
@@ -257,6 +278,8 @@ def main() -> int:
     try:
         start(import_megatron_training(), forward_step)
     except ValueError as error:
+        if not is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0

@@ -41,7 +41,7 @@ def stand_in(style: str, results: dict[str, Any], changes: dict[str, Any]) -> di
     """Modules that do what Megatron-LM's `pretrain` does with the providers, without an optimizer.
 
     Args:
-        style: "providers" (up to 0.18) or "container" (0.19).
+        style: "providers" (up to 0.17), "middle" (0.18) or "container" (0.19).
     """
     import torch
     from megatron.core import parallel_state
@@ -126,7 +126,18 @@ def stand_in(style: str, results: dict[str, Any], changes: dict[str, Any]) -> di
         assert cfg_container is training.get_args()
         run(train_valid_test_dataset_provider, model_provider, forward_step_func)
 
-    training.pretrain = with_providers if style == "providers" else with_container
+    def in_the_middle(
+        cfg_container: Any,
+        train_valid_test_dataset_provider: Any,
+        model_provider: Any,
+        model_type: Any,
+        forward_step_func: Any,
+    ) -> None:
+        assert cfg_container is training.get_args()
+        run(train_valid_test_dataset_provider, model_provider, forward_step_func)
+
+    calls = {"providers": with_providers, "middle": in_the_middle, "container": with_container}
+    training.pretrain = calls[style]
     arguments.parse_and_validate_args = parse
     utilities.pretrain_cfg_container_from_args = lambda args: args
     assert torch.is_grad_enabled()
@@ -205,7 +216,7 @@ def test_both_calls_train_alike_and_go_on_where_they_stopped(
     assert new["train"] == old["train"] and new["gradient"] == old["gradient"] > 0
     assert len(old["train"]) == 4 and len(old["valid"]) == 3 and old["rest"] is None
     assert all(tokens > 0 for _, tokens in totals(old, "train"))
-    ((_, later),) = rank_pool.run(1, pretrained, config, "container", 8, {})
+    ((_, later),) = rank_pool.run(1, pretrained, config, "middle", 8, {})
     assert later["train"] == old["train"][2:]
     # Two data-parallel ranks share each step; the evaluation begins anew.
     halves = [results for _, results in rank_pool.run(2, pretrained, config, "providers", 0, {})]
@@ -222,6 +233,7 @@ def test_both_calls_train_alike_and_go_on_where_they_stopped(
         ({"calculate_per_token_loss": False}, "--calculate-per-token-loss is off"),
         ({"pipeline_model_parallel_size": 2, "micro_batch_size": 2}, "--micro-batch-size is 2"),
         ({"seq_length": 4}, "packing.capacity"),
+        ({"train_iters": None}, "--train-iters is missing"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
@@ -241,4 +253,14 @@ def test_without_megatron_lm_the_message_says_where_it_comes_from(
     monkeypatch.setitem(sys.modules, "megatron.training", None)
     assert pretrain.main() == 2
     assert "comes with Megatron-LM" in capsys.readouterr().err
+
+    def pretrain_of(extra_args_provider: Any, **rest: Any) -> None:
+        raise ValueError("of Megatron-LM")
+
+    training: Any = ModuleType("megatron.training")
+    training.pretrain = pretrain_of
+    monkeypatch.setitem(sys.modules, "megatron.training", training)
+    # Its own error keeps its traceback.
+    with pytest.raises(ValueError, match="of Megatron-LM"):
+        pretrain.main()
     assert Path(pretrain.__file__).name == "pretrain.py"
