@@ -21,6 +21,8 @@ from sft_fast.config.primus_arguments import (
     Fixed,
     as_flag,
 )
+from sft_fast.config.primus_bridge import FRAMEWORK, as_native
+from sft_fast.config.primus_bridge import TOP_KEYS as BRIDGE_KEYS
 from sft_fast.config.primus_lora import translate_lora
 from sft_fast.config.primus_model import translate_model
 from sft_fast.config.primus_translation import Translation
@@ -164,9 +166,18 @@ class _Experiment(Translation):
             return ""
         return value
 
+    @property
+    def is_bridge(self) -> bool:
+        """Whether the file is for Megatron-Bridge."""
+        modules = self.document.data.get("modules")
+        listed = modules.values() if isinstance(modules, dict) else ()
+        return any(isinstance(m, dict) and m.get("framework") == FRAMEWORK for m in listed)
+
     def _read_top(self, given: list[str]) -> None:
         top = self.document.data
         for key in top:
+            if key in BRIDGE_KEYS and self.is_bridge:
+                continue
             if key not in TOP_KEYS and key not in given:
                 near = nearest(key, TOP_KEYS)
                 fix = f"did you mean {near}?" if near else "arguments belong into overrides"
@@ -204,10 +215,15 @@ class _Experiment(Translation):
         if module.get("framework") is None:
             self.problem((*self.base, "framework"), "nothing", "a framework, e.g. megatron")
         else:
-            self.set("backend", module["framework"], (*self.base, "framework"), "framework")
+            backend = "megatron" if self.is_bridge else module["framework"]
+            self.set("backend", backend, (*self.base, "framework"), "framework")
         overrides = module.get("overrides") or {}
         if isinstance(overrides, dict):
             overrides = self._with_top(overrides, given)
+            if self.is_bridge:
+                self.base = (*self.base, "overrides")
+                overrides = as_native(self, module, overrides)
+                self.base = self.module
             self.arguments = {key: value for key, value in overrides.items() if value is not None}
             # null takes an argument's default away, as it does in Primus.
             self.defaults = {k: v for k, v in self.defaults.items() if k not in overrides}

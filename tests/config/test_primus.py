@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from config_cases import only_problem, problems_of
-from sft_fast.config import primus
+from sft_fast.config import primus, primus_bridge
 from sft_fast.config import primus_arguments as tables
 from sft_fast.config.primus_lora import KEYS as LORA_KEYS
 from sft_fast.config.primus_presets import PRESETS
@@ -671,13 +671,90 @@ def test_shipped_example_says_what_it_means():
     assert config.train.steps == 200
 
 
+BRIDGE = """\
+modules:
+  post_trainer:
+    framework: megatron_bridge
+    config: sft_trainer.yaml
+    model: qwen3_8b.yaml
+    overrides:
+      train_iters: 200
+      global_batch_size: 128
+      micro_batch_size: 1
+      seq_length: 2048
+      finetune_lr: 1.0e-4
+      lr_warmup_iters: 50
+      precision_config: bf16_mixed
+      packed_sequence: true
+      peft: lora
+      comm_overlap_config: {a: 1}
+peft: {dim: 16, alpha: 32}
+"""
+
+
+@pytest.fixture
+def bridge(tmp_path):
+    def load_bridge(old: str = "", new: str = "") -> Config:
+        path = tmp_path / "bridge.yaml"
+        path.write_text(BRIDGE.replace(old, new) if old else BRIDGE)
+        return load_config(path, [])
+
+    return load_bridge
+
+
+def test_files_for_bridge_that_say_enough(bridge, caplog):
+    config = bridge()
+    assert (config.backend, config.model.dtype, config.optim.lr) == ("megatron", "bf16", 1e-4)
+    assert (config.model.path, config.data.train) == ("Qwen/Qwen3-8B", "rajpurkar/squad")
+    assert (config.data.format, config.tokenizer.chat_template) == ("auto", None)
+    assert (config.packing.strategy, config.packing.capacity) == ("auto", 2048)
+    assert (config.lora.rank, config.lora.alpha) == (16, 32.0)
+    assert "finetune_lr as lr" in caplog.text and "comm_overlap_config" in caplog.text
+    assert "of the recipe in Megatron-Bridge; here weight_decay 0.1, adam_beta2 0.95" in caplog.text
+    config = bridge("qwen3_8b.yaml", "llama3_8b.yaml")
+    assert config.model.path == "NousResearch/Meta-Llama-3-8B"
+    assert bridge("peft: lora", "peft: none").lora.rank == 0
+    assert bridge("bf16_mixed", "fp16_mixed").model.dtype == "fp16"
+
+
+@pytest.mark.parametrize(
+    "old, new, key, fix",
+    [
+        ("peft: {dim: 16, alpha: 32}", "", "overrides.peft", "add peft_dim and peft_alpha"),
+        ("peft: {dim: 16", "peft: {rank: 16", "peft", ""),
+        ("peft: lora", "peft: dora", "overrides.peft", ""),
+        ("seq_length: 2048", "seed: 1", "overrides.seq_length", "add seq_length"),
+        ("finetune_lr: 1.0e-4", "seed: 1", "overrides.finetune_lr", "add finetune_lr"),
+        ("qwen3_8b", "mamba_370M", "model", "add hf_path"),
+        ("bf16_mixed", "fp4_mixed", "overrides.precision_config", ""),
+        ("peft: {", "model: {moe_router_force_load_balancing: true}\npeft: {", "", ""),
+        (
+            "peft: lora",
+            "peft: lora\n      dataset_type: mlperf_dataset",
+            "overrides.dataset_type",
+            "",
+        ),
+    ],
+)
+def test_files_for_bridge_that_leave_it_to_the_recipe(bridge, old, new, key, fix):
+    problems = problems_of(bridge, old, new)
+    key = f"modules.post_trainer.{key}" if key != "peft" else key
+    problem = next(problem for problem in problems if problem.keys[0].startswith(key))
+    assert problem.fix.startswith(fix)
+    # Without weights that are known there is no data that is known either.
+    assert len(problems) == (2 if "mamba" in new else 1)
+
+
 def test_every_key_is_in_the_table_of_the_docs():
     text = (Path(__file__).parents[2] / "docs/moving.md").read_text()
-    section = text.partition("## Primus (native")[2].partition("\n## ")[0]
+    native = text.partition("## Primus (native")[2].partition("\n## ")[0]
     everything = [*primus.KNOWN, *LORA_KEYS, *tables.LORA_TARGETS, *PRESETS]
-    names = {name.rpartition("lora.")[2] for name in re.findall(r"`([\w.]+)`", section)}
+    names = {name.rpartition("lora.")[2] for name in re.findall(r"`([\w.]+)`", native)}
     assert [name for name in everything if name not in names] == []
+    section = text.partition("## Primus (`framework: megatron_bridge`)")[2].partition("\n## ")[0]
+    bridge = [*primus_bridge.KEYS, *primus_bridge.MODELS, *primus_bridge.NEEDED[:4]]
+    assert [name for name in bridge if f"`{name}`" not in section] == []
     targets = {**tables.TARGETS, **tables.SIZES, **tables.DETAILS}
-    rows = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [line for line in native.splitlines() if line.startswith("|")]
     for name, target in targets.items():
         assert any(row.startswith(f"| `{name}` | `{target.key}` |") for row in rows), name
