@@ -60,6 +60,10 @@ class ModelSizes(Protocol):
         """Width of the expert that every token has; 0 = there is none."""
 
     @property
+    def head_cost(self) -> float:
+        """Of the head's product in layers, where every token is trained."""
+
+    @property
     def max_position_embeddings(self) -> int:
         """Longest sample, in tokens."""
 
@@ -93,6 +97,7 @@ def layout_problems(
 ) -> Iterator[Problem]:
     """Yields everything that keeps a model from being split and trained as the sections say."""
     yield from _split_problems(sizes, parallel)
+    yield from _stage_problems(sizes, parallel)
     yield from _expert_problems(sizes, parallel)
     yield from _transformer_engine_problems(sizes, model, parallel)
     if lora.rank > 0:
@@ -104,6 +109,26 @@ def layout_problems(
             f"packs of {packing.capacity} tokens, and {name} is {sizes.max_position_embeddings}",
             f"packing.capacity <= {sizes.max_position_embeddings}",
         )
+
+
+def stage_layers(sizes: ModelSizes, parallel: ParallelConfig) -> list[int]:
+    """Layers of each pipeline stage, in the order of the model; of a layout without problems.
+
+    Balanced, the most expensive stage is as cheap as it can be: the last one has the head as well.
+    Where that leaves a choice, earlier stages get fewer layers: the first has the embedding, and
+    all of them hold more micro-batches than those behind them.
+    """
+    wanted, num_stages = parallel.stage_layers, parallel.num_stages
+    if isinstance(wanted, list):
+        return wanted
+    if wanted == "auto" and sizes.num_layers % num_stages == 0:
+        return [sizes.num_layers // num_stages] * num_stages
+    layers = [1] * num_stages
+    others = [0.0] * (num_stages - 1) + [sizes.head_cost]
+    for _ in range(sizes.num_layers - num_stages):
+        cheapest = min(range(num_stages), key=lambda stage: (layers[stage] + others[stage], -stage))
+        layers[cheapest] += 1
+    return layers
 
 
 def check_world_size(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> int:
@@ -204,13 +229,9 @@ def _place(sizes: ModelSizes, field: str) -> tuple[tuple[str, ...], str]:
 
 def _split_problems(sizes: ModelSizes, parallel: ParallelConfig) -> Iterator[Problem]:
     """Sizes that the ranks which share them do not divide."""
-    stages: tuple[str, ...] = ("parallel.pipeline",)
-    if parallel.virtual_pipeline > 1:
-        stages += ("parallel.virtual_pipeline",)
     splits = [
         (("parallel.tensor",), parallel.tensor, "num_attention_heads"),
         (("parallel.tensor",), parallel.tensor, "num_key_value_heads"),
-        (stages, parallel.pipeline * parallel.virtual_pipeline, "num_layers"),
     ]
     if sizes.num_experts > 0:
         splits.append((("parallel.expert",), parallel.expert, "num_experts"))
@@ -230,6 +251,31 @@ def _split_problems(sizes: ModelSizes, parallel: ParallelConfig) -> Iterator[Pro
             f"{' x '.join(keys)} is {size}, and {name} is {count}",
             f"a divisor of {count}",
             f"one of {divisors}",
+        )
+
+
+def _stage_problems(sizes: ModelSizes, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Pipeline stages that the layers do not suffice for, or a list of other numbers."""
+    wanted, num_stages, num_layers = parallel.stage_layers, parallel.num_stages, sizes.num_layers
+    own_keys, name = _place(sizes, "num_layers")
+    keys: tuple[str, ...] = ("parallel.pipeline",)
+    if parallel.virtual_pipeline > 1:
+        keys += ("parallel.virtual_pipeline",)
+    if isinstance(wanted, list):
+        if len(wanted) != num_stages or sum(wanted) != num_layers:
+            yield Problem(
+                (*own_keys, "parallel.stage_layers", *keys),
+                f"{len(wanted)} stages with {sum(wanted)} layers, for {' x '.join(keys)} = "
+                f"{num_stages} stages, and {name} is {num_layers}",
+                f"a number of layers for each of {num_stages} stages, {num_layers} in all",
+                "parallel.stage_layers=auto",
+            )
+    elif num_layers < num_stages:
+        yield Problem(
+            (*own_keys, *keys),
+            f"{' x '.join(keys)} is {num_stages}, and {name} is {num_layers}",
+            "a layer for each stage",
+            f"at most {num_layers} stages",
         )
 
 
@@ -307,10 +353,9 @@ def _adapter_problems(
         )
         return
     adapted = {int(name.split(".")[2]) for name in adapted_projections(sizes, lora.targets)}
-    num_stages = parallel.pipeline * parallel.virtual_pipeline
-    per_stage = sizes.num_layers // num_stages
-    for stage in range(num_stages if per_stage else 0):
-        layers = range(stage * per_stage, (stage + 1) * per_stage)
+    counts = [] if list(_stage_problems(sizes, parallel)) else stage_layers(sizes, parallel)
+    for stage, count in enumerate(counts):
+        layers = range(sum(counts[:stage]), sum(counts[:stage]) + count)
         if adapted.isdisjoint(layers):
             yield Problem(
                 ("lora.targets", "parallel.pipeline"),

@@ -171,7 +171,7 @@ def _translate_recompute(file: Translation) -> None:
 
 
 def _translate_layout(file: Translation) -> None:
-    """A layout such as Et*5|t*6|t*6|t*5L, where its stages hold equally many layers."""
+    """A layout such as Et*5|t*6|t*6|t*5L."""
     layout, path = (
         file.arguments.get("pipeline_model_parallel_layout"),
         (*file.base, "pipeline_model_parallel_layout"),
@@ -183,10 +183,10 @@ def _translate_layout(file: Translation) -> None:
     if stages is None or type(ranks) is not int or len(stages) % ranks != 0:
         expected = "stages such as Et*8|t*8|t*8|t*8L, as many as the ranks or a multiple"
         file.problem(path, show(layout), expected, "remove pipeline_model_parallel_layout")
-    elif len(set(stages)) > 1:
-        found = f"stages of {', '.join(map(str, stages))} layers"
-        file.problem(path, found, "equally many in each", "a pipeline size that divides the layers")
-    elif len(stages) > ranks:
+        return
+    if len(set(stages)) > 1:
+        file.set("parallel.stage_layers", stages, path, "pipeline_model_parallel_layout")
+    if len(stages) > ranks:
         key = "parallel.virtual_pipeline"
         file.set(key, len(stages) // ranks, path, "pipeline_model_parallel_layout")
 

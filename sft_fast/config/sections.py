@@ -51,6 +51,9 @@ LLAMA_PROJECTIONS = (
 """Matrices of a layer of a Llama, as Hugging Face names them."""
 
 
+StageLayers = Literal["auto", "balanced"] | Annotated[list[Positive], Field(min_length=1)]
+
+
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no coercion ("1e-5" is no number), no changes."""
 
@@ -107,6 +110,11 @@ class ShapeConfig(Section):
     def shared_ffn_size(self) -> int:
         """Of shared experts, which a Llama has not."""
         return 0
+
+    @property
+    def head_cost(self) -> float:
+        """Unknown: the tokenizer says how large the vocabulary is."""
+        return 0.0
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -319,6 +327,9 @@ class ParallelConfig(Section):
     """Pipeline-parallel size, in ranks."""
     virtual_pipeline: Positive = 1
     """Interleaved stages of each pipeline rank; more = smaller bubble, more communication."""
+    stage_layers: StageLayers = "auto"
+    """Layers of each (interleaved) pipeline stage, in the order of the model, as [24, 24, 24, 22];
+    balanced = by cost, the LM head counted; auto = as many for each, else balanced."""
     context: Positive = 1
     """Context-parallel size: ranks that share each pack. Needs packing.alignment to be a
     multiple of twice this size."""
@@ -341,6 +352,11 @@ class ParallelConfig(Section):
     """Seconds without an ended step after which the run is ended with the stacks of all ranks; ten
     times as many for the first step, and for a tensor where weights are read or written; never less
     than ten of the slowest step so far."""
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages, interleaved ones each by itself."""
+        return self.pipeline * self.virtual_pipeline
 
     @property
     def model_parallel_size(self) -> int:

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from sft_fast.config.layout import stage_layers
 from sft_fast.config.sections import LoraConfig, LossConfig, ModelConfig, ParallelConfig
 from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockChoice, BlockSizes, choose_block_kernels
@@ -323,6 +324,17 @@ def layer_spec(
     return spec
 
 
+def pipeline_layout(architecture: Architecture, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in megatron's words; None = as many layers in each."""
+    counts = stage_layers(architecture, parallel)
+    if len(set(counts)) == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def transformer_config(
     architecture: Architecture,
     model: ModelConfig,
@@ -354,6 +366,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pp_size,
         context_parallel_size=parallel.cp_size,
         virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(architecture, parallel_config),
         # Interleaved stages of two ranks have the same neighbour on both sides.
         overlap_p2p_comm=parallel.vp_size > 1,
         batch_p2p_comm=parallel.vp_size == 1,

@@ -129,6 +129,13 @@ class Architecture(Traits):
         return "self_attention.query_norm.weight" in self.layer
 
     @property
+    def head_cost(self) -> float:
+        """Of the head's product in layers, where every token is trained."""
+        mlps = (self.experts_per_token or 1) * self.ffn_hidden_size + self.shared_ffn_size
+        layer = 2 * (self.query_size + self.key_size) + 3 * mlps
+        return (self.num_outputs or self.vocab_size) / layer
+
+    @property
     def layer(self) -> Mapping[str, Rule]:
         """The parameters of a layer, by megatron's names; of one with experts, where some have
         none."""

@@ -9,8 +9,9 @@ train.micro_batch_size / context-parallel size.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-from sft_fast.config.layout import check_layout, check_world_size
+from sft_fast.config.layout import check_layout, check_world_size, stage_layers
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import (
     LoraConfig,
@@ -99,15 +100,13 @@ def stage_parameters(
 
 
 def fullest_layers(architecture: Architecture, parallel: ParallelConfig) -> list[LayerParameters]:
-    """The layers of the pipeline stage with most parameters."""
-    layers = list(all_layers(architecture))
-    size = len(layers) // (parallel.pipeline * parallel.virtual_pipeline) or 1
-    stages = [
-        [layer for number, layer in enumerate(layers) if number // size % parallel.pipeline == rank]
-        for rank in range(parallel.pipeline)
-    ]
+    """The layers of the pipeline rank with most parameters."""
+    layers = all_layers(architecture)
+    ranks: list[list[LayerParameters]] = [[] for _ in range(parallel.pipeline)]
+    for stage, count in enumerate(stage_layers(architecture, parallel)):
+        ranks[stage % parallel.pipeline] += islice(layers, count)
     weight = architecture.num_experts
-    return max(stages, key=lambda own: sum(item.matrices + weight * item.expert for item in own))
+    return max(ranks, key=lambda own: sum(item.matrices + weight * item.expert for item in own))
 
 
 def shard_columns(architecture: Architecture, parallel: ParallelConfig) -> int:
@@ -265,8 +264,8 @@ def estimate_memory(
         state = round(state * part)
     tokens = config.packing.capacity * train.micro_batch_size / parallel.context
     micro_batches = max(train.global_batch_size // (train.micro_batch_size * data_parallel), 1)
-    layers = a.num_layers // parallel.pipeline
-    num_dense = sum(not layer.expert for layer in fullest_layers(a, config.parallel))
+    own = fullest_layers(a, parallel)
+    layers, num_dense = len(own), sum(not layer.expert for layer in own)
     share = num_dense / layers if a.num_experts else 0.0
 
     def mean(of_layer: Callable[[bool], float]) -> float:
@@ -371,7 +370,7 @@ def estimate_seconds(
     """
     flops = training_flops(architecture, workload, lora=lora.rank > 0)
     seconds = flops / (num_ranks * tflops * 1e12 * mfu)
-    layers = architecture.num_layers // parallel.pipeline
+    layers = len(fullest_layers(architecture, parallel))
     again = recomputed_layers(model, layers) / layers
     if recomputed_part(architecture, model, parallel, 1) > 0:
         again += computed_again(architecture)

@@ -106,7 +106,7 @@ def test_wrong_keys_paths_and_layouts_are_told_at_once_with_their_lines(
 ) -> None:
     text = (
         good(model, chats, tmp_path).replace("512", "8192").replace("chats.jsonl", "chat.jsonl")
-        + "  batch_sze: 3\nparallel:\n  tensor: 4\n  pipeline: 4\nplugins: [missing.py]\n"
+        + "  batch_sze: 3\nparallel:\n  tensor: 4\n  pipeline: 8\nplugins: [missing.py]\n"
         "tokenizer:\n  chat_template: chatm\n"
     )
     assert run(tmp_path, text) == 1
@@ -116,7 +116,7 @@ def test_wrong_keys_paths_and_layouts_are_told_at_once_with_their_lines(
         "data.train": (5, "nearest names there: chats.jsonl"),
         "packing.capacity": (7, "max_position_embeddings"),
         "parallel.tensor": (12, "num_key_value_heads"),
-        "parallel.pipeline": (13, "one of 1, 2, 3, 6"),
+        "parallel.pipeline": (13, "at most 6 stages"),
         "plugins[0]": (14, "missing.py does not exist"),
         "tokenizer.chat_template": (16, "did you mean chatml?"),
     }

@@ -100,6 +100,7 @@ COMPARED = {
     "model.fp8": ("config/sections.py", "hybrid e4m3"),
     "model.recompute": ("models/estimate.py", "none"),
     "model.recompute_modules": ("models/estimate.py", "core_attn moe"),
+    "parallel.stage_layers": ("config/layout.py", "balanced"),
     "data.eval_overlap": ("megatron/load_inputs.py", "allow"),
     "data.near_duplicates": ("data/near_duplicates.py", "drop"),
     "data.train_on": ("data/render.py", ""),

@@ -17,6 +17,7 @@ from sft_fast.config.layout import (
     check_layout,
     check_world_size,
     layout_problems,
+    stage_layers,
 )
 from sft_fast.config.schema import Config
 from sft_fast.config.sections import LLAMA_PROJECTIONS, LoraConfig
@@ -64,7 +65,12 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 DENSE_LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "heads": (["parallel.tensor=4"], ("num_attention_heads", "num_key_value_heads")),
     "key heads": (["parallel.tensor=2"], ("num_key_value_heads",)),
-    "layers": (["parallel.pipeline=3"], ("num_layers",)),
+    "layers": (["parallel.pipeline=5"], ("num_layers",)),
+    "list of layers": (
+        ["parallel.pipeline=2", "parallel.stage_layers=[2,3]"],
+        ("2 stages with 5 layers",),
+    ),
+    "list of stages": (["parallel.stage_layers=[2,2]"], ("2 stages with 4 layers",)),
     "interleaved": (["parallel.pipeline=4", "parallel.virtual_pipeline=2"], ("num_layers",)),
     "capacity": (["packing.capacity=8192"], ("max_position_embeddings",)),
     "experts": (["parallel.expert=2"], ("without experts",)),
@@ -93,6 +99,40 @@ def test_the_schema_says_of_a_shape_what_is_said_of_its_architecture(load: Load,
         load(SHAPE, *overrides)
     assert [p.expected for p in caught.value.problems] == [p.expected for p in found]
     assert [p.fix for p in caught.value.problems] == [p.fix for p in found]
+
+
+def test_layers_are_spread_by_cost_where_stages_do_not_divide_them(load: Load) -> None:
+    """Qwen3 235B has 94 layers, each of which costs a third of its head."""
+    qwen = replace(
+        MIXTURE,
+        vocab_size=151936,
+        hidden_size=4096,
+        num_layers=94,
+        num_attention_heads=64,
+        num_key_value_heads=4,
+        head_dim=128,
+        ffn_hidden_size=1536,
+        experts_per_token=8,
+    )
+
+    def layers(*overrides: str) -> list[int]:
+        parallel = load(BASE, *(f"parallel.{text}" for text in overrides)).parallel
+        counts = stage_layers(qwen, parallel)
+        costs = [*counts[:-1], counts[-1] + qwen.head_cost]
+        assert sum(counts) == 94 and max(costs) < min(costs) + 1.5
+        return counts
+
+    assert 2.5 < qwen.head_cost < 3
+    assert layers("pipeline=4") == [24, 24, 24, 22]
+    assert layers("pipeline=8") == [12, 12, 12, 12, 12, 12, 12, 10]
+    assert layers("pipeline=4", "virtual_pipeline=3") == [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 6]
+    assert layers("pipeline=2", "stage_layers=balanced") == [48, 46]
+    even = load(BASE, "parallel.pipeline=2").parallel
+    assert stage_layers(qwen, even) == [47, 47]
+    # Without a head to count, the first stages are the short ones.
+    assert stage_layers(
+        replace(LLAMA, vocab_size=0), load(BASE, "parallel.pipeline=3").parallel
+    ) == [*(1, 1, 2)]
 
 
 @pytest.mark.parametrize("size", ["tensor", "pipeline", "expert", "expert_tensor"])

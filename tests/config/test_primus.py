@@ -244,7 +244,6 @@ swiglu: true
         ("sft_sanitize_nan_grads: 3", "true or false"),
         ("sft_dataset_config: gov_report", "a hub id"),
         ("pipeline_model_parallel_layout: Et*2|m*3L", "ranks or a multiple"),
-        ("pipeline_model_parallel_size: 2\npipeline_model_parallel_layout: Et*2|t*3L", "equally"),
         ("recompute_granularity: full\nrecompute_method: some", "uniform or block"),
         ("num_layers_per_virtual_pipeline_stage: 2", "virtual_pipeline_model_parallel_size"),
         ("tokenizer_type: Llama2Tokenizer", "Hugging Face"),
@@ -500,9 +499,11 @@ def test_recomputation_has_a_granularity_and_a_method(load):
     assert (model.recompute, model.recompute_modules) == ("selective", ["norm", "activation"])
 
 
-def test_even_layout_of_the_pipeline(load):
+def test_layout_of_the_pipeline(load):
     text = MINIMAL + "pipeline_model_parallel_size: 2\npipeline_model_parallel_layout: "
     assert load(text + "Et*4|t*4L").parallel.virtual_pipeline == 1
+    uneven = load(text + "Et*2|t*3|t*3|t*2L").parallel
+    assert (uneven.virtual_pipeline, uneven.stage_layers) == (2, [2, 3, 3, 2])
     assert load(text + "Ett|t*2|tt|t*2,L").parallel.virtual_pipeline == 2
 
 

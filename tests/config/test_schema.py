@@ -183,7 +183,7 @@ train: {steps: 100}
         (["model.random_init=true"], ("model.random_init", "model.path")),
         (["model.revision=main"], ("model.revision", "model.path")),
         (["tokenizer.path=null"], ("tokenizer.path",)),
-        (["model.shape.num_layers=5", "parallel.pipeline=2"], None),
+        (["model.shape.num_layers=5", "parallel.pipeline=6"], None),
         (["parallel.tensor=2"], ("model.shape.num_key_value_heads", "parallel.tensor")),
         (["model.shape.ffn_hidden_size=257", "parallel.tensor=3"], None),
         (["model.shape.hidden_size=100"], None),

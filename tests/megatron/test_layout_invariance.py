@@ -46,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, Section, int, Section, Section]] = {
     "tp2": (2, BFD, 1, {"tensor": 2}, {}),
     "tp2-sequence": (2, BFD, 2, {"tensor": 2, "sequence": True}, {}),
     "pp2": (2, BFD, 1, {"pipeline": 2}, {}),
-    "pp2-unpacked": (2, NONE, 4, {"pipeline": 2}, {}),
+    "pp2-unpacked": (2, NONE, 4, {"pipeline": 2, "stage_layers": [3, 1]}, {}),
     "pp2-vpp2": (2, BFD, 2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "cp2": (2, ALIGNED, 2, {"context": 2}, {}),
     "cp2-pp2-vpp2": (

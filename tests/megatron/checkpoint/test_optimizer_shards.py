@@ -55,6 +55,7 @@ LAYOUTS = [
     layout("dp2-tp2", 4, SLOW, tensor=2, sequence=True),
     layout("dp2-pp2", 4, SLOW, pipeline=2),
     layout("pp2-vpp2", 2, pipeline=2, virtual_pipeline=2),
+    layout("pp2-uneven", 2, pipeline=2, stage_layers=[1, 3]),
     layout("cp2", 2, SLOW, context=2),
 ]
 EXPERT_LAYOUTS = [
