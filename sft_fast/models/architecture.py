@@ -87,6 +87,9 @@ class Architecture(Traits):
     """Highest scores of a group that decide whether it is one of them."""
     num_outputs: int | None = None
     """Outputs of a linear head in place of the LM head; None = the LM head."""
+    num_mtp_layers: int = 0
+    """Layers after the last one that predict later tokens: they are not trained, and an export has
+    those of the source."""
     options: frozenset[str] = frozenset()
     """Keys of config.json that change the table of the family, and are set."""
     family: str = "LlamaForCausalLM"

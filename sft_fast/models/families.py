@@ -192,6 +192,9 @@ def expert_bias(name: str) -> dict[str, Rule]:
     return {EXPERT_BIAS: Rule("replicated", sources, initial=0.0, is_buffer=True)}
 
 
+SIGMOID_BIAS = expert_bias("mlp.gate.e_score_correction_bias")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """What sets a model's layers apart from Llama's, beside the table; Llama's are the defaults."""
@@ -310,6 +313,45 @@ def latent_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def deepseek2_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Latent attention, and groups of experts where topk_method says so."""
+    method = config["topk_method"]
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ValueError(
+            f"config.json: topk_method is {method!r}; supported: 'greedy', 'group_limited_greedy'"
+        )
+    fields = latent_fields(config) | {"router_scale": config["routed_scaling_factor"]}
+    if method == "greedy":
+        return fields
+    groups = {"router_groups": config["n_group"], "router_groups_chosen": config["topk_group"]}
+    return fields | groups | {"scores_of_group": 1}
+
+
+def sigmoid_router_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The router of DeepSeek V3, and its layers that predict later tokens."""
+    return {
+        "router_scores": "sigmoid",
+        "router_scale": config["routed_scaling_factor"],
+        "router_groups": config["n_group"] or 1,
+        "router_groups_chosen": config["topk_group"] or 1,
+        "num_mtp_layers": config.get("num_nextn_predict_layers") or 0,
+    }
+
+
+def deepseek3_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Latent attention, and a router of its own."""
+    return latent_fields(config) | sigmoid_router_fields(config)
+
+
+def glm_lite_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As DeepSeek V3, with a list of the layers that have experts."""
+    types = config.get("mlp_layer_types")
+    if types is None:
+        types = ["dense", *["sparse"] * (config["num_hidden_layers"] - 1)]
+    dense = frozenset(layer for layer, kind in enumerate(types) if kind != "sparse")
+    return deepseek3_fields(config) | {"dense_layers": dense}
+
+
 def gemma_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Soft caps are Gemma 2's alone."""
     return {
@@ -401,12 +443,11 @@ FAMILIES = {
         LATENT_SIZES,
         fixed=(
             ("attention_bias", False),
-            ("topk_method", "greedy"),
-            ("routed_scaling_factor", 1.0),
+            ("norm_topk_prob", False),
             ("moe_layer_freq", 1),
             ("scoring_func", "softmax"),
         ),
-        own_fields=latent_fields,
+        own_fields=deepseek2_fields,
         experts_of="moe_intermediate_size",
         defaults=LATENT_DEFAULTS
         | {
@@ -416,6 +457,85 @@ FAMILIES = {
             "moe_intermediate_size": 1407,
             "first_k_dense_replace": 0,
             "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "topk_method": "greedy",
+        },
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        LATENT_ATTENTION | QWEN_EXPERTS | SHARED_EXPERTS | SIGMOID_BIAS,
+        DENSE_MLP,
+        {"q_lora_rank": (LATENT_QUERIES, PLAIN_QUERIES)},
+        LATENT_SIZES,
+        fixed=(
+            ("attention_bias", False),
+            ("topk_method", "noaux_tc"),
+            ("moe_layer_freq", 1),
+            ("scoring_func", "sigmoid"),
+        ),
+        own_fields=deepseek3_fields,
+        experts_of="moe_intermediate_size",
+        defaults=LATENT_DEFAULTS
+        | {
+            "max_position_embeddings": 4096,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 2048,
+            "num_experts_per_tok": 8,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+    "Glm4MoeLiteForCausalLM": Family(
+        LATENT_ATTENTION | QWEN_EXPERTS | SHARED_EXPERTS | SIGMOID_BIAS,
+        DENSE_MLP,
+        {"q_lora_rank": (LATENT_QUERIES, PLAIN_QUERIES)},
+        LATENT_SIZES,
+        fixed=(("attention_bias", False),),
+        own_fields=glm_lite_fields,
+        experts_of="moe_intermediate_size",
+        defaults={
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 256,
+            "n_routed_experts": 64,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 1536,
+            "num_experts_per_tok": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.8,
+        },
+    ),
+    "Glm4MoeForCausalLM": Family(
+        ATTENTION | QWEN_EXPERTS | SHARED_EXPERTS | SIGMOID_BIAS,
+        DENSE_MLP,
+        {"attention_bias": (QKV_BIAS, {}), "use_qk_norm": (QK_NORM, {})},
+        own_fields=sigmoid_router_fields,
+        experts_of="moe_intermediate_size",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "num_nextn_predict_layers": 1,
         },
     ),
     "MixtralForCausalLM": Family(
@@ -501,6 +621,8 @@ FAMILIES = {
 }
 REFUSED = {
     "GptOssForCausalLM": "attention sinks and experts in MXFP4 are not supported",
+    "DeepseekV32ForCausalLM": "attention to tokens that an indexer chooses is not supported",
+    "GlmMoeDsaForCausalLM": "attention to tokens that an indexer chooses is not supported",
     "Gemma3ForConditionalGeneration": (
         "images are not supported; use a checkpoint of the text model alone (Gemma3ForCausalLM), "
         "made of this one's language_model: from_pretrained of that class takes none of its tensors"

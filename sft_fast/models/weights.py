@@ -131,6 +131,7 @@ def check_records(
     expected = hf_shapes(architecture)
     # A tied checkpoint may still carry its head; old ones carry rotary buffers.
     optional = {LM_HEAD} if architecture.tie_word_embeddings else set()
+    optional |= {name for name in records if is_carried(name, architecture)}
     present = {name for name in records if not name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = expected.keys() - present, present - expected.keys() - optional
     if missing or unexpected:
@@ -149,6 +150,14 @@ def check_records(
                 f"model.path: {records[name].path}: {name} has shape {records[name].shape}; "
                 f"config.json says {shape}"
             )
+
+
+def is_carried(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor belongs to a layer that is not trained and stays as it is."""
+    layer = name.removeprefix("model.layers.").partition(".")[0]
+    if layer == name or not layer.isdecimal():
+        return False
+    return 0 <= int(layer) - architecture.num_layers < architecture.num_mtp_layers
 
 
 def has_own_head(records: Mapping[str, TensorRecord]) -> bool:

@@ -13,6 +13,16 @@ from safetensors.torch import load_file, save_file
 from rank_pool import RankPool
 from tiny import VOCAB_SIZE, make_config, make_store, random_samples, save_tiny_llama
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 MODELS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
@@ -67,18 +77,40 @@ MODELS = {
         "shared_expert_intermediate_size": 40,
         "decoder_sparse_step": 2,
     },
-    "deepseek2": {
-        "model_type": "deepseek_v2",
-        "num_key_value_heads": 4,
-        "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
+    "glm4": {
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_qk_norm": True,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
-        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "glm4lite": {
+        "model_type": "glm4_moe_lite",
+        **{key: value for key, value in LATENT.items() if key != "first_k_dense_replace"},
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"],
+    },
+    "deepseek3": {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 20,
+        **LATENT,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+    "deepseek2": {
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        **LATENT,
+        "n_routed_experts": 8,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 3.0,
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 100.0,
@@ -124,7 +156,7 @@ MODELS = {
     },
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
 }
-MOE = ["qwen3moe", "qwen2moe", "deepseek2", "mixtral"]
+MOE = ["qwen3moe", "qwen2moe", "glm4", "deepseek2", "deepseek3", "mixtral"]
 SPLIT = [name for name in MODELS if name not in ("linear", "yarn")]  # the others differ in a layer
 SEQUENCE = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
 Layout = tuple[int, dict[str, Any], list[str]]
@@ -155,7 +187,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, options in MODELS.items():
         save_tiny_llama(folder / name, **options)
+    carry_layer(folder / "deepseek3" / "model.safetensors")
     return folder
+
+
+def carry_layer(file: Path) -> None:
+    """Adds part of a layer for multi-token prediction, in another type than the rest."""
+    tensors = load_file(file)
+    tensors["model.layers.4.eh_proj.weight"] = torch.randn(32, 64).bfloat16()
+    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +301,7 @@ def run_imported(folder: Path, config: Any, parallel: Any, export_to: Path) -> R
             gradients[source] = tensor.numpy() / parallel.dp_size  # they had the same batch
     export_to.mkdir(exist_ok=True)
     torch.distributed.barrier()
-    export_weights([model], export_to, architecture, parallel, torch.float32)
+    export_weights([model], export_to, architecture, parallel, torch.float32, origin=folder)
     return logits, loss, gradients
 
 
@@ -346,6 +386,7 @@ def check_export(name: str, source: Path, folder: Path) -> None:
     original = load_file(source / "model.safetensors")
     assert exported.keys() == original.keys(), name
     for key, tensor in original.items():
+        assert exported[key].dtype == tensor.dtype, f"{name} {key}"
         assert torch.equal(exported[key], tensor), f"{name} {key}"
 
 

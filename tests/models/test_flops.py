@@ -86,6 +86,23 @@ PUBLISHED = [
         15_706_484_224,
     ),
     (
+        # DeepSeek V3, without its layer for multi-token prediction
+        Architecture(
+            *(129280, 7168, 61, 128, 128, 2048, 192, 163840),
+            num_experts=256,
+            shared_ffn_size=2048,
+            dense_layers=frozenset(range(3)),
+            dense_ffn_size=18432,
+            kv_rank=512,
+            query_rank=1536,
+            rope_dim=64,
+            value_head_dim=128,
+            options=frozenset(["q_lora_rank"]),
+            family="DeepseekV3ForCausalLM",
+        ),
+        671_026_404_352,
+    ),
+    (
         # Mixtral 8x7B
         Architecture(
             *(32000, 4096, 32, 32, 8, 14336, 128, 32768),

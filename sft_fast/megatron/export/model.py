@@ -52,6 +52,7 @@ def export_model(
                 parallel,
                 DTYPES[dtype],
                 phases.tensor_done,
+                None if model.random_init else origin.model.folder,
             )
         if parallel.is_main:
             export_tokenizer(origin.tokenizer, stage.path)

@@ -22,7 +22,13 @@ from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.families import HEAD
-from sft_fast.models.weight_files import INDEX_FILE, WEIGHTS_FILE
+from sft_fast.models.weight_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    open_safetensors,
+    tensor_records,
+)
+from sft_fast.models.weights import is_carried
 from sft_fast.runtime.phases import no_report
 
 SHARD_BYTES = 5 * 10**9
@@ -35,6 +41,7 @@ def export_weights(
     parallel: Parallel,
     dtype: torch.dtype,
     tensor_done: Callable[[], None] = no_report,
+    origin: Path | None = None,
 ) -> None:
     """Writes *.safetensors and their index to `folder`; every rank must call it.
 
@@ -48,6 +55,7 @@ def export_weights(
         parallel: this rank's place.
         dtype: of the files, but for what is fp32 in all of them.
         tensor_done: called after each tensor and each file, see runtime.phases.
+        origin: directory of the weights that were trained, with layers that were not.
     """
     prefix = f"stage{parallel.pp_rank + 1:02d}-part{parallel.ep_rank + 1:02d}"
     writer = ShardWriter(folder, prefix, tensor_done)
@@ -64,6 +72,11 @@ def export_weights(
         tensors = merge_shards(rule, shards, architecture)
         for source, tensor in zip(rule.sources, tensors, strict=True):
             writer.add(source, tensor.to("cpu", torch.float32 if rule.is_buffer else dtype))
+    if origin is not None and parallel.is_main and architecture.num_mtp_layers:
+        for name, record in tensor_records(origin).items():
+            if is_carried(name, architecture):
+                writer.add(name, open_safetensors(record.path, "pt").get_tensor(name))
+                tensor_done()
     writer.flush()
     write_index(writer, folder, parallel)
 
