@@ -242,9 +242,13 @@ class LateTrainer:
 
     def __call__(self, config: Any, phases: Any) -> int:
         """Trains; returns the process's exit code."""
+        return self.load()(config, phases)
+
+    def load(self) -> Trainer:
+        """The function, whose module is imported."""
         module, _, function = self.target.partition(":")
-        code: int = getattr(importlib.import_module(module), function)(config, phases)
-        return code
+        trainer: Trainer = getattr(importlib.import_module(module), function)
+        return trainer
 
 
 def register_trainer(*, backend: str, stage: str) -> Callable[[TrainerT], TrainerT]:

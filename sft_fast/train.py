@@ -37,6 +37,7 @@ from sft_fast.runtime.processes import die_with_parent, raise_file_limit  # noqa
 from sft_fast.runtime.run_directory import check_inputs  # noqa: E402
 from sft_fast.runtime.telemetry import switch_off  # noqa: E402
 from sft_fast.runtime.terminal import as_seen, flush_streams, open_streams  # noqa: E402
+from sft_fast.runtime.warm_restart import keep_rank  # noqa: E402
 from sft_fast.runtime.watchdog import watching  # noqa: E402
 
 DEMO = Path("demo")
@@ -97,8 +98,13 @@ def main(argv: list[str] | None = None) -> int:
         use_private_cache()
         inputs = {"model.path": config.model.path, "tokenizer.path": config.tokenizer.path}
         check_inputs(Path(config.output_dir), inputs)
+        trainer = find_trainer(config.backend, config.stage, arguments.export)
+        if config.parallel.warm_restarts > 0 and not arguments.export:
+            code = keep_rank(config.parallel.warm_restarts, lambda: preload(trainer))
+            if code is not None:
+                return code
         with watching(Path(config.output_dir), config.parallel.hang_timeout_s) as phases:
-            return find_trainer(config.backend, config.stage, arguments.export)(config, phases)
+            return trainer(config, phases)
     except (ValueError, OSError) as error:
         if arguments.debug:
             print_traceback()
@@ -108,6 +114,12 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 print(as_seen(text, sys.stderr), file=sys.stderr, flush=True)
         return exit_code(error)
+
+
+def preload(trainer: Trainer) -> None:
+    """Imports what a trainer needs; one of a plugin is there already."""
+    if isinstance(trainer, LateTrainer):
+        trainer.load()
 
 
 def print_traceback() -> None:

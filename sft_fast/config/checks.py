@@ -316,6 +316,17 @@ def parallel_problems(packing: PackingConfig, parallel: ParallelConfig) -> Itera
         )
 
 
+def restart_problems(parallel: ParallelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """What warm restarts have to go back to."""
+    if parallel.warm_restarts > 0 and checkpoint.every_steps is None and not checkpoint.keep_best:
+        yield Problem(
+            ("parallel.warm_restarts", "checkpoint.every_steps"),
+            f"{parallel.warm_restarts} restarts, each of which would begin at step 0",
+            "checkpoints while training",
+            "checkpoint.every_steps=100, or parallel.warm_restarts=0",
+        )
+
+
 def evaluation_problems(
     data: DataConfig,
     evaluation: EvaluationConfig,

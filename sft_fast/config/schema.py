@@ -102,6 +102,7 @@ def cross_field_problems(config: Config) -> Iterator[Problem]:
     yield from checks.lora_problems(config.lora)
     yield from checks.optim_problems(config.train, config.optim)
     yield from checks.parallel_problems(config.packing, config.parallel)
+    yield from checks.restart_problems(config.parallel, config.checkpoint)
     stage: Any = stages.entries.get(config.stage)
     reported = BUILT_IN_METRICS if stage is None else stage.reported()
     yield from checks.evaluation_problems(

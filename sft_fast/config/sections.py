@@ -352,6 +352,10 @@ class ParallelConfig(Section):
     """Seconds without an ended step after which the run is ended with the stacks of all ranks; ten
     times as many for the first step, and for a tensor where weights are read or written; never less
     than ten of the slowest step so far."""
+    warm_restarts: NotNegative = 0
+    """How often a lost rank is replaced at once: all ranks are forked anew from processes that have
+    imported everything, and resume from the newest checkpoint. 0 = never. Needs Linux, and torchrun
+    where there are several ranks."""
 
     @property
     def num_stages(self) -> int:

@@ -21,7 +21,13 @@ import xxhash
 
 from sft_fast.files import read_json, write_first, write_json
 from sft_fast.runtime.mapped_files import list_mapped
-from sft_fast.runtime.processes import age_of, is_alive, process_space, start_of
+from sft_fast.runtime.processes import (
+    age_of,
+    is_alive,
+    launcher_pid,
+    process_space,
+    start_of,
+)
 from sft_fast.runtime.run_lock import file_system_time
 
 PUBLISH_S = 2.0
@@ -51,10 +57,10 @@ class LaunchFiles:
         self.publish_every_s = max(PUBLISH_S, self.world_size / RANKS_THAT_WRITE_PER_S)
         self.launch, self.job = launch_name()
         self.folder = output / ".launch" / self.launch
-        self.parent = os.getppid()
+        self.launcher = launcher_pid()
         self.started = time.time()
         is_launched = "TORCHELASTIC_RUN_ID" in env
-        self.launched_ago_s = age_of(self.parent) if is_launched else 0.0
+        self.launched_ago_s = age_of(self.launcher) if is_launched else 0.0
         self.phase = "start"
         self.progress: dict[str, Any] = {}
         self.stale: dict[str, dict[str, Any]] = {}
@@ -97,7 +103,7 @@ class LaunchFiles:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "space": process_space(),
-            "parent": self.parent,
+            "launcher": self.launcher,
             "phase": self.phase,
             "time": time.time(),
             "launch": self.launch,
@@ -158,11 +164,11 @@ class LaunchFiles:
         return [rank for rank, age in ages.items() if age > limit_s]
 
     def meet(self) -> None:
-        """Remembers the ranks on this machine that have the same parent process."""
+        """Remembers the ranks on this machine that one process started."""
         for rank in sorted(self.unmet):
             peer = read_json(self.path_of(rank))
-            # A file of an earlier start has another parent.
-            if peer is not None and peer.get("parent") == self.parent:
+            # A file of an earlier start has another one.
+            if peer is not None and peer.get("launcher") == self.launcher:
                 self.met[rank] = peer
                 self.unmet.remove(rank)
 
@@ -197,7 +203,7 @@ def launch_name() -> tuple[str, str]:
     """
     env = os.environ
     is_launched = "TORCHELASTIC_RUN_ID" in env
-    pid = os.getppid() if is_launched else os.getpid()
+    pid = launcher_pid() if is_launched else os.getpid()
     process = f"{xxhash.xxh3_64_hexdigest(process_space().encode())}-{pid}-{start_of(pid):.0f}"
     if not is_launched:
         return f"process-{process}", f"process-{process}"

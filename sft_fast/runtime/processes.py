@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+LAUNCHER_VARIABLE = "SFT_FAST_LAUNCHER_PID"
 
 
 def start_of(pid: int) -> float:
@@ -74,6 +76,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def launcher_pid() -> int:
+    """The process that started this rank: its parent, or the one above its keeper."""
+    return int(os.environ.get(LAUNCHER_VARIABLE, os.getppid()))
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a signal stopped the process, as Ctrl-Z does."""
     try:
@@ -86,6 +93,12 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Makes Linux send this process a signal when its parent ends; elsewhere does nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Makes Linux give this process the children of its children that end; elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def raise_file_limit() -> None:

@@ -36,6 +36,8 @@ class SignalPipe:
         if threading.current_thread() is threading.main_thread():
             self.old_handlers = {one: signal.signal(one, ignore) for one in wanted_signals()}
             self.old_wakeup_fd = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+            # A rank that was forked has them blocked until somebody listens.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.register_at_fork(after_in_child=self.reset_in_child)
 
     def wait(self, timeout_s: float) -> bytes:

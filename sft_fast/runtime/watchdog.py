@@ -69,6 +69,7 @@ class Watchdog:
     def __init__(self, output: Path, hang_timeout_s: float):
         self.output = output
         self.files = LaunchFiles(output)
+        self.parent = os.getppid()
         self.hang = HangDetector(self.files, hang_timeout_s)
         self.phases = Phases(self.files, self.hang)
         self.rank = self.files.rank
@@ -294,7 +295,7 @@ class Watchdog:
                     self.leave("preempted", INTERRUPTED)
                 self.interrupted_at = now
             self.request_stop(name)
-        if os.getppid() != self.files.parent:
+        if os.getppid() != self.parent:
             self.request_stop("the parent process is gone", ORPHAN_LEAVES_WITHIN_S)
         if self.phases.stop_requested and self.phases.can_leave:
             self.files.announce("left", self.files.record() | {"cause": self.stop_reason})

@@ -344,6 +344,7 @@ def test_alignment_divides_the_row():
             ("optim.offload_fraction", "model.dtype"),
         ),
         (["evaluation.patience=2"], ("evaluation.patience", "data.eval")),
+        (["parallel.warm_restarts=2"], ("parallel.warm_restarts", "checkpoint.every_steps")),
         (
             ["evaluation.best_by=rouge", "data.eval=x.jsonl"],
             ("evaluation.best_by", "evaluation.metrics"),

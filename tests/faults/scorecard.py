@@ -103,6 +103,10 @@ FAULTS = {
         "a token store cut off, or on a failing disk, while a run reads it from memory",
         "file and fix named for the rank that SIGBUS ended; the next start hashes or rebuilds it",
     ),
+    "F41": (
+        "a rank is killed, raises, hangs or is stopped, with `parallel.warm_restarts`",
+        "all start again at once without importing; final weights bit-identical",
+    ),
 }
 
 

@@ -250,7 +250,7 @@ def test_the_watchdog_survives_files_that_others_spoiled(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with watching(tmp_path, 60.0) as phases:
-        phases.files.path_of(1).write_text(json.dumps({"parent": phases.files.parent}))
+        phases.files.path_of(1).write_text(json.dumps({"launcher": phases.files.launcher}))
         deadline = time.monotonic() + 20
         while "the watchdog met KeyError" not in (said := capfd.readouterr().err):
             assert time.monotonic() < deadline, said
