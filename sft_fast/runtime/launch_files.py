@@ -66,6 +66,11 @@ class LaunchFiles:
         self.stale: dict[str, dict[str, Any]] = {}
         """Announcements of an earlier launch that had the same name."""
 
+    @property
+    def num_elsewhere(self) -> int:
+        """Ranks on other machines."""
+        return self.world_size - len(self.met) - len(self.unmet) - 1
+
     def open(self) -> None:
         """Makes the launch's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +167,12 @@ class LaunchFiles:
         now = written_at(self.path_of(self.rank))
         ages = {rank: now - written_at(self.path_of(rank)) for rank, _ in self.peers()}
         return [rank for rank, age in ages.items() if age > limit_s]
+
+    def lost_peers(self, limit_s: float) -> dict[int, dict[str, Any]]:
+        """The last records of silent ranks that have not said they were done."""
+        silent = self.silent_peers(limit_s)
+        found = {rank: peer for rank, peer in self.peers() if rank in silent}
+        return {rank: peer for rank, peer in found.items() if peer.get("state") != "done"}
 
     def meet(self) -> None:
         """Remembers the ranks on this machine that one process started."""

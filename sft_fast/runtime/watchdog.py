@@ -29,6 +29,7 @@ from sft_fast.runtime.mapped_files import shortened
 from sft_fast.runtime.phases import Phases
 from sft_fast.runtime.processes import end_children
 from sft_fast.runtime.run_directory import claim
+from sft_fast.runtime.run_files import list_checkpoints
 from sft_fast.runtime.run_lock import HEARTBEAT_S, STALE_S, RunLock
 from sft_fast.runtime.signals import SIGNALS, SignalPipe
 from sft_fast.runtime.terminal import printable
@@ -44,6 +45,9 @@ FOLLOW_S = 1.5
 SECOND_INTERRUPT_S = 0.5
 # A rank of another machine that did not publish that often is taken for lost.
 SILENT_PUBLICATIONS = 3
+# In a save, whose files may hold these up, and where no connection tells that it was lost.
+SILENT_PUBLICATIONS_IN_SAVE = 10
+NO_SAVE = "there is no checkpoint yet"
 # How torch, gloo, NCCL and RCCL say that the other end of a connection is gone.
 LOST_CONNECTION = re.compile(
     r"connection|peer|socket|nccl|gloo|broken pipe|timed? ?out|DistBackend|DistNetwork", re.I
@@ -77,7 +81,9 @@ class Watchdog:
         self.leave_at = math.inf
         self.interrupted_at = -math.inf
         self.lock: RunLock | None = None
-        self.next_publish = self.next_lock = self.next_look = 0.0
+        self.next_publish = self.next_lock = self.next_look = self.next_search = 0.0
+        self.missed: set[int] = set()
+        """Ranks that had been silent for too long when last looked at in a save."""
         self.heard = b""
         """The signals that came last."""
         self.told: set[str] = set()
@@ -176,27 +182,31 @@ class Watchdog:
 
         Of a machine that is cut off or has lost its power, nobody else tells.
         """
-        others = self.files.world_size - len(self.files.met) - len(self.files.unmet) - 1
-        if others <= 0 or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
+        is_lost = LOST_CONNECTION.search(f"{type(error).__name__} {error}")
+        if self.files.num_elsewhere == 0 or not is_lost:
             return False
         limit_s = SILENT_PUBLICATIONS * self.files.publish_every_s
         deadline = time.monotonic() + limit_s + self.files.publish_every_s
         while time.monotonic() < deadline:
             self.follow_others(patient=False)
             time.sleep(POLL_S)
-        silent = set(self.files.silent_peers(limit_s))
-        lost = [(rank, peer) for rank, peer in self.files.peers() if rank in silent]
-        lost = [(rank, peer) for rank, peer in lost if peer.get("state") != "done"]
-        if not lost:
-            return False
-        rank, peer = lost[0]
-        hosts = ", ".join(sorted({str(peer.get("host")) for _, peer in lost}))
-        cause = (
-            f"ranks {sorted(rank for rank, _ in lost)} on {hosts} give no sign of life; rank "
-            f"{self.rank} lost the connection: {first_line(error)}"
-        )
+        lost = self.files.lost_peers(limit_s)
+        if lost:
+            self.blame(lost, f"rank {self.rank} lost the connection: {first_line(error)}")
+        return bool(lost)
+
+    def blame(self, lost: dict[int, dict[str, Any]], consequence: str) -> str:
+        """Records that ranks fell silent; returns the cause.
+
+        Args:
+            lost: the ranks, and their last records.
+            consequence: what this rank has seen of it.
+        """
+        rank, peer = next(iter(lost.items()))
+        hosts = ", ".join(sorted({str(record.get("host")) for record in lost.values()}))
+        cause = f"ranks {sorted(lost)} on {hosts} give no sign of life; {consequence}"
         self.fail(cause, peer.get("phase"), rank=rank, host=peer.get("host"), reported_by=self.rank)
-        return True
+        return cause
 
     # --- the thread
 
@@ -209,6 +219,7 @@ class Watchdog:
             self.look_at_others,
             self.look_for_triggers,
             self.look_for_hang,
+            self.look_for_lost_machine,
         )
         while not self.is_closed.is_set():
             self.heard = self.signals.wait(POLL_S)
@@ -335,6 +346,24 @@ class Watchdog:
         if self.fail(cause, exit_code=HANG):
             log(f"rank {self.rank}: {cause}; stacks of all ranks: {self.output / 'stacks'}")
         self.leave("failed", HANG, cause)
+
+    def look_for_lost_machine(self) -> None:
+        """Ends the run where it waits in a save for a machine that is gone."""
+        now = time.monotonic()
+        limit_s = SILENT_PUBLICATIONS_IN_SAVE * self.files.publish_every_s
+        if self.files.phase != "save" or self.files.num_elsewhere == 0:
+            self.next_search, self.missed = now + limit_s, set()
+        if now < self.next_search:
+            return
+        self.next_search = now + self.files.publish_every_s
+        lost = self.files.lost_peers(limit_s)
+        # Twice: after all were suspended, some are heard of later than others.
+        missed, self.missed = self.missed, set(lost)
+        if lost and self.missed <= missed:
+            there = list_checkpoints(self.output / "checkpoints")
+            rest = f"rerun the same command to resume from {there[-1].name}" if there else NO_SAVE
+            cause = self.blame(lost, f"a save waited for them and was given up; {rest}")
+            self.leave("failed", FAILED, cause)
 
     def leave(self, state: str, code: int, cause: str | None = None) -> NoReturn:
         """Ends the process at once: the main thread may be stuck where no exception reaches it."""

@@ -107,6 +107,10 @@ FAULTS = {
         "a rank is killed, raises, hangs or is stopped, with `parallel.warm_restarts`",
         "all start again at once without importing; final weights bit-identical",
     ),
+    "F42": (
+        "a machine is lost while a checkpoint is saved",
+        "the others leave and name it; the checkpoint before stays",
+    ),
 }
 
 

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from faults.launcher import CONFIG, write_rows
+from faults.test_signals import SLOW_SAVE
+from sft_fast.runtime.manifest import find_damage
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ROOT.parent / "shared" / "faults" / "hosts.sh"
@@ -53,8 +55,10 @@ def train(folder: Path, name: str, place: list[str], *arguments: str) -> "subpro
         )
 
 
-def on_hosts(folder: Path, *of_second: str) -> "list[subprocess.Popen[bytes]]":
-    """One run on both hosts; the second has arguments of its own."""
+def on_hosts(
+    folder: Path, *of_second: str, first: Sequence[str] = ()
+) -> "list[subprocess.Popen[bytes]]":
+    """One run on both hosts; each has arguments of its own."""
     meet = ("--nnodes", "2", "--master-addr", "10.99.0.1", "--master-port", "29500")
     return [
         train(
@@ -63,7 +67,7 @@ def on_hosts(folder: Path, *of_second: str) -> "list[subprocess.Popen[bytes]]":
             ["bash", str(HOSTS), "run", str(rank + 1)],
             *meet,
             *("--node-rank", str(rank)),
-            *(of_second if rank else ()),
+            *(of_second if rank else first),
         )
         for rank in range(2)
     ]
@@ -85,6 +89,28 @@ def test_hosts_with_another_learning_rate_do_not_begin(hosts: None, tmp_path: Pa
     assert [node.wait(180) for node in nodes] == [2, 2]
     said = (tmp_path / "node0.log").read_text()
     assert "optim.lr: 0.01 on rank 0 (node1); 0.02 on rank 1 (node2)" in said
+
+
+@pytest.mark.fault("F42")
+def test_a_host_that_is_lost_in_a_save_is_named(hosts: None, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_SAVE.replace("sleep(4)", "sleep(3600)"))
+    nodes = on_hosts(tmp_path, "plugins=[slow.py]", first=("plugins=[slow.py]",))
+    try:
+        deadline = time.monotonic() + 180
+        while "slow save" not in (tmp_path / "node1.log").read_text():
+            assert time.monotonic() < deadline and nodes[0].poll() is None
+            time.sleep(0.2)
+        nodes[1].kill()  # and with it the process namespace of its host
+        assert nodes[0].wait(90) == 1
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    error = json.loads((tmp_path / "run/error.json").read_text())
+    assert (error["rank"], error["host"], error["reported_by"]) == (1, "node2", 0)
+    assert "ranks [1] on node2 give no sign of life" in (tmp_path / "node0.log").read_text()
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("step_*")
+    assert not find_damage(checkpoint) and checkpoint.name in error["cause"]
 
 
 @pytest.mark.fault("F33")

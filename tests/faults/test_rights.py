@@ -79,6 +79,41 @@ def test_a_silent_machine_is_blamed_and_not_who_notices(
         watchdog.close("failed")
 
 
+@pytest.mark.fault("F42")
+def test_a_machine_that_is_lost_in_a_save_ends_the_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    watchdog = Watchdog(tmp_path, 60.0)
+    watchdog.files.open()
+    left: list[tuple[object, ...]] = []
+    monkeypatch.setattr(watchdog, "leave", lambda *how: left.append(how))
+    clock, peer = [0.0], watchdog.files.path_of(1)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+
+    def look(age_s: float) -> bool:
+        clock[0] += 2.0
+        watchdog.files.publish("running")
+        peer.write_text(json.dumps({"rank": 1, "host": "node2", "state": "running"}))
+        os.utime(peer, (time.time() - age_s,) * 2)
+        watchdog.look_for_lost_machine()
+        return bool(left)
+
+    watchdog.files.phase = "train"
+    assert not any(look(age_s) for age_s in range(0, 80, 2)), "a collective would tell"
+    watchdog.files.phase = "save"
+    assert not any(look(1) for _ in range(50)), "it lives, and the save is slow"
+    assert not look(900) and not look(1), "all were suspended; this one woke up first"
+    ages = [age_s for age_s in range(0, 80, 2) if not look(age_s)]
+    assert 20 <= ages[-1] <= 24
+    error = json.loads((tmp_path / "error.json").read_text())
+    assert (error["rank"], error["host"], error["reported_by"]) == (1, "node2", 0)
+    assert error["cause"].startswith("ranks [1] on node2 give no sign of life; a save waited")
+    assert "resume from step_00000004" in error["cause"] and left[0][:2] == ("failed", 1)
+
+
 @pytest.mark.fault("F39")
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     dead = tmp_path / f".export-{own_space()}-{2**22 - 1}-abc"
