@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,6 +62,7 @@ class LaunchFiles:
         self.started = time.time()
         is_launched = "TORCHELASTIC_RUN_ID" in env
         self.launched_ago_s = age_of(self.launcher) if is_launched else 0.0
+        self.publish_lock = threading.Lock()
         self.phase = "start"
         self.progress: dict[str, Any] = {}
         self.stale: dict[str, dict[str, Any]] = {}
@@ -117,7 +119,8 @@ class LaunchFiles:
 
     def publish(self, state: str) -> None:
         """Writes `record` for the other ranks."""
-        with contextlib.suppress(OSError):
+        # Two threads publish: what is newer must not be replaced by what is older.
+        with self.publish_lock, contextlib.suppress(OSError):
             write_json(self.path_of(self.rank), self.record() | {"state": state})
 
     def write_status(self, state: str, **more: Any) -> None:

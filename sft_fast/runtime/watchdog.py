@@ -88,6 +88,9 @@ class Watchdog:
         """The signals that came last."""
         self.told: set[str] = set()
         """Warnings of the thread itself."""
+        self.report_lock = threading.Lock()
+        self.is_over = False
+        """What the files say is the last word; the other thread must not say "running" after it."""
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self.run, name="sft_fast watchdog", daemon=True)
 
@@ -127,7 +130,7 @@ class Watchdog:
         self.files.publish("done")
         if self.rank == 0:
             if state != "failed":
-                self.files.write_status(state)
+                self.write_last_status(state)
             assert self.lock is not None, "rank 0 takes the lock in start"
             self.lock.release()
 
@@ -148,13 +151,22 @@ class Watchdog:
             **details,
         }
         if not self.files.announce("failed", record):
+            first = self.files.announced("failed")
+            if self.rank == 0 and first is not None and not self.phases.is_unconfirmed:
+                self.write_last_status("failed", cause=first["cause"])
             return False
         if is_refusal and self.phases.is_unconfirmed:
             return True
         with contextlib.suppress(OSError):
             write_json(self.output / "error.json", record, mode=0o640)
-        self.files.write_status("failed", cause=record["cause"])
+        self.write_last_status("failed", cause=record["cause"])
         return True
+
+    def write_last_status(self, state: str, **more: Any) -> None:
+        """Writes status.json for the last time, or once more with another state."""
+        with self.report_lock:
+            self.is_over = True
+            self.files.write_status(state, **more)
 
     def fail_with(self, error: BaseException) -> None:
         """Records an exception of the main thread.
@@ -244,10 +256,13 @@ class Watchdog:
         if now < self.next_publish:
             return
         self.next_publish = now + self.files.publish_every_s
-        self.files.publish("running")
         self.hang.guard_against_stuck_interpreter()
-        if self.rank == 0 and not self.phases.is_unconfirmed:
-            self.files.write_status("stopping" if self.phases.stop_requested else "running")
+        with self.report_lock:
+            if self.is_over:
+                return
+            self.files.publish("running")
+            if self.rank == 0 and not self.phases.is_unconfirmed:
+                self.files.write_status("stopping" if self.phases.stop_requested else "running")
 
     def keep_lock(self) -> None:
         """Renews the lock, when it is time to."""
@@ -368,7 +383,9 @@ class Watchdog:
     def leave(self, state: str, code: int, cause: str | None = None) -> NoReturn:
         """Ends the process at once: the main thread may be stuck where no exception reaches it."""
         if self.rank == 0 and not self.phases.is_unconfirmed:
-            self.files.write_status(state, cause=cause or self.stop_reason)
+            self.write_last_status(state, cause=cause or self.stop_reason)
+        with self.report_lock:
+            self.is_over = True
         self.files.publish("done")
         if self.lock is not None:
             self.lock.release()

@@ -18,6 +18,7 @@ from faults.launcher import Launcher, same_weights, step_losses
 from sft_fast.runtime import hang
 from sft_fast.runtime.hang import HangDetector
 from sft_fast.runtime.launch_files import LaunchFiles
+from sft_fast.runtime.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -128,6 +129,23 @@ def test_all_ranks_follow_the_first_failure(
     status = job.json("status.json")
     assert (status["state"], status["cause"]) == ("failed", error["cause"])
     assert whole_checkpoints(job.output) == [1, 2], "nobody tries to save"
+
+
+@pytest.mark.fault("F6")
+@pytest.mark.parametrize("is_first", [True, False])
+def test_nothing_says_running_after_a_failure(tmp_path: Path, is_first: bool) -> None:
+    watchdog = Watchdog(tmp_path, 60.0)
+    watchdog.files.open()
+    if not is_first:
+        announced = {"rank": 1, "cause": "the device gave up"}
+        watchdog.files.announce("failed", announced)
+        watchdog.files.write_status("failed", cause="the device gave up")
+        watchdog.publish()
+    watchdog.fail("the device gave up")
+    watchdog.next_publish = 0.0
+    watchdog.publish()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["cause"]) == ("failed", "the device gave up")
 
 
 @pytest.mark.fault("F28")
