@@ -296,7 +296,8 @@ def test_restarted_ranks_find_each_other(launcher: Launcher) -> None:
 @pytest.mark.slow
 @pytest.mark.fault("F37")
 def test_a_suspended_job_goes_on(launcher: Launcher, unbroken: Path) -> None:
-    job = launcher.start("suspended", "parallel.hang_timeout_s=2", steps=STEPS, hook="slow:step")
+    # Longer than the slow step takes awake, shorter than it takes suspended.
+    job = launcher.start("suspended", "parallel.hang_timeout_s=6", steps=STEPS, hook="slow:step")
     job.wait_until("slow step")
     job.signal(signal.SIGSTOP)
     time.sleep(10)
