@@ -89,7 +89,7 @@ class Watchdog:
         self.told: set[str] = set()
         """Warnings of the thread itself."""
         self.report_lock = threading.Lock()
-        self.is_over = False
+        self.is_leaving = self.is_over = False
         """What the files say is the last word; the other thread must not say "running" after it."""
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self.run, name="sft_fast watchdog", daemon=True)
@@ -145,6 +145,9 @@ class Watchdog:
             is_refusal: the user can fix it.
             details: more for error.json; with `exit_code` the ranks that follow end.
         """
+        # The main thread's workers are ended under it.
+        if self.is_leaving:
+            return False
         record = self.files.record() | {
             "phase": phase or self.files.phase,
             "cause": redact(cause),
@@ -382,6 +385,7 @@ class Watchdog:
 
     def leave(self, state: str, code: int, cause: str | None = None) -> NoReturn:
         """Ends the process at once: the main thread may be stuck where no exception reaches it."""
+        self.is_leaving = True
         if self.rank == 0 and not self.phases.is_unconfirmed:
             self.write_last_status(state, cause=cause or self.stop_reason)
         with self.report_lock:

@@ -148,6 +148,29 @@ def test_nothing_says_running_after_a_failure(tmp_path: Path, is_first: bool) ->
     assert (status["state"], status["cause"]) == ("failed", "the device gave up")
 
 
+@pytest.mark.fault("F9")
+def test_what_breaks_because_a_rank_leaves_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = Watchdog(tmp_path, 60.0)
+    watchdog.files.open()
+
+    def end_children() -> None:
+        watchdog.fail_with(ValueError("a process that prepares the data was killed"))
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("sft_fast.runtime.watchdog.end_children", end_children)
+    monkeypatch.setattr(os, "_exit", leave)
+    watchdog.request_stop("SIGTERM")
+    with pytest.raises(SystemExit) as caught:
+        watchdog.handle_signals()
+    assert caught.value.code == 0
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
+    assert not (tmp_path / "error.json").exists()
+
+
 @pytest.mark.fault("F28")
 def test_out_of_memory_says_where_and_what_to_change(launcher: Launcher) -> None:
     job = launcher.start("no-memory", hook="no_memory:2")
