@@ -672,6 +672,46 @@ def test_shipped_example_says_what_it_means():
     assert config.train.steps == 200
 
 
+OWN = """\
+output_dir: out
+model: {path: some/model}
+tokenizer: {chat_template: alpaca}
+data: {train: data.jsonl, format: alpaca}
+packing: {capacity: 256}
+train: {steps: 30, global_batch_size: 4}
+parallel: {timeout_minutes: 60}
+lora: {rank: 4, alpha: 8.0, dropout: 0.1, targets: [q_proj, k_proj, v_proj, down_proj]}
+optim: {lr: 1.0e-3, warmup_steps: 5, decay: WSD, wsd_decay_steps: 9}
+guard: {max_skips: 30}
+checkpoint: {every_steps: 100}
+"""
+SAME = """\
+hf_path: some/model
+save: out
+sft_dataset_name: data.jsonl
+enable_packed_sequences: true
+use_packed_attention: false
+seq_length: 256
+train_iters: 30
+global_batch_size: 4
+lr: 1.0e-3
+lr_warmup_iters: 5
+lr_decay_style: WSD
+lr_wsd_decay_iters: 9
+HSA_NO_SCRATCH_RECLAIM: 1
+sft_sanitize_nan_grads: true
+exp_avg_dtype: bf16
+lora: {enabled: true, dim: 4, alpha: 8, dropout: 0.1, target_modules: [linear_qkv, linear_fc2]}
+"""
+
+
+def test_a_run_is_that_of_our_own_keys(load, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    # What a run computes is a function of its configuration.
+    assert load(SAME).model_dump() == load_config(path, []).model_dump()
+
+
 BRIDGE = """\
 modules:
   post_trainer:
