@@ -137,6 +137,13 @@ def shape_problems(shape: ShapeConfig) -> Iterator[Problem]:
                 f"{values[key]} is not a multiple of {values[divisor]}",
                 f"{divisor} divides {key}",
             )
+    chosen, experts = "model.shape.experts_per_token", "model.shape.num_experts"
+    if 0 < shape.num_experts < shape.experts_per_token:
+        yield Problem(
+            (chosen, experts),
+            f"{values[chosen]} of {values[experts]} experts",
+            f"{chosen} <= {experts}",
+        )
     if values["model.shape.hidden_size"] % values[heads] == 0 and shape.head_dim % 2 != 0:
         yield Problem(
             ("model.shape.hidden_size", heads),

@@ -68,7 +68,8 @@ class Section(BaseModel):
 
 
 class ShapeConfig(Section):
-    """Architecture of a randomly initialised Llama; the vocabulary comes from the tokenizer."""
+    """Architecture of a randomly initialised Llama, or Mixtral where it has experts; the vocabulary
+    comes from the tokenizer."""
 
     hidden_size: Positive
     """Width of the residual stream."""
@@ -79,7 +80,11 @@ class ShapeConfig(Section):
     num_key_value_heads: Positive
     """Key and value heads; num_attention_heads for plain multi-head attention."""
     ffn_hidden_size: Positive
-    """Width of the SwiGLU MLP."""
+    """Width of the SwiGLU MLP, or of an expert."""
+    num_experts: NotNegative = 0
+    """Experts of each layer; 0 = an MLP in their place."""
+    experts_per_token: Positive = 2
+    """Experts that a token goes to."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary position embedding."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -95,11 +100,6 @@ class ShapeConfig(Section):
     def head_dim(self) -> int:
         """Channels of a head."""
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_experts(self) -> int:
-        """A Llama has none."""
-        return 0
 
     @property
     def dense_ffn_size(self) -> int:
@@ -118,12 +118,12 @@ class ShapeConfig(Section):
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Matrices of a layer that adapters can stand beside."""
-        return LLAMA_PROJECTIONS
+        """Matrices of a layer that adapters can stand beside; experts get none."""
+        return LLAMA_PROJECTIONS[:4] if self.num_experts else LLAMA_PROJECTIONS
 
     def layer_projections(self, layer: int) -> tuple[str, ...]:
         """Those of `layer`: all are alike."""
-        return LLAMA_PROJECTIONS
+        return self.projections
 
 
 class ModelConfig(Section):

@@ -426,9 +426,22 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     """The config.json of a model that has no source directory."""
     assert architecture.rope_scaling is None, "model.shape knows no scaling"
     rope = {"rope_type": "default", "rope_theta": architecture.rope_theta}
-    return {
+    kind: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    if architecture.num_experts:
+        kind = {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": architecture.num_experts,
+            "num_experts_per_tok": architecture.experts_per_token,
+            "sliding_window": None,
+            "router_jitter_noise": 0.0,
+        }
+    return kind | {
         "vocab_size": architecture.vocab_size,
         "hidden_size": architecture.hidden_size,
         "num_hidden_layers": architecture.num_layers,
@@ -443,18 +456,17 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": architecture.tie_word_embeddings,
         "initializer_range": architecture.initializer_range,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
     }
 
 
 def architecture_from_shape(shape: ShapeConfig, vocab_size: int) -> Architecture:
     """The architecture that `model.shape` describes, with the tokenizer's vocabulary."""
-    return Architecture(
-        vocab_size=vocab_size,
-        head_dim=shape.hidden_size // shape.num_attention_heads,
-        **shape.model_dump(),
-    )
+    fields = shape.model_dump()
+    if shape.num_experts:
+        fields |= {"family": "MixtralForCausalLM", "renormalise_experts": True}
+    else:
+        fields["experts_per_token"] = 0
+    return Architecture(vocab_size=vocab_size, head_dim=shape.head_dim, **fields)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

@@ -163,3 +163,15 @@ def test_adapters_go_beside_attention_only(
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     first, second = step_losses(tmp_path)
     assert first == pytest.approx(step_losses(run)[0], rel=1e-5) and second != first
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_mixture_trains_and_exports(rank_pool: RankPool, tmp_path: Path) -> None:
+    from sft_fast.recipes import find_recipe
+
+    arguments = [f"output_dir={tmp_path}", "train.steps=2", "optim.warmup_steps=1"]
+    arguments += ["evaluation.max_samples=20", "evaluation.exact_match_samples=2"]
+    train(rank_pool, 1, find_recipe("demo_moe"), *arguments)
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    assert config["architectures"] == ["MixtralForCausalLM"] and config["num_local_experts"] == 8
+    assert "expert load" in (tmp_path / "report.html").read_text()

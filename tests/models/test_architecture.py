@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from sft_fast.config.sections import ShapeConfig
 from sft_fast.models.architecture import (
     NUM_EXPERTS,
     architecture_from_hf,
+    architecture_from_shape,
     architecture_to_hf,
     read_hf_config,
 )
@@ -99,6 +101,14 @@ def test_a_written_config_reads_back_as_the_same_architecture() -> None:
     plain = architecture_from_hf(LLAMA)
     for architecture in (plain, replace(plain, tie_word_embeddings=True, head_dim=16)):
         assert architecture_from_hf(architecture_to_hf(architecture)) == architecture
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 24}
+    shape = ShapeConfig(num_key_value_heads=2, num_experts=4, experts_per_token=3, **sizes)
+    mixture = architecture_from_shape(shape, 100)
+    assert (mixture.family, mixture.experts_per_token) == ("MixtralForCausalLM", 3)
+    assert architecture_from_hf(architecture_to_hf(mixture)) == mixture
+    assert architecture_from_shape(shape.model_copy(update={"num_experts": 0}), 100).family == (
+        "LlamaForCausalLM"
+    )
 
 
 MODEL_TYPES = {
