@@ -135,9 +135,9 @@ class MetricsWriter:
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "metrics.jsonl"
-            # To open a pipe waits for who reads it.
-            if path.exists() and not path.is_file():
-                raise ValueError(f"output_dir: {path} is no regular file; move it away")
+            # To open one waits for who reads it.
+            if path.is_fifo():
+                raise ValueError(f"output_dir: {path} is a pipe, expected a file; move it away")
             self.file = path.open("a", encoding="utf-8")
             if is_cut_off(Path(self.file.name)):
                 # What a crash left of a line must not take the next one with it.

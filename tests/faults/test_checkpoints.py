@@ -601,7 +601,7 @@ def test_a_pipe_in_place_of_a_log_and_a_rank_that_is_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match=r"metrics.jsonl is no regular file"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is a pipe"):
         MetricsWriter(tmp_path, is_main=True)
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ValueError, match=r"RANK=first, expected a whole number"):
