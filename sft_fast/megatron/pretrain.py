@@ -137,6 +137,12 @@ def config_of(args: argparse.Namespace) -> Config:
         raise ValueError(
             "train.neftune_alpha needs sft_fast's own loop, which tells the step; set it to 0"
         )
+    for name, value in config.router.model_dump().items():
+        if value > 0:
+            raise ValueError(
+                f"router.{name} needs sft_fast's own loop, which adds up the load of the experts; "
+                "set it to 0"
+            )
     return config
 
 

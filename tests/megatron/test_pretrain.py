@@ -234,6 +234,7 @@ def test_both_calls_train_alike_and_go_on_where_they_stopped(
         ({"pipeline_model_parallel_size": 2, "micro_batch_size": 2}, "--micro-batch-size is 2"),
         ({"seq_length": 4}, "packing.capacity"),
         ({"train_iters": None}, "--train-iters is missing"),
+        ({"sft_override": ["router.z_loss_coef=0.1"]}, "router.z_loss_coef needs sft_fast's own"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
