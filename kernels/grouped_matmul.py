@@ -32,6 +32,11 @@ class GroupedProducts(Protocol):
         """[R, out], as the function of this name; at least one row, x contiguous."""
         ...
 
+    def add_products(self, total: Tensor, x: Tensor, matrices: Tensor, offsets: Tensor) -> None:
+        """Adds to total [R, out], as the function of this name; at least one row, both
+        contiguous."""
+        ...
+
     def add_outer_products(
         self,
         total: Tensor,
@@ -125,6 +130,19 @@ def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     if fits_torch_grouped_mm(x, matrices):
         return cast(Tensor, TORCH_GROUPED_MM(x, matrices, offs=offsets[1:]))
     return products_for(x).multiply_groups(x, matrices, offsets)
+
+
+def add_products(total: Tensor, x: Tensor, matrices: Tensor, offsets: Tensor) -> None:
+    """total[rows of g] += x[rows of g] @ matrices[g] for each group g, without autograd.
+
+    Args:
+        total: [R, out] contiguous, of x's dtype.
+        x: [R, in].
+        matrices: [G, in, out], either of the last two dimensions contiguous.
+        offsets: [G + 1] int32, from 0 to R.
+    """
+    if len(x) > 0:
+        products_for(x).add_products(total, x.contiguous(), matrices, offsets)
 
 
 def fits_torch_grouped_mm(x: Tensor, matrices: Tensor) -> bool:

@@ -27,6 +27,12 @@ def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     return result
 
 
+def add_products(total: Tensor, x: Tensor, matrices: Tensor, offsets: Tensor) -> None:
+    """Adds to total [R, out], as grouped_matmul.add_products."""
+    for group, rows in groups(offsets):
+        total[rows].addmm_(x[rows], matrices[group])
+
+
 def add_outer_products(
     total: Tensor,
     grad: Tensor,

@@ -29,6 +29,7 @@ def grouped_matmul_kernel(  # type: ignore[no-untyped-def]
     group_stride,
     input_stride,
     output_stride,
+    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_EVEN: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -75,6 +76,8 @@ def grouped_matmul_kernel(  # type: ignore[no-untyped-def]
         matrices_ptr += BLOCK_INPUTS * input_stride
     y_ptr += rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
     wanted = in_group[:, None] if IS_EVEN else in_group[:, None] & in_width[None, :]
+    if ACCUMULATE:
+        sums += tl.load(y_ptr, mask=wanted, other=0.0)
     tl.store(y_ptr, sums.to(y_ptr.dtype.element_ty), mask=wanted)
 
 
@@ -210,10 +213,24 @@ def outer_options(config: TileConfig, has_rows: bool) -> dict[str, int]:
 
 def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     """[R, out], as grouped_matmul.multiply_groups; bf16, fp16 or fp32."""
+    y = x.new_empty((len(x), matrices.shape[2]))
+    launch_products(y, x, matrices, offsets, accumulate=False)
+    return y
+
+
+def add_products(total: Tensor, x: Tensor, matrices: Tensor, offsets: Tensor) -> None:
+    """Adds to total [R, out], as grouped_matmul.add_products; bf16, fp16 or fp32."""
+    assert total.is_contiguous() and total.dtype == x.dtype
+    launch_products(total, x, matrices, offsets, accumulate=True)
+
+
+def launch_products(
+    y: Tensor, x: Tensor, matrices: Tensor, offsets: Tensor, accumulate: bool
+) -> None:
+    """Writes the products of x [R, in] with matrices [G, in, out] to y [R, out], or adds them."""
     check_tensor(x, "inputs of experts", LAYER_KEY)
     num_groups, num_inputs, num_outputs = matrices.shape
     config = device_config(x.device, x.dtype, is_outer=False)
-    y = x.new_empty((len(x), num_outputs))
     # Each group may end with a tile that is not full.
     row_tiles = len(x) // config.rows + min(num_groups, len(x))
     with torch.cuda.device_of(x):
@@ -226,12 +243,12 @@ def multiply_groups(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
             num_outputs,
             num_inputs,
             *matrices.stride(),
+            ACCUMULATE=accumulate,
             PRECISION="ieee",
             IS_EVEN=config.divides(config.rows, num_outputs) and num_inputs % config.depth == 0,
             BLOCK_GROUPS=triton.next_power_of_2(num_groups),
             **product_options(config),
         )
-    return y
 
 
 def add_outer_products(

@@ -93,3 +93,41 @@ def balance_loss(probs: Tensor, experts: Tensor) -> Tensor:
     """
     copies = functional.one_hot(experts, probs.shape[1]).sum(1).to(probs).mean(0)
     return probs.shape[1] * (copies * probs.mean(0)).sum()
+
+
+def adapted_expert_mlp(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    probs: Tensor,
+    wide: tuple[Tensor, Tensor],
+    narrow: tuple[Tensor, Tensor],
+    experts: Tensor,
+    scale: float,
+) -> Tensor:
+    """As `expert_mlp`, each product with scale * x A^T B^T added, as PEFT computes it.
+
+    Args:
+        hidden: [T, h].
+        gate_up: [E, 2 f, h].
+        down: [E, h, f].
+        probs: [T, k].
+        wide: A [E, r, h] and B [E, 2 f, r] of gate_up.
+        narrow: A [E, r, f] and B [E, h, r] of down.
+        experts: [T, k].
+        scale: a factor.
+
+    Returns:
+        [T, h].
+    """
+    output = torch.zeros_like(hidden)
+    for number in range(len(gate_up)):
+        tokens, places = (experts == number).nonzero(as_tuple=True)
+        x = hidden[tokens]
+        added = (x @ wide[0][number].t()) @ wide[1][number].t() * scale
+        gate, up = (x @ gate_up[number].t() + added).chunk(2, dim=1)
+        inner = functional.silu(gate) * up
+        added = (inner @ narrow[0][number].t()) @ narrow[1][number].t() * scale
+        weighted = (inner @ down[number].t() + added) * probs[tokens, places].unsqueeze(1)
+        output = output.index_add(0, tokens, weighted.to(output.dtype))
+    return output

@@ -27,14 +27,14 @@ SHIPPED = [
     pytest.param(
         name, dtype, even, marks=() if (dtype, even) == ("bf16", True) else pytest.mark.slow
     )
-    for name in ("forward", "backward", "outer", "outer-rows", "outer-new")
+    for name in ("forward", "backward", "added", "outer", "outer-rows", "outer-new")
     for dtype in DTYPES
     for even in (True, False)
 ]
 
 
 def compile_product(name: str, target: str, dtype: str, even: bool) -> Any:
-    """forward and backward: which dimension of a matrix is contiguous."""
+    """forward, added and backward: which dimension of a matrix is contiguous."""
     from sft_fast.kernels import grouped_matmul_triton as kernels
 
     backend, _, _ = TARGETS[target]
@@ -46,8 +46,8 @@ def compile_product(name: str, target: str, dtype: str, even: bool) -> Any:
         constants |= {"HAS_ROWS": name == "outer-rows", "ACCUMULATE": name != "outer-new"}
     else:
         constants |= kernels.product_options(config)
-        constants |= {"BLOCK_GROUPS": 128}
-        constants["input_stride" if name == "forward" else "output_stride"] = 1
+        constants |= {"BLOCK_GROUPS": 128, "ACCUMULATE": name == "added"}
+        constants["output_stride" if name == "backward" else "input_stride"] = 1
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     types = dict.fromkeys(("y_ptr", "x_ptr", "matrices_ptr", "grad_ptr"), f"*{dtype}")
     types |= {"offsets_ptr": "*i32", "rows_ptr": "*i32", "group_stride": "i64"}
