@@ -97,7 +97,6 @@ def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=VOCAB_SIZE,
         hidden_size=32,
         num_attention_heads=4,
         intermediate_size=48,
@@ -105,6 +104,7 @@ def save_tiny_llama(folder: Path, model_type: str = "llama", **options: Any) -> 
         rms_norm_eps=1e-5,
         pad_token_id=None,  # transformers has no gradient for its embedding
         **{
+            "vocab_size": VOCAB_SIZE,
             "num_hidden_layers": 4,
             "num_key_value_heads": 2,
             "initializer_range": 0.3,

@@ -19,6 +19,8 @@ from sft_fast.config.sections import (
 from sft_fast.constants import round_up
 from sft_fast.errors import ConfigError, Problem
 
+ALL_LINEAR = "all-linear"
+
 
 class ModelSizes(Protocol):
     """What decides how a model can be split: an Architecture or a ShapeConfig has it."""
@@ -201,10 +203,21 @@ def batch_problem(global_batch_size: int, micro_batch_size: int, dp_size: int) -
     )
 
 
-def adapted_projections(sizes: ModelSizes, targets: Sequence[str]) -> list[str]:
-    """Full names, model.layers.0.self_attn.q_proj and so on, that `lora.targets` selects."""
+def adapted_projections(sizes: ModelSizes, targets: str | Sequence[str]) -> list[str]:
+    """Full names, model.layers.0.self_attn.q_proj and so on, that `lora.targets` selects; those of
+    experts have * for the expert's number."""
     names = _projection_names(sizes)
+    if targets == ALL_LINEAR:
+        return names
     return [name for name in names if any(_matches(name, pattern) for pattern in targets)]
+
+
+def mistaken_for_experts(sizes: ModelSizes, targets: str | Sequence[str]) -> list[str]:
+    """Adapted projections of shared experts and of layers without experts that PEFT 0.21 does not
+    load with transformers 5: it takes the last part of their names for a matrix of experts."""
+    last = {name.rpartition(".")[2] for name in _projection_names(sizes) if "*" in name}
+    names = adapted_projections(sizes, targets)
+    return [name for name in names if "*" not in name and name.rpartition(".")[2] in last]
 
 
 def _projection_names(sizes: ModelSizes) -> list[str]:
@@ -330,29 +343,31 @@ def _adapter_problems(
     sizes: ModelSizes, parallel: ParallelConfig, lora: LoraConfig
 ) -> Iterator[Problem]:
     """Targets without a projection, and pipeline stages without a target."""
-    if not sizes.projections:
-        yield Problem(
-            ("lora.rank", "model.path"),
-            f"{lora.rank} for a model that keeps queries, keys and values in one matrix",
-            "a model with a matrix for each, or all weights trained",
-            "lora.rank=0, or another model.path",
-        )
-        return
     names = _projection_names(sizes)
+    patterns = [] if lora.targets == ALL_LINEAR else lora.targets
     missing = [
-        pattern for pattern in lora.targets if not any(_matches(name, pattern) for name in names)
+        pattern for pattern in patterns if not any(_matches(name, pattern) for name in names)
     ]
     known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     if missing:
-        without = ", and experts get no adapters" if sizes.num_experts > 0 else ""
         yield Problem(
             ("lora.targets",),
-            f"{', '.join(missing)}: selects no projection{without}",
+            f"{', '.join(missing)}: selects no projection",
             f"among {', '.join(known)}, or a pattern for names such as {names[0]}",
-            f"lora.targets=[{','.join(known)}]",
+            f"lora.targets={ALL_LINEAR}, or lora.targets=[{','.join(known)}]",
         )
         return
-    adapted = {int(name.split(".")[2]) for name in adapted_projections(sizes, lora.targets)}
+    selected = adapted_projections(sizes, lora.targets)
+    if lora.dora and any("*" in name for name in selected):
+        of_experts = {name.rpartition(".")[2] for name in names if "*" in name}
+        others = [name for name in known if name not in of_experts]
+        yield Problem(
+            ("lora.dora", "lora.targets"),
+            "DoRA beside the matrices of experts",
+            "LoRA there, or DoRA beside the others alone: PEFT defines none for experts",
+            f"lora.dora=false, or lora.targets=[{','.join(others)}]",
+        )
+    adapted = {int(name.split(".")[2]) for name in selected}
     counts = [] if list(_stage_problems(sizes, parallel)) else stage_layers(sizes, parallel)
     for stage, count in enumerate(counts):
         layers = range(sum(counts[:stage]), sum(counts[:stage]) + count)

@@ -381,10 +381,10 @@ class LoraConfig(Section):
     """Also train the length of each row of the adapted weights; not with dropout."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs set to zero in training."""
-    targets: Annotated[list[Text], Field(min_length=1)] = [
-        name.rpartition(".")[2] for name in LLAMA_PROJECTIONS
-    ]
-    """Projections with adapters; also patterns of full names: model.layers.1?.self_attn.*"""
+    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """Projections with adapters: all of attention, MLP and experts; or last parts of names, such as
+    q_proj, or patterns of full names, such as model.layers.1?.self_attn.* and
+    model.layers.*.mlp.experts.*.down_proj. The experts of a layer have adapters together."""
 
 
 class OptimConfig(Section):
@@ -567,3 +567,6 @@ class ExportConfig(Section):
     """Load it with transformers and compare its logits; auto = up to 4e9 parameters."""
     best: bool = False
     """Write the best checkpoint in place of the last weights; needs checkpoint.keep_best."""
+    adapter_per_expert: bool = False
+    """Write adapters of experts one by one, as vLLM reads them; else as one matrix for all experts
+    of a layer, as PEFT keeps them in memory."""

@@ -78,11 +78,11 @@ class GroupedExperts(MegatronModule):
             order: of their experts, as numbers of this rank.
             probs: [rows, chosen] fp32.
         """
+        return expert_mlp(hidden, self.gate_up, self.down, probs, order, self.activate), None
 
-        def activate(gate_up: Tensor, factors: Tensor) -> Tensor:
-            return self.kernels.gated_activation(gate_up, "silu", factors, False)
-
-        return expert_mlp(hidden, self.gate_up, self.down, probs, order, activate), None
+    def activate(self, gate_up: Tensor, factors: Tensor) -> Tensor:
+        """[rows, ffn / etp] of gate_up [rows, 2 ffn / etp] and the router's factors [rows]."""
+        return self.kernels.gated_activation(gate_up, "silu", factors, False)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -2,6 +2,7 @@
 
 from transformers.utils.logging import disable_progress_bar
 
+from sft_fast.config.layout import mistaken_for_experts
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.samples import write_samples
 from sft_fast.files import write_json
@@ -50,11 +51,18 @@ def export(job: Job, run: Run, evaluator: Evaluator, state: TrainState) -> None:
                 run.model,
                 adapter,
                 job.origin.tokenizer,
+                job.origin.model.architecture,
                 config.model,
                 config.lora,
                 config.export,
                 job.parallel,
             )
+            architecture = job.origin.model.architecture
+            if mistaken := mistaken_for_experts(architecture, config.lora.targets):
+                job.metrics.log(
+                    f"warning: PEFT with transformers 5 takes {mistaken[0]} and its like for "
+                    f"matrices of experts, and leaves them out of {adapter}; {folder} has them"
+                )
         checkpoint = checkpoint_path(job.output / "checkpoints", state.step)
         if job.parallel.is_main and checkpoint.is_dir():
             write_json(job.output / EXPORTED_FILE, export_record(folder, checkpoint))

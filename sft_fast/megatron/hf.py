@@ -349,6 +349,18 @@ def merge_shards(rule: Rule, shards: list[Tensor], architecture: Architecture) -
     return list(merged.values())
 
 
+def merge_rows(rule: Rule, shards: list[Tensor], architecture: Architecture) -> Tensor:
+    """Shards of all ranks, [rows, ...] in the order of the rule's parameter -> [all rows, ...] in
+    that of its only Hugging Face tensor."""
+    (dims,) = rule.sources.values()
+    merged = shards[0].new_empty((*architecture.shape_of(dims[:1]), *shards[0].shape[1:]))
+    for rank, shard in enumerate(shards):
+        for block in shard_slices(rule, shard, architecture, len(shards), rank):
+            rows = merged[block.rows]
+            rows.copy_(block.view.reshape(rows.shape))
+    return merged
+
+
 def qkv_widths(architecture: Architecture) -> tuple[int, int, int]:
     """Rows that one query group has in q, k and v."""
     queries = architecture.num_attention_heads // architecture.num_key_value_heads

@@ -14,7 +14,6 @@ et al. 2024 (arXiv 2402.09353).
 """
 
 import contextlib
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,6 +32,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter, functional
@@ -41,6 +41,7 @@ from sft_fast.config.layout import adapted_projections
 from sft_fast.config.sections import LoraConfig, ModelConfig
 from sft_fast.kernels.head_gradient import add_product_
 from sft_fast.kernels.low_rank import BlockLayout, adapted_product, add_up, project_down
+from sft_fast.megatron.experts import GroupedExperts
 from sft_fast.megatron.hf import (
     ADAPTER_PREFIX,
     WeightSource,
@@ -48,9 +49,17 @@ from sft_fast.megatron.hf import (
     part,
     qkv_widths,
 )
+from sft_fast.megatron.lora_experts import (
+    ACTIVATIONS_RNG,
+    INPUTS_RNG,
+    LoraExperts,
+    adapt_experts,
+)
+from sft_fast.megatron.lora_parameters import initial_a, parameter_name, scale_of
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
+from sft_fast.models.families import Rule
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Projection:
     num_rows: int
     """Its rows of this rank's part of the matrix."""
     is_adapted: bool
+    fused: Rule | None = None
+    """Of a projection that is the whole matrix, whose rows lie in another order than its own."""
 
     @property
     def name(self) -> str:
@@ -100,7 +111,9 @@ class LoraLinear(torch.nn.Module):
     def parameters_of(self, projection: Projection) -> dict[str, Tensor]:
         """a [rank, in], b [num_rows, rank] and with DoRA m [num_rows], this rank's parts."""
         letters = "abm" if self.dora else "ab"
-        return {letter: getattr(self, parameter_name(letter, projection)) for letter in letters}
+        return {
+            letter: getattr(self, parameter_name(letter, projection.name)) for letter in letters
+        }
 
     def adapted(self) -> list[Projection]:
         """The projections that have an adapter."""
@@ -227,17 +240,21 @@ class LoraLinear(torch.nn.Module):
                 dim = self.split_dims[name.removeprefix(ADAPTER_PREFIX)[0]]
                 if dim is not None:
                     split_dims[name] = dim
-        tensors.update(
-            make_sharded_tensors_for_checkpoint(
-                adapters,
-                prefix,
-                split_dims,
-                sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=metadata["dp_cp_group"],
-            )
+        own = make_sharded_tensors_for_checkpoint(
+            adapters,
+            prefix,
+            split_dims,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
         )
-        return tensors
+        for projection in self.adapted():
+            if projection.fused is not None and projection.fused.split == "rows":
+                # A rank's parts of gate and up are no one block.
+                for letter in self.parameters_of(projection).keys() - {"a"}:
+                    name = f"{prefix}{parameter_name(letter, projection.name)}"
+                    own[name] = apply_swiglu_sharded_factory(own[name], sharded_offsets)
+        return tensors | own
 
 
 class LoraColumnParallelLinear(LoraLinear, ColumnParallelLinear):
@@ -284,24 +301,9 @@ class LoraRowParallelLinear(LoraLinear, RowParallelLinear):
         return get_cuda_rng_tracker().fork()
 
 
-def parameter_name(letter: str, projection: Projection) -> str:
-    """The name of an adapter's matrix."""
-    return f"{ADAPTER_PREFIX}{letter}_{projection.name}"
-
-
-def is_adapter(name: str) -> bool:
-    """Tells adapters from other entries of a state dict, by their full name."""
-    return name.rpartition(".")[2].startswith(ADAPTER_PREFIX)
-
-
 def has_adapters(model: torch.nn.Module) -> bool:
     """Whether any layer of the model has one."""
-    return any(isinstance(module, LoraLinear) for module in model.modules())
-
-
-def scale_of(lora: LoraConfig) -> float:
-    """What the product of the two matrices is multiplied by."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+    return any(isinstance(module, LoraLinear | LoraExperts) for module in model.modules())
 
 
 def add_adapters(
@@ -323,6 +325,13 @@ def add_adapters(
     if model.has_stage_head:
         model.output_layer.requires_grad_()
     targets = set(adapted_projections(architecture, lora.targets))
+    layer: Any
+    for layer in model.decoder.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        if isinstance(experts, GroupedExperts):
+            number = layer.layer_number - 1
+            rules, own = architecture.layer_rules(number), layer.mlp.local_expert_indices
+            adapt_experts(experts, own, rules, f"model.layers.{number}.", targets, lora, seed)
     for name, rule in list(named_rules(model, architecture)):
         hf_names = [source.removesuffix(".weight") for source in rule.sources]
         if targets.isdisjoint(hf_names):
@@ -332,13 +341,17 @@ def add_adapters(
         linear.__class__ = LoraRowParallelLinear if is_row else LoraColumnParallelLinear
         linear.scale, linear.dropout = scale_of(lora), lora.dropout
         linear.dora = lora.dora
-        is_qkv = rule.split == "qkv"
+        (first_rows, *_), *others = rule.sources.values()
+        is_fused = not others and "+" in first_rows
+        is_qkv = rule.split == "qkv" and not is_fused
         groups = architecture.num_key_value_heads // parallel.tp_size
         linear.num_groups = groups if is_qkv else 1
         widths = qkv_widths(architecture) if is_qkv else (1,) * len(hf_names)
         rows_per_width = len(linear.weight) // sum(widths)
         linear.projections = tuple(
-            Projection(hf_name, width * rows_per_width, hf_name in targets)
+            Projection(
+                hf_name, width * rows_per_width, hf_name in targets, rule if is_fused else None
+            )
             for hf_name, width in zip(hf_names, widths, strict=True)
         )
         if linear.dora:
@@ -388,15 +401,7 @@ def add_parameter(linear: LoraLinear, letter: str, projection: Projection, value
     else:
         # Each rank sees its part of the sequence: megatron adds up gradients with this mark.
         parameter.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
-    linear.register_parameter(parameter_name(letter, projection), parameter)
-
-
-def initial_a(hf_name: str, rank: int, num_inputs: int, seed: int) -> Tensor:
-    """[rank, num_inputs] fp32, uniform in +-1/sqrt(num_inputs): Kaiming with a = sqrt(5)."""
-    digest = xxhash.xxh64_intdigest(f"{hf_name}.lora_A".encode(), seed=seed) >> 1
-    generator = torch.Generator().manual_seed(digest)
-    bound = 1 / math.sqrt(num_inputs)
-    return torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=generator)
+    linear.register_parameter(parameter_name(letter, projection.name), parameter)
 
 
 def seed_dropout(lora: LoraConfig, config_seed: int, step: int, parallel: Parallel) -> None:
@@ -412,6 +417,13 @@ def seed_dropout(lora: LoraConfig, config_seed: int, step: int, parallel: Parall
     seed = xxhash.xxh32_intdigest(place.encode())
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+    # Ranks that share experts may be data-parallel ones.
+    place = (
+        f"experts/{config_seed}/{step}/{parallel.edp_rank}/{parallel.pp_rank}/{parallel.ep_rank}"
+    )
+    places = {INPUTS_RNG: place, ACTIVATIONS_RNG: f"{place}/{parallel.etp_rank}"}
+    for name, text in places.items():
+        get_cuda_rng_tracker().add(name, xxhash.xxh64_intdigest(text.encode()) >> 1)
 
 
 def adapter_fingerprint(lora: LoraConfig, weights: WeightSource) -> str:
@@ -421,6 +433,6 @@ def adapter_fingerprint(lora: LoraConfig, weights: WeightSource) -> str:
     """
     if lora.rank == 0:
         return ""
-    targets = ",".join(sorted(lora.targets))
+    targets = lora.targets if isinstance(lora.targets, str) else ",".join(sorted(lora.targets))
     kind = "dora" if lora.dora else "lora"
     return f"{kind} rank {lora.rank} scale {scale_of(lora)} of {targets} on {weights.digest()}"

@@ -51,6 +51,7 @@ class Parallel:
     ep_size: int
     """Ranks that the experts of a layer are spread over."""
     ep_rank: int
+    ep_group: dist.ProcessGroup
     etp_size: int
     """Ranks that one expert is split over."""
     etp_rank: int
@@ -187,6 +188,7 @@ def current_parallel(device: torch.device) -> Parallel:
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
         etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         etp_group=parallel_state.get_expert_tensor_parallel_group(),

@@ -96,7 +96,7 @@ def stage_parameters(
     if lora.rank == 0:
         return base, base
     adapters = adapter_parameters(a, lora.rank, lora.targets)
-    return base, adapters // (pipeline * tensor)
+    return base, adapters // (pipeline * tensor) + stage_expert_adapters(a, parallel, lora)
 
 
 def fullest_layers(architecture: Architecture, parallel: ParallelConfig) -> list[LayerParameters]:
@@ -144,6 +144,14 @@ def stage_expert_parameters(architecture: Architecture, parallel: ParallelConfig
     """Those of them that belong to experts."""
     weights = sum(layer.expert for layer in fullest_layers(architecture, parallel))
     return architecture.num_experts * weights // (parallel.expert * parallel.expert_tensor)
+
+
+def stage_expert_adapters(
+    architecture: Architecture, parallel: ParallelConfig, lora: LoraConfig
+) -> int:
+    """Parameters of LoRA adapters of experts on a rank."""
+    ranks = parallel.pipeline * parallel.expert * parallel.expert_tensor
+    return adapter_parameters(architecture, lora.rank, lora.targets, of_experts=True) // ranks
 
 
 def layer_bytes_per_token(
@@ -257,7 +265,11 @@ def estimate_memory(
     if parallel.distributed_optimizer:
         # Context-parallel ranks hold the same weights, so they share the state as well. Experts
         # are held by fewer ranks than the rest is, or by more.
-        experts = stage_expert_parameters(a, config.parallel) if config.lora.rank == 0 else 0
+        experts = (
+            stage_expert_parameters(a, parallel)
+            if config.lora.rank == 0
+            else stage_expert_adapters(a, parallel, config.lora)
+        )
         expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
         part = experts / trained / max(num_ranks // expert_ranks, 1)
         part += (1 - experts / trained) / (data_parallel * parallel.context)
@@ -430,9 +442,7 @@ def changes(
     if train.micro_batch_size > 1:
         yield {"train": {"micro_batch_size": train.micro_batch_size // 2}}
     if lora.rank == 0:
-        # Experts get no adapters, so the default targets would be refused.
-        names = [name.rpartition(".")[2] for name in architecture.projections]
-        yield {"lora": {"rank": 16} | ({"targets": names} if architecture.num_experts else {})}
+        yield {"lora": {"rank": 16}}
 
 
 def best_suggestions(

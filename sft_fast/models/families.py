@@ -248,11 +248,6 @@ class Family:
     no_rope_period: int | None = None
     """Every n-th layer knows no positions, where config.json has no no_rope_layers."""
 
-    @property
-    def is_fused(self) -> bool:
-        """Queries, keys and values are one Hugging Face tensor."""
-        return is_fused(self.layer)
-
     def layer_of(self, options: Collection[str], is_dense: bool = False) -> dict[str, Rule]:
         """The parameters of a layer.
 
@@ -274,23 +269,16 @@ class Family:
         return projections_of(self.layer)
 
 
-def is_fused(layer: Mapping[str, Rule]) -> bool:
-    """Queries, keys and values of a layer are one Hugging Face tensor."""
-    rule = layer.get("self_attention.linear_qkv.weight")
-    return rule is not None and len(rule.sources) == 1
-
-
 def projections_of(layer: Mapping[str, Rule]) -> tuple[str, ...]:
-    """Matrices of a layer that adapters can stand beside: none of experts, none that every
-    tensor-parallel rank has whole, none that Hugging Face has in one tensor with others."""
-    rules = [] if is_fused(layer) else layer.values()
-    names = [
+    """Matrices of a layer that adapters can stand beside, none that every tensor-parallel rank has
+    whole; * is the number of an expert."""
+    return tuple(
         name.removesuffix(".weight")
-        for rule in rules
-        if not rule.is_expert and rule.split != "replicated"
+        for rule in layer.values()
+        if rule.split != "replicated"
         for name in rule.sources
-    ]
-    return tuple(name for name in names if name.endswith("_proj"))
+        if rule.is_expert or name.endswith("_proj.weight")
+    )
 
 
 def latent_fields(config: Mapping[str, Any]) -> dict[str, Any]:

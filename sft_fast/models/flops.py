@@ -94,18 +94,23 @@ def num_parameters(architecture: Architecture) -> int:
     return ends + layers + a.hidden_size
 
 
-def adapter_parameters(architecture: Architecture, rank: int, targets: list[str]) -> int:
-    """Parameters of LoRA adapters of `rank` on the projections that `targets` selects."""
+def adapter_parameters(
+    architecture: Architecture, rank: int, targets: str | list[str], of_experts: bool = False
+) -> int:
+    """Parameters of LoRA adapters of `rank` on the projections that `targets` selects, of experts
+    or of all else."""
+    copies = architecture.num_experts if of_experts else 1
     sides = [
         {
-            source.removesuffix(".weight"): sum(architecture.shape_of(dims))
+            source.removesuffix(".weight"): copies * sum(architecture.shape_of(dims))
             for rule in architecture.layer_rules(layer).values()
             for source, dims in rule.sources.items()
+            if rule.is_expert is of_experts
         }
         for layer in range(architecture.num_layers)
     ]
     adapted = [name.split(".", 3) for name in adapted_projections(architecture, targets)]
-    return rank * sum(sides[int(layer)][name] for _, _, layer, name in adapted)
+    return rank * sum(sides[int(layer)].get(name, 0) for _, _, layer, name in adapted)
 
 
 def forward_flops(architecture: Architecture, workload: Workload) -> float:

@@ -17,10 +17,11 @@ from sft_fast.config.layout import (
     check_layout,
     check_world_size,
     layout_problems,
+    mistaken_for_experts,
     stage_layers,
 )
 from sft_fast.config.schema import Config
-from sft_fast.config.sections import LLAMA_PROJECTIONS, LoraConfig
+from sft_fast.config.sections import LLAMA_PROJECTIONS
 from sft_fast.errors import ConfigError, Problem
 from sft_fast.models.architecture import Architecture
 from sft_fast.models.families import FAMILIES
@@ -165,26 +166,47 @@ def test_models_that_transformer_engine_cannot_compute(load: Load) -> None:
     assert "experts" in str(problem)
 
 
-def test_adapters_of_fused_matrices_are_refused(load: Load) -> None:
-    (problem,) = problems(FUSED, load(BASE, "lora.rank=2"))
-    assert problem.keys == ("lora.rank", "model.path") and "one matrix" in str(problem)
-    assert not problems(FUSED, load(BASE))
+def test_a_fused_matrix_has_one_adapter(load: Load) -> None:
+    assert not problems(FUSED, load(BASE, "lora.rank=2"))
+    (problem,) = problems(FUSED, load(BASE, "lora.rank=2", "lora.targets=[q_proj, o_proj]"))
+    assert problem.keys == ("lora.targets",) and problem.found.startswith("q_proj: selects no")
+    assert "qkv_proj, o_proj, gate_up_proj, down_proj" in problem.expected
+
+
+def test_dora_goes_beside_no_experts(load: Load) -> None:
+    config = load(BASE, "lora.rank=2", "lora.dora=true")
+    assert not problems(LLAMA, config) and not problems(FUSED, config)
+    (problem,) = problems(MIXTURE, config)
+    plain, others = problem.fix.split(", or ")
+    assert not problems(MIXTURE, load(BASE, "lora.rank=2", "lora.dora=true", others))
+    assert not problems(MIXTURE, load(BASE, "lora.rank=2", "lora.dora=true", plain))
 
 
 def test_projections_are_those_of_the_weights() -> None:
     assert FAMILIES["LlamaForCausalLM"].projections == LLAMA_PROJECTIONS
-    assert FAMILIES["MixtralForCausalLM"].projections == LLAMA_PROJECTIONS[:4]
-    assert FAMILIES["Phi3ForCausalLM"].projections == ()
+    experts = [f"block_sparse_moe.experts.*.{name}" for name in ("w1", "w3", "w2")]
+    assert FAMILIES["MixtralForCausalLM"].projections == (*LLAMA_PROJECTIONS[:4], *experts)
+    fused = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert FAMILIES["Phi3ForCausalLM"].projections == fused
 
 
 def test_layers_that_differ_have_projections_of_their_own(load: Load) -> None:
     sizes = {"num_experts": 4, "dense_layers": frozenset([0])}
     mixture = replace(LLAMA, family="Qwen2MoeForCausalLM", num_layers=2, **sizes)
-    assert adapted_projections(mixture, ["gate_proj", "model.layers.1.*.up_proj"]) == [
+    assert set(adapted_projections(mixture, ["gate_proj", "model.layers.1.*shared*.up_proj"])) == {
         "model.layers.0.mlp.gate_proj",
+        "model.layers.1.mlp.experts.*.gate_proj",
         "model.layers.1.mlp.shared_expert.gate_proj",
         "model.layers.1.mlp.shared_expert.up_proj",
-    ]
+    }
+    shared = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_expert.down_proj"]
+    assert mistaken_for_experts(mixture, ["[qd]*_proj"]) == shared
+    assert not mistaken_for_experts(LLAMA, "all-linear")
+    assert not mistaken_for_experts(MIXTURE, "all-linear")
+    # No experts are meant by a last part that others have, too.
+    (problem,) = problems(mixture, load(BASE, "lora.rank=2", "lora.dora=true"))
+    dora = load(BASE, "lora.rank=2", "lora.dora=true", problem.fix.split(", or ")[1])
+    assert not problems(mixture, dora) and dora.lora.targets[-1] == "o_proj"
     widths = {"dense_ffn_size": 6, "shared_ffn_size": 9}
     config = load(BASE, "parallel.tensor=4", "parallel.sequence=true")
     uneven = [str(problem) for problem in problems(replace(mixture, **widths), config)]
@@ -200,6 +222,13 @@ def test_targets_are_patterns_of_last_parts_or_of_full_names() -> None:
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     }
+    of_experts = adapted_projections(MIXTURE, ["model.layers.2.*.experts.*", "k_proj"])
+    assert [name for name in of_experts if "k_proj" not in name] == [
+        f"model.layers.2.block_sparse_moe.experts.*.{name}" for name in ("w1", "w3", "w2")
+    ]
+    # The experts of a layer have adapters together.
+    assert not adapted_projections(MIXTURE, ["model.layers.2.block_sparse_moe.experts.0.w1"])
+    assert adapted_projections(LLAMA, "all-linear") == adapted_projections(LLAMA, ["*_proj"])
 
 
 @pytest.fixture
@@ -226,10 +255,11 @@ def mixture(tmp_path: Path) -> Path:
 def test_check_plan_and_the_trainer_give_one_answer(
     mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], load: Load
 ) -> None:
-    """Adapters on the default targets of a mixture, most of which are in its experts."""
+    """Adapters beside projections that a mixture calls otherwise."""
     from sft_fast.models.locate import read_architecture
 
     overrides = [f"model.path={mixture}", "model.random_init=true", "lora.rank=4"]
+    overrides += ["lora.targets=[q_proj, gate_proj, up_proj]"]
     overrides += ["data.train=demo", f"output_dir={tmp_path / 'out'}"]
     answers = []
     (tmp_path / "run.yaml").write_text(BASE)
@@ -241,12 +271,14 @@ def test_check_plan_and_the_trainer_give_one_answer(
         architecture = read_architecture(config.model, mixture, 99)
         check_layout(architecture, config.model, config.packing, config.parallel, config.lora)
     answers.append(str(caught.value))
-    problem = "gate_proj, up_proj, down_proj: selects no projection, and experts get no adapters"
-    fix = "lora.targets=[q_proj,k_proj,v_proj,o_proj]"
+    problem = "gate_proj, up_proj: selects no projection"
+    fix = "lora.targets=all-linear, or lora.targets=[q_proj,k_proj,v_proj,o_proj,w1,w3,w2]"
     for answer in answers:
         text = " ".join(answer.split())
         assert problem in text and fix in text, answer
-    check_layout(MIXTURE, config.model, config.packing, config.parallel, load(BASE, fix).lora)
+    for one in fix.split(", or "):
+        lora = load(BASE, "lora.rank=4", one).lora
+        check_layout(MIXTURE, config.model, config.packing, config.parallel, lora)
 
 
 def test_plan_prints_the_problems_that_check_prints(
@@ -329,4 +361,3 @@ def test_plan_suggests_adapters_that_a_mixture_can_have(load: Load) -> None:
     found = [s.overrides for s in best_suggestions(*given, memory_bytes=1e6, tflops=1.0, count=99)]
     (lora,) = [text for text in found if "lora.rank" in text]
     assert not problems(MIXTURE, load(BASE, *lora.split()))
-    assert LoraConfig().targets != load(BASE, *lora.split()).lora.targets

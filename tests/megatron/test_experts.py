@@ -150,19 +150,33 @@ def test_an_export_that_computes_something_else_is_refused(
     assert not (tmp_path / "export").exists()
 
 
-def test_adapters_go_beside_attention_only(
+def test_adapters_of_experts_continue_at_any_layout(
     rank_pool: RankPool, config: Path, run: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--config", str(config), f"output_dir={tmp_path}", "lora.rank=2", "train.steps=2"]
-    arguments.append("router.bias_update_rate=0")
-    ((code, _, err),) = rank_pool.run(1, call_main, arguments)
-    assert code != 0 and "down_proj: selects no projection, and experts get no adapters" in err
-    arguments += ["lora.targets=[q_proj,k_proj,v_proj,o_proj]", *EXPERTS]
-    for code, _, err in rank_pool.run(2, call_main, arguments):
-        assert code == 0, err
-    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
-    first, second = step_losses(tmp_path)
-    assert first == pytest.approx(step_losses(run)[0], rel=1e-5) and second != first
+    from safetensors.torch import load_file
+
+    lora = ["lora.rank=2", "lora.dropout=0.0", "router.bias_update_rate=0"]
+    train(rank_pool, 2, config, *EXPERTS, *lora, f"output_dir={tmp_path / 'first'}")
+    losses = step_losses(tmp_path / "first")
+    assert losses[0] == pytest.approx(step_losses(run)[0], rel=1e-5)
+    name = "checkpoints/step_00000002"
+    layouts = {"same": EXPERTS, "shared": [*SEQUENCE, "parallel.expert_tensor=2"]}
+    for key, layout in layouts.items():
+        shutil.copytree(tmp_path / "first" / name, tmp_path / key / name)
+        output = f"output_dir={tmp_path / key}"
+        train(rank_pool, 2, config, *lora, *layout, output)
+        exact = key == "same"
+        assert step_losses(tmp_path / key) == (
+            losses[2:] if exact else pytest.approx(losses[2:], rel=1e-5)
+        )
+    adapters = [load_file(tmp_path / key / "adapter/adapter_model.safetensors") for key in layouts]
+    expected = load_file(tmp_path / "first/adapter/adapter_model.safetensors")
+    trained = [
+        tensor for name, tensor in expected.items() if ".mlp.experts.base_layer.lora_B" in name
+    ]
+    assert len(trained) == 2 and all(tensor.any() for tensor in trained)
+    assert adapters[0].keys() == adapters[1].keys() == expected.keys()
+    assert all(adapters[0][name].equal(expected[name]) for name in expected)
 
 
 @pytest.mark.slow

@@ -7,103 +7,22 @@ from typing import Any
 
 import pytest
 
+from lora_runs import (
+    assert_close,
+    build,
+    gradients,
+    load_model,
+    lora_config,
+    losses_and_norms,
+    mean_loss,
+    take_steps,
+)
 from rank_pool import RankPool
-from tiny import make_config, make_store, random_samples, save_tiny_llama, vary_vectors
+from tiny import make_config, save_tiny_llama, vary_vectors
 from trainer_calls import call_main
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["model.layers.[13].self_attn.[qv]_proj", "down_proj"]
-NUM_SAMPLES = 12
-Tensors = dict[str, Any]
-
-
-def lora_config(
-    folder: str, output: str = "unused", lora: Any = None, parallel: Any = None, **model: Any
-) -> Any:
-    return make_config(
-        output,
-        model={"path": folder, "shape": None, **model},
-        tokenizer={"path": None},
-        # Even rows: two ranks pad no more than one, so that dropout draws as many numbers.
-        packing={"alignment": 4},
-        train={"global_batch_size": 8},
-        parallel=parallel or {},
-        lora={"rank": 3, "alpha": 5.0, **(lora or {})},
-        optim={"lr": 1e-2, "eps": 1e-3},
-    )
-
-
-def build(config: Any) -> tuple[Any, Any, Any, Any]:
-    """(run, plan, store, parallel) of a run whose adapters are random, the same at every layout."""
-    from sft_fast.megatron.hf import SafetensorsSource
-    from sft_fast.megatron.parallel import init_parallel
-    from sft_fast.megatron.train_step import build_run
-    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
-    from sft_fast.packing.from_config import make_plan
-
-    parallel = init_parallel(config.parallel, config.train, config.seed)
-    folder = Path(config.model.path)
-    architecture = architecture_from_hf(read_hf_config(folder))
-    weights = SafetensorsSource(folder, architecture)
-    store = make_store(random_samples(NUM_SAMPLES, seed=3))
-    run = build_run(config, architecture, weights, 2, parallel)
-    randomise_b(run.model, parallel)
-    return (
-        run,
-        make_plan(store, config.packing, config.train, config.seed, architecture),
-        store,
-        parallel,
-    )
-
-
-def adapters(model: Any) -> Any:
-    """Yields (linear, projection) of this rank."""
-    from sft_fast.megatron.lora import LoraLinear
-
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            for projection in module.adapted():
-                yield module, projection
-
-
-def randomise_b(model: Any, parallel: Any) -> None:
-    """B begins at zero and DoRA's lengths at those of W, where much of the gradient is trivial."""
-    import torch
-    import xxhash
-
-    for linear, projection in adapters(model):
-        b = linear.pair(projection)[1]
-        seed = xxhash.xxh32_intdigest(projection.hf_name.encode())
-        shards = parallel.tp_size if linear.split_dims["b"] == 0 else 1
-        whole = torch.randn(
-            len(b) * shards, b.shape[1], generator=torch.Generator().manual_seed(seed)
-        )
-        with torch.no_grad():
-            b.copy_(whole.chunk(shards)[parallel.tp_rank if shards > 1 else 0] * 0.1)
-            if linear.dora:
-                linear.parameters_of(projection)["m"].mul_(1.25)
-
-
-def take_steps(config: Any, count: int, run: Any, plan: Any, store: Any, parallel: Any) -> Any:
-    """(loss, grad_norm) of optimizer steps, each over the same global batch."""
-    from sft_fast.megatron.batches import open_batches
-    from sft_fast.megatron.lora import seed_dropout
-    from sft_fast.megatron.train_step import train_step
-
-    results = []
-    with open_batches(store, plan, [0] * count, run.shape, parallel) as batches:
-        for step in range(count):
-            seed_dropout(config.lora, config.seed, step, parallel)
-            result = train_step(run, batches, plan.counts(0))
-            results.append((result.loss, result.grad_norm))
-    return results
-
-
-def losses_and_norms(folder: str, lora: Any, parallel: Any, model: Any) -> list[Any]:
-    config = lora_config(folder, lora=lora, parallel=parallel, **model)
-    return take_steps(config, 3, *build(config))
-
-
 SEQUENCE = {"tensor": 2, "sequence": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # name: world size, parallel section, model section
@@ -155,67 +74,6 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
             assert got == pytest.approx(expected, rel=1e-5 * (step + 1))
 
 
-def check_adapter(model: Any, folder: Path, parallel: Any) -> None:
-    """All that was trained, and the tokenizer: nothing has to be found in the base."""
-    from safetensors.torch import load_file
-
-    if parallel.is_main and parallel.pp_size == 1:
-        num_trained = sum(parameter.requires_grad for parameter in model.parameters())
-        assert len(load_file(folder / "adapter_model.safetensors")) == num_trained
-        assert (folder / "tokenizer.json").is_file()
-
-
-def gradients(folder: str, output: str, lora: Any, parallel_section: Any) -> Tensors:
-    """PEFT name -> gradient of one global batch; also exports adapter and merged model."""
-    import torch
-
-    from sft_fast.data.demo import demo_tokenizer
-    from sft_fast.megatron.batches import open_batches
-    from sft_fast.megatron.export.adapter import PEFT_NAMES, export_adapter
-    from sft_fast.megatron.export.weights import export_weights
-    from sft_fast.megatron.forward_step import forward_step
-    from sft_fast.megatron.hf import gather_shards
-    from sft_fast.megatron.model import unwrap
-    from sft_fast.megatron.optim import normalise_by
-    from sft_fast.megatron.schedule import run_schedule
-    from sft_fast.models.architecture import architecture_from_hf, read_hf_config
-
-    config = lora_config(folder, output, lora, parallel_section)
-    run, plan, store, parallel = build(config)
-    normalise_by(run.model, plan.counts(0).loss_weight)
-    with open_batches(store, plan, [0], run.shape, parallel) as batches:
-        run_schedule(run.model, batches, run.shape, forward_step)
-    found = {}
-    for linear, projection in adapters(run.model):
-        for letter, parameter in linear.parameters_of(projection).items():
-            dim = linear.split_dims[letter]
-            shards = gather_shards(parameter.main_grad, parallel)
-            whole = shards[0] if dim is None else torch.cat(shards, dim)
-            assert dim is not None or all(torch.equal(shard, whole) for shard in shards)
-            name = f"base_model.model.{projection.hf_name}.{PEFT_NAMES[letter]}"
-            found[name] = whole.clone().numpy()
-    export_adapter(
-        run.model,
-        Path(output) / "adapter",
-        demo_tokenizer(),
-        config.model,
-        config.lora,
-        config.export,
-        parallel,
-    )
-    check_adapter(run.model, Path(output) / "adapter", parallel)
-    before = {name: value.clone() for name, value in run.model.named_parameters()}
-    architecture = architecture_from_hf(read_hf_config(Path(folder)))
-    merged = Path(output) / "merged"
-    merged.mkdir(exist_ok=True)
-    export_weights(
-        [unwrap(chunk) for chunk in run.model], merged, architecture, parallel, torch.float32
-    )
-    for name, value in run.model.named_parameters():
-        assert torch.equal(value, before[name]), name
-    return found
-
-
 class OracleLora:
     """W x + scale * B A x, or DoRA's m / |W + scale * B A| times it, on a transformers model."""
 
@@ -250,39 +108,6 @@ class OracleLora:
         return hook
 
 
-def load_llama(folder: str | Path) -> Any:
-    """In fp64, so that what differs is the rounding of one side only."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double()
-
-
-def mean_loss(model: Any) -> Any:
-    """The same global batch as `build`, one sample at a time."""
-    import torch
-
-    total, count = 0.0, 0
-    for ids, supervised in random_samples(NUM_SAMPLES, seed=3):
-        logits = model(torch.tensor([ids])).logits[0, :-1]
-        mask = torch.tensor(supervised[1:], dtype=torch.bool)
-        targets = torch.tensor(ids[1:])
-        total += torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="sum")
-        count += int(mask.sum())
-    return total / count
-
-
-def assert_close(found: Tensors, expected: Tensors) -> None:
-    import torch
-
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = value.abs().max()
-        assert scale > 0, name
-        error = (torch.as_tensor(found[name]) - value).abs().max() / scale
-        assert error < 5e-5, (name, error)  # transformers in fp32 is 1.2e-5 away from fp64
-
-
 @pytest.mark.parametrize(
     ("world_size", "lora", "parallel"),
     [
@@ -300,7 +125,7 @@ def test_gradient_merge_and_export_equal_the_definition(
 
     arguments = (llama, str(tmp_path), lora, parallel)
     found = rank_pool.run(world_size, gradients, *arguments)[0]
-    oracle_model = load_llama(llama).requires_grad_(False)
+    oracle_model = load_model(llama).requires_grad_(False)
     oracle = OracleLora(oracle_model, tmp_path / "adapter")
     mean_loss(oracle_model).backward()
     assert_close(found, {name: value.grad for name, value in oracle.pairs.items()})
@@ -313,9 +138,31 @@ def test_gradient_merge_and_export_equal_the_definition(
     ids = torch.arange(40)[None]
     with torch.no_grad():
         expected = oracle_model(ids).logits
-        merged = load_llama(tmp_path / "merged")(ids).logits
+        merged = load_model(tmp_path / "merged")(ids).logits
         assert (merged - expected).abs().max() < 2e-5 * expected.abs().max()
-        assert (load_llama(llama)(ids).logits - expected).abs().max() > 0.01
+        assert (load_model(llama)(ids).logits - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("parallel", [{}, SEQUENCE])
+def test_a_fused_matrix_has_one_pair(rank_pool: RankPool, tmp_path: Path, parallel: Any) -> None:
+    """Phi-3's queries, keys and values, and its gate and up; DoRA has their rows' lengths, too."""
+    import torch
+
+    save_tiny_llama(tmp_path, "phi3", num_hidden_layers=2)
+    arguments = str(tmp_path), str(tmp_path), {"dora": bool(parallel)}, parallel
+    found = rank_pool.run(2 if parallel else 1, gradients, *arguments)[0]
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
+    assert modules == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    model = load_model(tmp_path).requires_grad_(False)
+    oracle = OracleLora(model, tmp_path / "adapter")
+    mean_loss(model).backward()
+    assert_close(found, {name: value.grad for name, value in oracle.pairs.items()})
+    shutil.copy(tmp_path / "config.json", tmp_path / "merged")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        merged = load_model(tmp_path / "merged")(ids).logits
+    assert (merged - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("lora", [{"rslora": True}, {"dora": True}])
@@ -324,7 +171,7 @@ def test_peft_loads_the_adapter_and_has_the_same_gradient(
 ) -> None:
     peft = pytest.importorskip("peft")
     (found,) = rank_pool.run(1, gradients, llama, str(tmp_path), lora, {})
-    base = load_llama(llama)
+    base = load_model(llama)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
     mean_loss(model).backward()
     expected = {
@@ -512,6 +359,24 @@ def test_adapters_resume_in_another_layout(
         copy_checkpoint(tmp_path / "run", other)
         train(rank_pool, 2, config, f"output_dir={other}", *layout)
         assert step_losses(other) == pytest.approx(losses[2:], rel=1e-5)
+
+
+def test_adapters_of_fused_matrices_resume_in_another_layout(
+    rank_pool: RankPool, chats: dict[str, str], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chats["model"])
+    sizes = {"num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    save_tiny_llama(tmp_path / "model", "phi3", **sizes)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = write_config(tmp_path, chats | {"model": str(tmp_path / "model")}, "run")
+    dora = "lora.dora=true"
+    train(rank_pool, 1, config, dora)
+    copy_checkpoint(tmp_path / "run", tmp_path / "split")
+    layout = ["parallel.tensor=2", "parallel.sequence=true"]
+    train(rank_pool, 2, config, dora, f"output_dir={tmp_path / 'split'}", *layout)
+    assert step_losses(tmp_path / "split") == pytest.approx(step_losses(tmp_path / "run")[2:], 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,16 @@ def test_adapters_have_gradients_and_moments_of_their_own_only() -> None:
     assert memory.weights == 2 * num_parameters(LLAMA3_8B)
 
 
+def test_adapters_of_experts_are_spread_as_the_experts_are() -> None:
+    mixture = replace(LLAMA3_8B, num_experts=8, experts_per_token=2, family="MixtralForCausalLM")
+    attention, of_experts = 13_631_488, 32 * 8 * 3 * 16 * (4096 + 14336)
+    config = llama3_config(lora={"rank": 16}, parallel={"expert": 4, "tensor": 2, "sequence": True})
+    memory = estimate_memory(mixture, config, 8)
+    assert memory.gradients == 4 * (attention // 2 + of_experts // 4)
+    # Two ranks have each expert, four each part of attention.
+    assert memory.optimizer == 12 * (attention // 2 // 4 + of_experts // 4 // 2)
+
+
 def test_time_is_flops_over_rate() -> None:
     workload = Workload(10**9, 0, 10**9)
     c = llama3_config()

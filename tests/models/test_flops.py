@@ -201,6 +201,9 @@ def test_adapters_are_counted_where_the_pattern_puts_them() -> None:
     assert adapter_parameters(mixtral, 8, ["*_proj"]) == adapter_parameters(
         LLAMA3_8B, 8, ["self_attn.*", "[qkvo]_proj"]
     )
+    of_experts = adapter_parameters(mixtral, 8, "all-linear", of_experts=True)
+    assert of_experts == 32 * 8 * 3 * 8 * (4096 + 14336)
+    assert adapter_parameters(mixtral, 8, ["*_proj"], of_experts=True) == 0
 
 
 @pytest.mark.parametrize(

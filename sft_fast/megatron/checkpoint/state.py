@@ -7,7 +7,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import Module, ModuleList
 
 from sft_fast.megatron.checkpoint.optimizer_shards import SHARDING, state_to_save
-from sft_fast.megatron.lora import has_adapters, is_adapter
+from sft_fast.megatron.lora import has_adapters
+from sft_fast.megatron.lora_parameters import is_adapter
 from sft_fast.megatron.model import unwrap
 from sft_fast.models.families import HEAD
 

@@ -21,7 +21,7 @@ from sft_fast.megatron.hf import (
 from sft_fast.megatron.model import SFTModel
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.models.architecture import Architecture
-from sft_fast.models.families import HEAD
+from sft_fast.models.families import HEAD, Rule
 from sft_fast.models.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -63,7 +63,7 @@ def export_weights(
     for model, name, rule in owned:
         if not (parallel.edp_rank == 0 if rule.is_expert else parallel.is_first_replica):
             continue
-        own = matrix_of(rule, merged_tensor(model, name))
+        own = merged_matrix(model, name, rule)
         shards = gather_shards(own, parallel, rule.is_expert)
         is_tied_copy = name == HEAD and architecture.tie_word_embeddings
         tensor_done()
@@ -81,13 +81,16 @@ def export_weights(
     write_index(writer, folder, parallel)
 
 
-def merged_tensor(model: SFTModel, name: str) -> Tensor:
-    """A parameter or buffer, in its shape; with LoRA adapters the fp32 sum with them [out, in]."""
+def merged_matrix(model: SFTModel, name: str, rule: Rule) -> Tensor:
+    """What the rule is about of a parameter or buffer, in its shape; with LoRA adapters the fp32 sum
+    with them [out, in]."""
     module_name, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(module_name)
     if attribute == "weight" and hasattr(module, "merged_weight"):
         return module.merged_weight()
-    return getattr(module, attribute).detach()
+    if rule.matrix is not None and hasattr(module, "merged_matrix"):
+        return module.merged_matrix(attribute, rule.matrix)
+    return matrix_of(rule, getattr(module, attribute).detach())
 
 
 class ShardWriter:
