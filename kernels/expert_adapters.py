@@ -2,7 +2,8 @@
 
 `expert_mlp`'s computation, and to each of its two grouped products is added what the adapters of
 the row's expert make of the row: two more grouped products of narrow matrices, over all experts at
-once, the second in place. Kept beside what `expert_mlp` keeps are the low-rank products, [R, n r] and [R, r].
+once, the second in place. Kept beside what `expert_mlp` keeps are the low-rank products, [R, n r]
+and [R, r].
 """
 
 from collections.abc import Callable

@@ -35,6 +35,7 @@ OTHER_NAMES = {
     "lora_rank": "lora.rank",
     "lora_target": "lora.targets",
     "lora_target_modules": "lora.targets",
+    "loraplus_lr_ratio": "lora.loraplus_lr_ratio",
     "lr_scheduler": "optim.decay",
     "lr_scheduler_type": "optim.decay",
     "mask_history": "data.train_on",

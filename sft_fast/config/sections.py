@@ -381,6 +381,8 @@ class LoraConfig(Section):
     """Also train the length of each row of the adapted weights; not with dropout."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs set to zero in training."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of every B over that of the rest, optim.lr; above 1 for LoRA+."""
     targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """Projections with adapters: all of attention, MLP and experts; or last parts of names, such as
     q_proj, or patterns of full names, such as model.layers.1?.self_attn.* and

@@ -9,7 +9,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -17,6 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from torch.nn import ModuleList
 
 from sft_fast.config.sections import ModelConfig, OptimConfig, ParallelConfig
+from sft_fast.megatron.hf import ADAPTER_PREFIX
 from sft_fast.megatron.memory import optimizer_offload_options
 from sft_fast.megatron.model import DTYPES, SFTModel
 from sft_fast.megatron.parallel import Parallel
@@ -62,8 +69,18 @@ def build_optimizer(
     parallel_config: ParallelConfig,
     optim: OptimConfig,
     parallel: Parallel,
+    b_lr_ratio: float = 1.0,
 ) -> MegatronOptimizer:
-    """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on."""
+    """AdamW; moments and master weights are sharded when parallel.distributed_optimizer is on.
+
+    Args:
+        model: what `wrap_model` returned.
+        model_config: section of the run.
+        parallel_config: section of the run.
+        optim: section of the run.
+        parallel: this rank's place.
+        b_lr_ratio: learning rate of the adapters' B over that of all else.
+    """
     dtype = DTYPES[model_config.dtype]
     provide_clipping()
     optimizer_config = OptimizerConfig(
@@ -82,10 +99,29 @@ def build_optimizer(
         use_distributed_optimizer=parallel_config.distributed_optimizer,
         **optimizer_offload_options(optim, parallel),
     )
-    optimizer = get_megatron_optimizer(optimizer_config, list(model), use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        list(model),
+        lr_overrides(optimizer_config, b_lr_ratio),
+        use_gloo_process_groups=False,
+    )
     fuse_update(optimizer)
     allocate_adam_state(optimizer)
     return optimizer
+
+
+def lr_overrides(config: OptimizerConfig, b_lr_ratio: float) -> dict[ParamKey, Any] | None:
+    """What sets groups of parameters apart; None = what megatron's own does.
+
+    Source of LoRA+: Hayou et al. 2024 (arXiv 2402.12354).
+    """
+    if b_lr_ratio == 1.0:
+        return None
+    rates = {"max_lr": config.lr * b_lr_ratio, "min_lr": config.min_lr * b_lr_ratio}
+    # The schedule goes by the rates; a checkpoint tells groups apart by the multiple.
+    of_b = {**rates, "lr_mult": b_lr_ratio}
+    own = ParamKey(name=f"*.{ADAPTER_PREFIX}b_*")
+    return {**get_standard_config_overrides(config), own: of_b}
 
 
 def ready_gradients(optimizer: MegatronOptimizer) -> float | None:

@@ -65,7 +65,14 @@ def build_run(
     modules = starting_model(config, architecture, weights, parallel, tensor_done)
     load = watch_experts(modules, architecture, config.router, parallel.device)
     model = wrap_model(modules, config.model, config.parallel)
-    optimizer = build_optimizer(model, config.model, config.parallel, config.optim, parallel)
+    optimizer = build_optimizer(
+        model,
+        config.model,
+        config.parallel,
+        config.optim,
+        parallel,
+        config.lora.loraplus_lr_ratio if config.lora.rank > 0 else 1.0,
+    )
     connect_schedule(model, optimizer)
     schedule = build_lr_schedule(optimizer, config.optim, num_steps)
     shape = batch_shape(config.train, config.packing, config.model, parallel)

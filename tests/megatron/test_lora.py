@@ -220,6 +220,28 @@ def test_the_base_is_frozen_and_the_first_layer_asks_for_no_input_gradient(
     }
 
 
+def changes_of(folder: str, ratio: float) -> dict[str, Any]:
+    """What one step adds to every parameter that is trained."""
+    config = lora_config(folder, lora={"loraplus_lr_ratio": ratio})
+    run, *rest = build(config)
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    take_steps(config, 1, run, *rest)
+    return {
+        name: (value - before[name]).detach().numpy()
+        for name, value in run.model.named_parameters()
+        if value.requires_grad
+    }
+
+
+def test_every_b_has_its_own_learning_rate(rank_pool: RankPool, experts: str) -> None:
+    ((plain,), (faster,)) = (rank_pool.run(1, changes_of, experts, ratio) for ratio in (1.0, 4.0))
+    for name, change in plain.items():
+        ratio = 4 if ".lora_b_" in name else 1
+        assert faster[name] == pytest.approx(change * ratio, rel=1e-3, abs=1e-7), name
+    assert {name.rpartition(".")[2][:7] for name in plain} == {"lora_a_", "lora_b_"}
+    assert any(".experts." in name and abs(change).max() > 1e-4 for name, change in plain.items())
+
+
 def dropout_losses(folder: str, targets: list[str], parallel: Any) -> list[Any]:
     config = lora_config(folder, lora={"dropout": 0.3, "targets": targets}, parallel=parallel)
     return take_steps(config, 2, *build(config))
@@ -247,7 +269,7 @@ data: {{train: {train}}}
 packing: {{capacity: 128}}
 train: {{steps: 4, global_batch_size: 4}}
 optim: {{lr: 1e-2, eps: 1e-3}}
-lora: {{rank: 4, dropout: {dropout}, dora: {dora}}}
+lora: {{rank: 4, dropout: {dropout}, dora: {dora}, loraplus_lr_ratio: 4}}
 checkpoint: {{every_steps: 2, keep_last: 3}}
 """
 
@@ -385,6 +407,7 @@ def test_adapters_of_fused_matrices_resume_in_another_layout(
         ("lora.rank=8", "--allow-change adapter"),
         ("lora.rank=0", "--allow-change adapter"),
         ("lora.targets=[q_proj]", "--allow-change adapter"),
+        ("lora.loraplus_lr_ratio=2.0", "was trained with 4.0, and this run has 2.0"),
         ("lora.targets=[q_proj, query] output_dir=fresh", "query: selects no projection"),
     ],
 )

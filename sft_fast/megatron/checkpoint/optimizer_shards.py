@@ -6,7 +6,7 @@ the device: no collective, and no copy of what other ranks own. What every data-
 is cut into equal ranges likewise.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,10 +209,15 @@ def want_optimizer(
     reader: ShardReader,
 ) -> Callable[[], None]:
     """Restores what is common to all ranks of a distributed optimizer, and has the reader fill what
-    this rank owns; returns what is to be done after that."""
+    this rank owns; returns what is to be done after that.
+
+    Raises:
+        ValueError: the parameters are grouped by another ratio of learning rates.
+    """
     parts = state_of_parts(optimizer, common)
     for part, state in parts:
         if not part.is_stub_optimizer:
+            check_rates(part.optimizer.param_groups, state["optimizer"]["param_groups"])
             fields = {name: value for name, value in state.items() if name != SHARDING_FIELD}
             part.load_state_dict(fields)
     if len(parts) > 1:
@@ -235,6 +240,17 @@ def want_optimizer(
                 part.optimizer._sync_hdo_state_to_sub_optimizers()
 
     return finish
+
+
+def check_rates(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError unless the saved groups of parameters have the learning rates' ratios that
+    the optimizer's groups have, without which megatron cannot tell them apart."""
+    present, before = ({group["lr_mult"] for group in each} for each in (groups, saved))
+    if present != before:
+        raise ValueError(
+            f"lora.loraplus_lr_ratio: the checkpoint was trained with {max(before)}, and this run "
+            f"has {max(present)}; keep it, or choose another output_dir"
+        )
 
 
 @torch.no_grad()

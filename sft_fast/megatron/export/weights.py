@@ -82,8 +82,8 @@ def export_weights(
 
 
 def merged_matrix(model: SFTModel, name: str, rule: Rule) -> Tensor:
-    """What the rule is about of a parameter or buffer, in its shape; with LoRA adapters the fp32 sum
-    with them [out, in]."""
+    """What the rule is about of a parameter or buffer, in its shape; with LoRA adapters the fp32
+    sum with them [out, in]."""
     module_name, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(module_name)
     if attribute == "weight" and hasattr(module, "merged_weight"):
