@@ -101,6 +101,7 @@ COMPARED = {
     "model.recompute": ("models/estimate.py", "none"),
     "model.recompute_modules": ("models/estimate.py", "core_attn moe"),
     "parallel.stage_layers": ("config/layout.py", "balanced"),
+    "lora.targets": ("config/layout.py", ""),
     "data.eval_overlap": ("megatron/load_inputs.py", "allow"),
     "data.near_duplicates": ("data/near_duplicates.py", "drop"),
     "data.train_on": ("data/render.py", ""),

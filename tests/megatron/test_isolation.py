@@ -29,6 +29,18 @@ LONGROPE = {
     "long_factor": [1.0, 3.0, 5.0, 9.0, 1.0, 3.0, 5.0, 9.0],
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+GROUPS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": WINDOW,
     "Qwen2MoeForCausalLM": {
@@ -37,17 +49,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
     },
     "Qwen3MoeForCausalLM": EXPERTS,
-    "DeepseekV2ForCausalLM": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
+    "DeepseekV2ForCausalLM": LATENT,
+    "DeepseekV3ForCausalLM": {**LATENT, **GROUPS, "q_lora_rank": 20},
+    "Glm4MoeForCausalLM": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
     },
+    "Glm4MoeLiteForCausalLM": {**LATENT, "mlp_layer_types": ["dense", "sparse"]},
     "MixtralForCausalLM": {"num_local_experts": 4, **WINDOW},
     "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},

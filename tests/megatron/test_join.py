@@ -62,7 +62,7 @@ def look_for_checkpoints(folders: list[str]) -> str:
     from sft_fast.megatron.start import find_checkpoint
 
     folder = Path(folders[dist.get_rank()])
-    return error_of(find_checkpoint, folder, CheckpointConfig(), False, print)
+    return error_of(find_checkpoint, folder, CheckpointConfig(), False, print, {})
 
 
 @pytest.mark.fault("F35")
