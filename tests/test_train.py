@@ -251,6 +251,18 @@ def test_resume_refuses_other_data_and_another_order(
         assert reason in result[2], override
 
 
+def test_a_resumed_run_takes_the_learning_rate_of_its_configuration(
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, rows)
+    constant = ("optim.decay=constant", "optim.warmup_steps=0", "export.enabled=false")
+    train(rank_pool, 1, "--config", str(config), *constant, "train.steps=2", "optim.lr=1e-3")
+    train(rank_pool, 1, "--config", str(config), *constant, "train.steps=4", "optim.lr=5e-4")
+    output = next(tmp_path.glob("*/metrics.jsonl"))
+    lines = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    assert [line["lr"] for line in lines if line["kind"] == "step"] == [1e-3, 1e-3, 5e-4, 5e-4]
+
+
 # name: overrides, what the message must say
 BAD_INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "missing file": (["data.train={folder}/nowhere.jsonl"], ["nowhere.jsonl", "data.train"]),

@@ -203,7 +203,7 @@ def fill_run(
 ) -> list[Damage]:
     """`load_checkpoint` of one rank; returns the damage of its share."""
     weights, common = model_weights(model), read_common(checkpoint)
-    records = read_manifest(checkpoint)
+    records, options = read_manifest(checkpoint), group_options(optimizer)
     shards = [name for name in records if not is_small(name)]
     reader = ShardReader(checkpoint, tensor_done)
     others = want_chunks(model, weights, reader)
@@ -224,10 +224,24 @@ def fill_run(
         return damages
     load_others(model, others)
     finish()
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
     fuse_update(optimizer)
     separate_step_counts(optimizer)
     schedule.load_state_dict(common["lr_schedule"])
     return []
+
+
+def group_options(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """What the configuration says of each group of parameters: rates, betas, epsilon.
+
+    A checkpoint holds its run's beside the state, and the schedule goes by a group's rates.
+    """
+    state = ("params", "step")
+    return [
+        {name: value for name, value in group.items() if name not in state}
+        for group in optimizer.param_groups
+    ]
 
 
 def load_trained_weights(
