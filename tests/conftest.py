@@ -31,6 +31,22 @@ def rank_pool() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture
+def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers is gone after it."""
+    from sft_fast.data import format_registry  # noqa: F401 - it has one
+    from sft_fast.registry import Registry
+
+    for registry in Registry.every:
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
+        monkeypatch.setattr(registry, "files", dict(registry.files))
+    plugins = {name for name in sys.modules if name.startswith("sft_fast_plugin:")}
+    yield
+    for name in [name for name in sys.modules if name.startswith("sft_fast_plugin:")]:
+        if name not in plugins:
+            del sys.modules[name]
+
+
 ROOT = Path(__file__).parents[1]
 SMALL_RUN = [
     *("train.steps=4", "train.global_batch_size=4", "train.micro_batch_size=4"),

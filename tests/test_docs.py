@@ -164,6 +164,7 @@ def test_configurations_of_a_page_load(page: Path, tmp_path: Path) -> None:
         load_config(tmp_path / "x.yaml", ["model.path=org/model", *length])
 
 
+@pytest.mark.usefixtures("registries_as_before")
 def test_the_extensions_of_the_documentation_work() -> None:
     from sft_fast.data.format_registry import get_format
     from sft_fast.registry import get_loss, get_metric, get_trainer

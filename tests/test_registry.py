@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from sft_fast.registry import (
 )
 from sft_fast.train import EXPORT
 
+pytestmark = pytest.mark.usefixtures("registries_as_before")
+
 PLUGIN = """\
 from sft_fast.registry import register_trainer
 
@@ -31,18 +32,6 @@ from sft_fast.registry import register_trainer
 def train(config, phases):
     return config + 1
 """
-
-
-@pytest.fixture(autouse=True)
-def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for registry in Registry.every:
-        monkeypatch.setattr(registry, "entries", dict(registry.entries))
-        monkeypatch.setattr(registry, "files", dict(registry.files))
-    plugins = {name for name in sys.modules if name.startswith("sft_fast_plugin:")}
-    yield
-    for name in [name for name in sys.modules if name.startswith("sft_fast_plugin:")]:
-        if name not in plugins:
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sft_fast.config.primus_presets import PRESETS
 from sft_fast.config.schema import Config, load_config
 from sft_fast.config.validation import dotted_keys
 from sft_fast.errors import ConfigError
-from sft_fast.registry import trainers
+from sft_fast.registry import stages, trainers
 
 HEAD = """\
 work_group: amd
@@ -201,6 +201,7 @@ def test_module_may_have_any_name(load, name):
 def test_framework_and_stage_pick_the_pair(load, monkeypatch):
     text = {"arguments": MINIMAL + "stage: dpo"}
     text["head"] = HEAD.replace("megatron", "torchtitan")
+    monkeypatch.setattr(stages, "entries", {})  # of what other tests of this process have run
     with pytest.raises(ConfigError, match="one of sft; others are registered"):
         load(**text)
     monkeypatch.setattr(trainers, "entries", {"(torchtitan, dpo)": print, **trainers.entries})
