@@ -251,11 +251,15 @@ def test_resume_refuses_other_data_and_another_order(
         assert reason in result[2], override
 
 
+@pytest.mark.parametrize("is_distributed", ["true", "false"])
 def test_a_resumed_run_takes_the_learning_rate_of_its_configuration(
-    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path
+    rank_pool: RankPool, rows: dict[str, Path], tmp_path: Path, is_distributed: str
 ) -> None:
     config = write_config(tmp_path, rows)
-    constant = ("optim.decay=constant", "optim.warmup_steps=0", "export.enabled=false")
+    constant = (
+        *("optim.decay=constant", "optim.warmup_steps=0", "export.enabled=false"),
+        f"parallel.distributed_optimizer={is_distributed}",
+    )
     train(rank_pool, 1, "--config", str(config), *constant, "train.steps=2", "optim.lr=1e-3")
     train(rank_pool, 1, "--config", str(config), *constant, "train.steps=4", "optim.lr=5e-4")
     output = next(tmp_path.glob("*/metrics.jsonl"))

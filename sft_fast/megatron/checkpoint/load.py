@@ -16,6 +16,7 @@ from sft_fast.errors import DamageError
 from sft_fast.megatron.checkpoint.optimizer_shards import (
     SHARDING,
     is_distributed,
+    keep_options,
     state_of_parts,
     want_optimizer,
     want_weights,
@@ -203,7 +204,7 @@ def fill_run(
 ) -> list[Damage]:
     """`load_checkpoint` of one rank; returns the damage of its share."""
     weights, common = model_weights(model), read_common(checkpoint)
-    records, options = read_manifest(checkpoint), group_options(optimizer)
+    records = read_manifest(checkpoint)
     shards = [name for name in records if not is_small(name)]
     reader = ShardReader(checkpoint, tensor_done)
     others = want_chunks(model, weights, reader)
@@ -211,11 +212,12 @@ def fill_run(
         finish = want_optimizer(optimizer, common["optimizer"], weights, reader)
     else:
         request = optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(SHARDING))
-        state = request_state(reader, read_common(checkpoint), {"optimizer": request})
+        state = request_state(reader, common, {"optimizer": request})
 
         def finish() -> None:
             loaded = state()["optimizer"]
             add_step_zero(optimizer, loaded)
+            keep_options(optimizer, loaded)
             optimizer.load_state_dict(loaded)
 
     present = reader.fill(share_of(shards, exchange.rank, exchange.world_size))
@@ -224,24 +226,10 @@ def fill_run(
         return damages
     load_others(model, others)
     finish()
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
     fuse_update(optimizer)
     separate_step_counts(optimizer)
     schedule.load_state_dict(common["lr_schedule"])
     return []
-
-
-def group_options(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """What the configuration says of each group of parameters: rates, betas, epsilon.
-
-    A checkpoint holds its run's beside the state, and the schedule goes by a group's rates.
-    """
-    state = ("params", "step")
-    return [
-        {name: value for name, value in group.items() if name not in state}
-        for group in optimizer.param_groups
-    ]
 
 
 def load_trained_weights(

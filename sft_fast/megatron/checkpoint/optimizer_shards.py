@@ -28,6 +28,9 @@ from sft_fast.megatron.optim import optimizer_parts
 SHARDING: Mapping[str, str] = {"distrib_optim_sharding_type": "fully_reshardable"}
 SHARDING_FIELD = "param_state_sharding_type"
 STATES = ("param", "exp_avg", "exp_avg_sq")
+# Of a group of parameters: what is no option, and what sets it apart.
+GROUP_STATE = ("params", "step")
+GROUP_KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def state_of_parts(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
@@ -214,10 +217,10 @@ def want_optimizer(
     Raises:
         ValueError: the parameters are grouped by another ratio of learning rates.
     """
+    keep_options(optimizer, common)
     parts = state_of_parts(optimizer, common)
     for part, state in parts:
         if not part.is_stub_optimizer:
-            check_rates(part.optimizer.param_groups, state["optimizer"]["param_groups"])
             fields = {name: value for name, value in state.items() if name != SHARDING_FIELD}
             part.load_state_dict(fields)
     if len(parts) > 1:
@@ -240,6 +243,33 @@ def want_optimizer(
                 part.optimizer._sync_hdo_state_to_sub_optimizers()
 
     return finish
+
+
+def keep_options(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> None:
+    """Gives the groups of parameters in a saved state the options of the optimizer's own: rates,
+    betas, epsilon.
+
+    Those are the configuration's. megatron's schedule goes by a group's rates, and 0.19 tells
+    groups apart by them.
+
+    Raises:
+        ValueError: the parameters are grouped by another ratio of learning rates.
+    """
+    for part, own_state in state_of_parts(optimizer, state):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        groups = part.optimizer.param_groups
+        saved = own_state.get("optimizer", own_state)["param_groups"]
+        check_rates(groups, saved)
+        own = {kind_of(group): group for group in groups}
+        for group in saved:
+            options = own[kind_of(group)].items()
+            group.update({name: value for name, value in options if name not in GROUP_STATE})
+
+
+def kind_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What sets a group of parameters apart, whatever its rates."""
+    return tuple(group.get(name) for name in GROUP_KIND)
 
 
 def check_rates(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
