@@ -1,21 +1,15 @@
-"""A layer of gated experts with low-rank adapters beside its frozen matrices.
+"""Low-rank adapters beside a frozen matrix of every expert, in grouped products.
 
-`expert_mlp`'s computation, and to each of its two grouped products is added what the adapters of
-the row's expert make of the row: two more grouped products of narrow matrices, over all experts at
-once, the second in place. Kept beside what `expert_mlp` keeps are the low-rank products, [R, n r]
-and [R, r].
+What the adapters of a row's expert make of the row is two more grouped products of narrow matrices,
+over all experts at once, the second in place.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sft_fast.kernels.expert_copies import CopyOrder, copies_of, copy_kernels, sums_of
-from sft_fast.kernels.expert_mlp import Activation
 from sft_fast.kernels.grouped_matmul import (
     add_products,
     grouped_matmul,
@@ -40,77 +34,6 @@ class GroupedAdapters:
         return self.a[0] if len(self.a) == 1 else torch.cat(self.a, dim=1)
 
 
-def adapted_expert_mlp(
-    hidden: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    probs: Tensor,
-    order: CopyOrder,
-    activate: Activation,
-    wide: GroupedAdapters | None,
-    narrow: GroupedAdapters | None,
-) -> Tensor:
-    """The weighted sum of each token's experts, each matrix W + scale * B A.
-
-    Differentiable in hidden, probs and the adapters; the matrices are frozen.
-
-    Args:
-        hidden: [T, h] floating.
-        gate_up: [E, 2 f, h] of the same dtype, an expert's gate and then its up projection.
-        down: [E, h, f].
-        probs: [T, k] fp32 weights of the router.
-        order: of the tokens' experts.
-        activate: differentiable in both arguments.
-        wide: the adapters of gate_up; None = none.
-        narrow: the adapters of down; None = none.
-
-    Returns:
-        [T, h] of hidden's dtype.
-    """
-    pairs: list[Tensor | None] = []
-    scales = []
-    for adapters in (wide, narrow):
-        pairs += (None, None) if adapters is None else (adapters.every_a, adapters.b)
-        scales.append(0.0 if adapters is None else adapters.scale)
-    order_tensors = order.offsets, order.copy_numbers, order.tokens, order.places
-    arguments = hidden, gate_up, down, probs, activate, tuple(scales), *pairs, *order_tensors
-    return cast(Tensor, AdaptedExpertMLP.apply(*arguments))
-
-
-def expert_mlp_with_dropout(
-    hidden: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    probs: Tensor,
-    order: CopyOrder,
-    activate: Activation,
-    wide: GroupedAdapters | None,
-    narrow: GroupedAdapters | None,
-    drops: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
-) -> Tensor:
-    """As `adapted_expert_mlp`, with dropout before each A; copies and activations are kept.
-
-    Args:
-        hidden: [T, h].
-        gate_up: [E, 2 f, h].
-        down: [E, h, f].
-        probs: [T, k] fp32.
-        order: of the tokens' experts.
-        activate: differentiable in both arguments.
-        wide: the adapters of gate_up.
-        narrow: the adapters of down.
-        drops: dropout of the inputs of gate and up [R, h], and of down [R, f].
-
-    Returns:
-        [T, h].
-    """
-    copies = copies_of(hidden, order)
-    inner = adapted_groups(copies, gate_up, wide, order.offsets, drops[0])
-    factors = probs.flatten().index_select(0, order.copy_numbers)
-    activation = activate(inner, factors)
-    return sums_of(adapted_groups(activation, down, narrow, order.offsets, drops[1]), order)
-
-
 def adapted_groups(
     x: Tensor,
     weight: Tensor,
@@ -124,73 +47,6 @@ def adapted_groups(
         return product
     parts = [grouped_matmul(drop(x), a, offsets) for a in adapters.a]
     return product + adapters.scale * grouped_matmul(torch.cat(parts, dim=1), adapters.b, offsets)
-
-
-class AdaptedExpertMLP(torch.autograd.Function):
-    """`adapted_expert_mlp` with every tensor by itself."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        probs: Tensor,
-        activate: Activation,
-        scales: tuple[float, float],
-        a_wide: Tensor | None,
-        b_wide: Tensor | None,
-        a_narrow: Tensor | None,
-        b_narrow: Tensor | None,
-        offsets: Tensor,
-        copy_numbers: Tensor,
-        tokens: Tensor,
-        places: Tensor,
-    ) -> Tensor:
-        """[T, h]; keeps the first product and the low-rank ones."""
-        copies = copy_kernels(hidden).scatter_copies(hidden, places)
-        inner = multiply_groups(copies, gate_up.transpose(1, 2), offsets)
-        low_wide = add_low_rank(inner, copies, a_wide, b_wide, scales[0], offsets)
-        del copies
-        factors = probs.flatten().index_select(0, copy_numbers)
-        activation = activate(inner, factors)
-        outputs = multiply_groups(activation, down.transpose(1, 2), offsets)
-        low_narrow = add_low_rank(outputs, activation, a_narrow, b_narrow, scales[1], offsets)
-        ctx.activate, ctx.scales = activate, scales
-        ctx.save_for_backward(
-            *(hidden, gate_up, down, factors, offsets, tokens, places, inner),
-            *(a_wide, b_wide, low_wide, a_narrow, b_narrow, low_narrow),
-        )
-        return copy_kernels(hidden).sum_copies(outputs, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden [T, h], probs [T, k] and the adapters."""
-        hidden, gate_up, down, factors, offsets, tokens, places, inner, *adapters = (
-            ctx.saved_tensors
-        )
-        wide, narrow = adapters[:3], adapters[3:]
-        assert not any(ctx.needs_input_grad[1:3]), "the matrices beside adapters are frozen"
-        with torch.enable_grad():
-            leaves = inner.detach().requires_grad_(), factors.detach().requires_grad_()
-            activation = ctx.activate(*leaves)
-        copies = copy_kernels(hidden).scatter_copies(grad, places)
-        upstream = multiply_groups(copies, down, offsets)
-        grad_narrow = low_rank_gradients(
-            upstream, copies, activation.detach(), narrow, ctx.scales[1], offsets
-        )
-        grad_inner, grad_factors = torch.autograd.grad(activation, leaves, upstream)
-        del upstream, activation, copies
-        # Without a gradient of hidden this is one product in vain, in one layer at most.
-        copies = multiply_groups(grad_inner, gate_up, offsets)
-        grad_wide = low_rank_gradients(
-            copies, grad_inner, hidden, wide, ctx.scales[0], offsets, tokens
-        )
-        grad_hidden = copy_kernels(hidden).sum_copies(copies, places)
-        grad_probs = grad_factors.index_select(0, places.flatten()).view_as(places)
-        own = None, None, *grad_wide, *grad_narrow
-        return grad_hidden, None, None, grad_probs, *own, None, None, None, None
 
 
 def add_low_rank(

@@ -2,8 +2,8 @@
 
 The weight of the router multiplies the activation of an expert, not its output. The sum is the
 same, but the gradient of the weight needs the activation only, so no output is kept. Kept for the
-backward pass are the input, which the norm before it keeps as well, and the first product; copies
-of tokens and activations are made again.
+backward pass are the input, which the norm before it keeps as well, the first product, and with
+adapters the low-rank ones, [R, n r] and [R, r]; copies of tokens and activations are made again.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_fast.kernels.expert_copies import CopyOrder, copy_kernels
+from sft_fast.kernels.expert_adapters import (
+    GroupedAdapters,
+    adapted_groups,
+    add_low_rank,
+    low_rank_gradients,
+)
+from sft_fast.kernels.expert_copies import CopyOrder, copies_of, copy_kernels, sums_of
 from sft_fast.kernels.grouped_matmul import multiply_groups, weight_gradient
 
 Activation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -27,10 +33,13 @@ def expert_mlp(
     probs: Tensor,
     order: CopyOrder,
     activate: Activation,
+    wide: GroupedAdapters | None = None,
+    narrow: GroupedAdapters | None = None,
 ) -> Tensor:
-    """The weighted sum of each token's experts, differentiable in all tensors but the order's.
+    """The weighted sum of each token's experts, each matrix W + scale * B A where it has adapters.
 
-    Gradients of the matrices are added to their `main_grad` where there is one.
+    Differentiable in all tensors but the order's. Gradients of the matrices are added to their
+    `main_grad` where there is one.
 
     Args:
         hidden: [T, h] floating.
@@ -39,17 +48,58 @@ def expert_mlp(
         probs: [T, k] fp32 weights of the router.
         order: of the tokens' experts.
         activate: differentiable in both arguments.
+        wide: the adapters of gate_up; None = none.
+        narrow: the adapters of down; None = none.
 
     Returns:
         [T, h] of hidden's dtype.
     """
+    pairs: list[Tensor | None] = []
+    scales = []
+    for adapters in (wide, narrow):
+        pairs += (None, None) if adapters is None else (adapters.every_a, adapters.b)
+        scales.append(0.0 if adapters is None else adapters.scale)
     order_tensors = order.offsets, order.copy_numbers, order.tokens, order.places
-    arguments = hidden, gate_up, down, probs, activate, *order_tensors
+    arguments = hidden, gate_up, down, probs, activate, tuple(scales), *pairs, *order_tensors
     return cast(Tensor, ExpertMLP.apply(*arguments))
 
 
+def expert_mlp_with_dropout(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    probs: Tensor,
+    order: CopyOrder,
+    activate: Activation,
+    wide: GroupedAdapters | None,
+    narrow: GroupedAdapters | None,
+    drops: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """As `expert_mlp`, with dropout before each A; copies and activations are kept.
+
+    Args:
+        hidden: [T, h].
+        gate_up: [E, 2 f, h].
+        down: [E, h, f].
+        probs: [T, k] fp32.
+        order: of the tokens' experts.
+        activate: differentiable in both arguments.
+        wide: the adapters of gate_up.
+        narrow: the adapters of down.
+        drops: dropout of the inputs of gate and up [R, h], and of down [R, f].
+
+    Returns:
+        [T, h].
+    """
+    copies = copies_of(hidden, order)
+    inner = adapted_groups(copies, gate_up, wide, order.offsets, drops[0])
+    factors = probs.flatten().index_select(0, order.copy_numbers)
+    activation = activate(inner, factors)
+    return sums_of(adapted_groups(activation, down, narrow, order.offsets, drops[1]), order)
+
+
 class ExpertMLP(torch.autograd.Function):
-    """`expert_mlp` with the order's tensors one by one."""
+    """`expert_mlp` with every tensor by itself."""
 
     @staticmethod
     def forward(
@@ -59,34 +109,51 @@ class ExpertMLP(torch.autograd.Function):
         down: Tensor,
         probs: Tensor,
         activate: Activation,
+        scales: tuple[float, float],
+        a_wide: Tensor | None,
+        b_wide: Tensor | None,
+        a_narrow: Tensor | None,
+        b_narrow: Tensor | None,
         offsets: Tensor,
         copy_numbers: Tensor,
         tokens: Tensor,
         places: Tensor,
     ) -> Tensor:
-        """[T, h]; keeps the first product."""
+        """[T, h]; keeps the first product and the low-rank ones."""
         copies = copy_kernels(hidden).scatter_copies(hidden, places)
         inner = multiply_groups(copies, gate_up.transpose(1, 2), offsets)
+        low_wide = add_low_rank(inner, copies, a_wide, b_wide, scales[0], offsets)
         del copies
         factors = probs.flatten().index_select(0, copy_numbers)
-        ctx.activate = activate
-        ctx.save_for_backward(hidden, gate_up, down, factors, offsets, tokens, places, inner)
         activation = activate(inner, factors)
         outputs = multiply_groups(activation, down.transpose(1, 2), offsets)
+        low_narrow = add_low_rank(outputs, activation, a_narrow, b_narrow, scales[1], offsets)
+        ctx.activate, ctx.scales = activate, scales
+        ctx.save_for_backward(
+            *(hidden, gate_up, down, factors, offsets, tokens, places, inner),
+            *(a_wide, b_wide, low_wide, a_narrow, b_narrow, low_narrow),
+        )
         return copy_kernels(hidden).sum_copies(outputs, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden [T, h], gate_up, down and probs [T, k]."""
-        hidden, gate_up, down, factors, offsets, tokens, places, inner = ctx.saved_tensors
+        """Gradients of hidden [T, h], gate_up, down, probs [T, k] and the adapters."""
+        hidden, gate_up, down, factors, offsets, tokens, places, inner, *adapters = (
+            ctx.saved_tensors
+        )
+        wide, narrow = adapters[:3], adapters[3:]
         needs_hidden, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
         grad_hidden = grad_gate_up = grad_down = None
+        grad_wide: tuple[Tensor | None, ...] = (None, None)
         with torch.enable_grad():
             leaves = inner.detach().requires_grad_(), factors.detach().requires_grad_()
             activation = ctx.activate(*leaves)
         copies = copy_kernels(hidden).scatter_copies(grad, places)
         upstream = multiply_groups(copies, down, offsets)
+        grad_narrow = low_rank_gradients(
+            upstream, copies, activation.detach(), narrow, ctx.scales[1], offsets
+        )
         grad_inner, grad_factors = torch.autograd.grad(activation, leaves, upstream)
         del upstream
         if needs_down:
@@ -94,8 +161,13 @@ class ExpertMLP(torch.autograd.Function):
         del copies, activation
         if needs_gate_up:
             grad_gate_up = weight_gradient(gate_up, grad_inner, hidden, offsets, tokens)
-        if needs_hidden:
+        # For adapters alone this is one product in vain, in one layer at most.
+        if needs_hidden or wide[0] is not None:
             copies = multiply_groups(grad_inner, gate_up, offsets)
+            grad_wide = low_rank_gradients(
+                copies, grad_inner, hidden, wide, ctx.scales[0], offsets, tokens
+            )
             grad_hidden = copy_kernels(hidden).sum_copies(copies, places)
         grad_probs = grad_factors.index_select(0, places.flatten()).view_as(places)
-        return grad_hidden, grad_gate_up, grad_down, grad_probs, None, None, None, None, None
+        own = None, None, *grad_wide, *grad_narrow
+        return grad_hidden, grad_gate_up, grad_down, grad_probs, *own, None, None, None, None

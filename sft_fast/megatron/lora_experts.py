@@ -24,12 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter, functional
 
 from sft_fast.config.sections import LoraConfig
-from sft_fast.kernels.expert_adapters import (
-    GroupedAdapters,
-    adapted_expert_mlp,
-    expert_mlp_with_dropout,
-)
+from sft_fast.kernels.expert_adapters import GroupedAdapters
 from sft_fast.kernels.expert_copies import CopyOrder
+from sft_fast.kernels.expert_mlp import expert_mlp, expert_mlp_with_dropout
 from sft_fast.megatron.experts import GroupedExperts
 from sft_fast.megatron.hf import part
 from sft_fast.megatron.lora_parameters import initial_a, parameter_name, scale_of
@@ -116,7 +113,7 @@ class LoraExperts(GroupedExperts):
         matrices = hidden, self.gate_up, self.down, probs, order, self.activate
         pairs = self.adapters("gate_up"), self.adapters("down")
         if self.dropout == 0.0 or not self.training:
-            return adapted_expert_mlp(*matrices, *pairs), None
+            return expert_mlp(*matrices, *pairs), None
         drops = partial(self.drop, INPUTS_RNG), partial(self.drop, ACTIVATIONS_RNG)
         return expert_mlp_with_dropout(*matrices, *pairs, drops), None
 

@@ -14,11 +14,8 @@ from rank_pool import RankPool
 from sft_fast.kernels import expert_copies
 from sft_fast.kernels import grouped_matmul as grouped
 from sft_fast.kernels.backends import import_backend
-from sft_fast.kernels.expert_adapters import (
-    GroupedAdapters,
-    adapted_expert_mlp,
-    expert_mlp_with_dropout,
-)
+from sft_fast.kernels.expert_adapters import GroupedAdapters
+from sft_fast.kernels.expert_mlp import expert_mlp, expert_mlp_with_dropout
 from sft_fast.reference import experts as reference
 
 pytest.importorskip("triton")
@@ -66,7 +63,7 @@ def ours(*inputs: Tensor, order: Any, backend: str, drop: Any = None) -> Tensor:
         GroupedAdapters((a_narrow,), b_narrow, SCALE),
     )
     if drop is None:
-        return adapted_expert_mlp(*arguments)
+        return expert_mlp(*arguments)
     return expert_mlp_with_dropout(*arguments, (drop, drop))
 
 
@@ -156,8 +153,8 @@ def test_one_matrix_may_have_none(missing: str) -> None:
     }
     matrices = hidden, gate_up, down, probs, order, lambda x, f: activation(x, "silu", f)
     zeros = replace(pairs[missing], b=torch.zeros_like(pairs[missing].b))
-    expected = adapted_expert_mlp(*matrices, **(pairs | {missing: zeros}))
-    found = adapted_expert_mlp(*matrices, **(pairs | {missing: None}))
+    expected = expert_mlp(*matrices, **(pairs | {missing: zeros}))
+    found = expert_mlp(*matrices, **(pairs | {missing: None}))
     torch.testing.assert_close(found, expected)
 
 
