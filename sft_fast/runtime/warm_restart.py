@@ -57,11 +57,17 @@ class Outcome:
     """Exit code; a negative one is a signal."""
     was_told: bool
     """A signal told it to leave."""
+    was_ended: bool = False
+    """Its keeper ended it, because of another's failure."""
 
     @property
     def is_failure(self) -> bool:
         """Whether another start may mend it; what users have to mend is none."""
         return self.code in (FAILED, HANG) or self.code < 0
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it that no keeper sent."""
+        return self.code < 0 and not self.was_ended
 
     def describe(self) -> str:
         """The outcome in words."""
@@ -164,6 +170,8 @@ class Keeper:
             outcomes = self.wait(restart)
             if restart == self.most or not self.may_restart(outcomes):
                 break
+            # A rank that a killed one leaves in the lurch may fail before that is noticed.
+            self.first = next(filter(Outcome.was_killed, outcomes), self.first)
             self.report(restart + 1)
         own = next(outcome for outcome in outcomes if outcome.rank == self.rank)
         return end_like(own.code)
@@ -225,6 +233,7 @@ class Keeper:
         """
         topic = f"sft_fast/keepers/{self.start}.{restart}"
         own: Outcome | None = None
+        was_ended = False
         self.first, failed_at = None, math.inf
         while True:
             time.sleep(self.poll_s)
@@ -232,7 +241,7 @@ class Keeper:
                 # Its rank sees the same, and leaves.
                 os._exit(FAILED)
             if own is None and (code := self.poll_child()) is not None:
-                own = Outcome(self.rank, code, self.was_told)
+                own = Outcome(self.rank, code, self.was_told, was_ended)
                 self.attempt(self.tell, topic, own)
             if self.first is None:
                 self.first = self.attempt(self.first_failure, topic)
@@ -241,6 +250,7 @@ class Keeper:
             if own is None:
                 if self.first is not None and waited_s >= self.patience_s(self.first, restart):
                     os.kill(self.child, signal.SIGKILL)
+                    was_ended = True
             elif self.is_alone or waited_s > ANSWER_WITHIN_S:
                 return [own]
             elif (outcomes := self.attempt(self.all_outcomes, topic)) is not None:
