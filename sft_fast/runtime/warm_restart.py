@@ -103,7 +103,8 @@ def keep_rank(most: int, preload: Callable[[], object]) -> int | None:
     gc.collect()
     gc.freeze()
     code = keeper.run()
-    if code is None and torch.cuda._is_in_bad_fork():
+    # Without a GPU, a look at their number counts as use.
+    if code is None and torch.cuda._is_in_bad_fork() and torch.cuda.is_available():
         raise ValueError(
             "parallel.warm_restarts: the GPU was in use before the ranks were forked, by a file of "
             "plugins or a library that opens it when it is imported; let it wait until it is "
