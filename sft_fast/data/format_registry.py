@@ -293,12 +293,18 @@ def _with_options(
         if not isinstance(options, dict):
             raise ValueError(f"'chat_template_kwargs' is {type_name(options)}; expected an object")
         options = {name: value for name, value in options.items() if value is not None}
+        for name, value in conversation.template_options.items():
+            if options.get(name, value) != value:
+                raise ValueError(f"{name!r} of a turn and 'chat_template_kwargs' differ; keep one")
+        options = {**conversation.template_options, **options}
         conversation = replace(conversation, template_options=options)
     effort = None if "reasoning_effort" in taken else values.get("reasoning_effort")
     if effort is not None:
         given = {"reasoning_effort": checked_text(effort, "'reasoning_effort'")}
         if conversation.template_options.get("reasoning_effort", effort) != effort:
-            raise ValueError("'reasoning_effort' and 'chat_template_kwargs' differ; keep one")
+            raise ValueError(
+                "'reasoning_effort' and 'chat_template_kwargs' differ, or a turn does; keep one"
+            )
         options = {**conversation.template_options, **given}
         conversation = replace(conversation, template_options=options)
     return conversation

@@ -167,6 +167,8 @@ def _copy(
         report.rejected[reason] = report.rejected.get(reason, 0) + number
     for name, number in part.unread.items():
         report.unread[name] = report.unread.get(name, 0) + number
+    for name, number in part.odd.items():
+        report.odd[name] = report.odd.get(name, 0) + number
     report.left_out += part.left_out
     for rejected in store.rejected():
         writer.reject(**rejected)

@@ -28,6 +28,7 @@ from sft_fast.data.format_registry import (
 )
 from sft_fast.data.formats import ConversationReader, FileFormat
 from sft_fast.data.json_records import BadRecord, SourceRecord
+from sft_fast.data.oddities import OPENING_ROLES, find_oddities
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
 from sft_fast.registry import SFT, load_plugins, stages
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 BATCHES_PER_PROCESS = 3
 """Batches that wait for each process: enough to keep it busy, few enough for little memory."""
-OPENING_ROLES = ("system", "developer")
-"""Of turns at the start of a conversation that hold for all of it."""
 SERIAL_BATCHES = 64
 """A source of no more batches is not worth the start of processes."""
 
@@ -58,6 +57,7 @@ class Outcome:
         cut_tokens: tokens that were cut off.
         trimmed_turns: turns behind the last supervised one.
         unread: its columns, and keys of its turns, that have no effect.
+        odd: what is seldom meant in it, see `find_oddities`.
         group_size: samples of a record that stay together.
     """
 
@@ -71,6 +71,7 @@ class Outcome:
     cut_tokens: int = 0
     trimmed_turns: int = 0
     unread: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
     group_size: int = 1
 
 
@@ -181,6 +182,8 @@ class SampleMaker:
             try:
                 group = self._reader.group(record)
                 self._check_group(record, group)
+                odd = [name for one in group for name in find_oddities(one)]
+                outcome.odd = tuple(dict.fromkeys(odd))
                 reason = "not rendered"
                 unread = [key for one in group for key in self._renderer.unread_keys(one)]
                 outcome.unread = tuple(dict.fromkeys((*group[0].unread, *unread)))

@@ -87,6 +87,7 @@ class DataReport:
         boundary_tokens: supervised tokens that also hold characters of a prompt.
         rejected: reason -> records that are not in the store.
         unread: column, or key of turns, that has no effect -> records that have it.
+        odd: what is seldom meant, though it is read as it stands -> records that have it.
         left_out: files of the source's directory that were not read, having no split in their name.
     """
 
@@ -105,6 +106,7 @@ class DataReport:
     boundary_tokens: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    odd: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -125,6 +127,9 @@ class DataReport:
         if self.unread:
             counts = (f"{name} ({count})" for name, count in sorted(self.unread.items()))
             lines.append(f"in records, without effect: {', '.join(counts)}")
+        if self.odd:
+            counts = (f"{name} ({count})" for name, count in sorted(self.odd.items()))
+            lines.append(f"in records, worth a look: {', '.join(counts)}")
         lines += [f"not used: {count} records, {why}" for why, count in self.rejected.items()]
         if self.truncated:
             lost = f"{self.cut_tokens / (self.tokens + self.cut_tokens):.1%}"

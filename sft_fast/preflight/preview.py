@@ -127,10 +127,10 @@ def make_preview(
             if isinstance(row, BadRecord):
                 rejected.append(row.message)
                 continue
-            made, messages = samples_of(maker, row, config.data, config.packing)
+            made, messages, notes = samples_of(maker, row, config.data, config.packing)
             rejected += messages
             samples += [
-                show(sample, row.origin, tokenizer, special, texts, trains_answers)
+                show(sample, row.origin, tokenizer, special, texts, trains_answers, notes)
                 for sample in made
             ]
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int32)
@@ -152,16 +152,16 @@ def make_preview(
 
 def samples_of(
     maker: SampleMaker, row: SourceRecord, data: DataConfig, packing: PackingConfig
-) -> tuple[list[Sample], list[str]]:
-    """The samples of a row, and what there is to say of it."""
+) -> tuple[list[Sample], list[str], list[str]]:
+    """The samples of a row, why it is not used as it is, and what else deserves a look."""
     try:
         maker.look(row)
     except ValueError as error:
-        return [], [f"{row.origin}: {error}"]
+        return [], [f"{row.origin}: {error}"], []
     (outcome,) = maker.make([row], {}, True)
     messages = [message for _, message in outcome.notes]
     if outcome.rejected is not None:
-        return [], [f"{outcome.rejected[1]} ({outcome.rejected[0]})"]
+        return [], [f"{outcome.rejected[1]} ({outcome.rejected[0]})"], []
     fitting: list[Sample] = []
     size = outcome.group_size
     for first in range(0, len(outcome.samples), size):
@@ -175,7 +175,9 @@ def samples_of(
                 f"{row.origin}: {length} tokens, more than packing.capacity "
                 f"{packing.capacity}; data.over_length is {data.over_length}"
             )
-    return fitting, messages
+    notes = [f"worth a look: {name}" for name in outcome.odd]
+    notes += [f"without effect: {name}" for name in outcome.unread]
+    return fitting, messages, notes
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -191,14 +193,15 @@ def show(
     special: set[int],
     texts: dict[tuple[int, ...], str],
     trains_answers: bool = True,
+    notes: Sequence[str] = (),
 ) -> Shown:
     """`texts` remembers the text of tokens that were seen before; answers should end with a token
-    that stops."""
+    that stops; `notes` are warnings of the row."""
     ids, supervised = sample.input_ids.tolist(), sample.supervised
     starts = np.flatnonzero(supervised & ~np.insert(supervised[:-1], 0, False))
     ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False))
     unended = sum(ids[end] not in special for end in ends)
-    warnings = []
+    warnings = list(notes)
     if unended and trains_answers:
         warnings.append(f"{unended} answers end with no special token: the model may not stop")
     if supervised[1:].all():

@@ -12,7 +12,7 @@ from sft_fast.data.conversation import Conversation, Message
 from sft_fast.data.formats import ConversationReader
 from sft_fast.data.json_records import SourceRecord
 from sft_fast.data.render import ChatRenderer
-from template_families import HARMONY_TURNS, channel
+from template_families import CHANNELS, GPT_OSS, HARMONY_TURNS, channel
 
 MakeTokenizer = Callable[..., Any]
 THINKS = (
@@ -145,3 +145,90 @@ def test_records_of_harmony_are_read() -> None:
     ]
     record = SourceRecord({"messages": rows}, "rows.jsonl", 1)
     assert ConversationReader("auto")(record).messages == HARMONY_TURNS
+
+
+SYSTEM_PART = {
+    "type": "system_content",
+    "model_identity": "You are Ida.",
+    "reasoning_effort": "High",
+    "conversation_start_date": None,
+    "knowledge_cutoff": "2024-06",
+    "channel_config": {
+        "valid_channels": ["analysis", "commentary", "final"],
+        "channel_required": True,
+    },
+    "tools": {"python": {"name": "python", "description": "runs code", "tools": []}},
+}
+RAIN_TOOL = {"name": "rain", "description": "d", "parameters": None}
+DEVELOPER_PART = {
+    "type": "developer_content",
+    "instructions": "Be brief.",
+    "tools": {"functions": {"name": "functions", "description": None, "tools": [RAIN_TOOL]}},
+}
+ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def harmony_row(
+    system: dict[str, Any], developer: dict[str, Any] | None = None, **columns: Any
+) -> SourceRecord:
+    turns = [{"role": "system", "content": [system]}]
+    if developer is not None:
+        turns.append({"role": "developer", "content": [developer]})
+    return SourceRecord({"messages": [*turns, *ASKED], **columns}, "rows.jsonl", 1)
+
+
+def test_parts_of_harmony_are_variables_instructions_and_functions(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    conversation = ConversationReader("auto")(harmony_row(SYSTEM_PART, DEVELOPER_PART))
+    assert [(turn.role, turn.content) for turn in conversation.messages] == [
+        ("developer", "Be brief."),
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
+    assert conversation.template_options == {
+        "model_identity": "You are Ida.",
+        "reasoning_effort": "high",
+        "builtin_tools": ["python"],
+    }
+    function = {"name": "rain", "description": "d"}
+    assert conversation.tools == ({"type": "function", "function": function},)
+    tokenizer = make_tokenizer(GPT_OSS, special=CHANNELS, eos_token="<|return|>")
+    text = marked(tokenizer, sample_of(tokenizer, conversation))
+    assert "Reasoning: high" in text and "Be brief.\ntype rain" in text
+    # What this template does not write is named.
+    unread = ChatRenderer(tokenizer).unread_keys(conversation)
+    assert unread == ("builtin_tools of the template", "model_identity of the template")
+
+
+def test_a_part_of_harmony_alone_leaves_no_turn() -> None:
+    only_tools = {**DEVELOPER_PART, "instructions": None}
+    dated = {"type": "system_content", "conversation_start_date": "2025-06-28"}
+    conversation = ConversationReader("auto")(
+        harmony_row(dated, only_tools, chat_template_kwargs={"x": 1})
+    )
+    assert [turn.role for turn in conversation.messages] == ["user", "assistant"]
+    assert conversation.template_options == {"conversation_start_date": "2025-06-28", "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (harmony_row({**SYSTEM_PART, "mood": "x"}), "turn 1 has the key 'mood', which is not read"),
+        (
+            harmony_row({**SYSTEM_PART, "tools": {"shop": {"tools": []}}}),
+            "turn 1 has the tools 'shop', .* put functions under 'functions'",
+        ),
+        (harmony_row({**SYSTEM_PART, "reasoning_effort": 3}), "'reasoning_effort' of the system"),
+        (harmony_row(SYSTEM_PART, {**DEVELOPER_PART, "tools": {"functions": {}}}), "no list"),
+        (harmony_row(SYSTEM_PART, {**DEVELOPER_PART, "tools": [1]}), "'tools' of the developer_"),
+        (harmony_row(SYSTEM_PART, DEVELOPER_PART, tools=[RAIN_TOOL]), "keep one of the two"),
+        (
+            harmony_row(SYSTEM_PART, chat_template_kwargs={"reasoning_effort": "low"}),
+            "'reasoning_effort' of a turn and 'chat_template_kwargs' differ",
+        ),
+    ],
+)
+def test_what_a_part_of_harmony_may_not_say(record: SourceRecord, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConversationReader("auto")(record)

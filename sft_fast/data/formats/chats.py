@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sft_fast.data.conversation import Conversation, Message, checked_text
 from sft_fast.data.format_registry import Record, register_format
 from sft_fast.data.formats.fields import SYSTEM, TOOLS, with_system_and_tools
+from sft_fast.data.formats.harmony import HarmonyParts, take_parts
 from sft_fast.data.formats.turns import TURN_NAMES, TurnKeys, read_turns, role_of, turn_list
 from sft_fast.data.json_records import parse_json, type_name
 
@@ -49,11 +51,27 @@ def messages(record: Record) -> Conversation:
     `function_call`, the older form of a call, is read as one, and so are turns of the roles
     tool_call and function_call. `weight` 0, `train` or `loss` false take an assistant turn out of
     the loss, another `weight`, `loss_scale` or `loss_weight` is its factor. `reasoning_content` and
-    other keys reach the chat template as they are. `data.fields` may also name the keys `role` and
-    `content` of a turn, and what the source calls the roles user, assistant and tool.
+    other keys reach the chat template as they are. openai-harmony's `system_content` is variables
+    of the template, its `developer_content` the instructions and the functions. `data.fields` may
+    also name the keys `role` and `content` of a turn, and what the source calls the roles user,
+    assistant and tool.
     """
     turns = turn_list(record.require("messages"), record.label("messages"))
-    return with_system_and_tools(record, read_turns(turns, _MESSAGES.renamed(record.names)))
+    keys = _MESSAGES.renamed(record.names)
+    parts = take_parts(turns)
+    if parts is not None:
+        return _of_harmony(record, parts, keys)
+    return with_system_and_tools(record, read_turns(turns, keys))
+
+
+def _of_harmony(record: Record, parts: HarmonyParts, keys: TurnKeys) -> Conversation:
+    """The conversation of turns whose parts were openai-harmony's."""
+    # A part that says nothing but variables, or functions, leaves no turn.
+    turns = [turn for turn in read_turns(parts.turns, keys) if turn.content or turn.tool_calls]
+    made = with_system_and_tools(record, turns)
+    if made.tools and parts.tools:
+        raise ValueError(f"{record.label('tools')} and tools of a turn: keep one of the two")
+    return replace(made, tools=made.tools or parts.tools, template_options=parts.options)
 
 
 @register_format(
