@@ -165,6 +165,7 @@ def prepare_store(
     if (store := open_whole(path, progress)) is not None:
         # Where the records are kept is no part of the fingerprint.
         store.report.left_out = list(source.records.left_out)
+        store.report.source = source.records.name
         check_store(store, options)
         return store
     return build_store(source, tokenizer, options, path, processes=processes, progress=progress)

@@ -126,7 +126,8 @@ TELLING_COLUMNS = frozenset(
         *("context", "options", "choices", "tables", "functions", "tools", "history"),
         *("response", "output", "answer", "answers", "completion", "chosen", "rejected"),
         *("rejected_response", "label", "labels", "loss_scale", "loss_weight", "sample_weight"),
-        *("reasoning_content", "mask", "messages", "conversations", "conversation"),
+        *("reasoning_content", "thinking", "rationale", "mask", "loss_mask"),
+        *("messages", "conversations", "conversation", "target", "targets", "summary"),
     )
 )
 """Columns whose name says that they change what is trained: one that is not read stops the run."""

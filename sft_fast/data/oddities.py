@@ -72,11 +72,11 @@ def _in_order(messages: Sequence[Message]) -> Iterator[str]:
         yield "chats that begin with the assistant"
     if turns[-1].role != "assistant":
         yield f"chats that end with the {turns[-1].role}"
-    inner = [turn.role for turn in messages]
-    while inner and inner[0] in OPENING_ROLES:
-        del inner[0]
-    if any(role in OPENING_ROLES for role in inner):
+    opening = [turn.role for turn in messages[: messages.index(turns[0])]]
+    if len(opening) + len(turns) < len(messages):
         yield "a system turn inside of a chat"
+    if len(set(opening)) < len(opening):
+        yield "two system turns in front of a chat"
     for turn, after in zip(turns, turns[1:], strict=False):
         if turn.role == after.role == "user":
             yield "two turns of the user in a row"

@@ -125,7 +125,7 @@ class DataReport:
                 "or a glob with it, to read it"
             )
         if self.unread:
-            counts = (f"{name} ({count})" for name, count in sorted(self.unread.items()))
+            counts = (f"{name or repr(name)} ({n})" for name, n in sorted(self.unread.items()))
             lines.append(f"in records, without effect: {', '.join(counts)}")
         if self.odd:
             counts = (f"{name} ({count})" for name, count in sorted(self.odd.items()))

@@ -69,6 +69,10 @@ def read(row: dict[str, Any]) -> Conversation:
             chat(("user", "q"), ("assistant", "a"), ("system", "s"), ("user", "r"), ("gpt", "b")),
             ["a system turn inside of a chat"],
         ),
+        (
+            chat(("system", "s"), ("system", "t"), ("user", "q"), ("assistant", "a")),
+            ["two system turns in front of a chat"],
+        ),
         (answer("q"), ["an answer that repeats its question"]),
         (answer("&lt;b&gt; &quot;x&quot;"), ["HTML"]),
         (answer("one<br>two"), ["HTML"]),
@@ -158,3 +162,18 @@ def test_the_report_counts_it_and_the_preview_names_it(tmp_path: Path) -> None:
         (),
         (f"worth a look: {PLACEHOLDER}", "without effect: by"),
     ]
+
+
+def test_a_store_that_is_found_again_has_the_name_of_its_source(tmp_path: Path) -> None:
+    from sft_fast.data.build import BuildOptions, prepare_store
+    from sft_fast.data.source import Source, load_records
+
+    names = []
+    for name in ("first.jsonl", "second.jsonl"):
+        path = tmp_path / name
+        path.write_text(json.dumps({**answer("a"), "": 1}) + "\n")
+        source = Source(load_records(str(path)))
+        store = prepare_store(source, demo_tokenizer(), BuildOptions(64), tmp_path / "cache")
+        names.append(store.summary().split(":")[0])
+        assert "without effect: '' (1)" in store.summary()
+    assert names == [str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl")]

@@ -47,12 +47,15 @@ CALLER_ROLES = ("function_call", "tool_call", "tool_calls")
 TURN_ROLES = ("user", "assistant", "tool")
 TURN_NAMES = ("role", "content", *TURN_ROLES)
 """What `data.fields` may rename inside of turns."""
-LOSS_KEYS = ("train", "loss", "weight", "loss_scale", "loss_weight")
+TRAIN_KEYS = ("train", "training", "trainable", "train_on_turn")
+LOSS_KEYS = (*TRAIN_KEYS, "loss", "weight", "loss_scale", "loss_weight", "loss_mask")
 """Keys of a turn that say whether it is trained, and how much; all that are there count."""
 REFUSED_KEYS = {
     "train_detail": "parts of an answer are trained with the format 'segments'",
     "rejected_content": "pairs of answers are for preference training",
 }
+UNCLEAR_KEYS = ("mask", "masked")
+"""Keys of a turn that mean "trained" to some and "left out" to others, whatever their value."""
 ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
 CALL_KEYS = frozenset(("name", "type", "id", "index", "toolUseId", *ARGUMENT_KEYS))
 # Of a part: they change nothing that a model reads or learns.
@@ -192,6 +195,12 @@ def _messages(turn: Any, keys: TurnKeys, number: int) -> Iterator[Message]:
     for key, advice in REFUSED_KEYS.items():
         if left.get(key):
             raise ValueError(f"turn {number} has {key!r}, which is not read: {advice}")
+    for key in UNCLEAR_KEYS:
+        if left.get(key) is not None:
+            raise ValueError(
+                f"turn {number} has {key!r}: {left[key]!r}, which may mean that it is trained or "
+                "that it is left out; write 'train': true or false instead"
+            )
     if role.strip().lower() in CALLER_ROLES:
         calls = parse_json(
             checked_text(raw, f"{content_key!r} of turn {number}"),
@@ -257,12 +266,12 @@ def _loss(left: dict[str, Any], role: str, number: int) -> tuple[bool, float]:
         left.pop(key, None)
     train, weight = True, 1.0
     for key, value in given.items():
-        if isinstance(value, bool) and key in ("train", "loss"):
+        if isinstance(value, bool) and key in (*TRAIN_KEYS, "loss", "loss_mask"):
             train = train and value
-        elif key != "train" and is_loss_weight(value):
+        elif key not in TRAIN_KEYS and is_loss_weight(value):
             train, weight = train and value != 0, weight * float(value)
         else:
-            expected = "true or false" if key == "train" else LOSS_WEIGHTS
+            expected = "true or false" if key in TRAIN_KEYS else LOSS_WEIGHTS
             raise ValueError(f"{key!r} of turn {number} is {value!r}; expected {expected}")
     if role != "assistant" and given and train:
         key, value = next(iter(given.items()))
