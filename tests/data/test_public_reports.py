@@ -300,3 +300,45 @@ def test_directories_behind_reports() -> None:
     assert [Path(name).name for name in mixed.left_out] == ["extra.jsonl"]
     nested = load_records(str(BUGS / "nested_dev"))
     assert [Path(name).parent.name for name in nested.files] == ["dev-tools", "general"]
+
+
+@needs_bugs
+def test_a_token_of_the_answer_that_swallows_spaces_is_learnt(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer((BUGS / "templates/calls_and_content.jinja").read_text())
+    token = AddedToken("<|tag|>", special=True, lstrip=True, rstrip=True)
+    tokenizer.add_tokens([token], special_tokens=True)
+    renderer, reader = ChatRenderer(tokenizer), ConversationReader("auto")
+    for row in load_records(str(BUGS / "tagged.jsonl")):
+        (sample,) = renderer.tokenize(renderer.render_samples(reader(row)))
+        learnt = marked(tokenizer, sample).split("[[")[1]
+        assert learnt.startswith("<|tag|>The answer is ")
+        assert learnt.endswith(".<|tag|><|im_end|>]]")
+
+
+@needs_bugs
+def test_an_answer_longer_than_a_pack_is_cut_and_counted_or_refused(
+    make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    records = load_records(str(BUGS / "long_answer.jsonl"))
+    tokenizer = make_tokenizer(PLAIN)
+    cut = BuildOptions(64, over_length="truncate_right")
+    store = build_store(Source(records), tokenizer, cut, tmp_path / "cut")
+    tokens, supervised = store.sample(0)
+    assert len(tokens) == 64 and supervised[-1]
+    assert store.report.truncated == 1
+    with pytest.raises(ValueError, match="1 of 1 samples .*longer than packing.capacity"):
+        build_store(Source(records), tokenizer, BuildOptions(64), tmp_path / "refused")
+    with pytest.raises(ValueError, match="no sample .* 1 too long"):
+        split = BuildOptions(64, over_length="split_turns")
+        build_store(Source(records), tokenizer, split, tmp_path / "split")
+
+
+@needs_bugs
+def test_a_share_of_few_records_that_holds_out_none_is_named() -> None:
+    _, held_out = load_records(str(BUGS / "nine.jsonl")).hold_out(1e-6)
+    with pytest.raises(ValueError, match="holds out none of the 9 records"):
+        list(held_out)
