@@ -1,5 +1,6 @@
 """Primus experiment files (a top-level key `modules`) translated into our keys."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -277,6 +278,7 @@ class _Experiment(Translation):
         self.set("stage", self.arguments.get("stage", "sft"), (*self.base, "stage"), "stage")
         translate_model(self)
         translate_lora(self)
+        self._translate_warmup()
         self._translate_data()
         self._translate_packing()
         self._translate_sequence_parallel()
@@ -298,6 +300,31 @@ class _Experiment(Translation):
         ignored = sorted(IGNORED & self.arguments.keys())
         if ignored:
             self.note(f"no effect on the weights, not used: {', '.join(ignored)}")
+
+    def _translate_warmup(self) -> None:
+        fraction, path = (
+            self.arguments.get("lr_warmup_fraction"),
+            (*self.base, "lr_warmup_fraction"),
+        )
+        if fraction is None:
+            return
+        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
+            self.problem(path, show(fraction), "a number from 0 up to, not including, 1")
+            return
+        if self.arguments.get("lr_warmup_iters", 0) != 0:
+            found = f"{show(fraction)} beside lr_warmup_iters"
+            self.problem(path, found, "one of the two", "remove lr_warmup_iters")
+            return
+        end = self.value("lr_decay_iters") or self.value("train_iters")
+        if type(end) is not int:
+            return
+        # 0.07 * 100 is not 7 in floating point.
+        steps = round(fraction * end)
+        self.set("optim.warmup_steps", steps, path, "lr_warmup_fraction")
+        if not math.isclose(steps, fraction * end, rel_tol=1e-9):
+            found = f"{show(fraction)} of {end} steps, which is {fraction * end:g}"
+            fix = f"replace it by lr_warmup_iters: {steps}"
+            self.problem(path, found, "a whole number of warm-up steps", fix)
 
     def _translate_data(self) -> None:
         form, name = self.value("sft_conversation_format"), self.value("sft_dataset_name")

@@ -163,7 +163,6 @@ FIXED = {
     ),
     "fp8_wgrad": Fixed((True,), _EIGHT_BITS),
     "lr_decay_samples": Fixed((0,), _SCHEDULE),
-    "lr_warmup_fraction": Fixed((0,), _SCHEDULE),
     "lr_warmup_init": Fixed((0,), _SCHEDULE),
     "lr_warmup_samples": Fixed((0,), _SCHEDULE),
     "main_params_dtype": Fixed(("fp32",), "the optimizer keeps fp32 copies of the weights"),
@@ -309,9 +308,9 @@ IGNORED = _names(
 COMBINED = _names(
     """
     auto_continue_train bf16 eval_iters fp16 fp8_param_gather group_query_attention load lora
-    pipeline_model_parallel_layout pretrained_checkpoint recompute_granularity recompute_method
-    recompute_modules recompute_num_layers sft_dataset_config sft_sanitize_nan_grads stage
-    start_weight_decay use_packed_attention weight_decay_incr_style
+    lr_warmup_fraction pipeline_model_parallel_layout pretrained_checkpoint recompute_granularity
+    recompute_method recompute_modules recompute_num_layers sft_dataset_config
+    sft_sanitize_nan_grads stage start_weight_decay use_packed_attention weight_decay_incr_style
     """
 )
 

@@ -251,6 +251,9 @@ swiglu: true
         ("num_layers_per_virtual_pipeline_stage: 2", "virtual_pipeline_model_parallel_size"),
         ("tokenizer_type: Llama2Tokenizer", "Hugging Face"),
         ("optimizer: sgd", "AdamW"),
+        ("lr_warmup_fraction: 1.0", "not including, 1"),
+        ("lr_warmup_fraction: true", "not including, 1"),
+        ("lr_warmup_iters: 5\nlr_warmup_fraction: 0.1", "one of the two"),
         ("load: ckpt", "finetune: false"),
         ("num_layers: 4", "config.json"),
         ("eod_mask_loss: true", "learns to stop"),
@@ -283,6 +286,20 @@ def test_experts_and_8_bits_have_keys_of_ours(load):
     assert (config.model.fp8, config.model.fp8_recipe) == ("hybrid", "mxfp8")
     assert load(MINIMAL + "fp8: false").model.fp8 == "none"
     assert "tensorwise" in only_problem(load, MINIMAL + "fp8_recipe: delayed").expected
+
+
+def test_a_warm_up_can_be_a_fraction_of_the_schedule(load):
+    def steps(lines: str) -> int:
+        return load(MINIMAL + lines).optim.warmup_steps
+
+    # 0.07 * 100 is 7.000000000000001.
+    assert steps("train_iters: 100\nlr_warmup_fraction: 0.07") == 7
+    assert steps("train_iters: 100\nlr_decay_iters: 80\nlr_warmup_fraction: 0.25") == 20
+    assert steps("lr_warmup_iters: 0\nlr_warmup_fraction: 0.5") == 500
+    # Zero is a warm-up too: none, and not the default of lr_warmup_iters.
+    assert steps("lr_warmup_fraction: 0") == 0
+    problem = only_problem(load, MINIMAL + "train_iters: 10\nlr_warmup_fraction: 0.26")
+    assert "which is 2.6" in problem.found and "lr_warmup_iters: 3" in problem.fix
 
 
 def test_load_resumes_when_finetune_is_off(load):
