@@ -160,7 +160,8 @@ def test_configurations_of_a_page_load(page: Path, tmp_path: Path) -> None:
 
     for block in fenced(page, "yaml"):
         (tmp_path / "x.yaml").write_text(block)
-        length = [] if "steps:" in block else ["train.epochs=1"]
+        has_length = "steps:" in block or "train_iters:" in block
+        length = [] if has_length else ["train.epochs=1"]
         load_config(tmp_path / "x.yaml", ["model.path=org/model", *length])
 
 
