@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft_fast.kernels.routing import Routing
+from sft_fast.reference.block import gated_activation
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -21,6 +22,37 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     counts = offsets.diff().tolist()
     products = [rows @ matrix.t() for rows, matrix in zip(x.split(counts), weight, strict=True)]
     return torch.cat(products)
+
+
+def biased_expert_mlp(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    probs: Tensor,
+    biases: tuple[Tensor, Tensor],
+    experts: Tensor,
+) -> Tensor:
+    """As `expert_mlp`, with biases and the activation of gpt-oss.
+
+    Args:
+        hidden: [T, h].
+        gate_up: [E, 2 f, h].
+        down: [E, h, f].
+        probs: [T, k].
+        biases: [E, 2 f] and [E, h].
+        experts: [T, k].
+
+    Returns:
+        [T, h].
+    """
+    output = torch.zeros_like(hidden)
+    for number in range(len(gate_up)):
+        tokens, places = (experts == number).nonzero(as_tuple=True)
+        inner = hidden[tokens] @ gate_up[number].t() + biases[0][number]
+        result = gated_activation(inner, "clamped_silu") @ down[number].t() + biases[1][number]
+        weighted = result * probs[tokens, places].unsqueeze(1)
+        output = output.index_add(0, tokens, weighted.to(output.dtype))
+    return output
 
 
 def expert_mlp(

@@ -272,6 +272,90 @@ def test_a_layer_equals_finite_differences() -> None:
     )
 
 
+def biased_layer(
+    layer: tuple[Any, ...],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """As make_layer, with biases of both products behind the other inputs."""
+    inputs, experts, upstream = make_layer(*layer)
+    generator = seeded(7)
+    shapes = [(len(inputs[1]), matrices.shape[1]) for matrices in inputs[1:3]]
+    inputs += [torch.randn(shape, generator=generator) for shape in shapes]
+    return inputs, experts, upstream
+
+
+def biased(order: Any, backend: str, drop: Any = None) -> Callable[..., Tensor]:
+    """The layer as gpt-oss has it; with `drop` the one that has dropout before its adapters."""
+    block = import_backend("block", backend)
+
+    def activate(gate_up: Tensor, factors: Tensor) -> Tensor:
+        return block.gated_activation(gate_up, "clamped_silu", factors)
+
+    def layer(
+        hidden: Tensor, gate_up: Tensor, down: Tensor, probs: Tensor, *biases: Tensor
+    ) -> Tensor:
+        probs = probs if probs.dtype == torch.float64 else probs.float()
+        matrices = hidden, gate_up, down, probs, order, activate, None, None
+        if drop is not None:
+            return expert_mlp.expert_mlp_with_dropout(*matrices, (drop, drop), (*biases,))
+        return expert_mlp.expert_mlp(*matrices, (*biases,))
+
+    return layer
+
+
+def biased_oracle(experts: Tensor) -> Callable[..., Tensor]:
+    def layer(hidden: Tensor, *rest: Tensor) -> Tensor:
+        return reference.biased_expert_mlp(hidden, *rest[:3], (rest[3], rest[4]), experts)
+
+    return layer
+
+
+def run_biased(backend: str, layer: tuple[Any, ...], dtype: torch.dtype) -> None:
+    inputs, experts, upstream = biased_layer(layer)
+    order = expert_copies.sort_copies(experts, layer[1])
+    orders = (torch.inf, 2) if dtype == torch.float32 else (2,)
+    with use(backend):
+        layer_of = biased(order, backend)
+        compare(layer_of, biased_oracle(experts), inputs, upstream, dtype, orders)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), ("triton", DTYPES[0])])
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[2], LAYERS[4]], ids=str)
+def test_experts_with_biases_are_no_worse_than_eager(
+    kernel_rank: RankPool, backend: str, layer: tuple[Any, ...], dtype: torch.dtype
+) -> None:
+    kernel_rank.run(1, run_biased, backend, layer, dtype)
+
+
+@pytest.mark.parametrize("drop", [None, lambda x: x], ids=["one function", "with dropout"])
+def test_biases_equal_finite_differences_and_what_transformers_computes(drop: Any) -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+    inputs, experts, _ = biased_layer((5, 3, 2, 4, "even"))
+    leaves = tuple(tensor.double().requires_grad_() for tensor in inputs)
+    layer = biased(expert_copies.sort_copies(experts, 3), "torch", drop)
+    assert torch.autograd.gradcheck(layer, leaves)
+
+    config = GptOssConfig(hidden_size=20, intermediate_size=4, num_local_experts=3)
+    theirs = GptOssExperts(config).double()
+    hidden, gate_up, down, probs, bias_wide, bias_narrow = leaves
+    # It has gates and partners alternate, and matrices [in, out].
+    alternate = torch.arange(8).view(2, 4).t().flatten()
+    values = {
+        "gate_up_proj": gate_up[:, alternate].transpose(1, 2),
+        "gate_up_proj_bias": bias_wide[:, alternate],
+        "down_proj": down.transpose(1, 2),
+        "down_proj_bias": bias_narrow,
+    }
+    expected = torch.func.functional_call(theirs, values, (hidden, experts, probs))
+    assert (gate_up @ hidden.t()).abs().max() > 7.5  # some are clamped
+    for result in (layer(*leaves), biased_oracle(experts)(*leaves)):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        upstream = torch.ones_like(expected)
+        ours = torch.autograd.grad(result, leaves, upstream)
+        truth = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
+        torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-11)
+
+
 def run_rows(backend: str, dtype: torch.dtype) -> None:
     """Copies and their sum, each the other's gradient."""
     generator, upstream = seeded(4), torch.randn(19, 37).to(dtype)
