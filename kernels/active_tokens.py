@@ -16,8 +16,8 @@ class ActiveTokens:
 
     indices: Tensor
     """[A] int64, ascending, in the whole sequence"""
-    own_indices: Tensor
-    """[counts[own part]] int64, in this rank's part"""
+    own_indices: Tensor | None
+    """[counts[own part]] int64, in this rank's part; None: hidden states are of these alone"""
     counts: list[int]
     """active tokens of each part of the sequence; they add up to A"""
 

@@ -69,7 +69,8 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
 
         Args:
             ctx: of autograd.
-            hidden: [s, b, h], or [s/tp, b, h] where the sequence is in parts.
+            hidden: [s, b, h], or [s/tp, b, h] where the sequence is in parts, or
+                [max(A, 1), 1, h] of the active tokens alone.
             weight: [V/tp, h].
             labels: [n] int64, in the order of the sequence.
             token_weights: [n], multiplies the losses; None: 1.
@@ -81,7 +82,7 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.head, ctx.hidden_shape = head, hidden.shape
         active, shard, plan = head.active, head.shard, head.plan
-        active_hidden = hidden.flatten(0, 1).index_select(0, active.own_indices)  # [own count, h]
+        active_hidden = own_tokens(hidden, active)  # [own count, h]
         if len(active.counts) > 1:
             active_hidden = all_gather_tokens(active_hidden, active, shard)  # [A, h]
         active_labels = labels.index_select(0, active.indices)  # [A]
@@ -266,11 +267,23 @@ def chunk_of(values: Tensor | None, chunk: slice) -> Tensor | None:
     return None if values is None else values[chunk]
 
 
+def own_tokens(hidden: Tensor, active: ActiveTokens) -> Tensor:
+    """[own count, h]: the active tokens of this rank's part of the hidden states."""
+    tokens = hidden.flatten(0, 1)
+    if active.own_indices is None:
+        return tokens[: len(active.indices)]
+    return tokens.index_select(0, active.own_indices)
+
+
 def scatter_hidden(own_grad: Tensor | None, ctx: Any) -> Tensor | None:
     """[own count, h] -> the shape of hidden, zeros at masked tokens."""
     if own_grad is None:
         return None
-    grad_hidden = own_grad.new_zeros(ctx.hidden_shape)  # [s, b, h] or [s/tp, b, h]
     own_indices = ctx.head.active.own_indices
+    if own_indices is None and len(own_grad):
+        return own_grad.view(ctx.hidden_shape)
+    grad_hidden = own_grad.new_zeros(ctx.hidden_shape)  # [s, b, h] or [s/tp, b, h]
+    if own_indices is None:
+        return grad_hidden
     grad_hidden.view(-1, ctx.hidden_shape[-1]).index_copy_(0, own_indices, own_grad)
     return grad_hidden

@@ -61,6 +61,9 @@ class HeadSettings:
     """Label smoothing, z-loss, softcap."""
     backend: str = "auto"
     """One of kernels/backends.py, or `auto`."""
+    only_active: bool = False
+    """hidden holds the active tokens alone, [max(A, 1), 1, h]; without any, one that is not read.
+    Not together with sequence_parallel."""
     accumulate_into_main_grad: bool = False
     """Add the weight gradient to weight.main_grad in its dtype (fp32), and tell Megatron's DDP so
     through weight.grad_added_to_main_grad."""
@@ -229,7 +232,11 @@ def run_head(
     """What both public functions do: the loss [b, s], or TokenOutputs' fields, [b, s] each."""
     shard = vocab_shard(len(weight), settings.vocab_size, settings.tp_group)
     num_parts = shard.tp_size if settings.sequence_parallel else 1
-    check_inputs(hidden, weight, labels, token_weights, num_parts)
+    num_alone = None
+    if settings.only_active:
+        assert active_tokens is not None and num_parts == 1, "whoever chose the rows knows them"
+        num_alone = max(len(active_tokens), 1)
+    check_inputs(hidden, weight, labels, token_weights, num_parts, num_alone)
     main_grad = settings.accumulate_into_main_grad
     if main_grad and weight.requires_grad and not hasattr(weight, "main_grad"):
         raise ValueError(
@@ -245,6 +252,8 @@ def run_head(
     if active_tokens is not None:
         check_active_tokens(active_tokens, flat_labels)
     active = select_active_tokens(flat_labels, active_tokens, num_parts, shard.tp_rank)
+    if settings.only_active:
+        active = replace(active, own_indices=None)
     is_trained = weight.requires_grad and torch.is_grad_enabled()
     plan = MemoryPlan.choose(
         settings.policy,
@@ -293,16 +302,25 @@ def vocab_shard(
 
 
 def check_inputs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, num_parts: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    num_parts: int,
+    num_alone: int | None,
 ) -> None:
-    """Raises ValueError unless hidden [s/num_parts, b, h], weight [V/tp, h] and [b, s] fit."""
+    """Raises ValueError unless hidden [s/num_parts, b, h], weight [V/tp, h] and [b, s] fit.
+
+    Of hidden states that are those of the active tokens alone num_alone says how many there are.
+    """
     batch, sequence = labels.shape
-    expected = [sequence // num_parts, batch, weight.shape[1]]
+    tokens = [sequence // num_parts, batch] if num_alone is None else [num_alone, 1]
+    expected = [*tokens, weight.shape[1]]
     if list(hidden.shape) != expected or sequence % num_parts:
         raise ValueError(
             f"masked_linear_cross_entropy: hidden has shape {list(hidden.shape)}, expected "
-            f"[s/{num_parts}, b, h] for labels [b, s] = {list(labels.shape)} and weight [V/tp, h] "
-            f"= {list(weight.shape)}"
+            f"[s/{num_parts}, b, h] = {expected} for labels [b, s] = {list(labels.shape)} and "
+            f"weight [V/tp, h] = {list(weight.shape)}"
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(

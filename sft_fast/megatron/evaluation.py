@@ -24,7 +24,7 @@ from sft_fast.data.store import TokenStore
 from sft_fast.evaluation.early_stopping import EarlyStopping
 from sft_fast.evaluation.exact_match import chance_accuracy, exact_match
 from sft_fast.megatron.batches import BatchShape, batch_shape, open_batches
-from sft_fast.megatron.forward_step import check_once, packed_samples
+from sft_fast.megatron.forward_step import check_once, labelled_outputs, packed_samples
 from sft_fast.megatron.load_inputs import Inputs
 from sft_fast.megatron.parallel import Parallel
 from sft_fast.megatron.schedule import run_schedule, sum_over_ranks
@@ -211,13 +211,7 @@ def eval_step(count: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Ten
     """megatron's forward_step; on the last stage the outputs [n, 1, T] fp32 that are counted."""
     batch = next(data_iterator)
     check_once(batch, model)
-    outputs = model(
-        batch.tokens,
-        batch.position_ids,
-        None,
-        labels=batch.labels,
-        packed_seq_params=packed_samples(batch, wants_outputs=True),
-    )
+    outputs = labelled_outputs(model, batch, packed_samples(batch, wants_outputs=True))
     return outputs, partial(eval_loss_func, count, batch)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sft_fast.megatron.attention.packed_samples import PackedSamples, pack_samples
+from sft_fast.megatron.loss_rows import loss_rows
 from sft_fast.megatron.model import unwrap
 from sft_fast.packing.micro_batch import MicroBatch
 
@@ -30,14 +31,22 @@ def forward_step(
     """
     batch = next(data_iterator)
     check_once(batch, model)
-    losses = model(
+    losses = labelled_outputs(model, batch, packed_samples(batch))
+    return losses, partial(loss_func, batch.num_supervised)
+
+
+def labelled_outputs(model: torch.nn.Module, batch: MicroBatch, samples: PackedSamples) -> Tensor:
+    """What the model returns of a micro-batch and its labels."""
+    if unwrap(model).computes_loss_rows:
+        samples.loss_rows = loss_rows(batch.active_tokens, batch.tokens.device)
+    outputs: Tensor = model(
         batch.tokens,
         batch.position_ids,
         None,
         labels=batch.labels,
-        packed_seq_params=packed_samples(batch),
+        packed_seq_params=samples,
     )
-    return losses, partial(loss_func, batch.num_supervised)
+    return outputs
 
 
 def check_once(batch: MicroBatch, model: torch.nn.Module) -> None:

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sft_fast.megatron.loss_rows import select_rows
 from sft_fast.megatron.norm import RMSNorm
 from sft_fast.megatron.rotary import rotary_kind
 from sft_fast.models.architecture import Architecture
@@ -115,13 +116,15 @@ class LatentAttention(MegatronModule):
         hidden_states: Tensor,
         rotary_tables: Tensor,
         packed_seq_params: PackedSeqParams | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """The layer's attention, [s, b, h].
+        """The layer's attention, [s, b, h], or [A, 1, h] of rows [A].
 
         Args:
             hidden_states: [s, b, h], normalised; s is this rank's part with sequence parallelism.
             rotary_tables: [kinds, s * b, rotated channels] fp32, see rotary.rotary_tables.
             packed_seq_params: the samples of the sequence.
+            rows: int64 [A], the tokens whose output is wanted; None = all.
         """
         table = None if self.rotary_kind is None else rotary_tables[self.rotary_kind]
         query = self.queries(hidden_states, table)
@@ -139,7 +142,7 @@ class LatentAttention(MegatronModule):
             attended = tensor_parallel.checkpoint(attend, False, query, key, value)
         else:
             attended = attend(query, key, value)
-        output, _ = self.linear_proj(attended)
+        output, _ = self.linear_proj(attended if rows is None else select_rows(attended, rows))
         return output
 
     @property

@@ -22,6 +22,7 @@ from torch.nn import functional
 from sft_fast.kernels import block_torch
 from sft_fast.kernels.block_backends import BlockKernels
 from sft_fast.megatron.experts import GroupedExperts
+from sft_fast.megatron.loss_rows import select_rows
 from sft_fast.megatron.norm import NormThenAdd, RMSNorm, WideNorm, norm_over_heads
 from sft_fast.megatron.recompute import free_until_backward, trains
 from sft_fast.megatron.rotary import rotary_kind
@@ -53,13 +54,15 @@ class FusedSelfAttention(SelfAttention):
         hidden_states: Tensor,
         rotary_tables: Tensor,
         packed_seq_params: PackedSeqParams | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """The layer's attention, [s, b, h].
+        """The layer's attention, [s, b, h], or [A, 1, h] of rows [A].
 
         Args:
             hidden_states: [s, b, h], normalised; s is this rank's part with sequence parallelism.
             rotary_tables: [kinds, s * b, rotated channels] fp32, see rotary.rotary_tables.
             packed_seq_params: the samples of the sequence.
+            rows: int64 [A], the tokens whose output is wanted; None = all.
         """
         qkv, _ = self.linear_qkv(hidden_states)
         if self.has_wide_norm:
@@ -88,9 +91,8 @@ class FusedSelfAttention(SelfAttention):
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
-        output, _ = self.linear_proj(
-            attend(*heads, attention_mask=None, packed_seq_params=packed_seq_params)
-        )
+        attended = attend(*heads, attention_mask=None, packed_seq_params=packed_seq_params)
+        output, _ = self.linear_proj(attended if rows is None else select_rows(attended, rows))
         return output
 
 
@@ -153,7 +155,7 @@ class FusedTransformerLayer(TransformerLayer):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """(the layer's output [s, b, h], no context).
+        """(the layer's output [s, b, h], no context); of the last layer [A, 1, h] of `loss_rows`.
 
         Args:
             hidden_states: [s, b, h].
@@ -164,9 +166,12 @@ class FusedTransformerLayer(TransformerLayer):
             **kwargs: what megatron's block passes for inference and cross-attention, all None.
         """
         normed, residual = self.input_layernorm(hidden_states)
-        attended = self.self_attention(normed, rotary_pos_emb, packed_seq_params)
+        rows = self.loss_rows(packed_seq_params)
+        attended = self.self_attention(normed, rotary_pos_emb, packed_seq_params, rows)
         if self.recomputes_norms and trains(*self.self_attention.first_products):
             self.input_layernorm.free_until_backward(normed, residual, attended)
+        if rows is not None:
+            residual = select_rows(residual, rows)
         if isinstance(self.self_attn_bda, NormThenAdd):
             normed, residual = self.pre_mlp_layernorm(self.self_attn_bda(attended, residual))
         else:
@@ -179,6 +184,12 @@ class FusedTransformerLayer(TransformerLayer):
         if isinstance(self.mlp_bda, NormThenAdd):
             return self.mlp_bda(output, residual), context
         return residual + output, context
+
+    def loss_rows(self, packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+        """int64 [A]: the tokens that this layer computes behind its attention; None = all."""
+        if self.layer_number < self.config.num_layers:
+            return None
+        return getattr(packed_seq_params, "loss_rows", None)
 
     def tokens_of_rank(self, packed_seq_params: PackedSeqParams | None) -> Tensor | None:
         """bool [1, s] of this rank's part of the sequence, False for padding; None = no padding."""
@@ -198,7 +209,11 @@ class FusedTransformerLayer(TransformerLayer):
 
 
 def use_kernels(
-    model: torch.nn.Module, kernels: BlockKernels, activation: str, recomputed: Collection[str]
+    model: torch.nn.Module,
+    kernels: BlockKernels,
+    activation: str,
+    recomputed: Collection[str],
+    recompute_layers: int | None = None,
 ) -> None:
     """Tells all layers of a model which kernels compute them.
 
@@ -207,14 +222,20 @@ def use_kernels(
         kernels: of norms, rotary positions and gates.
         activation: of the gate, as `gated_activation` of the kernels names it.
         recomputed: what the backward pass computes again: norm, activation.
+        recompute_layers: in how many of the first layers; None = in all.
     """
     module: Any
     for module in model.modules():
         if type(module) in (MLP, SharedExpertMLP):
             # By its class, because megatron's releases name the MLP of a layer in two ways.
             module.__class__ = GatedMLP if type(module) is MLP else GatedSharedExpert
-            module.activation, module.recomputes_activation = activation, "activation" in recomputed
-        if isinstance(module, FusedTransformerLayer):
-            module.recomputes_norms = "norm" in recomputed
+            module.activation = activation
+    layers = [module for module in model.modules() if isinstance(module, FusedTransformerLayer)]
+    for layer in layers[:recompute_layers]:
+        layer.recomputes_norms = "norm" in recomputed
+        for module in layer.modules():
+            if isinstance(module, GatedMLP):
+                module.recomputes_activation = "activation" in recomputed
+    for module in model.modules():
         if isinstance(module, RMSNorm | FusedSelfAttention | GatedMLP | GroupedExperts):
             module.kernels = kernels

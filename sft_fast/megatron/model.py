@@ -104,6 +104,7 @@ class LossOutputLayer(ColumnParallelLinear):
             return logits, bias
         settings, is_custom = self.settings, self.custom_loss is not None
         active_tokens, token_weights = samples.active_tokens, samples.token_weights
+        settings = replace(settings, only_active=samples.loss_rows is not None)
         weight = self.weight if weight is None else weight
         if self.stage.has_loss:
             outputs = masked_linear_outputs(
@@ -161,6 +162,8 @@ class SFTModel(GPTModel):
     attention: AttentionChoice
     kernels: BlockChoice
     output_layer: Any
+    computes_loss_rows = False
+    """The last layer computes only tokens whose loss counts, see loss_rows.py."""
     noise: Any = None
     """neftune.EmbeddingNoise in training runs that want it."""
 
@@ -188,6 +191,10 @@ class SFTModel(GPTModel):
             layer.__class__ = LossOutputLayer
             layer.settings = head_settings(layer, architecture, loss_config)
             layer.custom_loss, layer.stage = loss_config.custom, stage
+            # Experts count the tokens that they get; 8-bit products want multiples of rows.
+            is_dense = architecture.num_layers - 1 in architecture.dense_layers
+            is_whole = not (self.config.sequence_parallel or self.config.fp8)
+            self.computes_loss_rows = is_whole and (is_dense or not architecture.num_experts)
         else:
             sizes = self.config.hidden_size, stage, self.config.params_dtype
             self.output_layer = StageHead(*sizes, layer.tp_group, layer.sequence_parallel)
@@ -422,7 +429,13 @@ def build_model(
     ]
     for chunk in chunks:
         chunk.kernels = kernels
-        use_kernels(chunk, kernels.kernels, architecture.activation, recomputed_parts(model))
+        use_kernels(
+            chunk,
+            kernels.kernels,
+            architecture.activation,
+            recomputed_parts(model),
+            model.recompute_layers,
+        )
     return chunks
 
 

@@ -36,6 +36,9 @@ class PackedSamples(PackedSeqParams):
     """int64 [samples]: their numbers in the token store."""
     cp_size: int = 1
     """Context-parallel ranks that share the samples."""
+    loss_rows: Tensor | None = None
+    """int64 [A] on the device: the tokens that the last layer computes behind its attention, and
+    the head; None = all. See loss_rows.py."""
     wants_outputs: bool = False
     """The model returns what an evaluation counts in place of losses."""
     token_weights: Tensor | None = None
