@@ -51,12 +51,24 @@ def memory_problems(
     model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig
 ) -> Iterator[Problem]:
     """What is wrong with recomputation and offloading."""
-    if (model.recompute == "block") != (model.recompute_layers is not None):
+    if model.recompute == "block" and model.recompute_layers is None:
         yield Problem(
             ("model.recompute", "model.recompute_layers"),
-            f"{model.recompute} with recompute_layers {model.recompute_layers}",
-            "block with a number of layers, or none of the two",
-            "model.recompute_layers=4" if model.recompute == "block" else "model.recompute=block",
+            "block with recompute_layers null",
+            "block with a number of layers",
+            "model.recompute_layers=4",
+        )
+    takes_layers = model.recompute == "block" or (
+        model.recompute == "selective" and set(model.recompute_modules) <= {"norm", "activation"}
+    )
+    if model.recompute_layers is not None and not takes_layers:
+        parts = f" of {', '.join(model.recompute_modules)}"
+        found = model.recompute + (parts if model.recompute == "selective" else "")
+        yield Problem(
+            ("model.recompute", "model.recompute_layers"),
+            f"{found} with recompute_layers {model.recompute_layers}",
+            "a number of layers with block, or with selective of norm and activation alone",
+            "model.recompute=block, or model.recompute_modules=[norm,activation]",
         )
     if model.offload_layers > 0 and model.recompute != "none":
         yield Problem(

@@ -165,7 +165,8 @@ class ModelConfig(Section):
     """Parts for recompute selective. norm and activation are one kernel each and cost about 1 % of
     the time; attention kernels other than sdpa do core_attn anyway."""
     recompute_layers: Positive | None = None
-    """Layers of each (interleaved) pipeline stage for recompute block."""
+    """Layers of each (interleaved) pipeline stage for recompute block, and for selective with no
+    other parts than norm and activation; null = all."""
     offload_layers: NotNegative = 0
     """Layers whose activations wait in host memory; needs a GPU and Transformer Engine."""
 

@@ -193,6 +193,24 @@ def layer_bytes_per_token(
     return DTYPE_BYTES[model.dtype] * (hidden + (heads + mlp) / tensor)
 
 
+def mean_layer_bytes(
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    layers: int,
+    is_gpu: bool,
+    is_dense: bool,
+) -> float:
+    """`layer_bytes_per_token`, of layers of which the first `recompute_layers` recompute parts."""
+    plain = model.model_copy(update={"recompute": "none"})
+    with_parts, without = (
+        layer_bytes_per_token(architecture, each, parallel, is_gpu, is_dense)
+        for each in (model, plain)
+    )
+    again = min((model.recompute_layers or layers) / layers, 1.0)
+    return again * with_parts + (1 - again) * without
+
+
 def mlp_width(architecture: Architecture, is_dense: bool) -> int:
     """Of the MLP of a layer, or of its shared expert."""
     if not architecture.num_experts:
@@ -285,7 +303,7 @@ def estimate_memory(
         return share * of_layer(True) + (1 - share) * of_layer(False)
 
     one_layer = tokens * mean(
-        lambda is_dense: layer_bytes_per_token(a, config.model, config.parallel, is_gpu, is_dense)
+        lambda is_dense: mean_layer_bytes(a, config.model, parallel, layers, is_gpu, is_dense)
     )
     sequence = parallel.tensor if parallel.sequence else 1
     # The gradients of two residual streams and of the product of gate and up; theirs take their

@@ -328,6 +328,10 @@ def test_alignment_divides_the_row():
         (["model.recompute=block"], ("model.recompute", "model.recompute_layers")),
         (["model.recompute_layers=2"], ("model.recompute", "model.recompute_layers")),
         (
+            ["model.recompute=selective", "model.recompute_layers=2"],
+            ("model.recompute", "model.recompute_layers"),
+        ),
+        (
             ["model.offload_layers=2", "model.recompute=full"],
             ("model.offload_layers", "model.recompute"),
         ),

@@ -373,6 +373,11 @@ def test_recomputation_of_parts_lies_between_none_and_all() -> None:
     # 8 of 32 layers keep 2 h bytes a token instead of 139264.
     assert block[0] == 8192 * (24 * 139264 + 8 * 2 * 4096)
     assert part[0] == 8192 * 32 * (139264 - 2 * 3 * 14336)
+    every, some = (
+        total(recompute="selective", recompute_modules=["norm", "activation"], **layers)[0]
+        for layers in ({}, {"recompute_layers": 8})
+    )
+    assert nothing[0] - some == (nothing[0] - every) // 4 > 0
     for memory, seconds in (block, part):
         assert everything[0] < memory < nothing[0]
         assert nothing[1] < seconds < everything[1]
