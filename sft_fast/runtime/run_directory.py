@@ -60,9 +60,11 @@ def foreign_names(folder: Path) -> list[str]:
     """What is in a directory that is not a run's own."""
     if not folder.is_dir():
         return []
+    foreign = sorted(path.name for path in folder.iterdir() if not is_harmless(path))
+    # After the names were read: another rank may make the marker at any time.
     if (folder / RUN_MARKER).exists() or list_checkpoints(folder / "checkpoints"):
         return []
-    return sorted(path.name for path in folder.iterdir() if not is_harmless(path))
+    return foreign
 
 
 def is_harmless(path: Path) -> bool:

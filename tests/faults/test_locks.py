@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_what_kills_left_half_written_is_removed(tmp_path: Path) -> None:
 def test_an_output_directory_is_checked_without_being_made(tmp_path: Path) -> None:
     check_output_dir(tmp_path / "new" / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_marker_that_another_rank_makes_meanwhile_is_no_file_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Path.iterdir
+
+    def late(folder: Path) -> Iterator[Path]:
+        (tmp_path / RUN_MARKER).touch()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    check_output_dir(tmp_path)
 
 
 @pytest.mark.fault("F31")
