@@ -229,5 +229,5 @@ class MaskedCrossEntropy(torch.autograd.Function):
 
 
 def scatter_tokens(values: Tensor, active: Tensor, num_tokens: int) -> Tensor:
-    """[num_tokens]: values [A] where the active tokens [A] are, and zeros elsewhere."""
-    return values.new_zeros(num_tokens).index_copy_(0, active, values)
+    """[num_tokens, ...]: values [A, ...] where the active tokens [A] are, and zeros elsewhere."""
+    return values.new_zeros((num_tokens, *values.shape[1:])).index_copy_(0, active, values)

@@ -15,6 +15,7 @@ pass, chunk by chunk, Hsu et al. 2024 (arXiv 2410.10989).
 Shapes: s sequence, b batch, n = s b tokens, A of them active, C a chunk of those, h hidden size.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,10 +281,9 @@ def scatter_hidden(own_grad: Tensor | None, ctx: Any) -> Tensor | None:
     if own_grad is None:
         return None
     own_indices = ctx.head.active.own_indices
-    if own_indices is None and len(own_grad):
-        return own_grad.view(ctx.hidden_shape)
-    grad_hidden = own_grad.new_zeros(ctx.hidden_shape)  # [s, b, h] or [s/tp, b, h]
     if own_indices is None:
-        return grad_hidden
-    grad_hidden.view(-1, ctx.hidden_shape[-1]).index_copy_(0, own_indices, own_grad)
-    return grad_hidden
+        # Without active tokens hidden has one row, which nobody read.
+        is_read = len(own_grad) > 0
+        return own_grad.view(ctx.hidden_shape) if is_read else own_grad.new_zeros(ctx.hidden_shape)
+    num_tokens = math.prod(ctx.hidden_shape[:-1])  # s b or s b / tp
+    return scatter_tokens(own_grad, own_indices, num_tokens).view(ctx.hidden_shape)

@@ -4,6 +4,7 @@ What the last attention has mixed belongs to one token from there on: output pro
 and head of a token without a label are read by nobody, and their gradient is zero.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_fast.kernels.active_tokens import copy_to
+from sft_fast.kernels.masked_cross_entropy import scatter_tokens
 
 
 def loss_rows(active_tokens: Tensor | None, device: torch.device) -> Tensor | None:
@@ -48,6 +50,5 @@ class SelectRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """[s, b, width], 0 in all other rows."""
         (rows,) = ctx.saved_tensors
-        full = grad.new_zeros(ctx.shape)
-        full.flatten(0, 1).index_copy_(0, rows, grad.squeeze(1))
-        return full, None
+        num_tokens = math.prod(ctx.shape[:-1])
+        return scatter_tokens(grad.squeeze(1), rows, num_tokens).view(ctx.shape), None

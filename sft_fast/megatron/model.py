@@ -104,7 +104,11 @@ class LossOutputLayer(ColumnParallelLinear):
             return logits, bias
         settings, is_custom = self.settings, self.custom_loss is not None
         active_tokens, token_weights = samples.active_tokens, samples.token_weights
-        settings = replace(settings, only_active=samples.loss_rows is not None)
+        if samples.loss_rows is not None:
+            settings = replace(settings, only_active=True)
+            # They are on the device already; without active tokens there is one row too many.
+            assert active_tokens is not None, "the rows come from them"
+            active_tokens = samples.loss_rows[: len(active_tokens)]
         weight = self.weight if weight is None else weight
         if self.stage.has_loss:
             outputs = masked_linear_outputs(
