@@ -115,13 +115,12 @@ def expert_mlp_with_dropout(
     return sums_of(outputs, order)
 
 
-def add_biases(total: Tensor, factors: Tensor, bias: Tensor | None, offsets: Tensor) -> None:
+def add_biases(total: Tensor, factors: Tensor, bias: Tensor, offsets: Tensor) -> None:
     """Adds to the rows of total [R, n] the bias [E, n] of their expert times factors [R].
 
     As a product, as are its gradients, so that they are summed in a fixed order.
     """
-    if bias is not None:
-        add_products(total, factors.to(total.dtype)[:, None], bias.unsqueeze(1), offsets)
+    add_products(total, factors.to(total.dtype)[:, None], bias.unsqueeze(1), offsets)
 
 
 def bias_gradient(bias: Tensor, grad: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
@@ -159,11 +158,13 @@ class ExpertMLP(torch.autograd.Function):
         low_wide = add_low_rank(inner, copies, a_wide, b_wide, scales[0], offsets)
         del copies
         factors = probs.flatten().index_select(0, copy_numbers)
-        add_biases(inner, torch.ones_like(factors), bias_wide, offsets)
+        if bias_wide is not None:
+            add_biases(inner, torch.ones_like(factors), bias_wide, offsets)
         activation = activate(inner, factors)
         outputs = multiply_groups(activation, down.transpose(1, 2), offsets)
         low_narrow = add_low_rank(outputs, activation, a_narrow, b_narrow, scales[1], offsets)
-        add_biases(outputs, factors, bias_narrow, offsets)
+        if bias_narrow is not None:
+            add_biases(outputs, factors, bias_narrow, offsets)
         ctx.activate, ctx.scales = activate, scales
         ctx.save_for_backward(
             *(hidden, gate_up, down, factors, offsets, tokens, places, inner),

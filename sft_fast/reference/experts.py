@@ -1,5 +1,7 @@
 """Oracles of a mixture of experts, one expert after the other, differentiated by autograd."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +26,33 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat(products)
 
 
+def weighted_sum(
+    hidden: Tensor,
+    probs: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    compute: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """What the experts make of their tokens, weighted by the router and summed, one by one.
+
+    Args:
+        hidden: [T, h].
+        probs: [T, k] weights of the router.
+        experts: [T, k] their experts, different ones for a token.
+        num_experts: E.
+        compute: (number of an expert, its tokens [n, h]) -> [n, h].
+
+    Returns:
+        [T, h].
+    """
+    output = torch.zeros_like(hidden)
+    for number in range(num_experts):
+        tokens, places = (experts == number).nonzero(as_tuple=True)
+        weighted = compute(number, hidden[tokens]) * probs[tokens, places].unsqueeze(1)
+        output = output.index_add(0, tokens, weighted.to(output.dtype))
+    return output
+
+
 def biased_expert_mlp(
     hidden: Tensor,
     gate_up: Tensor,
@@ -45,14 +74,12 @@ def biased_expert_mlp(
     Returns:
         [T, h].
     """
-    output = torch.zeros_like(hidden)
-    for number in range(len(gate_up)):
-        tokens, places = (experts == number).nonzero(as_tuple=True)
-        inner = hidden[tokens] @ gate_up[number].t() + biases[0][number]
-        result = gated_activation(inner, "clamped_silu") @ down[number].t() + biases[1][number]
-        weighted = result * probs[tokens, places].unsqueeze(1)
-        output = output.index_add(0, tokens, weighted.to(output.dtype))
-    return output
+
+    def expert(number: int, x: Tensor) -> Tensor:
+        inner = x @ gate_up[number].t() + biases[0][number]
+        return gated_activation(inner, "clamped_silu") @ down[number].t() + biases[1][number]
+
+    return weighted_sum(hidden, probs, experts, len(gate_up), expert)
 
 
 def expert_mlp(
@@ -70,14 +97,12 @@ def expert_mlp(
     Returns:
         [T, h].
     """
-    output = torch.zeros_like(hidden)
-    for number, (wide, narrow) in enumerate(zip(gate_up, down, strict=True)):
-        tokens, places = (experts == number).nonzero(as_tuple=True)
-        gate, up = (hidden[tokens] @ wide.t()).chunk(2, dim=1)
-        result = (functional.silu(gate) * up) @ narrow.t()
-        weighted = result * probs[tokens, places].unsqueeze(1)
-        output = output.index_add(0, tokens, weighted.to(output.dtype))
-    return output
+
+    def expert(number: int, x: Tensor) -> Tensor:
+        gate, up = (x @ gate_up[number].t()).chunk(2, dim=1)
+        return (functional.silu(gate) * up) @ down[number].t()
+
+    return weighted_sum(hidden, probs, experts, len(gate_up), expert)
 
 
 def choose_experts(
@@ -152,14 +177,12 @@ def adapted_expert_mlp(
     Returns:
         [T, h].
     """
-    output = torch.zeros_like(hidden)
-    for number in range(len(gate_up)):
-        tokens, places = (experts == number).nonzero(as_tuple=True)
-        x = hidden[tokens]
+
+    def expert(number: int, x: Tensor) -> Tensor:
         added = (x @ wide[0][number].t()) @ wide[1][number].t() * scale
         gate, up = (x @ gate_up[number].t() + added).chunk(2, dim=1)
         inner = functional.silu(gate) * up
         added = (inner @ narrow[0][number].t()) @ narrow[1][number].t() * scale
-        weighted = (inner @ down[number].t() + added) * probs[tokens, places].unsqueeze(1)
-        output = output.index_add(0, tokens, weighted.to(output.dtype))
-    return output
+        return inner @ down[number].t() + added
+
+    return weighted_sum(hidden, probs, experts, len(gate_up), expert)
