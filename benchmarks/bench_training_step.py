@@ -171,9 +171,11 @@ def make_config(case: Case, **sections: dict[str, Any]) -> Config:
         "optim": {"lr": 1e-12, "min_lr": 0.0},
     }
     if case.recompute_layers:
-        parts = ["norm", "activation"]
-        values["model"] |= {"recompute": "selective", "recompute_modules": parts}
-        values["model"]["recompute_layers"] = case.recompute_layers
+        values["model"] |= {
+            "recompute": "selective",
+            "recompute_modules": ["norm", "activation"],
+            "recompute_layers": case.recompute_layers,
+        }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return Config.model_validate(values)

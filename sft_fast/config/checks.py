@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from sft_fast.config.sections import (
+    OWN_PARTS,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
@@ -59,7 +60,7 @@ def memory_problems(
             "model.recompute_layers=4",
         )
     takes_layers = model.recompute == "block" or (
-        model.recompute == "selective" and set(model.recompute_modules) <= {"norm", "activation"}
+        model.recompute == "selective" and set(model.recompute_modules) <= set(OWN_PARTS)
     )
     if model.recompute_layers is not None and not takes_layers:
         parts = f" of {', '.join(model.recompute_modules)}"

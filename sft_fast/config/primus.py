@@ -302,10 +302,8 @@ class _Experiment(Translation):
             self.note(f"no effect on the weights, not used: {', '.join(ignored)}")
 
     def _translate_warmup(self) -> None:
-        fraction, path = (
-            self.arguments.get("lr_warmup_fraction"),
-            (*self.base, "lr_warmup_fraction"),
-        )
+        fraction = self.arguments.get("lr_warmup_fraction")
+        path = (*self.base, "lr_warmup_fraction")
         if fraction is None:
             return
         if type(fraction) not in (int, float) or not 0 <= fraction < 1:

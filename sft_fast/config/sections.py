@@ -126,6 +126,10 @@ class ShapeConfig(Section):
         return self.projections
 
 
+OWN_PARTS = ("norm", "activation")
+"""Parts of recompute_modules that our own layer computes again, not megatron-core."""
+
+
 class ModelConfig(Section):
     """The weights to start from."""
 

@@ -7,12 +7,10 @@ refused with the reason where they cannot.
 import importlib.util
 from typing import Any
 
-from sft_fast.config.sections import LoraConfig, ModelConfig, OptimConfig
+from sft_fast.config.sections import OWN_PARTS, LoraConfig, ModelConfig, OptimConfig
 from sft_fast.megatron.parallel import Parallel
 
 ENGINE_MODULE = "transformer_engine"
-OWN_PARTS = ("norm", "activation")
-"""Parts of recompute_modules that our own layer computes again, not megatron-core."""
 
 
 def is_installed(module: str) -> bool:
