@@ -340,10 +340,9 @@ def count_record(report: DataReport, outcome: Outcome) -> list[tuple[str, str]]:
     report.longest = max(report.longest, outcome.longest)
     report.split += len(outcome.samples) > outcome.group_size
     report.trimmed_turns += outcome.trimmed_turns
-    for name in outcome.unread:
-        report.unread[name] = report.unread.get(name, 0) + 1
-    for name in outcome.odd:
-        report.odd[name] = report.odd.get(name, 0) + 1
+    for counts, names in ((report.unread, outcome.unread), (report.odd, outcome.odd)):
+        for name in names:
+            counts[name] = counts.get(name, 0) + 1
     if outcome.rejected is not None:
         reason = outcome.rejected[0]
         report.rejected[reason] = report.rejected.get(reason, 0) + 1

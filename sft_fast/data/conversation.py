@@ -11,7 +11,9 @@ from sft_fast.data.json_records import type_name
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 LOSS_WEIGHTS = "0, or a number from 0.0001 to 100"
 """What `is_loss_weight` accepts."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
+OPENING_ROLES = ("system", "developer")
+"""Of turns at the start of a conversation that hold for all of it."""
+ROLES = (*OPENING_ROLES, "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)

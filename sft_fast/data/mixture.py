@@ -163,12 +163,13 @@ def _copy(
         if entry.name in _SUMS:
             total = getattr(report, entry.name) + getattr(part, entry.name)
             setattr(report, entry.name, total)
-    for reason, number in part.rejected.items():
-        report.rejected[reason] = report.rejected.get(reason, 0) + number
-    for name, number in part.unread.items():
-        report.unread[name] = report.unread.get(name, 0) + number
-    for name, number in part.odd.items():
-        report.odd[name] = report.odd.get(name, 0) + number
+    for counts, of_part in (
+        (report.rejected, part.rejected),
+        (report.unread, part.unread),
+        (report.odd, part.odd),
+    ):
+        for name, number in of_part.items():
+            counts[name] = counts.get(name, 0) + number
     report.left_out += part.left_out
     for rejected in store.rejected():
         writer.reject(**rejected)

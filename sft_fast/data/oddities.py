@@ -10,13 +10,11 @@ import re
 from functools import lru_cache
 from itertools import pairwise
 
-from sft_fast.data.conversation import Conversation
+from sft_fast.data.conversation import OPENING_ROLES, Conversation
 
-OPENING_ROLES = ("system", "developer")
-"""Of turns at the start of a conversation that hold for all of it."""
 _SPEAKERS = "user|human|assistant|ai|bot|gpt|chatgpt|question|answer|q|a"
 # A needle that most texts lack, what it is part of, and how that is called. A pattern begins with
-# letters of one case, which are found faster.
+# a literal character, which is found faster.
 _TEXTS = (
     ("&", re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{2,6}|#x[0-9a-fA-F]{2,6});"), "HTML"),
     ("<", re.compile(r"</?(?i:br|p|div|span|li|ul|strong|em)\b[^<>]*>"), "HTML"),

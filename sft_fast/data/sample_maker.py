@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from sft_fast.constants import round_up
 from sft_fast.data.choices import OverLength
-from sft_fast.data.conversation import Conversation
+from sft_fast.data.conversation import OPENING_ROLES, Conversation
 from sft_fast.data.format_registry import (
     apply_row_function,
     can_be_loaded_elsewhere,
@@ -28,7 +28,7 @@ from sft_fast.data.format_registry import (
 )
 from sft_fast.data.formats import ConversationReader, FileFormat
 from sft_fast.data.json_records import BadRecord, SourceRecord
-from sft_fast.data.oddities import OPENING_ROLES, find_oddities
+from sft_fast.data.oddities import find_oddities
 from sft_fast.data.render import ChatRenderer, MaskOptions, RenderedChat
 from sft_fast.data.tokens import Sample
 from sft_fast.registry import SFT, load_plugins, stages
