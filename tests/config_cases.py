@@ -9,6 +9,13 @@ import pytest
 from sft_fast.config.schema import Config, load_config
 from sft_fast.errors import ConfigError, Problem
 
+SMALLEST_SHAPE = {
+    "hidden_size": 8,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "ffn_hidden_size": 8,
+}
 BASE = """\
 output_dir: out
 model:

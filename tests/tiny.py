@@ -9,6 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 VOCAB_SIZE = 131  # prime: every tensor-parallel size needs padding
+TWO_KINDS_OF_LAYERS: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+"""Of a Gemma 3 of two layers, whose blocks have norms behind them too; see save_tiny_llama."""
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from config_cases import SMALLEST_SHAPE
 from sft_fast.cli import main
 from sft_fast.config.schema import Config
 from sft_fast.data.demo import demo_tokenizer
 from sft_fast.data.from_config import build_options, find_sources, open_data_store
 from sft_fast.preflight.preview import make_preview, special_ids, text_runs
 
-SHAPE = {
-    "hidden_size": 8,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "ffn_hidden_size": 8,
-}
-
 
 def config_of(tmp_path: Path, **data: Any) -> Config:
     return Config.model_validate(
         {
             "output_dir": str(tmp_path / "out"),
-            "model": {"shape": SHAPE},
+            "model": {"shape": SMALLEST_SHAPE},
             "tokenizer": {"path": "demo"},
             "data": {"train": "demo", **data},
             "packing": {"capacity": 256},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from config_cases import SMALLEST_SHAPE
 from sft_fast.config import Config
 from sft_fast.data.conversation import Conversation
 from sft_fast.data.demo import demo_tokenizer
@@ -17,13 +18,6 @@ from sft_fast.preflight.preview import make_preview
 
 PLACEHOLDER = "an answer that is a placeholder, as 'nan'"
 TOKENS = "control tokens as text"
-SHAPE = {
-    "hidden_size": 8,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "ffn_hidden_size": 8,
-}
 
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def test_the_report_counts_it_and_the_preview_names_it(tmp_path: Path) -> None:
     config = Config.model_validate(
         {
             "output_dir": str(tmp_path / "run"),
-            "model": {"shape": SHAPE},
+            "model": {"shape": SMALLEST_SHAPE},
             "tokenizer": {"path": "demo"},
             "data": {"train": str(path)},
             "packing": {"capacity": 256},

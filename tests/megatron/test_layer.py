@@ -9,7 +9,7 @@ import pytest
 
 from kernel_pool import KernelPool
 from rank_pool import RankPool
-from tiny import make_config, make_store, random_samples, save_tiny_llama
+from tiny import TWO_KINDS_OF_LAYERS, make_config, make_store, random_samples, save_tiny_llama
 
 pytest.importorskip("triton")
 
@@ -25,12 +25,7 @@ def pool() -> Iterator[RankPool]:
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "head_dim": 16,
-        "sliding_window": 9,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3": TWO_KINDS_OF_LAYERS,
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "head_dim": 16,

@@ -8,16 +8,11 @@ import torch
 
 from rank_pool import RankPool
 from sft_fast.megatron.loss_rows import loss_rows, select_rows
-from tiny import make_config, make_store, random_samples, save_tiny_llama
+from tiny import TWO_KINDS_OF_LAYERS, make_config, make_store, random_samples, save_tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "head_dim": 16,
-        "sliding_window": 9,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3": TWO_KINDS_OF_LAYERS,
 }
 
 
